@@ -1,0 +1,1 @@
+"""Federated LoRA fine-tuning under differential privacy."""

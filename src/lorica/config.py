@@ -1,0 +1,258 @@
+"""An experiment as typed configuration: YAML in, validated models out, every mistake named with its remedy."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lorica.errors import UserError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """A configuration section: frozen, and a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelConfig(Strict):
+    """The frozen base model and the head on top of it."""
+
+    base: str
+    """A folder or a Hugging Face hub id. `lorica:glyph-vit` is the embedded default."""
+    head: Literal["train", "freeze"] = "train"
+    """`train`: the last linear layer is trained under DP; it starts at zero unless the checkpoint brings one that was
+    trained for these labels. `freeze`: the head stays as loaded (or as initialised from the seed)."""
+    pooling: Literal["auto", "mean"] = "auto"
+    """`auto`: the model's own classification head. `mean`: a linear head on the mean of the last hidden states."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the frozen base. Everything that is trained, clipped or noised stays fp32."""
+    attention: Literal["auto", "eager", "sdpa"] = "auto"
+    """`auto`: eager on CPU (faster on short sequences), sdpa elsewhere."""
+    device: str = "auto"
+
+
+class LoraSection(Strict):
+    """Passed through to `peft.LoraConfig`, with its names."""
+
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(8, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | str = ["query", "value"]
+    """Module names, one regular expression, or `all-linear`. `query`, `key`, `value` also match `q_proj`, `k_proj`,
+    `v_proj` and the other way round."""
+    use_rslora: bool = False
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
+
+
+class TaskConfig(Strict):
+    """What is learned, and from which files."""
+
+    type: Literal["text-classification", "image-classification"]
+    train: str
+    """A CSV, JSONL or Parquet file, an image folder, a Hugging Face dataset id (`ID`, `ID:CONFIG`, `ID[SPLIT]`), or
+    `lorica:digits/train`."""
+    test: str
+    """The public test set: the server evaluates on it after each round. Never private data."""
+    text: list[str] = ["text"]
+    """Column or pair of columns that hold the text."""
+    image: str = "image"
+    label: str = "label"
+    max_length: int = Field(128, ge=4)
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _one_name_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("text")
+    @classmethod
+    def _one_or_two(cls, value: list[str]) -> list[str]:
+        if len(value) not in (1, 2):
+            raise ValueError("give one text column, or two for a sentence pair")
+        return value
+
+
+class FederationConfig(Strict):
+    """Who takes part, how often, and how long each client trains."""
+
+    clients: int = Field(6, ge=1)
+    partition: Literal["dirichlet", "iid"] = "dirichlet"
+    alpha: float = Field(0.5, gt=0)
+    """Concentration of the Dirichlet distribution over labels; small is skewed."""
+    rounds: int = Field(100, ge=1)
+    local_steps: int = Field(10, ge=1)
+    batch_size: int = Field(128, ge=1)
+    """Expected size of a Poisson batch: the sampling rate is batch_size / records."""
+    participation: float = Field(1.0, gt=0, le=1)
+    """Share of the clients in a round, in balanced rotation drawn from the public seed."""
+    weights: Literal["uniform", "records", "noise"] = "uniform"
+    """Weight of a client in the mean: equal, by its record count, or by 1/τ² of its noise."""
+    evaluate_every: int = Field(1, ge=1)
+    micro_batch_tokens: int = Field(4096, ge=1)
+    """Padded tokens (text) or patches (images) in one forward pass. Bounds memory; does not change the result."""
+
+
+class OptimizerConfig(Strict):
+    """The local optimiser; it sees the noisy gradient only."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = Field(0.5, gt=0)
+    lr_a: float | None = Field(None, gt=0)
+    lr_b: float | None = Field(None, gt=0)
+    """Rates of the factors A and B where they differ from `lr`; the head always uses `lr`."""
+    momentum: float = Field(0.0, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class MethodConfig(BaseModel):
+    """The method's name with its own options beside it; the method checks those."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "as-lora"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class PrivacyConfig(Strict):
+    """The guarantee that each owner gets."""
+
+    unit: Literal["record"] = "record"
+    epsilon: float | None = Field(3.0, gt=0)
+    noise_multiplier: float | None = Field(None, gt=0)
+    """Give this and `epsilon: null` to fix the noise and have ε computed."""
+    delta: float = Field(1e-5, gt=0, lt=1)
+    clip_norm: float = Field(2.0, gt=0)
+    noise: Literal["secure", "reproducible"] = "secure"
+    """`secure`: from the operating system's entropy. `reproducible`: from the seed, for research; not a private
+    release, and every report says so."""
+    ledger: str | None = None
+    """SQLite file that records every release; by default beside the training data."""
+    max_lifetime_epsilon: float | None = Field(None, gt=0)
+    """The owner's limit over all runs on the same data; a run that would pass it is refused before it starts."""
+
+    @model_validator(mode="after")
+    def _one_target(self) -> PrivacyConfig:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give either epsilon or noise_multiplier (and set the other to null)")
+        return self
+
+
+class ExperimentConfig(Strict):
+    """A whole experiment."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(42, ge=0, lt=2**63)
+    """Public: client sampling, partition, initialisation. Never the source of secure noise."""
+    output: str = "runs"
+    """Folder in which the run folder `NAME` is made."""
+    model: ModelConfig
+    lora: LoraSection = LoraSection()
+    task: TaskConfig
+    federation: FederationConfig = FederationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    method: MethodConfig = MethodConfig()
+    privacy: PrivacyConfig | Literal["none"] = PrivacyConfig()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output) / self.name
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> ExperimentConfig:
+    """Read, override and validate an experiment.
+
+    Args:
+        source: a YAML file, or its content as a dictionary.
+        overrides: `section.key=value` strings; the value is YAML (`3`, `null`, `[query, value]`).
+
+    Raises:
+        UserError: the file is missing or is not YAML, a key is unknown (the nearest known one is named), a value has
+            the wrong type or is out of bounds.
+    """
+    content = dict(source) if isinstance(source, dict) else _read_yaml(Path(source))
+    for override in overrides or []:
+        _apply_override(content, override)
+    return validate(ExperimentConfig, content)
+
+
+def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> Model:
+    """`model(**content)`, with pydantic's first complaint turned into one clear error.
+
+    Args:
+        prefix: where in the experiment `content` sits, such as `method`, for the error's key.
+
+    Raises:
+        UserError: names the key, its value and the remedy.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [part for part in first["loc"] if isinstance(part, str) and part in _spelled(content)]
+        key = ".".join([*([prefix] if prefix else []), *path]) or prefix or "experiment"
+        if first["type"] == "extra_forbidden":
+            raise UserError(key, first["input"], "unknown key", _nearest_key(model, path)) from None
+        if first["type"] == "missing":
+            missing = ".".join([*([prefix] if prefix else []), *(str(part) for part in first["loc"])])
+            raise UserError(missing, None, "this key is required", f"add {missing} to the configuration") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        raise UserError(key, first["input"], problem[:1].lower() + problem[1:], f"change {key}") from None
+
+
+def _spelled(content: Any) -> set[str]:
+    """Every key that the user wrote; pydantic's error paths also hold names of union members, which nobody wrote."""
+    if not isinstance(content, dict):
+        return set()
+    return set(content) | {key for value in content.values() for key in _spelled(value)}
+
+
+def _nearest_key(model: type[BaseModel], path: list[str]) -> str:
+    section = model
+    for part in path[:-1]:
+        annotation = section.model_fields[part].annotation
+        candidates = [annotation, *get_args(annotation)]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    known = list(section.model_fields)
+    nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+    return f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}"
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError("config", str(path), "no such file", "give the path of an experiment's YAML file")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError("config", str(path), f"not valid YAML ({error})", "mend the file") from None
+    if not isinstance(content, dict):
+        raise UserError("config", str(path), "not a mapping of keys to values", "start from a file in examples/")
+    return content
+
+
+def _apply_override(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError("override", override, "not of the form section.key=value", "write it as privacy.epsilon=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(key, text, "not a YAML value", "quote it") from None
+    section = content
+    *parents, last = key.split(".")
+    for parent in parents:
+        nested = section.get(parent)
+        # A copy, so that the caller's dictionary stays as it was.
+        section[parent] = dict(nested) if isinstance(nested, dict) else {}
+        section = section[parent]
+    section[last] = value
