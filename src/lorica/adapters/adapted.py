@@ -1,0 +1,152 @@
+"""A frozen base model with LoRA factors in place, and the tensors of it that can be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lorica.adapters.base_model import BaseModel
+from lorica.adapters.sites import Site, layer_of, match_targets
+from lorica.config import LoraSection, ModelConfig
+from lorica.errors import UserError
+from lorica.privacy.gradients import TrainedTensor
+from lorica.streams import stream_seed
+from lorica.tasks.classification import losses
+from lorica.tasks.records import Batch
+
+HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
+
+
+class AdaptedModel:
+    """The base model, its adapter (through PEFT), and the name of every tensor that can be trained.
+
+    `tensors` maps `SITE.A`, `SITE.B`, `head.weight`, `head.bias` to linear maps. All parameters stay frozen for
+    autograd: what is trained in a step is an explicit list, never `requires_grad`.
+
+    Attributes:
+        peft_model: the PEFT model, in evaluation mode between rounds.
+        sites: the adapted linear maps in the model's order.
+        tensors: name -> where it sits. Head tensors only if the head is trained.
+        device: where the model is.
+    """
+
+    def __init__(self, peft_model: PeftModel, sites: list[Site], head: nn.Linear | None, device: torch.device) -> None:
+        self.peft_model = peft_model
+        self.sites = sites
+        self.device = device
+        self.tensors: dict[str, TrainedTensor] = {}
+        for site in sites:
+            layer = peft_model.base_model.model.get_submodule(site.name)
+            self.tensors[site.a] = TrainedTensor(layer.lora_A["default"], "weight")
+            self.tensors[site.b] = TrainedTensor(layer.lora_B["default"], "weight")
+        if head is not None:
+            self.tensors[HEAD_WEIGHT] = TrainedTensor(head, "weight")
+            if head.bias is not None:
+                self.tensors[HEAD_BIAS] = TrainedTensor(head, "bias")
+
+    def read(self) -> dict[str, Tensor]:
+        """A copy of every trainable tensor, fp32, on the CPU."""
+        return {name: self._parameter(name).detach().cpu().clone() for name in self.tensors}
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set trainable tensors in place; the model is never rebuilt.
+
+        Raises:
+            KeyError: a name that is no trainable tensor.
+        """
+        with torch.no_grad():
+            for name, value in tensors.items():
+                self._parameter(name).copy_(value)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """One loss per example, `(n,)`."""
+        return losses(model(**batch.inputs).logits, batch.labels)
+
+    def assert_frozen(self) -> None:
+        """Raise RuntimeError if a parameter would receive a batch gradient from autograd.
+
+        PEFT's `set_adapter` and `disable_adapter` un-freeze every factor without a word.
+        """
+        thawed = [name for name, parameter in self.peft_model.named_parameters() if parameter.requires_grad]
+        if thawed:
+            raise RuntimeError(f"parameters were un-frozen behind Lorica's back: {', '.join(thawed[:3])}")
+
+    def _parameter(self, name: str) -> Tensor:
+        module, kind = self.tensors[name]
+        parameter = getattr(module, kind)
+        assert isinstance(parameter, Tensor)
+        return parameter
+
+
+def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, device: torch.device) -> AdaptedModel:
+    """Put LoRA factors into a base model: `A` random from the seed, `B` zero (PEFT's initialisation).
+
+    The base takes `config.precision`; factors and head are fp32 whatever it is.
+
+    Raises:
+        UserError: `lora.target_modules` matches nothing, or the rank is larger than a map.
+    """
+    targets = match_targets(base.model, lora.target_modules, base.head)
+    # The base may not know a head for these labels, so whatever no checkpoint holds travels with the adapter.
+    carried = [base.head, *base.new_modules] if config.head == "train" or base.head_is_new else base.new_modules
+    exact = {name: base.model.get_submodule(name).state_dict() for name in carried}
+    exact = {name: {key: value.clone() for key, value in state.items()} for name, state in exact.items()}
+    if config.precision == "bf16":
+        base.model.to(torch.bfloat16)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "factors"))
+        settings = LoraConfig(
+            target_modules=_shortest(targets, base.model), modules_to_save=carried or None, **lora.model_dump(exclude={"target_modules"})
+        )
+        peft_model = get_peft_model(base.model, settings)
+    for name, state in exact.items():
+        module = _carried(peft_model, name)
+        module.float().load_state_dict(state)
+        module.register_forward_pre_hook(_inputs_as_fp32)
+    if config.precision == "bf16":
+        peft_model.register_forward_pre_hook(_floats_as_bf16, with_kwargs=True)
+    peft_model.requires_grad_(False)
+    sites = []
+    for target in targets:
+        layer = peft_model.base_model.model.get_submodule(target)
+        assert isinstance(layer, LoraLayer)
+        if lora.r > min(layer.in_features, layer.out_features):
+            raise UserError(
+                "lora.r",
+                lora.r,
+                f"larger than the linear map {target} ({layer.out_features} x {layer.in_features})",
+                f"choose at most {min(layer.in_features, layer.out_features)}",
+            )
+        sites.append(
+            Site(target, layer_of(target), layer.in_features, layer.out_features, lora.r, float(layer.scaling["default"]))
+        )
+    head = _carried(peft_model, base.head) if config.head == "train" else None
+    assert head is None or isinstance(head, nn.Linear)
+    return AdaptedModel(peft_model.to(device).eval(), sites, head, device)
+
+
+def _carried(peft_model: PeftModel, name: str) -> nn.Module:
+    return peft_model.base_model.model.get_submodule(name).modules_to_save["default"]
+
+
+def _inputs_as_fp32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.float() for value in inputs)
+
+
+def _floats_as_bf16(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return inputs, {
+        name: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in named.items()
+    }
+
+
+def _shortest(targets: list[str], model: nn.Module) -> list[str]:
+    """`[q_proj, v_proj]` where that names exactly `targets`, else the whole paths."""
+    endings = sorted({target.rsplit(".", 1)[-1] for target in targets})
+    named = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in endings]
+    return endings if sorted(named) == sorted(targets) else targets

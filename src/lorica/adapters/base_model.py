@@ -1,0 +1,203 @@
+"""Load the frozen base model with its head, offline when its files are local."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lorica.config import ModelConfig
+from lorica.errors import UserError
+from lorica.streams import stream_seed
+
+EMBEDDED = "lorica:"
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model whose parameters are all frozen.
+
+    Attributes:
+        model: takes the task's inputs by name; its output has `logits (n, labels)`.
+        head: path of the head's last linear map.
+        head_is_new: the checkpoint brings no head for these labels.
+        new_modules: paths of other modules that the checkpoint does not hold; an exported adapter has to carry them.
+    """
+
+    model: nn.Module
+    head: str
+    head_is_new: bool
+    new_modules: list[str]
+
+
+class MeanPooledClassifier(nn.Module):
+    """An encoder with a linear head on the mean of its last hidden states, padding left out.
+
+    `logits = W · (Σ_t m_t h_t / Σ_t m_t) + c` with the attention mask `m (n, t)` and hidden states `h (n, t, d)`.
+    """
+
+    def __init__(self, encoder: nn.Module, labels: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.config = encoder.config
+        self.classifier = nn.Linear(encoder.config.hidden_size, labels)
+
+    def forward(self, attention_mask: Tensor, **inputs: Any) -> transformers.utils.ModelOutput:
+        hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+        mean = (hidden * mask).sum(1) / mask.sum(1)
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.classifier(mean))
+
+
+def resolve_base(base: str) -> str:
+    """The folder of an embedded model (`lorica:NAME`), else `base` itself: a folder or a hub id.
+
+    Raises:
+        UserError: looks like a path but is no folder with a config.json, or names no embedded model.
+    """
+    if base.startswith(EMBEDDED):
+        folder = Path(str(importlib.resources.files("lorica") / "defaults" / base.removeprefix(EMBEDDED)))
+        if not (folder / "config.json").is_file():
+            raise UserError("model.base", base, "no such embedded model", "use lorica:glyph-vit")
+        return str(folder)
+    if Path(base).is_dir():
+        if not (Path(base) / "config.json").is_file():
+            raise UserError("model.base", base, "the folder holds no config.json", "give a Hugging Face model folder")
+        return base
+    if base.startswith((".", "/", "~")) or base.count("/") > 1:
+        raise UserError("model.base", base, "no such folder", "give the path of a model folder, or a hub id")
+    return base
+
+
+def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed: int) -> BaseModel:
+    """The base model with a head for `label_names`, frozen, in evaluation mode, on the CPU in fp32.
+
+    A head that the checkpoint brings for exactly these labels is kept. Otherwise it is zero where it will be trained
+    (every client starts from the same point and the first gradient is not spent on undoing noise), or drawn from the
+    seed where it stays frozen.
+
+    Raises:
+        UserError: the model cannot be loaded, has no linear head for the labels, or mixes examples (batch
+            normalisation).
+    """
+    base = resolve_base(config.base)
+    labels = len(label_names)
+    attention = "eager" if config.attention == "auto" and _device_type(config) == "cpu" else config.attention
+    options: dict[str, Any] = {
+        "local_files_only": Path(base).is_dir(),
+        "attn_implementation": "sdpa" if attention == "auto" else attention,
+        "dtype": torch.float32,
+        "output_loading_info": True,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "initialisation"))
+        if config.pooling == "mean":
+            if task_type != "text-classification":
+                raise UserError("model.pooling", "mean", f"does not fit {task_type}", "set model.pooling=auto")
+            encoder, info = _from_pretrained(transformers.AutoModel.from_pretrained, base, options)
+            model: nn.Module = MeanPooledClassifier(encoder, labels)
+            new_modules = ["classifier"]
+            kept = False
+        else:
+            automatic = {
+                "text-classification": transformers.AutoModelForSequenceClassification,
+                "image-classification": transformers.AutoModelForImageClassification,
+            }[task_type]
+            names = dict(enumerate(label_names))
+            own_names = _checkpoint_labels(base, options)
+            model, info = _from_pretrained(
+                automatic.from_pretrained,
+                base,
+                options
+                | {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+                | {"ignore_mismatched_sizes": True},
+            )
+            fresh = {*info["missing_keys"], *(_key(entry) for entry in info["mismatched_keys"])}
+            new_modules = sorted({name.rsplit(".", 1)[0] for name in fresh})
+            kept = own_names == label_names and _head_path(model, labels) not in new_modules
+            if getattr(model.config, "pad_token_id", 0) is None:
+                # Decoder families read the logits at the last token that is no padding.
+                model.config.pad_token_id = model.config.eos_token_id
+    head = _head_path(model, labels)
+    if config.head == "train" and not kept:
+        linear = model.get_submodule(head)
+        assert isinstance(linear, nn.Linear)
+        nn.init.zeros_(linear.weight)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise UserError(
+                "model.base",
+                config.base,
+                f"batch normalisation ({name}) mixes examples, so one record cannot be clipped by itself",
+                "use a model with layer or group normalisation",
+            )
+    model.requires_grad_(False)
+    return BaseModel(model.eval(), head, not kept, [name for name in new_modules if name != head])
+
+
+def _from_pretrained(function: Callable[..., Any], base: str, options: dict[str, Any]) -> Any:
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return function(base, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            "model.base", base, f"cannot be loaded ({reason})", "give a local model folder, or check the hub id and the network"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+
+
+def _checkpoint_labels(base: str, options: dict[str, Any]) -> list[str]:
+    def load(folder: str, **_: Any) -> Any:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=options["local_files_only"])
+
+    names = _from_pretrained(load, base, {}).id2label
+    return [str(names[index]) for index in sorted(names)]
+
+
+def _key(entry: Any) -> str:
+    # transformers lists a mismatched key with its two shapes.
+    return entry if isinstance(entry, str) else entry[0]
+
+
+def _head_path(model: nn.Module, labels: int) -> str:
+    heads = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module.out_features == labels and name.split(".")[0] in ("classifier", "score")
+    ]
+    if not heads:
+        raise UserError(
+            "model.base", type(model).__name__, "no linear classification head was found", "try model.pooling=mean"
+        )
+    return heads[-1]
+
+
+def _device_type(config: ModelConfig) -> str:
+    return resolve_device(config.device).type
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one.
+
+    Raises:
+        UserError: no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError("model.device", name, f"not available ({error})", "set model.device=auto") from None

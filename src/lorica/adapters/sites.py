@@ -1,0 +1,100 @@
+"""Adapted linear maps: which modules of a model take LoRA factors."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lorica.errors import UserError
+
+# The same role under the names that model families give it; transformers 5 renamed several.
+ROLES = [
+    ("query", "q_proj", "q_lin", "query_proj"),
+    ("key", "k_proj", "k_lin", "key_proj"),
+    ("value", "v_proj", "v_lin", "value_proj"),
+]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted linear map `W = W0 + γ B A`.
+
+    Attributes:
+        name: dotted path in the base model.
+        layer: the path up to its last number, such as `vit.layers.3`: sites of one layer share it.
+        d_in, d_out, rank: `A` is `(rank, d_in)`, `B` is `(d_out, rank)`.
+        scale: `γ`.
+    """
+
+    name: str
+    layer: str
+    d_in: int
+    d_out: int
+    rank: int
+    scale: float
+
+    @property
+    def a(self) -> str:
+        """Name of the factor `A` among an adapter's tensors."""
+        return f"{self.name}.A"
+
+    @property
+    def b(self) -> str:
+        """Name of the factor `B`."""
+        return f"{self.name}.B"
+
+
+def layer_of(name: str) -> str:
+    """`bert.encoder.layer.3.attention.self.query` -> `bert.encoder.layer.3`; a path without a number is its own layer."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1] + 1]) if numbers else name
+
+
+def match_targets(model: nn.Module, targets: list[str] | str, head: str) -> list[str]:
+    """Dotted names of the linear maps that `targets` selects, in the model's order, the head left out.
+
+    Args:
+        targets: names that a module's path ends with; one regular expression that matches whole paths; or
+            `all-linear`. The roles query, key and value are found under each family's own names.
+        head: path of the head's linear map.
+
+    Raises:
+        UserError: something in `targets` matches no linear map; names what there is.
+    """
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and name != head and not name.startswith(head.split(".")[0] + ".")
+    ]
+    if targets == "all-linear":
+        return linear
+    if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
+        try:
+            matched = [name for name in linear if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise UserError("lora.target_modules", targets, f"not a regular expression ({error})", "mend it") from None
+        if not matched:
+            raise _no_match(targets, linear)
+        return matched
+    chosen: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        spellings = next((role for role in ROLES if target in role), ())
+        for spelling in (target, *spellings):
+            found = [name for name in linear if name == spelling or name.endswith(f".{spelling}")]
+            if found:
+                chosen.update(found)
+                break
+        else:
+            raise _no_match(target, linear)
+    return [name for name in linear if name in chosen]
+
+
+def _no_match(target: object, linear: list[str]) -> UserError:
+    endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    return UserError(
+        "lora.target_modules", target, "no linear map of the model matches", f"choose among: {', '.join(endings)}"
+    )

@@ -1,0 +1,95 @@
+"""Checkpoints that are whole or absent: safetensors and JSON in a folder per round, renamed into place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from lorica.errors import UserError
+from lorica.files import write_atomically
+
+KEPT = 2
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The server's state after a round: the global adapter and what the method remembers."""
+
+    round: int
+    adapter: dict[str, Tensor]
+    method_numbers: dict[str, Any]
+    method_tensors: dict[str, Tensor]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `folder/round-NNNNNN` and drop all but the last two.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; earlier checkpoints stay.
+    """
+    tensors = {f"adapter/{name}": value for name, value in checkpoint.adapter.items()}
+    tensors |= {f"method/{name}": value for name, value in checkpoint.method_tensors.items()}
+    content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
+    state = {
+        "version": VERSION,
+        "round": checkpoint.round,
+        "method": checkpoint.method_numbers,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    final = folder / f"round-{checkpoint.round:06d}"
+    temporary = folder / f".{final.name}.incomplete"
+    shutil.rmtree(temporary, ignore_errors=True)
+    write_atomically(temporary / "state.safetensors", content)
+    write_atomically(temporary / "state.json", json.dumps(state).encode())
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    for old in _rounds(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The latest checkpoint, or None if there is none.
+
+    Raises:
+        UserError: it is damaged; names the folder to delete so that the run resumes from the one before.
+    """
+    rounds = _rounds(folder)
+    if not rounds:
+        return None
+    latest = rounds[-1]
+    try:
+        content = (latest / "state.safetensors").read_bytes()
+        state = json.loads((latest / "state.json").read_text())
+        if state["version"] != VERSION:
+            raise ValueError(f"version {state['version']}, expected {VERSION}")
+        if hashlib.sha256(content).hexdigest() != state["sha256"]:
+            raise ValueError("state.safetensors does not match its checksum")
+        tensors = safetensors.torch.load(content)
+        return Checkpoint(
+            state["round"], _part(tensors, "adapter/"), state["method"], _part(tensors, "method/")
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            "checkpoint",
+            str(latest),
+            f"damaged ({error})",
+            f"delete {latest} and run again to resume from the checkpoint before it",
+        ) from error
+
+
+def _rounds(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*"))
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

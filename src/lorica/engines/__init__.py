@@ -1,0 +1,1 @@
+"""Engines move messages between server and clients; they know no learning."""

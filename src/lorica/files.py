@@ -1,0 +1,59 @@
+"""Files that are either old or new, never half: atomic writes and where Lorica keeps its own."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from lorica.errors import UserError
+
+
+def home_folder() -> Path:
+    """`$LORICA_HOME`, or `~/.lorica`: ledgers of data that has no folder of its own, and caches."""
+    return Path(os.environ.get("LORICA_HOME") or Path.home() / ".lorica")
+
+
+def cache_folder() -> Path:
+    """What may be deleted at any time."""
+    return home_folder() / "cache"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write, sync, rename: a crash leaves the old file or the new one.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise UserError(
+            "file", str(path), f"cannot be written ({error.strerror})", "free the disk or choose another output folder"
+        ) from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line and sync it.
+
+    Raises:
+        UserError: the disk is full, or the file cannot be written.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            "file", str(path), f"cannot be written ({error.strerror})", "free the disk or choose another output folder"
+        ) from error

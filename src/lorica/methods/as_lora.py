@@ -1,0 +1,252 @@
+"""AS-LoRA: every layer picks its factor anew in every round, by a curvature-aware score."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from lorica.adapters.sites import Site
+from lorica.adapters.state import Factors
+from lorica.config import OptimizerConfig, Strict
+from lorica.errors import UserError
+from lorica.methods.base import About, Method, Replies, Server, Train, is_zero
+from lorica.methods.scores import (
+    alignment,
+    cross_client_energy,
+    curvature_score_variance,
+    debiased_energy,
+    energy_variance,
+    mean_noise_variance,
+    step_weights,
+)
+
+
+@dataclass
+class Block:
+    """What the server remembers of one factor of one group of sites.
+
+    Attributes:
+        names: its tensors.
+        gain: EMA of `a S`, the predicted decrease of the loss by one round on this block; None until first active.
+        variance: of `gain`, from the known noise.
+        complete: whether `gain` holds a score with its cross-round term, not only the first activation's energy.
+        energy: `Q` of the latest activation, whose score is completed at the next one.
+        gradient: `Ḡ` of the latest activation, `(d,)`.
+    """
+
+    names: list[str]
+    gain: float | None = None
+    variance: float = 0.0
+    complete: bool = False
+    energy: float = 0.0
+    gradient: Tensor | None = None
+
+
+REMEMBERED = ("gain", "variance", "complete", "energy")
+
+
+class ASLoRA(Method):
+    """AS-LoRA (Kim, Park, Han and Ahn, arXiv 2605.05769), with a score that is pure post-processing.
+
+    Idea: per layer and round train and average only one of A and B, so that aggregation is exact, and pick the one
+    whose step is predicted to lower the loss most, to second order.
+    Travels: the active factor of each layer; nothing else is uploaded (`last-step-energy` adds one number a tensor).
+    DP: sound. Scores and choices are functions of releases and public numbers, hence free.
+
+    Round `t`:
+
+    1. Warm-up (the first tenth of the rounds, at least two): B in odd rounds, A in even ones. Later `select` decides. A
+       layer whose B is zero trains B.
+    2. Clients train the active factors; the server adds the weighted mean of their updates.
+    3. Score of each active block, as the predicted decrease `a S`:
+       - `curvature`: `S_t = (Q_t + X_t)/2`, the trapezoid rule of the directional derivative along the executed noisy
+         step (`lorica.methods.scores`). `X_t` needs the block's next activation, so a score completes one
+         activation late; at first, `Q` alone.
+       - `energy`: `‖Ḡ‖² - d v`.
+       - `last-step-energy`: `Σ_k w_k max(‖ĝ_k‖² - d τ_k², 0)` of the last local step, the released code's score in
+         most rounds, from the privatised gradient.
+    4. `gain ← β gain + (1-β) a S` for the active blocks.
+
+    `select: softmax`: with `D = (S_A - S_B)/(|S_A| + |S_B|)` and temperature `T = max(0.1, 0.95^(t - warm-up))`, A is chosen with
+    probability `1/(1 + exp(-D/T))`. `select: thompson`: with probability `Φ((S_A - S_B)/√(s_A² + s_B²))`, kept within
+    `[floor, 1 - floor]`; the variance of an inactive block grows by `(0.1 gain)²` a round, so nothing is starved; with
+    `freeze` a layer trains neither factor while both gains are negative by more than a standard deviation.
+
+    Where the released code differs: it scored the raw gradient at first (not private); later it uploads
+    finite-difference curvature of raw private batches in the last rounds (not private; not offered here); it compares the
+    factors without their learning rates; it scores a random projection of the gradient, which has the same expected energy.
+    """
+
+    name = "as-lora"
+    about = About(
+        paper="AS-LoRA",
+        arxiv="2605.05769",
+        trains="A or B per layer, by score",
+        sends="the active factor of each layer",
+        exact=True,
+        privacy="sound; score is free post-processing",
+    )
+
+    class Options(Strict):
+        granularity: Literal["layer", "module", "tied"] = "layer"
+        score: Literal["curvature", "energy", "last-step-energy"] = "curvature"
+        select: Literal["softmax", "thompson"] = "softmax"
+        warm_up: float = Field(0.1, ge=0, le=1)
+        ema: float = Field(0.9, ge=0, lt=1)
+        floor: float = Field(0.05, ge=0, le=0.5)
+        freeze: bool = False
+
+    options: Options
+
+    def __init__(self, options: BaseModel, sites: list[Site]) -> None:
+        super().__init__(options, sites)
+        self.groups: dict[str, list[Site]] = {}
+        for site in sites:
+            key = {"layer": site.layer, "module": site.name, "tied": "all"}[self.options.granularity]
+            self.groups.setdefault(key, []).append(site)
+        self.blocks: dict[tuple[str, str], Block] = {}
+        for group, members in self.groups.items():
+            self.blocks[group, "A"] = Block([site.a for site in members])
+            self.blocks[group, "B"] = Block([site.b for site in members])
+        self.probabilities: dict[str, float] = {}
+
+    def check(self, optimizer: OptimizerConfig, clients: int, private: bool) -> None:
+        if optimizer.name == "adamw" and (
+            self.options.score == "energy" or self.options.select == "thompson" or clients == 1
+        ):
+            raise UserError(
+                "optimizer.name",
+                "adamw",
+                "Adam rescales the noise, so its variance in an update is not known to the server",
+                "use sgd, or method.score=curvature with method.select=softmax and at least two clients a round",
+            )
+        if self.options.freeze and self.options.select != "thompson":
+            raise UserError("method.freeze", True, "needs variances", "set method.select=thompson")
+
+    def round(self, server: Server) -> Generator[Train, Replies, None]:
+        choice = self._choose(server)
+        factors = {site.name: choice[group] for group, members in self.groups.items() for site in members}
+        replies = yield Train(factors, last_step_energy=self.options.score == "last-step-energy")
+        self._score(server, replies, choice)
+        server.model.add(replies.mean())
+
+    def _choose(self, server: Server) -> dict[str, Factors]:
+        coins = server.generator("as-lora")
+        warm_up = max(2, int(self.options.warm_up * server.rounds))
+        self.probabilities = {}
+        choice: dict[str, Factors] = {}
+        for group, members in self.groups.items():
+            coin = coins.random()
+            if server.round <= warm_up:
+                choice[group] = "B" if server.round % 2 else "A"
+            else:
+                self.probabilities[group] = self._probability_of_a(group, server.round - warm_up)
+                choice[group] = "A" if coin < self.probabilities[group] else "B"
+                if self.options.freeze and self._harmful(group):
+                    choice[group] = ""
+            if choice[group] == "A" and is_zero(server, members):
+                choice[group] = "B"
+        if not any(choice.values()) and not server.model.head:
+            best = max(self.blocks, key=lambda key: self.blocks[key].gain or 0.0)
+            choice[best[0]] = cast(Factors, best[1])
+        return choice
+
+    def _probability_of_a(self, group: str, rounds_since_warm_up: int) -> float:
+        a, b = self.blocks[group, "A"], self.blocks[group, "B"]
+        if a.gain is None or b.gain is None:
+            return 0.5
+        difference = a.gain - b.gain
+        if self.options.select == "softmax":
+            temperature = max(0.1, 0.95**rounds_since_warm_up)
+            relative = difference / max(abs(a.gain) + abs(b.gain), 1e-30)
+            return 1 / (1 + math.exp(-min(max(relative / temperature, -30.0), 30.0)))
+        deviation = math.sqrt(a.variance + b.variance)
+        certainty = 0.5 * (1 + math.erf(difference / max(deviation, 1e-30) / math.sqrt(2)))
+        return min(max(certainty, self.options.floor), 1 - self.options.floor)
+
+    def _harmful(self, group: str) -> bool:
+        blocks = (self.blocks[group, "A"], self.blocks[group, "B"])
+        return all(block.gain is not None and block.gain + math.sqrt(block.variance) < 0 for block in blocks)
+
+    def _score(self, server: Server, replies: Replies, choice: dict[str, Factors]) -> None:
+        clients = sorted(replies.updates)
+        weights = torch.tensor([replies.weights[client] for client in clients], dtype=torch.float64)
+        coefficients = step_weights(server.local_steps, server.optimizer.momentum)
+        noise_variance = mean_noise_variance(server.terms, replies.weights, coefficients)
+        for (group, factor), block in self.blocks.items():
+            if choice[group] != factor:
+                block.variance += (0.1 * (block.gain or 0.0)) ** 2
+                continue
+            length = server.rates[block.names[0]] * float(coefficients.sum())
+            if self.options.score == "last-step-energy":
+                score, variance = self._last_step_energy(server, replies, block)
+                self._learn(block, length * score, length**2 * variance)
+                continue
+            gradients = torch.stack([self._gradient(server, replies.updates[client], block, length) for client in clients])
+            mean = weights @ gradients
+            energy = debiased_energy(mean, noise_variance)
+            if self.options.score == "energy":
+                variance = energy_variance(mean.numel(), noise_variance, energy)
+                self._learn(block, length * energy, length**2 * variance)
+                continue
+            if len(clients) > 1:
+                energy = cross_client_energy(gradients, weights)
+            if block.gradient is None:
+                variance = energy_variance(mean.numel(), noise_variance, energy)
+                block.gain, block.variance = length * energy, length**2 * variance
+            else:
+                score = (block.energy + alignment(block.gradient, mean)) / 2
+                variance = curvature_score_variance(mean.numel(), noise_variance, len(clients), score)
+                if not block.complete:
+                    block.gain, block.complete = None, True
+                self._learn(block, length * score, length**2 * variance)
+            block.energy, block.gradient = energy, mean
+
+    def _gradient(self, server: Server, update: Any, block: Block, length: float) -> Tensor:
+        """`G_k = -U_k / a` of a block, `(d,)`, float64, the known weight decay taken out."""
+        decay = server.optimizer.weight_decay
+        parts = [(update[name] / -length - decay * server.model.tensors[name]).flatten() for name in block.names]
+        return torch.cat(parts).double()
+
+    def _last_step_energy(self, server: Server, replies: Replies, block: Block) -> tuple[float, float]:
+        score = variance = 0.0
+        for client, weight in replies.weights.items():
+            noise = server.terms[client].noise_std ** 2
+            for name in block.names:
+                dimension = server.model.tensors[name].numel()
+                energy = max(replies.energies[client][name] - dimension * noise, 0.0)
+                score += weight * energy
+                variance += weight**2 * energy_variance(dimension, noise, energy)
+        return score, variance
+
+    def _learn(self, block: Block, gain: float, variance: float) -> None:
+        keep = self.options.ema
+        if block.gain is None:
+            block.gain, block.variance = gain, variance
+        else:
+            block.gain = keep * block.gain + (1 - keep) * gain
+            block.variance = keep**2 * block.variance + (1 - keep) ** 2 * variance
+
+    def decisions(self) -> dict[str, object]:
+        return {"probability_a": self.probabilities}
+
+    def state(self) -> tuple[dict[str, object], dict[str, Tensor]]:
+        numbers: dict[str, object] = {}
+        tensors = {}
+        for (group, factor), block in self.blocks.items():
+            numbers[f"{group}:{factor}"] = {key: getattr(block, key) for key in REMEMBERED}
+            if block.gradient is not None:
+                tensors[f"{group}:{factor}"] = block.gradient
+        return numbers, tensors
+
+    def restore(self, numbers: dict[str, object], tensors: dict[str, Tensor]) -> None:
+        for (group, factor), block in self.blocks.items():
+            for key, value in cast(dict[str, Any], numbers[f"{group}:{factor}"]).items():
+                setattr(block, key, value)
+            block.gradient = tensors.get(f"{group}:{factor}")

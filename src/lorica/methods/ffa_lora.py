@@ -1,0 +1,46 @@
+"""FFA-LoRA: frozen A."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+import torch
+
+from lorica.adapters.state import AdapterState
+from lorica.config import Strict
+from lorica.methods.base import About, Method, Replies, Server, Train
+
+
+class FFALoRA(Method):
+    """FFA-LoRA (Sun et al., ICLR 2024, arXiv 2403.12313).
+
+    Idea: all clients share the random A and train only B, so `Σ w_k B_k A = B̄ A` exactly and DP noise enters linearly.
+    Travels: B. The row space of every adapted map stays that of A₀.
+    DP: sound under the canonical step.
+
+    With `orthonormal_a` the rows of A are made orthonormal first. FedSVD without its server work is this method, since
+    its re-factorisation never leaves row(A₀); it is the fair baseline for it.
+    """
+
+    name = "ffa-lora"
+    about = About(
+        paper="FFA-LoRA",
+        arxiv="2403.12313",
+        trains="B",
+        sends="B",
+        exact=True,
+        privacy="sound; noise linear",
+    )
+
+    class Options(Strict):
+        orthonormal_a: bool = False
+
+    options: Options
+
+    def start(self, model: AdapterState) -> None:
+        if self.options.orthonormal_a:
+            model.assign({site.a: torch.linalg.qr(model.tensors[site.a].T).Q.T.contiguous() for site in self.sites})
+
+    def round(self, server: Server) -> Generator[Train, Replies, None]:
+        replies = yield Train("B")
+        server.model.add(replies.mean())

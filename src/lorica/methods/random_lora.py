@@ -1,0 +1,37 @@
+"""Random-LoRA: a coin per layer and round, the ablation of AS-LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from lorica.adapters.state import Factors
+from lorica.methods.base import About, Method, Replies, Server, Train, is_zero
+
+
+class RandomLoRA(Method):
+    """One independent fair coin per layer and round picks the factor: AS-LoRA with its score taken away.
+
+    Travels: the active factors. Aggregation is exact. DP: sound under the canonical step.
+
+    AS-LoRA's released score is nearly a coin under DP noise, so this is the baseline that a score has to beat. A layer
+    whose B is still zero trains B.
+    """
+
+    name = "random-lora"
+    about = About(
+        paper="ablation of AS-LoRA",
+        arxiv="2605.05769",
+        trains="A or B per layer, at random",
+        sends="the active factor of each layer",
+        exact=True,
+        privacy="sound; noise linear",
+    )
+
+    def round(self, server: Server) -> Generator[Train, Replies, None]:
+        coins = server.generator("random-lora")
+        layers = {site.layer: [other for other in self.sites if other.layer == site.layer] for site in self.sites}
+        choice: dict[str, Factors] = {
+            layer: "A" if coins.random() < 0.5 and not is_zero(server, sites) else "B" for layer, sites in layers.items()
+        }
+        replies = yield Train({site.name: choice[site.layer] for site in self.sites})
+        server.model.add(replies.mean())

@@ -1,0 +1,31 @@
+"""RoLoRA: the factor alternates per round."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from lorica.methods.base import About, Method, Replies, Server, Train
+
+
+class RoLoRA(Method):
+    """RoLoRA (Chen et al., NeurIPS 2025, arXiv 2502.01755; workshop version 2409.02346).
+
+    Idea: B in odd rounds, A in even rounds, in all layers alike; the other factor is common, so averaging is exact and
+    A's subspace is learned too.
+    Travels: the active factor.
+    DP: the paper has none; sound under the canonical step. Starts with B, since A has no gradient while B is zero.
+    """
+
+    name = "ro-lora"
+    about = About(
+        paper="RoLoRA",
+        arxiv="2502.01755",
+        trains="B, A, B, A… by round",
+        sends="the active factor",
+        exact=True,
+        privacy="sound; noise linear",
+    )
+
+    def round(self, server: Server) -> Generator[Train, Replies, None]:
+        replies = yield Train("B" if server.round % 2 else "A")
+        server.model.add(replies.mean())

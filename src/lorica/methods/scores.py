@@ -1,0 +1,76 @@
+"""Scores of a block of tensors, computed from what clients upload anyway: pure post-processing.
+
+A block is one factor of one layer, `d` coordinates in all. Client `k` uploads `U_k = θ_{k,E} - θ_t`. With the path length
+`a = η Σ_e c_e` the client's round-average noisy gradient is `G_k = -U_k / a`, and the server moves by `-a Ḡ` with
+`Ḡ = Σ_k w_k G_k`. The DP noise in `Ḡ` has the public variance `v` per coordinate.
+
+For a local quadratic loss with gradient `g` and Hessian `H`, training the block once lowers the loss by `a D`, with
+`D = ‖g‖² - (a/2)(gᵀHg + v tr H)` up to the local drift. The statistics here estimate it without bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorica.privacy.mechanism import Terms
+
+
+def step_weights(steps: int, momentum: float) -> Tensor:
+    """`c_e = (1 - μ^{E-e+1}) / (1 - μ)`, `e = 1…E`: how far the gradient of step `e` moves the parameters by the end.
+
+    Shape `(E,)`, float64. All ones without momentum.
+    """
+    left = torch.arange(steps, 0, -1, dtype=torch.float64)
+    return left.sign() if momentum == 0 else (1 - momentum**left) / (1 - momentum)
+
+
+def mean_noise_variance(terms: Mapping[int, Terms], weights: Mapping[int, float], coefficients: Tensor) -> float:
+    """`v = Σ_k w_k² τ_k² · Σ_e c_e² / (Σ_e c_e)²`: noise variance of each coordinate of `Ḡ`."""
+    spread = float(coefficients.square().sum() / coefficients.sum().square())
+    return sum(weight**2 * terms[client].noise_std ** 2 for client, weight in weights.items()) * spread
+
+
+def cross_client_energy(gradients: Tensor, weights: Tensor) -> float:
+    """`Q = (‖Σ_k w_k G_k‖² - Σ_k w_k² ‖G_k‖²) / (1 - Σ_k w_k²)`.
+
+    Estimates `‖g‖² - 2b gᵀHg` for the small drift coefficient `b = η (E-1)/2`, with no noise to subtract since different
+    clients' noises are independent. Under heterogeneity it estimates the mean inner product of two clients' gradients.
+
+    Args:
+        gradients: `(K, d)`, `K ≥ 2`.
+        weights: `(K,)`, summing to 1.
+    """
+    mean = weights @ gradients
+    own = (weights**2 * gradients.square().sum(1)).sum()
+    return float((mean.square().sum() - own) / (1 - weights.square().sum()))
+
+
+def debiased_energy(mean: Tensor, noise_variance: float) -> float:
+    """`N' = ‖Ḡ‖² - d v`: what is left of the mean gradient's energy when the known noise is taken off. `mean` is `(d,)`."""
+    return float(mean.square().sum()) - mean.numel() * noise_variance
+
+
+def alignment(earlier: Tensor, later: Tensor) -> float:
+    """`X = ⟨Ḡ_t, Ḡ_{t+}⟩` with `t+` the next round in which the block is active.
+
+    Estimates `‖g‖² - (2b + a) gᵀHg - a v tr H`: how much of the gradient survived the noisy step along it. Two rounds'
+    noises are independent, so nothing is subtracted.
+    """
+    return float(earlier @ later)
+
+
+def curvature_score_variance(dimension: int, noise_variance: float, clients: int, score: float) -> float:
+    """Variance of `S = (Q + X)/2`: `(d v²/4)(2K/(K-1) + 1) + 2.5 v ‖g‖²`, with `max(S, 0)` for `‖g‖²`.
+
+    For `K = 1`, where the debiased energy replaces `Q`, `2K/(K-1)` becomes 2.
+    """
+    own = 2 * clients / (clients - 1) if clients > 1 else 2.0
+    return dimension * noise_variance**2 / 4 * (own + 1) + 2.5 * noise_variance * max(score, 0.0)
+
+
+def energy_variance(dimension: int, noise_variance: float, energy: float) -> float:
+    """Variance of a debiased energy: `2 d v² + 4 v ‖g‖²`, with `max(energy, 0)` for `‖g‖²`."""
+    return 2 * dimension * noise_variance**2 + 4 * noise_variance * max(energy, 0.0)

@@ -1,0 +1,88 @@
+"""Local optimisers: from a noisy gradient to an increment, all of it post-processing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorica.config import OptimizerConfig
+from lorica.privacy.released import Released, post_process
+
+
+class Sgd:
+    """`m ← μ m + ĝ + λ θ`, increment `-η m` (the update of `torch.optim.SGD`).
+
+    Args:
+        rates: name -> `η`.
+        momentum: `μ`.
+        weight_decay: `λ`.
+    """
+
+    def __init__(self, rates: Mapping[str, float], momentum: float, weight_decay: float) -> None:
+        self._rates, self._momentum, self._weight_decay = rates, momentum, weight_decay
+        self._velocity: dict[str, Released] = {}
+
+    def step(self, gradients: Mapping[str, Released], parameters: Mapping[str, Tensor]) -> dict[str, Released]:
+        """Increments of the trained tensors. `parameters` are public plus earlier increments."""
+        increments = {}
+        for name, gradient in gradients.items():
+            direction = gradient
+            if self._weight_decay:
+                direction = post_process(lambda g, name=name: g + self._weight_decay * parameters[name], direction)
+            if self._momentum:
+                if name in self._velocity:
+                    direction = post_process(lambda v, g: self._momentum * v + g, self._velocity[name], direction)
+                self._velocity[name] = direction
+            increments[name] = post_process(lambda d, name=name: -self._rates[name] * d, direction)
+        return increments
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the noisy gradient, with the defaults of `torch.optim.AdamW`.
+
+    Increment `-η (m̂ / (√v̂ + 1e-8) + λ θ)`, `β = (0.9, 0.999)`.
+    """
+
+    BETAS = (0.9, 0.999)
+    EPSILON = 1e-8
+
+    def __init__(self, rates: Mapping[str, float], weight_decay: float) -> None:
+        self._rates, self._weight_decay = rates, weight_decay
+        self._first: dict[str, Released] = {}
+        self._second: dict[str, Released] = {}
+        self._count = 0
+
+    def step(self, gradients: Mapping[str, Released], parameters: Mapping[str, Tensor]) -> dict[str, Released]:
+        """Increments of the trained tensors. `parameters` are public plus earlier increments."""
+        self._count += 1
+        first_decay, second_decay = self.BETAS
+        first_scale = 1 - first_decay**self._count
+        second_scale = 1 - second_decay**self._count
+        increments = {}
+        for name, gradient in gradients.items():
+            first = self._first.get(name) or post_process(torch.zeros_like, gradient)
+            second = self._second.get(name) or post_process(torch.zeros_like, gradient)
+            self._first[name] = post_process(lambda m, g: first_decay * m + (1 - first_decay) * g, first, gradient)
+            self._second[name] = post_process(lambda v, g: second_decay * v + (1 - second_decay) * g**2, second, gradient)
+            increments[name] = post_process(
+                lambda m, v, name=name: -self._rates[name]
+                * (m / first_scale / ((v / second_scale).sqrt() + self.EPSILON) + self._weight_decay * parameters[name]),
+                self._first[name],
+                self._second[name],
+            )
+        return increments
+
+
+def make_optimizer(config: OptimizerConfig, rates: Mapping[str, float]) -> Sgd | AdamW:
+    """The configured optimiser, fresh: no state outlives a round."""
+    if config.name == "adamw":
+        return AdamW(rates, config.weight_decay)
+    return Sgd(rates, config.momentum, config.weight_decay)
+
+
+def learning_rates(config: OptimizerConfig, names: list[str]) -> dict[str, float]:
+    """Rate of each trained tensor: `lr_a` for factors A, `lr_b` for factors B, `lr` for the rest and where unset."""
+    by_kind = {"A": config.lr_a, "B": config.lr_b}
+    return {name: by_kind.get(name.rsplit(".", 1)[-1]) or config.lr for name in names}

@@ -1,0 +1,138 @@
+"""What releases cost, and how much noise an ε takes: dp-accounting's PLD accountant, with RDP as a cross-check.
+
+Unit: one record of one client, added or removed. Clients hold disjoint records, so a federation's ε is the largest of
+its clients', not their sum. Choosing which tensors to train from earlier releases is adaptive composition at fixed
+(q, σ) and costs nothing extra.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from importlib.metadata import version
+
+import dp_accounting
+import numpy as np
+from dp_accounting import pld, rdp
+from dp_accounting.pld import privacy_loss_distribution
+
+from lorica.files import cache_folder, write_atomically
+
+# Pessimistic rounding on this grid over-states ε by less than 0.1 % and is ten times faster than the library's default.
+DISCRETIZATION = 1e-3
+# Integer orders only: fractional ones converge slowly at high sampling rates and dp-accounting then drops them.
+RDP_ORDERS = [*range(2, 65), 80, 96, 128, 192, 256, 512, 1024]
+CALIBRATION_TOLERANCE = 1e-4
+ACCOUNTANT = f"dp-accounting {version('dp-accounting')} PLD"
+RELATION = "add or remove one record"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """`count` steps of the Poisson-subsampled Gaussian mechanism with rate `q` and noise multiplier `σ`."""
+
+    sampling_rate: float
+    noise_multiplier: float
+    count: int
+
+
+def epsilon(steps: Iterable[Steps], delta: float) -> float:
+    """The ε of a composition at `delta`, by privacy loss distributions (an upper bound, tight to about 0.1 %).
+
+    No steps cost 0. A noise multiplier of 0 costs infinity. Koskela et al., arXiv 1906.03049; Doroshenko et al.,
+    arXiv 2207.04380 (connect-the-dots).
+    """
+    return _epsilon(_merged(steps), delta)
+
+
+def epsilon_rdp(steps: Iterable[Steps], delta: float) -> float:
+    """The same by Rényi differential privacy: looser, and an independent check.
+
+    Mironov et al., arXiv 1908.10530, for the sampled Gaussian; Canonne et al., arXiv 2004.00010, for the conversion.
+    """
+    return epsilon_from_rdp(sum((rdp_curve(step) for step in _merged(steps)), np.zeros(len(RDP_ORDERS))), delta)
+
+
+def rdp_curve(steps: Steps) -> np.ndarray:
+    """Rényi divergence bound at each of `RDP_ORDERS`, shape `(orders,)`."""
+    if steps.noise_multiplier == 0:
+        return np.full(len(RDP_ORDERS), np.inf)
+    return steps.count * _rdp_of_one_step(steps.sampling_rate, steps.noise_multiplier)
+
+
+def epsilon_from_rdp(curve: np.ndarray, delta: float) -> float:
+    """ε at `delta` of a Rényi curve over `RDP_ORDERS`."""
+    if not np.any(curve):
+        return 0.0
+    if np.all(np.isinf(curve)):
+        return float("inf")
+    return float(rdp.rdp_privacy_accountant.compute_epsilon(RDP_ORDERS, curve, delta)[0])
+
+
+def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: float) -> float:
+    """The smallest noise multiplier (to 1e-4) with which `steps` steps cost at most `target_epsilon` at `delta`.
+
+    Results are kept on disk under Lorica's cache folder, since a calibration takes about a second.
+    """
+    key = [sampling_rate, steps, target_epsilon, delta, DISCRETIZATION, CALIBRATION_TOLERANCE, ACCOUNTANT]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    path = cache_folder() / "noise-multipliers" / f"{name}.json"
+    if path.is_file():
+        return float(json.loads(path.read_text())["noise_multiplier"])
+    noise_multiplier = float(
+        dp_accounting.calibrate_dp_mechanism(
+            lambda: pld.PLDAccountant(
+                dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=DISCRETIZATION
+            ),
+            lambda sigma: dp_accounting.SelfComposedDpEvent(
+                dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(sigma)), steps
+            ),
+            target_epsilon,
+            delta,
+            tol=CALIBRATION_TOLERANCE,
+        )
+    )
+    record = asdict(Steps(sampling_rate, noise_multiplier, steps)) | {"epsilon": target_epsilon, "delta": delta}
+    write_atomically(path, json.dumps(record).encode())
+    return noise_multiplier
+
+
+def _merged(steps: Iterable[Steps]) -> tuple[Steps, ...]:
+    """Equal mechanisms together, sorted, so that the same composition is the same cache key."""
+    counts: dict[tuple[float, float], int] = {}
+    for step in steps:
+        key = (step.sampling_rate, step.noise_multiplier)
+        counts[key] = counts.get(key, 0) + step.count
+    return tuple(Steps(q, sigma, count) for (q, sigma), count in sorted(counts.items()) if count > 0)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(steps: tuple[Steps, ...], delta: float) -> float:
+    if not steps:
+        return 0.0
+    if any(step.noise_multiplier == 0 for step in steps):
+        return float("inf")
+    total = None
+    for step in steps:
+        part = _loss_distribution(step.sampling_rate, step.noise_multiplier).self_compose(step.count)
+        total = part if total is None else total.compose(part)
+    return float(total.get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=1024)
+def _loss_distribution(sampling_rate: float, noise_multiplier: float) -> privacy_loss_distribution.PrivacyLossDistribution:
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier, sampling_prob=sampling_rate, value_discretization_interval=DISCRETIZATION
+    )
+
+
+@lru_cache(maxsize=1024)
+def _rdp_of_one_step(sampling_rate: float, noise_multiplier: float) -> np.ndarray:
+    accountant = rdp.RdpAccountant(RDP_ORDERS)
+    accountant.compose(
+        dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
+    )
+    return np.asarray(accountant.rdp)

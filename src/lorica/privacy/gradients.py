@@ -1,0 +1,94 @@
+"""Per-example gradients of linear maps, in one forward and one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class TrainedTensor(NamedTuple):
+    """The weight or the bias of a linear map (`nn.Linear`, weight `(d_out, d_in)`)."""
+
+    module: nn.Linear
+    kind: Literal["weight", "bias"]
+
+
+def per_example_gradients(
+    losses: Callable[[], Tensor], trained: Mapping[str, TrainedTensor], examples: int
+) -> dict[str, Tensor]:
+    """Gradient of each example's loss with respect to each trained tensor.
+
+    For `y = x Wᵀ + b` with input `x (n, t, d_in)` and output gradient `g (n, t, d_out)`, example `i` has
+    `∂L_i/∂W = g_iᵀ x_i` and `∂L_i/∂b = Σ_t g_it`. Goodfellow, arXiv 1510.01799, section 4.
+
+    Hooks live for one call only, so switching the trained set between calls cannot leave a stale one behind, and the
+    parameters themselves need no gradient: autograd never forms the batch gradient.
+
+    Args:
+        losses: runs the forward pass; returns one loss per example, shape `(n,)`. Examples must not mix (no batch
+            normalisation) and rows of one example must be adjacent along the first dimension (tokens, windows).
+        trained: name -> tensor to differentiate.
+        examples: `n`.
+
+    Returns:
+        name -> `(n, *shape)`, fp32, zero for a tensor that the loss does not reach. A module that is used several times
+        in the pass sums its contributions. Non-finite values are passed on; clipping deals with them.
+
+    Raises:
+        RuntimeError: a trained module saw a number of rows that is no multiple of `n`, or `losses` is not `(n,)`.
+    """
+    gradients: dict[str, Tensor] = {}
+    wanted: dict[nn.Linear, dict[str, str]] = {}
+    for name, (module, kind) in trained.items():
+        wanted.setdefault(module, {})[kind] = name
+
+    def forward_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        assert isinstance(module, nn.Linear)
+        names = wanted[module]
+        x = _rows_by_example(inputs[0].detach(), examples) if "weight" in names else None
+
+        def backward_hook(output_gradient: Tensor) -> None:
+            g = _rows_by_example(output_gradient, examples)
+            if x is not None:
+                _accumulate(gradients, names["weight"], torch.bmm(g.transpose(1, 2).float(), x.float()))
+            if "bias" in names:
+                _accumulate(gradients, names["bias"], g.float().sum(1))
+
+        if not output.requires_grad:
+            output.requires_grad_()
+        output.register_hook(backward_hook)
+
+    handles: list[RemovableHandle] = [module.register_forward_hook(forward_hook) for module in wanted]
+    try:
+        with torch.enable_grad():
+            values = losses()
+            if values.shape != (examples,):
+                raise RuntimeError(f"losses have shape {tuple(values.shape)}, expected ({examples},): one per example")
+            if values.requires_grad:
+                values.sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (module, kind) in trained.items():
+        if name not in gradients:
+            parameter = getattr(module, kind)
+            gradients[name] = torch.zeros((examples, *parameter.shape), device=parameter.device)
+    return gradients
+
+
+def _rows_by_example(value: Tensor, examples: int) -> Tensor:
+    """`(n·k, …, d)` -> `(n, t, d)`: all rows of an example together."""
+    if value.shape[0] % examples:
+        raise RuntimeError(
+            f"a trained module saw {value.shape[0]} rows for {examples} examples; per-example gradients need the "
+            "examples first"
+        )
+    return value.reshape(examples, -1, value.shape[-1])
+
+
+def _accumulate(gradients: dict[str, Tensor], name: str, value: Tensor) -> None:
+    gradients[name] = gradients[name] + value if name in gradients else value

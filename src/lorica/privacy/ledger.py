@@ -1,0 +1,165 @@
+"""The owner's record of every release, in SQLite beside the data, written before a release leaves."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from lorica.errors import UserError
+from lorica.privacy.accounting import RDP_ORDERS, Steps, epsilon, epsilon_from_rdp, rdp_curve
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS releases (
+    id INTEGER PRIMARY KEY,
+    time REAL NOT NULL,
+    dataset TEXT NOT NULL, owner TEXT NOT NULL, run TEXT NOT NULL, client INTEGER NOT NULL, round INTEGER NOT NULL,
+    sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, steps INTEGER NOT NULL,
+    noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB
+)
+"""
+
+
+@dataclass(frozen=True)
+class Release:
+    """One row: what one reply was made of.
+
+    Attributes:
+        dataset: fingerprint of the whole training data.
+        owner: fingerprint of the records of this client.
+        run: identity of the run.
+        steps: noisy gradients that the reply is a function of.
+        noise: `secure`, `reproducible` or `none`.
+        request: digest of everything the server asked for; the same request gets the stored reply again.
+    """
+
+    dataset: str
+    owner: str
+    run: str
+    client: int
+    round: int
+    sampling_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    steps: int
+    noise: str
+    request: str
+
+    @property
+    def cost(self) -> Steps:
+        return Steps(self.sampling_rate, self.noise_multiplier, self.steps)
+
+
+_COLUMNS = ", ".join(field.name for field in fields(Release))
+
+
+class Ledger:
+    """Releases of one data set over its whole life.
+
+    A reply is stored in the transaction that charges it. If the same request comes again (a resumed run, a lost reply),
+    the owner sends the very same release: that costs nothing, and no noise is drawn twice. A crash between charging and
+    sending can only over-count.
+
+    Raises:
+        UserError: the file cannot be opened or written, or is no ledger.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(self._connect()) as connection, connection:
+                connection.execute(_SCHEMA)
+        except (sqlite3.Error, OSError) as error:
+            raise self._unusable(error) from error
+
+    def charge(self, release: Release, reply: bytes) -> None:
+        """Write one release with its reply and sync it to disk, before the reply leaves.
+
+        Replies of the client's earlier rounds in this run are dropped: a server that has gone on cannot need them.
+        """
+        try:
+            with closing(self._connect()) as connection, connection:
+                connection.execute(
+                    "UPDATE releases SET reply = NULL WHERE run = ? AND client = ? AND round < ?",
+                    (release.run, release.client, release.round),
+                )
+                connection.execute(
+                    f"INSERT INTO releases (time, {_COLUMNS}, reply) VALUES (?{', ?' * (len(fields(Release)) + 1)})",
+                    (time.time(), *astuple(release), reply),
+                )
+        except (sqlite3.Error, OSError) as error:
+            raise self._unusable(error) from error
+
+    def recall(self, run: str, client: int, request: str) -> bytes | None:
+        """The stored reply to a request that was answered before, or None."""
+        with closing(self._connect()) as connection:
+            row = connection.execute(
+                "SELECT reply FROM releases WHERE run = ? AND client = ? AND request = ? AND reply IS NOT NULL",
+                (run, client, request),
+            ).fetchone()
+        return row[0] if row else None
+
+    def steps(self, run: str, client: int) -> int:
+        """Steps that a client has been charged for in a run."""
+        with closing(self._connect()) as connection:
+            query = "SELECT COALESCE(SUM(steps), 0) FROM releases WHERE run = ? AND client = ?"
+            return int(connection.execute(query, (run, client)).fetchone()[0])
+
+    def releases(self, dataset: str) -> list[Release]:
+        """All releases of a data set, oldest first."""
+        with closing(self._connect()) as connection:
+            rows = connection.execute(f"SELECT {_COLUMNS} FROM releases WHERE dataset = ? ORDER BY id", (dataset,))
+            return [Release(*row) for row in rows]
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=60)
+        # Every commit reaches the disk before a release may leave.
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            "privacy.ledger",
+            str(self.path),
+            f"the ledger cannot be used ({error})",
+            "make the place writable, or give another one with privacy.ledger=PATH",
+        )
+
+
+def lifetime_epsilon(releases: Iterable[Release], owner: str, delta: float, planned: Steps | None = None) -> float:
+    """ε of everything ever released about a record of `owner`, at `delta`, with `planned` steps still to come.
+
+    Releases of this owner's own partition compose by PLD. In a simulation, other runs may have split the same data set
+    differently; a record of this owner then was with some client of that run, nobody knows which, and the bound takes
+    at each Rényi order the most expensive client: `max_k RDP_k(α)`. Releases without noise, or with reproducible noise, are not
+    private and are left out: `unprotected` counts them.
+    """
+    private = [release for release in releases if release.noise == "secure"]
+    own = [release.cost for release in private if release.owner == owner]
+    own_runs = {release.run for release in private if release.owner == owner}
+    own += [planned] if planned else []
+    foreign: dict[str, dict[int, list[Steps]]] = {}
+    for release in private:
+        if release.run not in own_runs:
+            foreign.setdefault(release.run, {}).setdefault(release.client, []).append(release.cost)
+    if not foreign:
+        return epsilon(own, delta)
+    curve = _rdp_of(own)
+    for clients in foreign.values():
+        curve = curve + np.max([_rdp_of(steps) for steps in clients.values()], axis=0)
+    return epsilon_from_rdp(curve, delta)
+
+
+def unprotected(releases: Iterable[Release]) -> int:
+    """Number of releases that no noise of unknown value protects."""
+    return sum(release.noise != "secure" for release in releases)
+
+
+def _rdp_of(steps: Iterable[Steps]) -> np.ndarray:
+    return np.sum([np.zeros(len(RDP_ORDERS)), *(rdp_curve(step) for step in steps)], axis=0)

@@ -1,0 +1,104 @@
+"""The canonical record-level DP-SGD gradient: sample, clip each example, sum, add noise, divide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lorica.privacy.clipping import clipped_sum
+from lorica.privacy.gradients import TrainedTensor, per_example_gradients
+from lorica.privacy.randomness import Randomness
+from lorica.privacy.released import Released, _release
+from lorica.tasks.records import Batch, Records
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a server proposes for one client's steps, and what a step costs. All of it is public.
+
+    Attributes:
+        sampling_rate: `q`, the probability with which each record enters a batch.
+        batch_size: `b`, the expected batch size, which the sum is divided by.
+        clip_norm: `C`; `inf` without privacy.
+        noise_multiplier: `σ`; the noise on the sum has standard deviation `σC`. Zero without privacy.
+    """
+
+    sampling_rate: float
+    batch_size: int
+    clip_norm: float
+    noise_multiplier: float
+
+    @property
+    def private(self) -> bool:
+        return self.noise_multiplier > 0
+
+    @property
+    def noise_std(self) -> float:
+        """`τ = σC/b`: standard deviation of each coordinate of the noisy gradient."""
+        return self.noise_multiplier * self.clip_norm / self.batch_size if self.private else 0.0
+
+
+def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -> np.ndarray:
+    """Indices of a batch that each of `records` records enters independently with probability `sampling_rate`.
+
+    The batch may be empty. Zhu and Wang, Poisson Subsampled Rényi Differential Privacy, 2019.
+    """
+    return np.flatnonzero((randomness.uniform(records) < sampling_rate).numpy())
+
+
+def add_noise(value: Tensor, noise_std: float, randomness: Randomness) -> Tensor:
+    """`value + N(0, s² I)`, rounded to a grid of spacing `2^⌊log₂ s⌋ · 2⁻¹⁶`.
+
+    Sum and rounding are done in float64: the grid hides the low-order bits through which floating-point noise can
+    betray what it was added to (Mironov, CCS 2012). The rounding adds a variance of less than `2⁻³⁵ s²`. Zero noise returns
+    the value itself.
+    """
+    if noise_std == 0:
+        return value
+    grid = 2.0 ** (math.floor(math.log2(noise_std)) - 16)
+    noise = noise_std * randomness.normal(value.numel()).reshape(value.shape)
+    noisy = value.double().cpu() + noise
+    return ((noisy / grid).round() * grid).to(value)
+
+
+def noisy_gradient(
+    model: nn.Module,
+    losses: Callable[[nn.Module, Batch], Tensor],
+    trained: Mapping[str, TrainedTensor],
+    records: Records,
+    terms: Terms,
+    randomness: Randomness,
+    micro_batch_tokens: int,
+) -> dict[str, Released]:
+    """`ĝ = (Σ_{i∈S} clip_C(g_i) + N(0, σ²C² I)) / b` over a Poisson batch `S`.
+
+    One release of the subsampled Gaussian mechanism with (`q`, `σ`). An empty batch is a sum of zero: the noise is
+    added and the step counts. Abadi et al., arXiv 1607.00133, Algorithm 1, with the expected batch size in the place of
+    the actual one.
+
+    Args:
+        losses: one loss per example of a batch, shape `(n,)`.
+        trained: the tensors that are trained in this step; their per-example gradients share one clip norm.
+        micro_batch_tokens: bounds the memory of one forward pass; does not change the result.
+
+    Returns:
+        name -> released gradient of the tensor's shape, fp32.
+    """
+    indices = poisson_sample(len(records), terms.sampling_rate, randomness)
+    total = {
+        name: torch.zeros_like(getattr(module, kind), dtype=torch.float32) for name, (module, kind) in trained.items()
+    }
+    for batch in records.micro_batches(indices, micro_batch_tokens):
+        batch = batch.to(next(model.parameters()).device)
+        gradients = per_example_gradients(lambda batch=batch: losses(model, batch), trained, len(batch))  # type: ignore[misc]
+        for name, value in clipped_sum(gradients, terms.clip_norm).items():
+            total[name] += value
+    noise_std = terms.noise_multiplier * terms.clip_norm if terms.private else 0.0
+    return {
+        name: _release(add_noise(value, noise_std, randomness) / terms.batch_size) for name, value in total.items()
+    }

@@ -1,0 +1,121 @@
+"""The model card of an adapter: what it is, how to load it, and the privacy statement."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorica.reporting.run_folder import Run, not_private
+from lorica.reporting.style import rounded_up
+from lorica.reporting.tables import PRIVACY_TERMS, accuracy_text, markdown_table, rounds_text
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def model_card(run: Run, load_lines: str) -> str:
+    """Markdown with the front matter that Hugging Face reads, for `README.md` in the adapter folder.
+
+    A base model that is no Hugging Face id (a folder, `lorica:...`) is named in the text only, since the hub refuses a
+    card whose `base_model` it does not know; of a folder only the last part is named, since cards are published.
+
+    Args:
+        load_lines: Python that loads the adapter.
+    """
+    base = str(run.config.get("model", {}).get("base", "unknown"))
+    front: dict[str, Any] = {"library_name": "peft"}
+    if _HUB_ID.fullmatch(base):
+        front["base_model"] = base
+    elif not base.startswith("lorica:"):
+        base = Path(base).name
+    tags = ["lora", "federated-learning", "differential-privacy", "lorica"]
+    front["tags"] = [tag for tag in tags if tag != "differential-privacy" or _has_noise(run)]
+    reason = not_private(run)
+    warning = f"\n> **Not a private release: {_inline(reason)}**\n" if reason else ""
+    version = run.environment.get("lorica")
+    trained_with = "Lorica" if version is None else f"Lorica {_inline(version)}"
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+
+# {_inline(run.name)}
+{warning}
+A LoRA adapter for `{_code(base)}`, trained with {trained_with} on data that stayed with its owners.
+
+* Method: `{_code(run.method)}`
+* Test accuracy: {accuracy_text(run)}
+* Rounds: {rounds_text(run)}
+
+## How to load it
+
+{_fenced(load_lines)}
+
+## Privacy
+
+{_privacy(run)}"""
+
+
+def _privacy(run: Run) -> str:
+    privacy = run.privacy or {}
+    if not _has_noise(run):
+        return f"**Nothing here is a privacy guarantee: {_inline(not_private(run))}**\n"
+    lines = [f"* {name}: {_inline(privacy[key])}" for key, name in PRIVACY_TERMS if privacy.get(key)]
+    headings = ["Client", "Records", "Sampling rate q", "Noise multiplier σ", "Clipping norm C", "Steps", "ε", "δ"]
+    table = markdown_table(headings, [_client_row(client) for client in run.clients])
+    return "\n".join(
+        [
+            "Each client has a guarantee of its own, about its own records.",
+            "",
+            *lines,
+            "",
+            table,
+            "ε and δ are rounded up.",
+            "",
+            "### Assumptions",
+            "",
+            *_bullets(privacy.get("assumptions")),
+            "",
+            "### Not covered",
+            "",
+            *_bullets(privacy.get("not_covered")),
+            "",
+        ]
+    )
+
+
+def _has_noise(run: Run) -> bool:
+    return bool((run.privacy or {}).get("noise", "none") != "none")
+
+
+def _client_row(client: dict[str, Any]) -> list[str]:
+    return [
+        str(client["client"]),
+        f"{client['records']:,}",
+        f"{client['sampling_rate']:.4g}",
+        f"{client['noise_multiplier']:.4g}",
+        f"{client['clip_norm']:g}",
+        f"{client['steps']:,}",
+        rounded_up(client["epsilon"]),
+        rounded_up(client["delta"]),
+    ]
+
+
+def _bullets(lines: list[str] | None) -> list[str]:
+    return [f"* {_inline(line)}" for line in lines] if lines else ["* None listed."]
+
+
+def _inline(text: object) -> str:
+    """Text on one line that Markdown reads as text."""
+    return re.sub(r"([\\`*_<>\[\]])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: str) -> str:
+    """Text for between two backticks."""
+    return " ".join(text.replace("`", "'").split())
+
+
+def _fenced(code: str) -> str:
+    longest = max((len(ticks) for ticks in re.findall("`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}python\n{code.strip()}\n{fence}"

@@ -1,0 +1,97 @@
+"""Several runs of several methods, brought together by method."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from lorica.errors import UserError
+from lorica.reporting.run_folder import bytes_sent, outcome, seconds_per_round
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run in a comparison: its method, its seed and the lines of its metrics.jsonl.
+
+    `private_release` comes from its privacy.json; None where that is not known.
+    """
+
+    method: str
+    seed: int
+    metrics: list[dict[str, Any]]
+    private_release: bool | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A method over its seeds: the last evaluated round of each, their mean and sample standard deviation.
+
+    `std` is None with a single seed, `start` if no run evaluated its starting model, `epsilon` without DP. `epsilon` is
+    the largest over the seeds; bytes and seconds are means over the seeds.
+    """
+
+    method: str
+    seeds: list[int]
+    finals: list[float]
+    final_rounds: list[int]
+    mean: float
+    std: float | None
+    start: float | None
+    epsilon: float | None
+    bytes_up: float
+    bytes_down: float
+    seconds_per_round: float | None
+
+
+def by_method(results: list[Result]) -> dict[str, list[Result]]:
+    """The results of each method, in the order of their seeds; methods in the order of their names.
+
+    Raises:
+        UserError: there is no result, one has no evaluated round after round 0, or a method has a seed twice.
+    """
+    if not results:
+        raise UserError("results", [], "nothing to compare", "give at least one finished run")
+    groups: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda result: (result.method, result.seed)):
+        group = groups.setdefault(result.method, [])
+        label = f"{result.method}, seed {result.seed}"
+        if group and group[-1].seed == result.seed:
+            raise UserError("results", label, "the same method and seed twice", "give each run once")
+        if outcome(result.metrics).final is None:
+            raise UserError("results", label, "no evaluated round", "let the run finish a round, or leave it out")
+        group.append(result)
+    return groups
+
+
+def summarise(results: list[Result]) -> list[Summary]:
+    """One summary per method, highest mean of the final accuracy first.
+
+    Raises:
+        UserError: as `by_method`.
+    """
+    summaries = [_summary(method, group) for method, group in by_method(results).items()]
+    return sorted(summaries, key=lambda summary: -summary.mean)
+
+
+def _summary(method: str, group: list[Result]) -> Summary:
+    outcomes = [outcome(result.metrics) for result in group]
+    finals = [float(each.final) for each in outcomes if each.final is not None]
+    starts = [each.start for each in outcomes if each.start is not None]
+    epsilons = [row["epsilon"] for result in group for row in result.metrics if row.get("epsilon") is not None]
+    traffic = [bytes_sent(result.metrics) for result in group]
+    times = [seconds_per_round(result.metrics) for result in group]
+    known_times = [seconds for seconds in times if seconds is not None]
+    return Summary(
+        method=method,
+        seeds=[result.seed for result in group],
+        finals=finals,
+        final_rounds=[each.final_round for each in outcomes if each.final_round is not None],
+        mean=statistics.fmean(finals),
+        std=statistics.stdev(finals) if len(finals) > 1 else None,
+        start=statistics.fmean(starts) if starts else None,
+        epsilon=max(epsilons, default=None),
+        bytes_up=statistics.fmean(up for up, _ in traffic),
+        bytes_down=statistics.fmean(down for _, down in traffic),
+        seconds_per_round=statistics.fmean(known_times) if known_times else None,
+    )

@@ -1,0 +1,62 @@
+"""Which factor was trained where and when: decisions.jsonl as one row per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorica.reporting.run_folder import Run
+
+
+@dataclass(frozen=True)
+class FactorRow:
+    """One layer (or one site) over the rounds of `factor_rounds`; a choice is "A", "B", "AB" or "" for neither."""
+
+    label: str
+    choices: tuple[str, ...]
+
+    def share(self, factor: str) -> float:
+        """Share of the rounds in which the factor was trained, alone or with the other one."""
+        return sum(factor in choice for choice in self.choices) / len(self.choices)
+
+
+def factor_rounds(run: Run) -> list[int]:
+    """The rounds that have a decision, in order."""
+    return [row["round"] for row in run.decisions]
+
+
+def factor_rows(run: Run) -> list[FactorRow]:
+    """One row per layer, or per site if the sites of a layer ever differ; empty if no decision was recorded.
+
+    A site that a round does not mention trained neither factor. Sites without a layer number get a row of their own,
+    after the layers.
+    """
+    sites = {site for row in run.decisions for site in row["factors"]}
+    choices = {site: tuple("".join(sorted(row["factors"].get(site, ""))) for row in run.decisions) for site in sites}
+    layers: dict[int, list[str]] = {}
+    for site in sorted(sites):
+        layer = layer_of(site)
+        if layer is not None:
+            layers.setdefault(layer, []).append(site)
+    unnumbered = [FactorRow(site, choices[site]) for site in sorted(sites) if layer_of(site) is None]
+    if all(len({choices[site] for site in group}) == 1 for group in layers.values()):
+        return [FactorRow(f"layer {layer}", choices[layers[layer][0]]) for layer in sorted(layers)] + unnumbered
+    numbered = [
+        FactorRow(f"layer {layer} {_site_label(site, layers[layer])}", choices[site])
+        for layer in sorted(layers)
+        for site in layers[layer]
+    ]
+    return numbered + unnumbered
+
+
+def layer_of(site: str) -> int | None:
+    """The first integer in a dotted name; None if there is none."""
+    return next((int(part) for part in site.split(".") if part.isdecimal()), None)
+
+
+def _site_label(site: str, siblings: list[str]) -> str:
+    """The last part of the name, or all that follows the layer number where the last part is not unique."""
+    last = site.rsplit(".", 1)[-1]
+    if sum(sibling.rsplit(".", 1)[-1] == last for sibling in siblings) == 1:
+        return last
+    parts = site.split(".")
+    return ".".join(parts[next(index for index, part in enumerate(parts) if part.isdecimal()) + 1 :])

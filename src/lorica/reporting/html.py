@@ -1,0 +1,261 @@
+"""The page of a run and the page of a comparison: one file each, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+
+from lorica.reporting.comparison import Result, summarise
+from lorica.reporting.factors import factor_rows
+from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_figure, factors_figure, final_figure
+from lorica.reporting.run_folder import Run, bytes_sent, guarantee, not_private, outcome, read_run, seconds_per_round
+from lorica.reporting.style import RC, duration, percent, points, rounded_up
+from lorica.reporting.tables import PRIVACY_TERMS, comparison_markdown, comparison_rows, human_bytes
+
+PNG_DPI = 160
+MOST_OPEN_ROWS = 25
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.html, accuracy.png and factors.png into a run folder and return the path of the page.
+
+    Everything is drawn before the first file is replaced, and each file is replaced in one step, so a failure leaves
+    the old files. What the run does not hold (no evaluated round, no decision, no client) is left out.
+
+    Raises:
+        UserError: as `read_run`.
+    """
+    run = read_run(folder)
+    figures: dict[str, Figure] = {}
+    if any(row.get("accuracy") is not None for row in run.metrics):
+        figures["accuracy"] = accuracy_figure(run)
+    if factor_rows(run):
+        figures["factors"] = factors_figure(run)
+    files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
+    if run.clients:
+        figures["clients"] = clients_figure(run)
+    page = _render("report.html.j2", _run_view(run) | {"figures": _drawings(figures)})
+    _write_all(run.folder, files | {"report.html": page.encode()})
+    return run.folder / "report.html"
+
+
+def write_comparison(folder: str | Path, results: list[Result]) -> Path:
+    """Write comparison.html, .png, .md and .json and final.png into a folder and return the path of the page.
+
+    The folder is made if it is absent. A failure before the first file is replaced leaves the old files.
+
+    Raises:
+        UserError: as `lorica.reporting.comparison.by_method`.
+    """
+    folder = Path(folder)
+    figures = {"comparison": comparison_figure(results), "final": final_figure(results)}
+    headings, rows = comparison_rows(results)
+    summaries = summarise(results)
+    public = [result for result in results if result.private_release is False]
+    page = _render(
+        "comparison.html.j2",
+        {
+            "title": "Comparison of one method" if len(summaries) == 1 else f"Comparison of {len(summaries)} methods",
+            "methods": [summary.method for summary in summaries],
+            "headings": headings,
+            "rows": rows,
+            "figures": _drawings(figures),
+            "runs": len(results),
+            "not_private": len(public),
+            "unknown": sum(result.private_release is None for result in results),
+            "uneven": len({last for summary in summaries for last in summary.final_rounds}) > 1,
+            "single_seeds": [summary.method for summary in summaries if summary.std is None],
+        },
+    )
+    content = {"methods": [asdict(summary) for summary in summaries], "not_private_runs": len(public)}
+    files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
+    files["comparison.md"] = comparison_markdown(results).encode()
+    files["comparison.json"] = (json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n").encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_all(folder, files | {"comparison.html": page.encode()})
+    return folder / "comparison.html"
+
+
+def figure_svg(figure: Figure, name: str, description: str) -> Markup:
+    """A figure as an inline SVG element that scales with the page.
+
+    Args:
+        name: goes before every id in the SVG, since ids are shared by all figures of a page.
+        description: what a screen reader says.
+    """
+    buffer = io.StringIO()
+    with matplotlib.rc_context(RC):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    svg = svg.replace("url(#", f"url(#{name}-")
+    opening = re.match(r"<svg[^>]*>", svg)
+    view = re.search(r'viewBox="([^"]*)"', svg)
+    if opening is None or view is None:
+        raise RuntimeError("matplotlib wrote an SVG without a view box")
+    label = escape(description)
+    start = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{view[1]}" role="img" aria-label="{label}">'
+    )
+    return Markup(start + svg[opening.end() :])
+
+
+def _drawings(figures: dict[str, Figure]) -> dict[str, Markup]:
+    return {name: figure_svg(figure, name, DESCRIPTIONS[name]) for name, figure in figures.items()}
+
+
+DESCRIPTIONS = {
+    "accuracy": "Test accuracy per round, and the privacy spent",
+    "factors": "Which factor each layer trained in each round",
+    "clients": "Records and noise multiplier of each client",
+    "comparison": "Test accuracy per round of each method",
+    "final": "Test accuracy of each method and seed after the last round",
+}
+
+
+def _run_view(run: Run) -> dict[str, Any]:
+    """What the page says, as text: the template only puts it in its place."""
+    reached = outcome(run.metrics)
+    spent = guarantee(run)
+    up, down = bytes_sent(run.metrics)
+    privacy = run.privacy or {}
+    lifetime = max((client.get("lifetime_epsilon") or 0 for client in run.clients), default=0)
+    server = seconds_per_round(run.metrics, "server_seconds")
+    client_rows = [_client_row(client) for client in sorted(run.clients, key=lambda client: client["client"])]
+    return {
+        "title": run.name,
+        "subtitle": _subtitle(run),
+        "reason": not_private(run),
+        "start": percent(reached.start),
+        "final": percent(reached.final),
+        "final_round": reached.final_round,
+        "gain": points(reached.final - reached.start)
+        if reached.start is not None and reached.final is not None
+        else None,
+        "epsilon": None if spent is None else rounded_up(spent[0]),
+        "delta": None if spent is None else rounded_up(spent[1]),
+        "lifetime": rounded_up(lifetime) if spent is not None and lifetime > spent[0] else None,
+        "up": human_bytes(up),
+        "down": human_bytes(down),
+        "finished": run.rounds,
+        "planned": run.planned_rounds,
+        "unfinished": run.rounds < run.planned_rounds,
+        "round_time": duration(seconds_per_round(run.metrics)),
+        "server_time": None if server is None else duration(server),
+        "known": run.privacy is not None,
+        "private": privacy.get("noise", "none") != "none",
+        "terms": [(name, privacy[key]) for key, name in PRIVACY_TERMS if privacy.get(key)],
+        "target": None if privacy.get("target_epsilon") is None else f"{privacy['target_epsilon']:g}",
+        "client_headings": [heading for heading, *_ in _CLIENT_COLUMNS],
+        "client_rows": client_rows,
+        "open_clients": len(client_rows) <= MOST_OPEN_ROWS,
+        "assumptions": privacy.get("assumptions") or [],
+        "not_covered": privacy.get("not_covered") or [],
+        "traffic": _traffic(run),
+        "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
+        "environment": run.environment,
+    }
+
+
+def _subtitle(run: Run) -> str:
+    task = str(run.config.get("task", {}).get("type", "")).replace("-", " ")
+    base = run.config.get("model", {}).get("base", "an unknown base model")
+    clients = run.config.get("federation", {}).get("clients", len(run.clients))
+    parts = [
+        f"{run.method} on {base}",
+        task,
+        f"{clients} {'client' if clients == 1 else 'clients'}",
+        f"seed {run.config.get('seed', 'unknown')}",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+_CLIENT_COLUMNS = (
+    ("Client", "client", "{}"),
+    ("Records", "records", "{:,}"),
+    ("Sampling rate q", "sampling_rate", "{:.4f}"),
+    ("Noise multiplier σ", "noise_multiplier", "{:.3f}"),
+    ("Clipping norm C", "clip_norm", "{:g}"),
+    ("Steps", "steps", "{:,}"),
+    ("Releases", "releases", "{:,}"),
+    ("ε", "epsilon", None),
+    ("ε by RDP", "epsilon_rdp", None),
+    ("δ", "delta", None),
+    ("ε, life of the data", "lifetime_epsilon", None),
+)
+
+
+def _client_row(client: dict[str, Any]) -> list[str]:
+    """A cell per column; costs (those without a format) are rounded up."""
+    return [
+        "–" if client.get(key) is None else rounded_up(client[key]) if form is None else form.format(client[key])
+        for _, key, form in _CLIENT_COLUMNS
+    ]
+
+
+def _traffic(run: Run) -> list[list[str]]:
+    """Per client: rounds it took part in, bytes up, bytes down."""
+    clients = {client for row in run.metrics for key in ("bytes_up", "bytes_down") for client in row.get(key, {})}
+    return [
+        [
+            client,
+            f"{sum(client in row.get('bytes_up', {}) for row in run.metrics):,}",
+            human_bytes(sum(row.get("bytes_up", {}).get(client, 0) for row in run.metrics)),
+            human_bytes(sum(row.get("bytes_down", {}).get(client, 0) for row in run.metrics)),
+        ]
+        for client in sorted(clients, key=lambda client: (len(client), client))
+    ]
+
+
+def _render(template: str, view: dict[str, Any]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(view)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=PNG_DPI)
+    return buffer.getvalue()
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for infinity and NaN, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_all(folder: Path, files: dict[str, bytes]) -> None:
+    """Write every file under a temporary name first, then put each in its place."""
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    try:
+        for name, content in files.items():
+            temporary[name].write_bytes(content)
+        for name, path in temporary.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""Tables of a run and of a comparison, for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lorica.reporting.comparison import Result, Summary, summarise
+from lorica.reporting.factors import FactorRow, factor_rows
+from lorica.reporting.run_folder import Run, bytes_sent, guarantee, not_private, outcome, seconds_per_round
+from lorica.reporting.style import duration, percent, points, rounded_up
+
+MOST_CLIENT_ROWS = 10
+MOST_ROUND_LETTERS = 40
+PRIVACY_TERMS = (
+    ("unit", "Unit of privacy"),
+    ("relation", "Neighbouring data sets"),
+    ("sampler", "Sampler"),
+    ("clipping", "Clipping"),
+    ("accountant", "Accountant"),
+)
+FACTOR_LETTERS = {"A": "A", "B": "B", "AB": "+", "": "·"}
+
+
+def human_bytes(count: float) -> str:
+    """A size in decimal units and three digits: 950 is "950 B", 1_234_000 is "1.23 MB"."""
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    digits = 0 if unit == "B" or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {unit}"
+
+
+def run_table(run: Run) -> Group:
+    """What a run reached, what it cost each client, what it sent, and which factor each layer trained.
+
+    Clients get a row each if there are at most 10 of them; layers with the same history share a row.
+    """
+    parts: list[RenderableType] = [_summary_table(run)]
+    if 0 < len(run.clients) <= MOST_CLIENT_ROWS and guarantee(run) is not None:
+        parts.append(_client_table(run))
+    rows = factor_rows(run)
+    if rows:
+        parts.append(_factor_table(rows))
+    return Group(*parts)
+
+
+def comparison_table(results: list[Result]) -> Table:
+    """One row per method, highest mean first: final accuracy (last evaluated round) over its seeds, and its cost.
+
+    Raises:
+        UserError: as `lorica.reporting.comparison.by_method`.
+    """
+    table = Table(box=box.SIMPLE_HEAD, title="Accuracy after the last round, mean ± std over seeds", title_style="bold")
+    headings, rows = comparison_rows(results)
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
+
+
+def comparison_markdown(results: list[Result]) -> str:
+    """The table of `comparison_table` in Markdown.
+
+    Raises:
+        UserError: as `lorica.reporting.comparison.by_method`.
+    """
+    return markdown_table(*comparison_rows(results))
+
+
+def comparison_rows(results: list[Result]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of `comparison_table`, for the page.
+
+    Raises:
+        UserError: as `lorica.reporting.comparison.by_method`.
+    """
+    summaries = summarise(results)
+    same_seeds = all(summary.seeds == summaries[0].seeds for summary in summaries)
+    seeds = f"Seed {', '.join(map(str, summaries[0].seeds))}" if same_seeds else "Each seed"
+    headings = ["Method", "Accuracy (%)", f"{seeds} (%)", "Start (%)", "Last round", "ε", "Up", "Down", "Time/round"]
+    return headings, [_comparison_row(summary, same_seeds) for summary in summaries]
+
+
+def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table: first column left, the others right; a bar or a line break in a cell does not break it."""
+
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(re.sub(r"[\r\n]+", " ", cell.replace("|", "\\|")) for cell in cells) + " |"
+
+    ruler = "| --- |" + " ---: |" * (len(headings) - 1)
+    return "\n".join([line(headings), ruler, *(line(row) for row in rows)]) + "\n"
+
+
+def accuracy_text(run: Run) -> str:
+    """ "73.0 % → 89.4 % (+16.4 points, round 20)"; says so if no round after the start was evaluated."""
+    reached = outcome(run.metrics)
+    if reached.final is None:
+        return f"{percent(reached.start)} at the start, no later round evaluated"
+    gain = f"{points(reached.final - reached.start)}, " if reached.start is not None else ""
+    return f"{percent(reached.start)} → {percent(reached.final)} ({gain}round {reached.final_round})"
+
+
+def rounds_text(run: Run) -> str:
+    """ "20", or "12 of 20 planned" for a run that stopped early."""
+    return str(run.rounds) if run.rounds >= run.planned_rounds else f"{run.rounds} of {run.planned_rounds} planned"
+
+
+def _summary_table(run: Run) -> Table:
+    up, down = bytes_sent(run.metrics)
+    spent = guarantee(run)
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column()
+    reason = not_private(run)
+    if reason is not None:
+        table.add_row(Text("Warning"), Text(f"Not a private release: {reason}", style="bold red"))
+    table.add_row("Run", Text(f"{run.name} ({run.method})", style="bold"))
+    table.add_row("Accuracy", accuracy_text(run))
+    if spent is None:
+        table.add_row("Privacy", "unknown" if run.privacy is None else "no DP")
+    else:
+        lifetime = max((client.get("lifetime_epsilon") or 0 for client in run.clients), default=0)
+        more = f"; over the life of the data ε = {rounded_up(lifetime)}" if lifetime > spent[0] else ""
+        where = f"largest of {len(run.clients)} clients"
+        table.add_row("Privacy", f"ε = {rounded_up(spent[0])}, δ = {rounded_up(spent[1])} ({where}){more}")
+    table.add_row("Rounds", f"{rounds_text(run)}, {duration(seconds_per_round(run.metrics))} each")
+    table.add_row("Sent", f"{human_bytes(up)} up, {human_bytes(down)} down, all clients and rounds")
+    for heading, name in (("Adapter", "adapter"), ("Report", "report.html")):
+        path = run.folder / name
+        table.add_row(heading, Text(str(path) if path.exists() else "not written"))
+    return table
+
+
+def _client_table(run: Run) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("Client", "Records", "σ", "Steps", "ε", "δ"):
+        table.add_column(heading, justify="right")
+    for client in sorted(run.clients, key=lambda client: client["client"]):
+        noise = client.get("noise_multiplier")
+        table.add_row(
+            str(client["client"]),
+            f"{client['records']:,}",
+            "–" if noise is None else f"{noise:.3f}",
+            f"{client['steps']:,}",
+            rounded_up(client.get("epsilon")),
+            rounded_up(client.get("delta")),
+        )
+    return table
+
+
+def _factor_table(rows: list[FactorRow]) -> Table:
+    used = {choice for row in rows for choice in row.choices}
+    signs = [
+        f"{FACTOR_LETTERS[choice]} {words}" for choice, words in (("AB", "both"), ("", "neither")) if choice in used
+    ]
+    heading = ", ".join(["Factor trained, round by round", *signs])
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("Layer", overflow="fold")
+    table.add_column(heading, no_wrap=True)
+    table.add_column("A", justify="right")
+    table.add_column("B", justify="right")
+    for choices, group in groupby(rows, key=lambda row: row.choices):
+        same = list(group)
+        label = same[0].label if len(same) == 1 else f"{same[0].label} to {same[-1].label}"
+        letters = "".join(FACTOR_LETTERS[choice] for choice in choices)
+        if len(letters) > MOST_ROUND_LETTERS:
+            letters = letters[: MOST_ROUND_LETTERS - 9] + "…" + letters[-8:]
+        table.add_row(Text(label), letters, *(f"{100 * same[0].share(factor):.0f} %" for factor in "AB"))
+    return table
+
+
+def _comparison_row(summary: Summary, same_seeds: bool) -> list[str]:
+    """Cells of a method; values of seeds carry their seed where the heading cannot."""
+    deviation = "" if summary.std is None else f" ± {100 * summary.std:.2f}"
+    values = [f"{100 * final:.2f}" for final in summary.finals]
+    if not same_seeds:
+        values = [f"{seed}:\u00a0{value}" for seed, value in zip(summary.seeds, values, strict=True)]
+    first, last = min(summary.final_rounds), max(summary.final_rounds)
+    return [
+        summary.method,
+        f"{100 * summary.mean:.2f}{deviation}",
+        ", ".join(values),
+        "–" if summary.start is None else f"{100 * summary.start:.2f}",
+        str(last) if first == last else f"{first} to {last}",
+        "no DP" if summary.epsilon is None else rounded_up(summary.epsilon),
+        human_bytes(summary.bytes_up),
+        human_bytes(summary.bytes_down),
+        duration(summary.seconds_per_round),
+    ]

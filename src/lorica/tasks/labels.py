@@ -1,0 +1,112 @@
+"""Labels: from a column of names or integers to positions in the list of label names."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorica.errors import UserError
+from lorica.tasks.readers import Source
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+INTEGER = re.compile(r"[+-]?[0-9]+")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def label_names(source: Source, column: str) -> list[str]:
+    """The names of all labels of a training source.
+
+    The names that the source declares (the `ClassLabel` feature of Hugging Face datasets) in their order; otherwise
+    the distinct labels as text, sorted, by value if all are integers.
+
+    Raises:
+        UserError: the column holds no classes, or fewer than two of them.
+    """
+    distinct = set(label_texts(source, column))
+    if len(distinct) < 2:
+        raise UserError(
+            "task.label",
+            column,
+            f"all records of {source.name} have the same label",
+            "give training data with at least two labels",
+        )
+    declared = _declared_names(source.table, column)
+    if declared is not None:
+        return declared
+    if all(map(INTEGER.fullmatch, distinct)):
+        return sorted(distinct, key=lambda name: (int(name), name))
+    return sorted(distinct)
+
+
+def label_indices(source: Source, column: str, names: list[str]) -> np.ndarray:
+    """(n,) int64: the position in `names` of each record's label.
+
+    Raises:
+        UserError: the column holds no classes, or a label that is not in `names`.
+    """
+    position = {name: index for index, name in enumerate(names)}
+    texts = label_texts(source, column)
+    unknown = sorted(set(texts) - position.keys())
+    if unknown:
+        raise source.error(
+            f"the training data has no label {unknown[0]!r}",
+            f"remove the records with this label or add such records to task.train, whose labels are {_listed(names)}",
+        )
+    return np.array([position[text] for text in texts], dtype=np.int64)
+
+
+def label_texts(source: Source, column: str) -> list[str]:
+    """Each record's label as text.
+
+    Raises:
+        UserError: the column holds something else than text, integers or booleans, or numbers written as text that
+            are not all integers; a label lies outside the names that the source declares.
+    """
+    import pyarrow as pa
+
+    values = source.table.column(column)
+    kind = values.type
+    if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise _not_classes(source, column, f"holds {kind}")
+    declared = _declared_names(source.table, column)
+    if declared is not None and pa.types.is_integer(kind):
+        indices = values.to_numpy()
+        outside = np.flatnonzero((indices < 0) | (indices >= len(declared)))
+        if len(outside):
+            raise source.error(
+                f"record {outside[0]} (counted from 0) has no label in column {column!r}",
+                "the labels of this split may be withheld: name another one, as in ID[validation]",
+            )
+        return [declared[index] for index in indices]
+    texts: list[str] = values.cast(pa.large_string()).to_pylist()
+    distinct = set(texts)
+    if all(map(NUMBER.fullmatch, distinct)) and not all(map(INTEGER.fullmatch, distinct)):
+        raise _not_classes(source, column, "holds numbers that are not all integers")
+    return texts
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether an Arrow type is one of the text types."""
+    return str(kind) in ("string", "large_string", "string_view")
+
+
+def _not_classes(source: Source, column: str, problem: str) -> UserError:
+    remedy = "name a column of integers or of label names; regression is not supported"
+    return UserError("task.label", column, f"the column of {source.name} {problem}, which are no classes", remedy)
+
+
+def _declared_names(table: pa.Table, column: str) -> list[str] | None:
+    metadata = (table.schema.metadata or {}).get(b"huggingface")
+    if metadata is None:
+        return None
+    feature = json.loads(metadata).get("info", {}).get("features", {}).get(column, {})
+    return feature.get("names") if feature.get("_type") == "ClassLabel" else None
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")

@@ -1,0 +1,252 @@
+"""From a source's name to its columns: local files, image folders, the Hugging Face hub, the embedded digits."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorica.config import TaskConfig
+from lorica.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+FORMATS = "a .csv, .jsonl, .json or .parquet file, an image folder, a Hugging Face dataset id or lorica:digits/train"
+HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^\[\]:]+))?(\[(?P<split>.+)\])?")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The columns of one source, as read: no tokenizer and no model has seen them.
+
+    Attributes:
+        key: `task.train` or `task.test`.
+        name: the source as the configuration spells it.
+        table: the columns that the task needs, at least one row, no nulls.
+        folder: what relative image paths are relative to.
+    """
+
+    key: str
+    name: str
+    table: pa.Table
+    folder: Path
+
+    def error(self, problem: str, remedy: str) -> UserError:
+        """A mistake in this source."""
+        return UserError(self.key, self.name, problem, remedy)
+
+
+def read(config: TaskConfig, which: Literal["train", "test"]) -> Source:
+    """Read the columns that the task needs from its training or its test source; rows keep the source's order.
+
+    Local sources never reach for the network.
+
+    Raises:
+        UserError: the source does not exist, is of no known kind, cannot be parsed or is empty; a column is missing;
+            a record has no value in a column that the task needs.
+    """
+    key, name = f"task.{which}", getattr(config, which)
+    path = Path(name).expanduser()
+    folder = path.parent
+    if name.startswith("lorica:"):
+        table = _read_embedded(name, key, config)
+    elif path.is_dir():
+        table = _read_image_folder(path, key, config)
+        folder = path
+    elif path.suffix.lower() in READERS:
+        if not path.is_file():
+            raise UserError(key, name, "no such file", f"give {FORMATS}")
+        table = READERS[path.suffix.lower()](path, key, config)
+    elif path.is_file():
+        raise UserError(key, name, f"files that end in {path.suffix!r} are not read", f"give {FORMATS}")
+    elif match := HUB_ID.fullmatch(name):
+        table = _read_hub(match, key, config)
+    else:
+        raise UserError(key, name, "no such file or folder", f"give {FORMATS}")
+    source = Source(key, name, _without_dictionaries(table), folder)
+    _check_complete(source)
+    return source
+
+
+def _wanted(config: TaskConfig) -> dict[str, str]:
+    """The columns that the task needs, each with the configuration's key that names it."""
+    if config.type == "text-classification":
+        return {**dict.fromkeys(config.text, "task.text"), config.label: "task.label"}
+    return {config.image: "task.image", config.label: "task.label"}
+
+
+def _check_columns(available: list[str], name: str, config: TaskConfig) -> list[str]:
+    """The wanted columns, once each of them is known to be among the available ones, and only once."""
+    wanted = _wanted(config)
+    for column, key in wanted.items():
+        if column not in available:
+            nearest = difflib.get_close_matches(column, available, n=1, cutoff=0.5)
+            question = f"did you mean {nearest[0]!r}? The columns are" if nearest else "the columns are"
+            raise UserError(key, column, f"no such column in {name}", f"{question}: {', '.join(available)}")
+        if available.count(column) > 1:
+            raise UserError(key, column, f"{name} has several columns of this name", "rename all but one of them")
+    return list(wanted)
+
+
+def _without_dictionaries(table: pa.Table) -> pa.Table:
+    import pyarrow as pa
+
+    kinds = [field.type.value_type if pa.types.is_dictionary(field.type) else field.type for field in table.schema]
+    fields = [pa.field(name, kind) for name, kind in zip(table.column_names, kinds, strict=True)]
+    return table.cast(pa.schema(fields, metadata=table.schema.metadata))
+
+
+def _check_complete(source: Source) -> None:
+    if source.table.num_rows == 0:
+        raise source.error("it holds no records", "give a data set with at least one record")
+    for name in source.table.column_names:
+        column = source.table.column(name)
+        if column.null_count:
+            index = column.is_null().index(True).as_py()
+            raise source.error(
+                f"record {index} (counted from 0) has no value in column {name!r}",
+                f"fill the value in or remove the record ({column.null_count} such in this column)",
+            )
+
+
+def _read_csv(path: Path, key: str, config: TaskConfig) -> pa.Table:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    convert = csv.ConvertOptions(
+        # Types are not guessed: a text may look like a number or a date.
+        column_types=dict.fromkeys(_wanted(config), pa.string()),
+        # An empty cell is a missing value; "" in quotes is an empty text, and NA or null are texts like any other.
+        null_values=[""],
+        strings_can_be_null=True,
+        quoted_strings_can_be_null=False,
+    )
+    try:
+        table = csv.read_csv(
+            path,
+            # Parsing errors carry a row number only where one thread reads.
+            read_options=csv.ReadOptions(use_threads=False),
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            convert_options=convert,
+        )
+    except pa.ArrowInvalid as error:
+        if "Empty CSV file" in str(error):
+            raise UserError(key, str(path), "the file is empty", "give a CSV file with a header line") from None
+        # The parser's own message quotes the row.
+        row = re.search(r"Row #(\d+)", str(error))
+        place = f" at row {row[1]} (the header is row 1)" if row else ""
+        remedy = "quote cells that hold a comma, a quote or a line break, and encode the file as UTF-8"
+        raise UserError(key, str(path), f"not a readable CSV file{place}", remedy) from None
+    return table.select(_check_columns(table.column_names, path.name, config))
+
+
+def _read_json_lines(path: Path, key: str, config: TaskConfig) -> pa.Table:
+    import pyarrow as pa
+
+    wanted = _wanted(config)
+    available: dict[str, None] = {}
+    values: dict[str, list[Any]] = {column: [] for column in wanted}
+    # Not pyarrow's reader: it turns texts that look like dates into dates.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if not isinstance(record, dict):
+                problem = f"line {number} is not a JSON object"
+                raise UserError(key, str(path), problem, "write one JSON object per line, as UTF-8")
+            available.update(dict.fromkeys(record))
+            for column in wanted:
+                values[column].append(record.get(column))
+    if not available:
+        raise UserError(key, str(path), "it holds no records", "write one JSON object per line")
+    _check_columns(list(available), path.name, config)
+    arrays = {}
+    for column, column_key in wanted.items():
+        try:
+            arrays[column] = pa.array(values[column])
+        except (ValueError, TypeError, OverflowError):
+            problem = f"column of {path.name} mixes types, or holds what is neither text nor a 64-bit integer"
+            raise UserError(column_key, column, problem, "write all its values as text, or all as integers") from None
+    return pa.table(arrays)
+
+
+def _read_parquet(path: Path, key: str, config: TaskConfig) -> pa.Table:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        available = parquet.read_schema(path).names
+        columns = _check_columns(available, path.name, config)
+        # `columns` may also match fields inside other columns, whose names hold dots.
+        return parquet.read_table(path, columns=columns, partitioning=None).select(columns)
+    except (pa.ArrowException, OSError):
+        raise UserError(key, str(path), "not a readable Parquet file", "write the file again") from None
+
+
+READERS = {".csv": _read_csv, ".jsonl": _read_json_lines, ".json": _read_json_lines, ".parquet": _read_parquet}
+
+
+def _read_image_folder(path: Path, key: str, config: TaskConfig) -> pa.Table:
+    import pyarrow as pa
+
+    files = sorted(
+        file
+        for file in path.glob("*/*")
+        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.parent.name[0] != "."
+    )
+    if not files:
+        layout = f"FOLDER/label/image, where the image ends in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        raise UserError(key, str(path), "no images in this folder's subfolders", f"lay the images out as {layout}")
+    names = [str(file.relative_to(path)) for file in files]
+    table = pa.table({config.image: names, config.label: [file.parent.name for file in files]})
+    return table.select(_check_columns(table.column_names, str(path), config))
+
+
+def _read_embedded(name: str, key: str, config: TaskConfig) -> pa.Table:
+    from lorica.tasks import digits
+
+    split = name.removeprefix("lorica:digits/")
+    if split not in ("train", "test"):
+        raise UserError(key, name, "no such embedded data set", "give lorica:digits/train or lorica:digits/test")
+    table = digits.table(split, config.image, config.label)
+    return table.select(_check_columns(table.column_names, name, config))
+
+
+def _read_hub(match: re.Match[str], key: str, config: TaskConfig) -> pa.Table:
+    name, identifier, split = match[0], match["id"], match["split"]
+    try:
+        import datasets
+    except ImportError:
+        problem = "no such file or folder; to load it as a Hugging Face dataset, the package `datasets` is needed"
+        raise UserError(key, name, problem, 'pip install "lorica[hub]"') from None
+    try:
+        loaded = datasets.load_dataset(identifier, match["config"], split=split)
+    # The library raises errors of a dozen types, from its own to its HTTP client's, and some quote records.
+    except Exception as error:
+        raise UserError(
+            key,
+            name,
+            f"no such file or folder, and not to be loaded from the Hugging Face hub ({type(error).__name__})",
+            "check the network and the id (ID, ID:CONFIG or ID[SPLIT]), or download the data set and give a local "
+            ".csv, .jsonl or .parquet file",
+        ) from None
+    if split is None:
+        preferred = ["train"] if key == "task.train" else ["test", "validation"]
+        found = [candidate for candidate in preferred if candidate in loaded]
+        if not found:
+            problem = f"it has no split {' or '.join(preferred)}"
+            raise UserError(key, name, problem, f"name one of its splits: {identifier}[{'|'.join(loaded)}]")
+        loaded = loaded[found[0]]
+    columns = _check_columns(loaded.column_names, name, config)
+    table = loaded.select_columns(columns).with_format("arrow")[:]
+    # Label names travel in the schema's metadata, as in the Parquet files that `datasets` writes.
+    return table.replace_schema_metadata(loaded.features.arrow_schema.metadata)

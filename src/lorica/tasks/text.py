@@ -1,0 +1,166 @@
+"""Text classification records: tokenised once, stored without padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lorica.errors import UserError
+from lorica.tasks.labels import is_text
+from lorica.tasks.readers import Source
+from lorica.tasks.records import Batch, Records, digest, stack_digests
+
+# Larger slices gain nothing, and hold more Python lists at a time.
+SLICE = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class TextRecords(Records):
+    """Tokenised texts; record i is `tokens[starts[i] : starts[i] + sizes[i]]`.
+
+    Attributes:
+        tokens: int32, the tokens of all records one after another.
+        token_types: int8, parallel to `tokens`; None where the tokenizer makes none.
+        starts: (n,) int64 offsets into `tokens`.
+        sizes: (n,) int64 tokens of each record.
+        pad: the token id that stands in padded, masked places.
+        pad_type: the token type that stands there.
+    """
+
+    tokens: np.ndarray
+    token_types: np.ndarray | None
+    starts: np.ndarray
+    sizes: np.ndarray
+    pad: int
+    pad_type: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.sizes
+
+    def subset(self, indices: np.ndarray) -> TextRecords:
+        return replace(
+            self,
+            labels=self.labels[indices],
+            digests=self.digests[indices],
+            starts=self.starts[indices],
+            sizes=self.sizes[indices],
+        )
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        sizes = self.sizes[indices]
+        columns = np.arange(sizes.max())
+        mask = columns < sizes[:, None]
+        places = (self.starts[indices][:, None] + columns)[mask]
+        inputs = {"input_ids": _padded(self.tokens, places, mask, self.pad)}
+        if self.token_types is not None:
+            inputs["token_type_ids"] = _padded(self.token_types, places, mask, self.pad_type)
+        inputs["attention_mask"] = mask.astype(np.int64)
+        return Batch(
+            {name: torch.from_numpy(array) for name, array in inputs.items()}, torch.from_numpy(self.labels[indices])
+        )
+
+
+def _padded(flat: np.ndarray, places: np.ndarray, mask: np.ndarray, pad: int) -> np.ndarray:
+    padded = np.full(mask.shape, pad, dtype=np.int64)
+    padded[mask] = flat[places]
+    return padded
+
+
+def load_tokenizer(base: str) -> Any:
+    """The tokenizer of a model folder or hub id; a folder is read without the network.
+
+    Raises:
+        UserError: there is none, it cannot be loaded, or it has no vocabulary.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=Path(base).is_dir())
+    except (OSError, ValueError, ImportError):
+        raise UserError(
+            "model.base",
+            base,
+            "its tokenizer cannot be loaded",
+            "give a hub id that can be reached, or a folder with the tokenizer's files (tokenizer.json, "
+            "tokenizer_config.json) beside config.json",
+        ) from None
+    # transformers makes a tokenizer that knows its special tokens only where the vocabulary's file is missing.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise UserError("model.base", base, "its tokenizer has no vocabulary", "add tokenizer.json to the folder")
+    return tokenizer
+
+
+def tokenise(
+    source: Source, columns: list[str], labels: np.ndarray, label_names: list[str], tokenizer: Any, max_length: int
+) -> TextRecords:
+    """Tokenise one text column, or two as sentence pairs.
+
+    Records are cut at `max_length` tokens, special ones included, or at what the tokenizer says its model can take,
+    whichever is less; pairs lose tokens from the longer of the two. Where the tokenizer has no padding token, its
+    end-of-text token pads, and 0 if it has neither; `attention_mask` hides padding in any case.
+
+    Args:
+        labels: (n,) int64 positions in `label_names`.
+
+    Raises:
+        UserError: a column holds no text, or a record has no tokens.
+    """
+    texts = [_texts(source, column) for column in columns]
+    limit = min(max_length, tokenizer.model_max_length)
+    tokens, token_types, sizes = [], [], []
+    for start in range(0, len(labels), SLICE):
+        encoded = tokenizer(
+            *(column[start : start + SLICE] for column in texts),
+            truncation=True,
+            max_length=limit,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        sizes.append(np.fromiter(map(len, encoded["input_ids"]), dtype=np.int64))
+        total = int(sizes[-1].sum())
+        tokens.append(_flat(encoded["input_ids"], np.int32, total))
+        if "token_type_ids" in encoded:
+            token_types.append(_flat(encoded["token_type_ids"], np.int8, total))
+    all_sizes = np.concatenate(sizes)
+    if not all_sizes.all():
+        index = int(np.flatnonzero(all_sizes == 0)[0])
+        problem = f"record {index} (counted from 0) gives no tokens from column {' and '.join(map(repr, columns))}"
+        raise source.error(problem, "fill the text in or remove the record")
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return TextRecords(
+        labels=labels,
+        digests=_digests(texts, labels, label_names),
+        tokens=np.concatenate(tokens),
+        token_types=np.concatenate(token_types) if token_types else None,
+        starts=np.cumsum(all_sizes) - all_sizes,
+        sizes=all_sizes,
+        pad=next(pad for pad in pads if pad is not None),
+        pad_type=tokenizer.pad_token_type_id,
+    )
+
+
+def _texts(source: Source, column: str) -> list[str]:
+    import pyarrow as pa
+
+    values = source.table.column(column)
+    if not is_text(values.type):
+        problem = f"the column of {source.name} holds {values.type}, not text"
+        raise UserError("task.text", column, problem, "name a column of text")
+    texts: list[str] = values.cast(pa.large_string()).to_pylist()
+    return texts
+
+
+def _flat(lists: list[list[int]], kind: type[np.integer], total: int) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(lists), dtype=kind, count=total)
+
+
+def _digests(texts: list[list[str]], labels: np.ndarray, label_names: list[str]) -> np.ndarray:
+    names = [name.encode() for name in label_names]
+    records = zip(*texts, labels, strict=True)
+    return stack_digests([digest([*(text.encode() for text in record), names[label]]) for *record, label in records])

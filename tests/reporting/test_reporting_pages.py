@@ -1,0 +1,290 @@
+import json
+import os
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from lorica.errors import UserError
+from lorica.reporting import html
+from lorica.reporting.card import model_card
+from lorica.reporting.comparison import Result
+from lorica.reporting.html import write_comparison, write_report
+from lorica.reporting.run_folder import read_run
+
+EVIL = '<script>alert("x")</script>'
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes, ids and text of a page; every element has to be closed in its turn."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.attributes, self.open, self.text = [], [], [], ""
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+
+
+def check_self_contained(page):
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & set(page.tags)
+    for name, value in page.attributes:
+        if name in ("src", "href", "xlink:href", "srcset", "action"):
+            assert value.startswith("#"), (name, value)
+        assert name == "xmlns" or name.startswith("xmlns:") or "://" not in (value or ""), (name, value)
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = [value[1:] for name, value in page.attributes if name == "xlink:href"]
+    assert set(used) <= set(ids)
+
+
+def test_a_report_is_one_self_contained_file(make_run):
+    folder = make_run()
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    page = Page(path)
+    check_self_contained(page)
+    assert page.tags.count("svg") == 3
+    assert "url(" not in path.read_text().replace("url(#", "")
+    assert "@import" not in path.read_text()
+    for name in ("accuracy.png", "factors.png"):
+        assert Image.open(folder / name).width > 1000
+    assert not list(folder.glob(".*"))
+
+
+def test_a_report_says_what_was_reached_and_what_it_cost(make_run):
+    text = " ".join(Page(write_report(make_run(rounds=3, accuracies=[0.5, 0.6, 0.953, 0.7]))).text.split())
+    assert "50.0 % → 70.0 % +20.0 points, after round 3" in text
+    assert "95.3" not in text
+    assert "ε = 2.97 at δ = 1e-5" in text
+    assert "add or remove one record" in text
+    assert "dp-accounting 0.6.0 PLD" in text
+    assert "Clients hold disjoint sets of records." in text
+    assert "The choice of hyper-parameters" in text
+    assert "local_steps: 3" in text
+    assert "transformers" in text
+
+
+@pytest.mark.parametrize(("noise", "private"), [("secure", True), ("reproducible", False), ("none", False)])
+def test_the_banner_appears_exactly_when_the_run_is_not_private(make_run, noise, private):
+    page = Page(write_report(make_run(noise=noise)))
+    assert (("class", "banner") in page.attributes) is not private
+    assert ("Not a private release" in page.text) is not private
+    assert ("not a guarantee" in page.text) is (noise == "reproducible")
+
+
+def test_a_run_without_privacy_file_is_reported_with_the_banner(make_run):
+    folder = make_run(noise="none")
+    (folder / "privacy.json").unlink()
+    (folder / "environment.json").unlink()
+    (folder / "decisions.jsonl").unlink()
+    page = Page(write_report(folder))
+    assert "holds no privacy.json" in page.text
+    assert "no differential privacy" not in page.text
+    assert page.tags.count("svg") == 1
+    assert not (folder / "factors.png").exists()
+
+
+def test_text_is_escaped(make_run, make_metrics, tmp_path):
+    folder = make_run(name=EVIL, method=EVIL)
+    privacy = json.loads((folder / "privacy.json").read_text())
+    privacy["assumptions"] = [EVIL]
+    (folder / "privacy.json").write_text(json.dumps(privacy))
+    site = f"h.0.{EVIL}"
+    (folder / "decisions.jsonl").write_text(json.dumps({"round": 1, "factors": {site: "A", "h.0.v": "B"}}))
+    (folder / "environment.json").write_text(json.dumps({"platform": EVIL}))
+    page = Page(write_report(folder))
+    check_self_contained(page)
+    assert page.text.count(EVIL) >= 6
+    results = [Result(EVIL, seed, make_metrics([0.5, 0.6])) for seed in (1, 2)]
+    page = Page(write_comparison(tmp_path / "comparison", results))
+    check_self_contained(page)
+    assert EVIL in page.text
+
+
+def test_an_unfinished_run_says_so(make_run):
+    page = Page(write_report(make_run(rounds=3, planned=9)))
+    assert "stopped after 3 of 9 rounds" in page.text
+
+
+def test_a_long_life_of_the_data_is_shown(make_run):
+    folder = make_run()
+    privacy = json.loads((folder / "privacy.json").read_text())
+    privacy["clients"][0]["lifetime_epsilon"] = 7.123
+    (folder / "privacy.json").write_text(json.dumps(privacy))
+    assert "ε = 7.13 over the life of the data" in " ".join(Page(write_report(folder)).text.split())
+
+
+def test_a_run_that_evaluated_nothing_is_reported(make_run):
+    folder = make_run(rounds=2)
+    (folder / "metrics.jsonl").write_text(json.dumps({"round": 0}) + "\n" + json.dumps({"round": 1, "loss": 1.0}))
+    assert "No round was evaluated" in Page(write_report(folder)).text
+
+
+def test_many_clients_are_folded_away(make_run):
+    assert "40 clients" in Page(write_report(make_run(clients=40))).text
+
+
+def test_a_large_run_stays_a_small_file(make_run):
+    path = write_report(make_run(rounds=100, layers=24))
+    assert path.stat().st_size < 500_000
+
+
+def test_the_same_run_gives_the_same_page(make_run):
+    folder = make_run()
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
+
+
+@pytest.mark.parametrize("broken", ["_render", "_png", "write", "replace"])
+def test_a_failure_leaves_the_old_report(make_run, monkeypatch, broken):
+    folder = make_run()
+    (folder / "report.html").write_text("old")
+    (folder / "accuracy.png").write_text("old")
+
+    def fail(*_arguments, **_named):
+        raise OSError("no space left")
+
+    if broken == "write":
+        monkeypatch.setattr(html.Path, "write_bytes", fail)
+    elif broken == "replace":
+        monkeypatch.setattr(os, "replace", fail)
+    else:
+        monkeypatch.setattr(html, broken, fail)
+    with pytest.raises(OSError, match="no space"):
+        write_report(folder)
+    assert (folder / "report.html").read_text() == "old"
+    assert (folder / "accuracy.png").read_text() == "old"
+    assert not list(folder.glob(".*"))
+
+
+def test_a_report_of_no_run_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not a run folder"):
+        write_report(tmp_path)
+
+
+def test_a_comparison_writes_page_plots_and_tables(make_metrics, tmp_path):
+    curves = np.random.default_rng(1).uniform(0.5, 0.9, (5, 4))
+    names = ["as-lora", "as-lora", "as-lora", "ffa-lora", "ffa-lora"]
+    results = [
+        Result(name, seed, make_metrics(list(curve), epsilon=3.0), private_release=True)
+        for seed, (name, curve) in enumerate(zip(names, curves, strict=True))
+    ]
+    folder = tmp_path / "new" / "comparison"
+    page = Page(write_comparison(folder, results))
+    check_self_contained(page)
+    assert page.tags.count("svg") == 2
+    assert "Not a private release" not in page.text
+    names = {"comparison.html", "comparison.png", "final.png", "comparison.md", "comparison.json"}
+    assert {path.name for path in folder.iterdir()} == names
+    content = json.loads((folder / "comparison.json").read_text())
+    methods = {method["method"]: method for method in content["methods"]}
+    assert methods["as-lora"]["mean"] == pytest.approx(curves[:3, -1].mean())
+    assert methods["as-lora"]["std"] == pytest.approx(curves[:3, -1].std(ddof=1))
+    assert methods["ffa-lora"]["finals"] == pytest.approx(list(curves[3:, -1]))
+    assert (folder / "comparison.md").read_text().count("\n") == 4
+
+
+def test_a_comparison_says_how_many_runs_are_not_private(make_metrics, tmp_path):
+    metrics = make_metrics([0.5, 0.6, 0.7])
+    results = [Result("a", 1, metrics, private_release=False), Result("b", 1, metrics[:2], private_release=None)]
+    page = Page(write_comparison(tmp_path, results))
+    text = " ".join(page.text.split())
+    assert "Not a private release: 1 of 2 runs" in text
+    assert "(1 of 2 runs)" in text
+    assert "do not all end in the same round" in text
+    assert "No standard deviation with a single seed: a, b" in text
+
+
+def front_matter(card):
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_a_model_card_states_the_guarantee_per_client(make_run):
+    run = read_run(make_run(clients=2))
+    front, body = front_matter(model_card(run, 'model = load("adapter")'))
+    assert front["library_name"] == "peft"
+    assert front["tags"] == ["lora", "federated-learning", "differential-privacy", "lorica"]
+    assert '```python\nmodel = load("adapter")\n```' in body
+    for text in ("add or remove one record", "Poisson", "flat over all trained tensors", "dp-accounting 0.6.0 PLD"):
+        assert text in body
+    rows = [line for line in body.splitlines() if line.startswith("| ")]
+    assert rows[2] == "| 0 | 300 | 0.2133 | 0.9 | 2 | 60 | 2.97 | 1e-5 |"
+    assert len(rows) == 4
+    assert "Clients hold disjoint sets of records." in body
+    assert "The choice of hyper-parameters" in body
+    assert "Not a private release" not in body
+
+
+@pytest.mark.parametrize("noise", ["reproducible", "none"])
+def test_a_model_card_warns_in_bold_of_a_run_that_is_not_private(make_run, noise):
+    front, body = front_matter(model_card(read_run(make_run(noise=noise)), "load()"))
+    assert "> **Not a private release: " in body
+    assert ("differential-privacy" in front["tags"]) is (noise == "reproducible")
+
+
+@pytest.mark.parametrize(
+    ("base", "in_front", "in_text"),
+    [
+        ("FacebookAI/roberta-large", "FacebookAI/roberta-large", "`FacebookAI/roberta-large`"),
+        ("bert-base-uncased", "bert-base-uncased", "`bert-base-uncased`"),
+        ("lorica:glyph-vit", None, "`lorica:glyph-vit`"),
+        ("/home/someone/private/model", None, "`model`"),
+    ],
+)
+def test_a_model_card_names_only_hub_models_in_its_front_matter(make_run, base, in_front, in_text):
+    folder = make_run()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["model"]["base"] = base
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    card = model_card(read_run(folder), "load()")
+    front, body = front_matter(card)
+    assert front.get("base_model") == in_front
+    assert in_text in body
+    assert "/home" not in card
+
+
+def test_a_model_card_keeps_names_from_being_markup(make_run):
+    card = model_card(read_run(make_run(name=f"*a*{EVIL}", method="`m`")), "a = '```'")
+    assert "<script>" not in card.replace("\\<script\\>", "")
+    assert "````python\na = '```'\n````" in card
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_draws_the_page(make_run, tmp_path):
+    picture = tmp_path / "page.png"
+    options = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
+    options += ["disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'profile'}"]
+    options += [f"screenshot={picture}", "window-size=1100,1500"]
+    page = write_report(make_run(noise="reproducible"))
+    command = ["chromium", *(f"--{option}" for option in options), page.as_uri()]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    pixels = np.asarray(Image.open(picture).convert("RGB")).astype(int)
+    # The banner's wash and the method's line: style sheet and figure were both applied.
+    assert (np.abs(pixels - (0xFD, 0xF0, 0xED)).sum(axis=2) == 0).sum() > 10_000
+    assert (np.abs(pixels - (0x00, 0x72, 0xB2)).sum(axis=2) < 6).sum() > 500
