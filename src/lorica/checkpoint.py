@@ -75,9 +75,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         if hashlib.sha256(content).hexdigest() != state["sha256"]:
             raise ValueError("state.safetensors does not match its checksum")
         tensors = safetensors.torch.load(content)
-        return Checkpoint(
-            state["round"], _part(tensors, "adapter/"), state["method"], _part(tensors, "method/")
-        )
+        return Checkpoint(state["round"], _part(tensors, "adapter/"), state["method"], _part(tensors, "method/"))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             "checkpoint",

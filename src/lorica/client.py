@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Client:
     dataset: str
     seed: int
     micro_batch_tokens: int
-    held: dict[str, Tensor]
+    held: dict[str, Tensor] = field(default_factory=dict)
 
     def answer(self, model: AdaptedModel, request: Request) -> bytes:
         """Train as asked and return the encoded reply.

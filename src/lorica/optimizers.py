@@ -65,10 +65,17 @@ class AdamW:
             first = self._first.get(name) or post_process(torch.zeros_like, gradient)
             second = self._second.get(name) or post_process(torch.zeros_like, gradient)
             self._first[name] = post_process(lambda m, g: first_decay * m + (1 - first_decay) * g, first, gradient)
-            self._second[name] = post_process(lambda v, g: second_decay * v + (1 - second_decay) * g**2, second, gradient)
+            self._second[name] = post_process(
+                lambda v, g: second_decay * v + (1 - second_decay) * g**2, second, gradient
+            )
             increments[name] = post_process(
-                lambda m, v, name=name: -self._rates[name]
-                * (m / first_scale / ((v / second_scale).sqrt() + self.EPSILON) + self._weight_decay * parameters[name]),
+                lambda m, v, name=name: (
+                    -self._rates[name]
+                    * (
+                        m / first_scale / ((v / second_scale).sqrt() + self.EPSILON)
+                        + self._weight_decay * parameters[name]
+                    )
+                ),
                 self._first[name],
                 self._second[name],
             )

@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 from rich.console import Console
@@ -10,7 +12,7 @@ from lorica.reporting.tables import comparison_markdown, comparison_table, human
 
 
 def printed(renderable, width=140):
-    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
 

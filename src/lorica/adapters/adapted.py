@@ -101,7 +101,9 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "factors"))
         settings = LoraConfig(
-            target_modules=_shortest(targets, base.model), modules_to_save=carried or None, **lora.model_dump(exclude={"target_modules"})
+            target_modules=_shortest(targets, base.model),
+            modules_to_save=carried or None,
+            **lora.model_dump(exclude={"target_modules"}),
         )
         peft_model = get_peft_model(base.model, settings)
     for name, state in exact.items():
@@ -123,7 +125,9 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
                 f"choose at most {min(layer.in_features, layer.out_features)}",
             )
         sites.append(
-            Site(target, layer_of(target), layer.in_features, layer.out_features, lora.r, float(layer.scaling["default"]))
+            Site(
+                target, layer_of(target), layer.in_features, layer.out_features, lora.r, float(layer.scaling["default"])
+            )
         )
     head = _carried(peft_model, base.head) if config.head == "train" else None
     assert head is None or isinstance(head, nn.Linear)

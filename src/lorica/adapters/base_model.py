@@ -152,7 +152,10 @@ def _from_pretrained(function: Callable[..., Any], base: str, options: dict[str,
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            "model.base", base, f"cannot be loaded ({reason})", "give a local model folder, or check the hub id and the network"
+            "model.base",
+            base,
+            f"cannot be loaded ({reason})",
+            "give a local model folder, or check the hub id and the network",
         ) from error
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -176,7 +179,9 @@ def _head_path(model: nn.Module, labels: int) -> str:
     heads = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == labels and name.split(".")[0] in ("classifier", "score")
+        if isinstance(module, nn.Linear)
+        and module.out_features == labels
+        and name.split(".")[0] in ("classifier", "score")
     ]
     if not heads:
         raise UserError(

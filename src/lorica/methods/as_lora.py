@@ -188,7 +188,9 @@ class ASLoRA(Method):
                 score, variance = self._last_step_energy(server, replies, block)
                 self._learn(block, length * score, length**2 * variance)
                 continue
-            gradients = torch.stack([self._gradient(server, replies.updates[client], block, length) for client in clients])
+            gradients = torch.stack(
+                [self._gradient(server, replies.updates[client], block, length) for client in clients]
+            )
             mean = weights @ gradients
             energy = debiased_energy(mean, noise_variance)
             if self.options.score == "energy":

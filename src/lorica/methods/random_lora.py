@@ -31,7 +31,8 @@ class RandomLoRA(Method):
         coins = server.generator("random-lora")
         layers = {site.layer: [other for other in self.sites if other.layer == site.layer] for site in self.sites}
         choice: dict[str, Factors] = {
-            layer: "A" if coins.random() < 0.5 and not is_zero(server, sites) else "B" for layer, sites in layers.items()
+            layer: "A" if coins.random() < 0.5 and not is_zero(server, sites) else "B"
+            for layer, sites in layers.items()
         }
         replies = yield Train({site.name: choice[site.layer] for site in self.sites})
         server.model.add(replies.mean())

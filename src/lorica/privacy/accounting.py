@@ -123,7 +123,9 @@ def _epsilon(steps: tuple[Steps, ...], delta: float) -> float:
 
 
 @lru_cache(maxsize=1024)
-def _loss_distribution(sampling_rate: float, noise_multiplier: float) -> privacy_loss_distribution.PrivacyLossDistribution:
+def _loss_distribution(
+    sampling_rate: float, noise_multiplier: float
+) -> privacy_loss_distribution.PrivacyLossDistribution:
     return privacy_loss_distribution.from_gaussian_mechanism(
         noise_multiplier, sampling_prob=sampling_rate, value_discretization_interval=DISCRETIZATION
     )

@@ -33,7 +33,9 @@ def check_isolation(
     """
     together = per_example_gradients(lambda: losses(model, batch), trained, len(batch))
     for index in range(len(batch)):
-        one = Batch({name: value[index : index + 1] for name, value in batch.inputs.items()}, batch.labels[index : index + 1])
+        one = Batch(
+            {name: value[index : index + 1] for name, value in batch.inputs.items()}, batch.labels[index : index + 1]
+        )
         alone = per_example_gradients(lambda one=one: losses(model, one), trained, 1)  # type: ignore[misc]
         for name, gradient in alone.items():
             difference = torch.linalg.vector_norm(together[name][index] - gradient[0])

@@ -99,6 +99,4 @@ def noisy_gradient(
         for name, value in clipped_sum(gradients, terms.clip_norm).items():
             total[name] += value
     noise_std = terms.noise_multiplier * terms.clip_norm if terms.private else 0.0
-    return {
-        name: _release(add_noise(value, noise_std, randomness) / terms.batch_size) for name, value in total.items()
-    }
+    return {name: _release(add_noise(value, noise_std, randomness) / terms.batch_size) for name, value in total.items()}

@@ -43,9 +43,11 @@ class ClientPlan:
             return float("inf")
         return epsilon([self.steps(self.max_steps if count is None else count)], self.delta)
 
-    def epsilon_rdp(self) -> float:
-        """ε after all steps by the second accountant."""
-        return float("inf") if self.delta is None else epsilon_rdp([self.steps(self.max_steps)], self.delta)
+    def epsilon_rdp(self, count: int | None = None) -> float:
+        """The same by the second accountant."""
+        if self.delta is None:
+            return float("inf")
+        return epsilon_rdp([self.steps(self.max_steps if count is None else count)], self.delta)
 
     def check(self, proposed: Terms, steps_in_all: int) -> None:
         """Refuse what would cost more than was agreed.

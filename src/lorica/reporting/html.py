@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
+from lorica.files import write_atomically
 from lorica.reporting.comparison import Result, summarise
 from lorica.reporting.factors import factor_rows
 from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_figure, factors_figure, final_figure
@@ -31,11 +31,11 @@ MOST_OPEN_ROWS = 25
 def write_report(folder: str | Path) -> Path:
     """Write report.html, accuracy.png and factors.png into a run folder and return the path of the page.
 
-    Everything is drawn before the first file is replaced, and each file is replaced in one step, so a failure leaves
-    the old files. What the run does not hold (no evaluated round, no decision, no client) is left out.
+    Everything is drawn before the first file is replaced, each file is replaced in one step, and the page comes last,
+    so a failure leaves the old page. What the run does not hold (evaluated rounds, decisions, clients) is left out.
 
     Raises:
-        UserError: as `read_run`.
+        UserError: as `read_run`, or the folder cannot be written.
     """
     run = read_run(folder)
     figures: dict[str, Figure] = {}
@@ -47,17 +47,18 @@ def write_report(folder: str | Path) -> Path:
     if run.clients:
         figures["clients"] = clients_figure(run)
     page = _render("report.html.j2", _run_view(run) | {"figures": _drawings(figures)})
-    _write_all(run.folder, files | {"report.html": page.encode()})
+    for name, content in (files | {"report.html": page.encode()}).items():
+        write_atomically(run.folder / name, content)
     return run.folder / "report.html"
 
 
 def write_comparison(folder: str | Path, results: list[Result]) -> Path:
     """Write comparison.html, .png, .md and .json and final.png into a folder and return the path of the page.
 
-    The folder is made if it is absent. A failure before the first file is replaced leaves the old files.
+    The folder is made if it is absent. The page comes last, so a failure leaves the old page.
 
     Raises:
-        UserError: as `lorica.reporting.comparison.by_method`.
+        UserError: as `lorica.reporting.comparison.by_method`, or the folder cannot be written.
     """
     folder = Path(folder)
     figures = {"comparison": comparison_figure(results), "final": final_figure(results)}
@@ -83,8 +84,8 @@ def write_comparison(folder: str | Path, results: list[Result]) -> Path:
     files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
     files["comparison.md"] = comparison_markdown(results).encode()
     files["comparison.json"] = (json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n").encode()
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_all(folder, files | {"comparison.html": page.encode()})
+    for name, text in (files | {"comparison.html": page.encode()}).items():
+        write_atomically(folder / name, text)
     return folder / "comparison.html"
 
 
@@ -144,9 +145,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "start": percent(reached.start),
         "final": percent(reached.final),
         "final_round": reached.final_round,
-        "gain": points(reached.final - reached.start)
-        if reached.start is not None and reached.final is not None
-        else None,
+        "gain": None if reached.gain is None else points(reached.gain),
         "epsilon": None if spent is None else rounded_up(spent[0]),
         "delta": None if spent is None else rounded_up(spent[1]),
         "lifetime": rounded_up(lifetime) if spent is not None and lifetime > spent[0] else None,
@@ -246,16 +245,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_all(folder: Path, files: dict[str, bytes]) -> None:
-    """Write every file under a temporary name first, then put each in its place."""
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
-    try:
-        for name, content in files.items():
-            temporary[name].write_bytes(content)
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)

@@ -54,6 +54,10 @@ class Outcome:
     final: float | None
     final_round: int | None
 
+    @property
+    def gain(self) -> float | None:
+        return None if self.start is None or self.final is None else self.final - self.start
+
 
 def read_run(folder: str | Path) -> Run:
     """Read a run folder.

@@ -18,18 +18,7 @@ FACTOR_NAMES = {"A": "A", "B": "B", "AB": "A and B", "": "neither"}
 
 # A fixed place for common methods keeps their colours the same in every report; it changes nothing else. Any other
 # method gets a place from its name.
-_FIXED_PLACES = (
-    "as-lora",
-    "ffa-lora",
-    "ro-lora",
-    "la-lora",
-    "fedit",
-    "fedask",
-    "fedsvd",
-    "flora",
-    "fedex-lora",
-    "deer",
-)
+_FIXED_PLACES = ("as-lora", "ffa-lora", "ro-lora", "la-lora", "fed-avg", "fedask", "random-lora")
 
 RC = {
     "font.family": "sans-serif",

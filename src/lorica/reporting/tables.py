@@ -104,7 +104,7 @@ def accuracy_text(run: Run) -> str:
     reached = outcome(run.metrics)
     if reached.final is None:
         return f"{percent(reached.start)} at the start, no later round evaluated"
-    gain = f"{points(reached.final - reached.start)}, " if reached.start is not None else ""
+    gain = "" if reached.gain is None else f"{points(reached.gain)}, "
     return f"{percent(reached.start)} → {percent(reached.final)} ({gain}round {reached.final_round})"
 
 

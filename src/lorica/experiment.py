@@ -1,0 +1,410 @@
+"""From a configuration to a finished run folder: prepare, run or resume, export, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from lorica import config as configuration
+from lorica.adapters.adapted import AdaptedModel, adapt
+from lorica.adapters.base_model import load_base, resolve_base, resolve_device
+from lorica.adapters.export import export_adapter
+from lorica.adapters.state import AdapterState
+from lorica.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lorica.client import Client
+from lorica.config import ExperimentConfig
+from lorica.engines.local import LocalEngine
+from lorica.errors import UserError
+from lorica.federation import Federation, participation_schedule
+from lorica.files import append_line, home_folder, write_atomically
+from lorica.methods.base import Method, Server, make_method
+from lorica.optimizers import learning_rates
+from lorica.privacy.isolation import check_isolation
+from lorica.privacy.ledger import Ledger, lifetime_epsilon
+from lorica.privacy.plan import ClientPlan, plan_client
+from lorica.privacy.statement import privacy_statement
+from lorica.reporting.card import model_card
+from lorica.reporting.html import write_report
+from lorica.reporting.run_folder import read_run
+from lorica.streams import stream_seed, torch_stream
+from lorica.tasks import load_task
+from lorica.tasks.classification import evaluate
+from lorica.tasks.partition import partition
+from lorica.tasks.records import Records, Task
+
+DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
+CHECKED_EXAMPLES = 3
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run needs, checked; nothing has been released and no file written."""
+
+    config: ExperimentConfig
+    task: Task
+    model: AdaptedModel
+    state: AdapterState
+    method: Method
+    parts: list[Records]
+    schedule: list[list[int]]
+    plans: dict[int, ClientPlan]
+    ledger_path: Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder; `report.html` is in it.
+        adapter: the PEFT folder.
+        metrics: one dictionary a round, round 0 first.
+        privacy: the content of privacy.json.
+    """
+
+    folder: Path
+    adapter: Path
+    metrics: list[dict[str, Any]]
+    privacy: dict[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """Of the last evaluated round."""
+        return float([row["accuracy"] for row in self.metrics if "accuracy" in row][-1])
+
+    @property
+    def starting_accuracy(self) -> float:
+        return float(self.metrics[0]["accuracy"])
+
+    @property
+    def epsilon(self) -> float:
+        """The largest over the clients; infinite without privacy."""
+        return float(max(client.get("epsilon", float("inf")) for client in self.privacy["clients"]))
+
+
+class Experiment:
+    """A configured experiment.
+
+    >>> experiment = Experiment.load()
+    >>> experiment.config.method.name
+    'as-lora'
+    """
+
+    def __init__(self, config: ExperimentConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def load(cls, source: str | Path | dict[str, Any] | None = None, overrides: list[str] | None = None) -> Experiment:
+        """From a YAML file or a dictionary, by default the embedded digits experiment, with `a.b=c` overrides.
+
+        Raises:
+            UserError: names the key, the value and the remedy.
+        """
+        return cls(configuration.load(DEFAULT_CONFIG if source is None else source, overrides))
+
+    def run(
+        self,
+        on_start: Callable[[Prepared, int], None] = lambda prepared, finished_rounds: None,
+        on_round: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    ) -> Result:
+        """Run to the end, resuming where an earlier run of the same configuration and name stopped.
+
+        Args:
+            on_start: called once everything is checked, with the number of rounds that are already finished.
+            on_round: called with each round's metrics, the starting model's (round 0) first.
+
+        Raises:
+            UserError: before any budget is spent, for everything that the configuration or the data can get wrong.
+        """
+        folder = self.config.folder
+        claim_folder(folder, self.config)
+        if (folder / "adapter").is_dir() and (folder / "privacy.json").is_file():
+            return read_result(folder)
+        prepared = prepare(self.config)
+        run = _open_run(folder, self.config, prepared)
+        checkpoint = load_checkpoint(folder / "checkpoint")
+        federation, clients = _assemble(prepared, run, checkpoint)
+        _check_lifetime(prepared, clients, run)
+        on_start(prepared, federation.server.round)
+        _keep_rounds(folder / "metrics.jsonl", federation.server.round)
+        _keep_rounds(folder / "decisions.jsonl", federation.server.round)
+        if checkpoint is None:
+            _keep_rounds(folder / "metrics.jsonl", -1)
+            metrics = {"round": 0} | _evaluate(prepared, federation)
+            append_line(folder / "metrics.jsonl", json.dumps(metrics))
+            on_round(metrics)
+        while federation.server.round < self.config.federation.rounds:
+            metrics = _one_round(prepared, federation, clients, folder)
+            on_round(metrics)
+        return _finish(prepared, federation, clients, folder, run)
+
+
+def prepare(config: ExperimentConfig) -> Prepared:
+    """Load and check everything that can be checked without training.
+
+    Raises:
+        UserError: names the key, the value and the remedy.
+    """
+    task = load_task(config.task, resolve_base(config.model.base))
+    device = resolve_device(config.model.device)
+    base = load_base(config.model, config.task.type, task.label_names, config.seed)
+    model = adapt(base, config.lora, config.model, config.seed, device)
+    state = AdapterState(model.sites, model.read())
+    method = make_method(config.method, model.sites)
+    federation = config.federation
+    schedule = participation_schedule(federation.clients, federation.rounds, federation.participation, config.seed)
+    method.check(config.optimizer, len(schedule[0]), config.privacy != "none")
+    if federation.weights == "noise" and config.privacy == "none":
+        raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
+    indices = partition(task.train.labels, federation, stream_seed(config.seed, "partition"))
+    parts = [task.train.subset(part) for part in indices]
+    plans = {}
+    for client, part in enumerate(parts):
+        steps = federation.local_steps * sum(client in participants for participants in schedule)
+        plans[client] = plan_client(client, len(part), federation.batch_size, steps, config.privacy)
+        if config.privacy != "none" and config.privacy.delta >= 1 / len(part):
+            logger.warning(
+                "privacy.delta = %g is not below 1/%d, the inverse of client %d's records: a mechanism that publishes a "
+                "whole record at random would satisfy it. Choose a smaller privacy.delta.",
+                config.privacy.delta,
+                len(part),
+                client,
+            )
+    prepared = Prepared(config, task, model, state, method, parts, schedule, plans, _ledger_path(config, task))
+    _check_isolation(prepared)
+    method.start(state)
+    return prepared
+
+
+def claim_folder(folder: Path, config: ExperimentConfig) -> None:
+    """Check that the run folder is free or holds this very experiment.
+
+    Raises:
+        UserError: another experiment's, or a folder that Lorica did not make.
+    """
+    path = folder / "config.yaml"
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not path.is_file():
+        raise UserError("name", config.name, f"{folder} exists and is no run folder", "choose another name or output")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    wanted = config.model_dump(mode="json")
+    # Where the folder lies is no part of the experiment.
+    different = [key for key in wanted if key != "output" and found.get(key) != wanted[key]]
+    if different:
+        raise UserError(
+            "name",
+            config.name,
+            f"{folder} holds another experiment (its {', '.join(different)} differ)",
+            "choose another name, or delete that folder",
+        )
+
+
+def read_result(folder: Path) -> Result:
+    """The result of a finished run, from its folder."""
+    run = read_run(folder)
+    return Result(folder, folder / "adapter", run.metrics, run.privacy or {})
+
+
+def _open_run(folder: Path, config: ExperimentConfig, prepared: Prepared) -> str:
+    """Make the run folder, or open it again; returns the run's identity, which the ledger knows it by."""
+    path = folder / "environment.json"
+    if path.is_file():
+        return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+    environment = {
+        "run": uuid.uuid4().hex,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(prepared.model.device),
+        "threads": torch.get_num_threads(),
+        "git": _git_revision(),
+    } | {package: version(package) for package in ("lorica", "torch", "transformers", "peft", "dp-accounting")}
+    write_atomically(folder / "config.yaml", config.to_yaml().encode())
+    write_atomically(path, json.dumps(environment, indent=2).encode())
+    return str(environment["run"])
+
+
+def _assemble(prepared: Prepared, run: str, checkpoint: Checkpoint | None) -> tuple[Federation, dict[int, Client]]:
+    config = prepared.config
+    ledger = Ledger(prepared.ledger_path)
+    dataset = prepared.task.train.fingerprint()
+    clients = {
+        number: Client(
+            number=number,
+            records=part,
+            plan=prepared.plans[number],
+            ledger=ledger,
+            dataset=dataset,
+            seed=config.seed,
+            micro_batch_tokens=config.federation.micro_batch_tokens,
+        )
+        for number, part in enumerate(prepared.parts)
+    }
+    server = Server(
+        model=prepared.state,
+        rounds=config.federation.rounds,
+        terms={number: plan.terms for number, plan in prepared.plans.items()},
+        optimizer=config.optimizer,
+        local_steps=config.federation.local_steps,
+        rates=learning_rates(config.optimizer, list(prepared.state.tensors)),
+        seed=config.seed,
+    )
+    if checkpoint is not None:
+        server.round = checkpoint.round
+        server.model.assign(checkpoint.adapter)
+        prepared.method.restore(checkpoint.method_numbers, checkpoint.method_tensors)
+    federation = Federation(
+        run=run,
+        method=prepared.method,
+        server=server,
+        engine=LocalEngine(prepared.model, clients),
+        plans=prepared.plans,
+        schedule=prepared.schedule,
+        weighting=config.federation.weights,
+    )
+    return federation, clients
+
+
+def _one_round(prepared: Prepared, federation: Federation, clients: dict[int, Client], folder: Path) -> dict[str, Any]:
+    started = time.perf_counter()
+    traffic = federation.round()
+    server = federation.server
+    metrics: dict[str, Any] = {"round": server.round}
+    last = server.round == server.rounds
+    if last or server.round % prepared.config.federation.evaluate_every == 0:
+        metrics |= _evaluate(prepared, federation)
+    spent = [
+        plan.epsilon(server.local_steps * sum(number in who for who in prepared.schedule[: server.round]))
+        for number, plan in prepared.plans.items()
+        if plan.delta is not None
+    ]
+    metrics |= {"epsilon": max(spent)} if spent else {}
+    metrics |= {
+        "seconds": time.perf_counter() - started,
+        "server_seconds": traffic.server_seconds,
+        "participants": traffic.participants,
+        "bytes_up": traffic.bytes_up,
+        "bytes_down": traffic.bytes_down,
+    }
+    decisions = {"round": server.round, "factors": traffic.factors} | prepared.method.decisions()
+    append_line(folder / "decisions.jsonl", json.dumps(decisions))
+    append_line(folder / "metrics.jsonl", json.dumps(metrics))
+    save_checkpoint(folder / "checkpoint", Checkpoint(server.round, server.model.tensors, *prepared.method.state()))
+    return metrics
+
+
+def _evaluate(prepared: Prepared, federation: Federation) -> dict[str, float]:
+    model = prepared.model
+    model.write(federation.server.model.tensors)
+    tokens = prepared.config.federation.micro_batch_tokens
+    return evaluate(model.peft_model, prepared.task.test, tokens, model.device)
+
+
+def _finish(prepared: Prepared, federation: Federation, clients: dict[int, Client], folder: Path, run: str) -> Result:
+    config = prepared.config
+    statement = privacy_statement(
+        prepared.plans,
+        {number: client.records.fingerprint() for number, client in clients.items()},
+        Ledger(prepared.ledger_path),
+        prepared.task.train.fingerprint(),
+        run,
+        None if config.privacy == "none" else config.privacy.epsilon,
+    )
+    write_atomically(folder / "privacy.json", json.dumps(statement, indent=2).encode())
+    prepared.model.write(federation.server.model.tensors)
+    card = model_card(read_run(folder), 'import lorica\n\nmodel = lorica.load_adapter("adapter")')
+    export_adapter(
+        prepared.model,
+        folder / "adapter",
+        config.model,
+        config.task.type,
+        prepared.task.label_names,
+        config.seed,
+        card,
+    )
+    write_report(folder)
+    return read_result(folder)
+
+
+def _check_isolation(prepared: Prepared) -> None:
+    """Per-example gradients of a few public examples, at random factors: at `B = 0`, `A` would have no gradient."""
+    model, config = prepared.model, prepared.config
+    draws = torch_stream(config.seed, "isolation")
+    model.write(
+        {name: 0.1 * torch.randn(value.shape, generator=draws) for name, value in prepared.state.tensors.items()}
+    )
+    indices = np.arange(min(CHECKED_EXAMPLES, len(prepared.task.test)))
+    batch = next(iter(prepared.task.test.micro_batches(indices, 10**9))).to(model.device)
+    tolerance = 1e-3 if config.model.precision == "fp32" else 0.2
+    check_isolation(model.peft_model, model.losses, model.tensors, batch, tolerance)
+
+
+def _check_lifetime(prepared: Prepared, clients: dict[int, Client], run: str) -> None:
+    privacy = prepared.config.privacy
+    if privacy == "none" or privacy.max_lifetime_epsilon is None or privacy.noise != "secure":
+        return
+    for number, client in clients.items():
+        plan = prepared.plans[number]
+        remaining = plan.steps(plan.max_steps - client.ledger.steps(run, number))
+        life = lifetime_epsilon(
+            client.ledger.releases(client.dataset), client.records.fingerprint(), privacy.delta, remaining
+        )
+        if life > privacy.max_lifetime_epsilon:
+            raise UserError(
+                "privacy.max_lifetime_epsilon",
+                privacy.max_lifetime_epsilon,
+                f"with this run, client {number} would have released ε = {life:.3f} in all",
+                "lower privacy.epsilon, run fewer rounds, or raise the limit",
+            )
+
+
+def _ledger_path(config: ExperimentConfig, task: Task) -> Path:
+    """Beside the training data; for data without a place of its own, under Lorica's home."""
+    if config.privacy != "none" and config.privacy.ledger is not None:
+        return Path(config.privacy.ledger).expanduser()
+    train = Path(config.task.train).expanduser()
+    if train.exists():
+        return train.with_name(train.name + ".ledger.sqlite")
+    return home_folder() / "ledgers" / f"{task.train.fingerprint()[:16]}.sqlite"
+
+
+def _keep_rounds(path: Path, last: int) -> None:
+    """Drop the lines of rounds after `last`, which will be run again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _round_of(line) <= last]
+        if kept != lines:
+            write_atomically(path, "".join(line + "\n" for line in kept).encode())
+
+
+def _round_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["round"])
+    except ValueError:
+        # A crash can leave half a line at the end.
+        return float("inf")
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,96 @@
+"""What a run guarantees to each owner, in words and numbers: the content of privacy.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION, RELATION
+from lorica.privacy.ledger import Ledger, lifetime_epsilon, unprotected
+from lorica.privacy.plan import ClientPlan
+
+ASSUMPTIONS = [
+    "Clients hold disjoint records, so the guarantee of the federation is that of its weakest client.",
+    "Record counts, sampling rates, noise multipliers, learning rates and the choice of clients per round are public.",
+    "The server and the other owners may see every message; noise is added by each owner before anything leaves it.",
+    "Which records enter a batch stays secret with the owner.",
+]
+NOT_COVERED = [
+    "The test set: it is public, and the server evaluates on it in every round.",
+    "The choice of hyper-parameters by looking at the results of several runs; each run is charged to the ledger.",
+    "The number of records of each client.",
+    "Running time and memory use.",
+]
+UNPROTECTED = {
+    "none": "Anything: the run trained without differential privacy.",
+    "reproducible": "Anyone who knows or guesses the seed: the noise and the batches can be computed from it.",
+}
+
+
+def privacy_statement(
+    plans: Mapping[int, ClientPlan],
+    owners: Mapping[int, str],
+    ledger: Ledger,
+    dataset: str,
+    run: str,
+    target_epsilon: float | None,
+) -> dict[str, Any]:
+    """JSON-able statement of a run as far as its ledger has been charged.
+
+    `steps` and `epsilon` are those of the ledger, not of the plan: they count every release that may have left.
+
+    Args:
+        plans: client -> plan.
+        owners: client -> fingerprint of its records.
+    """
+    releases = ledger.releases(dataset)
+    noise = next(iter(plans.values())).noise
+    clients = []
+    for client, plan in plans.items():
+        charged = [release for release in releases if release.run == run and release.client == client]
+        steps = sum(release.steps for release in charged)
+        row: dict[str, Any] = {
+            "client": client,
+            "records": plan.records,
+            "sampling_rate": plan.terms.sampling_rate,
+            "batch_size": plan.terms.batch_size,
+            "steps": steps,
+            "planned_steps": plan.max_steps,
+            "releases": len(charged),
+        }
+        if plan.delta is not None:
+            row |= {
+                "noise_multiplier": plan.terms.noise_multiplier,
+                "clip_norm": plan.terms.clip_norm,
+                "delta": plan.delta,
+                "epsilon": plan.epsilon(steps),
+                "epsilon_rdp": plan.epsilon_rdp(steps),
+            }
+            if noise == "secure":
+                row["lifetime_epsilon"] = lifetime_epsilon(releases, owners[client], plan.delta)
+        clients.append(row)
+    statement: dict[str, Any] = {
+        "private_release": noise == "secure",
+        "noise": noise,
+        "unit": "record",
+        "relation": RELATION,
+        "sampler": "Poisson: each record enters each batch independently with probability q = batch size / records",
+        "clients": clients,
+        "assumptions": ASSUMPTIONS,
+        "not_covered": [*([UNPROTECTED[noise]] if noise in UNPROTECTED else []), *NOT_COVERED],
+        "ledger": str(ledger.path),
+    }
+    if noise != "none":
+        statement |= {
+            "clipping": "flat: the gradient of each record over all trained tensors together, norm at most C",
+            "mechanism": "Gaussian noise of standard deviation σC on the sum, divided by the expected batch size",
+            "accountant": f"{ACCOUNTANT} (pessimistic, grid {DISCRETIZATION:g}); cross-check by RDP",
+            "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),
+            "target_epsilon": target_epsilon,
+        }
+    bare = unprotected(releases)
+    if noise == "secure" and bare:
+        statement["not_covered"].append(
+            f"{bare} earlier releases of the same data with reproducible or no noise, which the ledger lists."
+        )
+    return statement
