@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lorica.errors import UserError
 
+DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -169,18 +170,18 @@ class ExperimentConfig(Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load(source: str | Path | dict[str, Any], overrides: list[str] | None = None) -> ExperimentConfig:
+def load(source: str | Path | dict[str, Any] | None = None, overrides: list[str] | None = None) -> ExperimentConfig:
     """Read, override and validate an experiment.
 
     Args:
-        source: a YAML file, or its content as a dictionary.
+        source: a YAML file, or its content as a dictionary; by default the embedded digits experiment.
         overrides: `section.key=value` strings; the value is YAML (`3`, `null`, `[query, value]`).
 
     Raises:
         UserError: the file is missing or is not YAML, a key is unknown (the nearest known one is named), a value has
             the wrong type or is out of bounds.
     """
-    content = dict(source) if isinstance(source, dict) else _read_yaml(Path(source))
+    content = dict(source) if isinstance(source, dict) else _read_yaml(Path(source or DEFAULT_CONFIG))
     for override in overrides or []:
         _apply_override(content, override)
     return validate(ExperimentConfig, content)

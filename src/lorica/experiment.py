@@ -19,14 +19,13 @@ import numpy as np
 import torch
 import yaml
 
-from lorica import config as configuration
 from lorica.adapters.adapted import AdaptedModel, adapt
 from lorica.adapters.base_model import load_base, resolve_base, resolve_device
 from lorica.adapters.export import export_adapter
 from lorica.adapters.state import AdapterState
 from lorica.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lorica.client import Client
-from lorica.config import ExperimentConfig
+from lorica.config import ExperimentConfig, load
 from lorica.engines.local import LocalEngine
 from lorica.errors import UserError
 from lorica.federation import Federation, participation_schedule
@@ -46,7 +45,6 @@ from lorica.tasks.classification import evaluate
 from lorica.tasks.partition import partition
 from lorica.tasks.records import Records, Task
 
-DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
 CHECKED_EXAMPLES = 3
 logger = logging.getLogger(__name__)
 
@@ -115,7 +113,7 @@ class Experiment:
         Raises:
             UserError: names the key, the value and the remedy.
         """
-        return cls(configuration.load(DEFAULT_CONFIG if source is None else source, overrides))
+        return cls(load(source, overrides))
 
     def run(
         self,
@@ -168,7 +166,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
     method = make_method(config.method, model.sites)
     federation = config.federation
     schedule = participation_schedule(federation.clients, federation.rounds, federation.participation, config.seed)
-    method.check(config.optimizer, len(schedule[0]), config.privacy != "none")
+    method.check(config.optimizer, len(schedule[0]))
     if federation.weights == "noise" and config.privacy == "none":
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
     indices = partition(task.train.labels, federation, stream_seed(config.seed, "partition"))
@@ -179,8 +177,8 @@ def prepare(config: ExperimentConfig) -> Prepared:
         plans[client] = plan_client(client, len(part), federation.batch_size, steps, config.privacy)
         if config.privacy != "none" and config.privacy.delta >= 1 / len(part):
             logger.warning(
-                "privacy.delta = %g is not below 1/%d, the inverse of client %d's records: a mechanism that publishes a "
-                "whole record at random would satisfy it. Choose a smaller privacy.delta.",
+                "privacy.delta = %g is not below 1/%d, the inverse of client %d's records: publishing a random record "
+                "would satisfy it. Choose a smaller privacy.delta.",
                 config.privacy.delta,
                 len(part),
                 client,

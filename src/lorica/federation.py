@@ -17,6 +17,7 @@ from lorica.privacy.plan import ClientPlan
 from lorica.streams import numpy_stream
 
 ENERGY = "energy:"
+Weighting = Literal["uniform", "records", "noise"]
 
 
 class Engine(Protocol):
@@ -53,7 +54,7 @@ class Federation:
     engine: Engine
     plans: Mapping[int, ClientPlan]
     schedule: list[list[int]]
-    weighting: Literal["uniform", "records", "noise"]
+    weighting: Weighting
     _sent: dict[int, dict[str, int]] = field(default_factory=dict)
 
     def round(self) -> Traffic:

@@ -94,12 +94,14 @@ class Reply:
 
 def encode(tensors: Mapping[str, Tensor]) -> bytes:
     """Tensors as safetensors bytes."""
-    return safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    content: bytes = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
+    return content
 
 
 def decode(content: bytes) -> dict[str, Tensor]:
     """The inverse of `encode`."""
-    return safetensors.torch.load(content)
+    tensors: dict[str, Tensor] = safetensors.torch.load(content)
+    return tensors
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:

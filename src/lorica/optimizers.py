@@ -68,16 +68,13 @@ class AdamW:
             self._second[name] = post_process(
                 lambda v, g: second_decay * v + (1 - second_decay) * g**2, second, gradient
             )
-            increments[name] = post_process(
-                lambda m, v, name=name: (
-                    -self._rates[name]
-                    * (
-                        m / first_scale / ((v / second_scale).sqrt() + self.EPSILON)
-                        + self._weight_decay * parameters[name]
-                    )
-                ),
+            normalised = post_process(
+                lambda m, v: m / first_scale / ((v / second_scale).sqrt() + self.EPSILON),
                 self._first[name],
                 self._second[name],
+            )
+            increments[name] = post_process(
+                lambda d, name=name: -self._rates[name] * (d + self._weight_decay * parameters[name]), normalised
             )
         return increments
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,8 +95,7 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
     targets = match_targets(base.model, lora.target_modules, base.head)
     # The base may not know a head for these labels, so whatever no checkpoint holds travels with the adapter.
     carried = [base.head, *base.new_modules] if config.head == "train" or base.head_is_new else base.new_modules
-    exact = {name: base.model.get_submodule(name).state_dict() for name in carried}
-    exact = {name: {key: value.clone() for key, value in state.items()} for name, state in exact.items()}
+    exact = {name: copy.deepcopy(base.model.get_submodule(name).state_dict()) for name in carried}
     if config.precision == "bf16":
         base.model.to(torch.bfloat16)
     with torch.random.fork_rng(devices=[]):
@@ -106,11 +106,11 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
             **lora.model_dump(exclude={"target_modules"}),
         )
         peft_model = get_peft_model(base.model, settings)
-    for name, state in exact.items():
-        module = _carried(peft_model, name)
-        module.float().load_state_dict(state)
-        module.register_forward_pre_hook(_inputs_as_fp32)
     if config.precision == "bf16":
+        for name, state in exact.items():
+            module = _carried(peft_model, name)
+            module.float().load_state_dict(state)
+            module.register_forward_pre_hook(_inputs_as_fp32)
         peft_model.register_forward_pre_hook(_floats_as_bf16, with_kwargs=True)
     peft_model.requires_grad_(False)
     sites = []
@@ -126,7 +126,12 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
             )
         sites.append(
             Site(
-                target, layer_of(target), layer.in_features, layer.out_features, lora.r, float(layer.scaling["default"])
+                name=target,
+                layer=layer_of(target),
+                d_in=layer.in_features,
+                d_out=layer.out_features,
+                rank=lora.r,
+                scale=float(layer.scaling["default"]),
             )
         )
     head = _carried(peft_model, base.head) if config.head == "train" else None
@@ -135,7 +140,9 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
 
 
 def _carried(peft_model: PeftModel, name: str) -> nn.Module:
-    return peft_model.base_model.model.get_submodule(name).modules_to_save["default"]
+    module = peft_model.base_model.model.get_submodule(name).modules_to_save["default"]
+    assert isinstance(module, nn.Module)
+    return module
 
 
 def _inputs_as_fp32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

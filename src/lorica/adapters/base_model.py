@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from lorica.config import ModelConfig
 from lorica.errors import UserError
@@ -42,17 +43,17 @@ class MeanPooledClassifier(nn.Module):
     `logits = W · (Σ_t m_t h_t / Σ_t m_t) + c` with the attention mask `m (n, t)` and hidden states `h (n, t, d)`.
     """
 
-    def __init__(self, encoder: nn.Module, labels: int) -> None:
+    def __init__(self, encoder: transformers.PreTrainedModel, labels: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.config = encoder.config
         self.classifier = nn.Linear(encoder.config.hidden_size, labels)
 
-    def forward(self, attention_mask: Tensor, **inputs: Any) -> transformers.utils.ModelOutput:
-        hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> SequenceClassifierOutput:
+        hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state.float()
+        mask = attention_mask.unsqueeze(-1)
         mean = (hidden * mask).sum(1) / mask.sum(1)
-        return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.classifier(mean))
+        return SequenceClassifierOutput(logits=self.classifier(mean))
 
 
 def resolve_base(base: str) -> str:
@@ -101,7 +102,7 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
             if task_type != "text-classification":
                 raise UserError("model.pooling", "mean", f"does not fit {task_type}", "set model.pooling=auto")
             encoder, info = _from_pretrained(transformers.AutoModel.from_pretrained, base, options)
-            model: nn.Module = MeanPooledClassifier(encoder, labels)
+            model: Any = MeanPooledClassifier(encoder, labels)
             new_modules = ["classifier"]
             kept = False
         else:
@@ -172,7 +173,7 @@ def _checkpoint_labels(base: str, options: dict[str, Any]) -> list[str]:
 
 def _key(entry: Any) -> str:
     # transformers lists a mismatched key with its two shapes.
-    return entry if isinstance(entry, str) else entry[0]
+    return entry if isinstance(entry, str) else str(entry[0])
 
 
 def _head_path(model: nn.Module, labels: int) -> str:

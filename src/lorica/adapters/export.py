@@ -50,4 +50,5 @@ def load_adapter(folder: str | Path) -> nn.Module:
     description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
     base = load_base(config, description["task_type"], description["label_names"], description["seed"])
-    return PeftModel.from_pretrained(base.model, folder).eval()
+    model: nn.Module = PeftModel.from_pretrained(base.model, folder).eval()
+    return model

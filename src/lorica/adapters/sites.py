@@ -48,7 +48,7 @@ class Site:
 
 
 def layer_of(name: str) -> str:
-    """`bert.encoder.layer.3.attention.self.query` -> `bert.encoder.layer.3`; a path without a number is its own layer."""
+    """`bert.encoder.layer.3.attention.self.query` -> `bert.encoder.layer.3`; without a number, the path itself."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[-1] + 1]) if numbers else name

@@ -73,14 +73,14 @@ class ASLoRA(Method):
          most rounds, from the privatised gradient.
     4. `gain ← β gain + (1-β) a S` for the active blocks.
 
-    `select: softmax`: with `D = (S_A - S_B)/(|S_A| + |S_B|)` and temperature `T = max(0.1, 0.95^(t - warm-up))`, A is chosen with
-    probability `1/(1 + exp(-D/T))`. `select: thompson`: with probability `Φ((S_A - S_B)/√(s_A² + s_B²))`, kept within
-    `[floor, 1 - floor]`; the variance of an inactive block grows by `(0.1 gain)²` a round, so nothing is starved; with
-    `freeze` a layer trains neither factor while both gains are negative by more than a standard deviation.
+    `select: softmax`: with `D = (S_A - S_B)/(|S_A| + |S_B|)` and temperature `T = max(0.1, 0.95^(t - warm-up))`, A is
+    chosen with probability `1/(1 + exp(-D/T))`. `select: thompson`: with probability `Φ((S_A - S_B)/√(s_A² + s_B²))`,
+    kept within `[floor, 1 - floor]`; the variance of an inactive block grows by `(0.1 gain)²` a round, so nothing is
+    starved; with `freeze` a layer trains neither factor while both gains are below zero by a standard deviation.
 
     Where the released code differs: it scored the raw gradient at first (not private); later it uploads
-    finite-difference curvature of raw private batches in the last rounds (not private; not offered here); it compares the
-    factors without their learning rates; it scores a random projection of the gradient, which has the same expected energy.
+    finite-difference curvature of raw private batches in the last rounds (not private; not offered here); it compares
+    the factors without their learning rates; it scores a random projection of the gradient, of equal expected energy.
     """
 
     name = "as-lora"
@@ -116,7 +116,7 @@ class ASLoRA(Method):
             self.blocks[group, "B"] = Block([site.b for site in members])
         self.probabilities: dict[str, float] = {}
 
-    def check(self, optimizer: OptimizerConfig, clients: int, private: bool) -> None:
+    def check(self, optimizer: OptimizerConfig, clients: int) -> None:
         if optimizer.name == "adamw" and (
             self.options.score == "energy" or self.options.select == "thompson" or clients == 1
         ):

@@ -115,10 +115,10 @@ class Method(ABC):
         self.options = options
         self.sites = sites
 
-    def check(self, optimizer: OptimizerConfig, clients: int, private: bool) -> None:
+    def check(self, optimizer: OptimizerConfig, clients: int) -> None:  # noqa: B027 - nothing to refuse by default
         """Refuse, before the run, a setting that the method cannot work with (`UserError`)."""
 
-    def start(self, model: AdapterState) -> None:
+    def start(self, model: AdapterState) -> None:  # noqa: B027 - most methods start from what PEFT gives
         """Change the initial adapter before the first round."""
 
     @abstractmethod
@@ -129,7 +129,7 @@ class Method(ABC):
         """What a checkpoint keeps: JSON-able numbers, and tensors."""
         return {}, {}
 
-    def restore(self, numbers: dict[str, object], tensors: dict[str, Tensor]) -> None:
+    def restore(self, numbers: dict[str, object], tensors: dict[str, Tensor]) -> None:  # noqa: B027 - may be stateless
         """Take back what `state` gave."""
 
     def decisions(self) -> dict[str, object]:

@@ -1,8 +1,8 @@
 """Scores of a block of tensors, computed from what clients upload anyway: pure post-processing.
 
-A block is one factor of one layer, `d` coordinates in all. Client `k` uploads `U_k = θ_{k,E} - θ_t`. With the path length
-`a = η Σ_e c_e` the client's round-average noisy gradient is `G_k = -U_k / a`, and the server moves by `-a Ḡ` with
-`Ḡ = Σ_k w_k G_k`. The DP noise in `Ḡ` has the public variance `v` per coordinate.
+A block is one factor of one layer, `d` coordinates in all. Client `k` uploads `U_k = θ_{k,E} - θ_t`. With the path
+length `a = η Σ_e c_e` the client's round-average noisy gradient is `G_k = -U_k / a`, and the server moves by `-a Ḡ`
+with `Ḡ = Σ_k w_k G_k`. The DP noise in `Ḡ` has the public variance `v` per coordinate.
 
 For a local quadratic loss with gradient `g` and Hessian `H`, training the block once lowers the loss by `a D`, with
 `D = ‖g‖² - (a/2)(gᵀHg + v tr H)` up to the local drift. The statistics here estimate it without bias.
@@ -36,8 +36,9 @@ def mean_noise_variance(terms: Mapping[int, Terms], weights: Mapping[int, float]
 def cross_client_energy(gradients: Tensor, weights: Tensor) -> float:
     """`Q = (‖Σ_k w_k G_k‖² - Σ_k w_k² ‖G_k‖²) / (1 - Σ_k w_k²)`.
 
-    Estimates `‖g‖² - 2b gᵀHg` for the small drift coefficient `b = η (E-1)/2`, with no noise to subtract since different
-    clients' noises are independent. Under heterogeneity it estimates the mean inner product of two clients' gradients.
+    Estimates `‖g‖² - 2b gᵀHg` for the small drift coefficient `b = η (E-1)/2`, with no noise to subtract since
+    different clients' noises are independent. Under heterogeneity it estimates the mean inner product of two clients'
+    gradients.
 
     Args:
         gradients: `(K, d)`, `K ≥ 2`.
@@ -49,7 +50,7 @@ def cross_client_energy(gradients: Tensor, weights: Tensor) -> float:
 
 
 def debiased_energy(mean: Tensor, noise_variance: float) -> float:
-    """`N' = ‖Ḡ‖² - d v`: what is left of the mean gradient's energy when the known noise is taken off. `mean` is `(d,)`."""
+    """`N' = ‖Ḡ‖² - d v`: the energy of the mean gradient `(d,)` with the known noise taken off."""
     return float(mean.square().sum()) - mean.numel() * noise_variance
 
 

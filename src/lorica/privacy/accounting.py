@@ -11,13 +11,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from importlib.metadata import version
 
 import dp_accounting
 import numpy as np
 from dp_accounting import pld, rdp
-from dp_accounting.pld import privacy_loss_distribution
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
 
 from lorica.files import cache_folder, write_atomically
 
@@ -53,7 +53,7 @@ def epsilon_rdp(steps: Iterable[Steps], delta: float) -> float:
 
     Mironov et al., arXiv 1908.10530, for the sampled Gaussian; Canonne et al., arXiv 2004.00010, for the conversion.
     """
-    return epsilon_from_rdp(sum((rdp_curve(step) for step in _merged(steps)), np.zeros(len(RDP_ORDERS))), delta)
+    return epsilon_from_rdp(total_rdp(steps), delta)
 
 
 def rdp_curve(steps: Steps) -> np.ndarray:
@@ -61,6 +61,11 @@ def rdp_curve(steps: Steps) -> np.ndarray:
     if steps.noise_multiplier == 0:
         return np.full(len(RDP_ORDERS), np.inf)
     return steps.count * _rdp_of_one_step(steps.sampling_rate, steps.noise_multiplier)
+
+
+def total_rdp(steps: Iterable[Steps]) -> np.ndarray:
+    """The curves of a composition added up."""
+    return sum((rdp_curve(step) for step in _merged(steps)), np.zeros(len(RDP_ORDERS)))
 
 
 def epsilon_from_rdp(curve: np.ndarray, delta: float) -> float:
@@ -115,18 +120,13 @@ def _epsilon(steps: tuple[Steps, ...], delta: float) -> float:
         return 0.0
     if any(step.noise_multiplier == 0 for step in steps):
         return float("inf")
-    total = None
-    for step in steps:
-        part = _loss_distribution(step.sampling_rate, step.noise_multiplier).self_compose(step.count)
-        total = part if total is None else total.compose(part)
-    return float(total.get_epsilon_for_delta(delta))
+    parts = [_loss_distribution(step.sampling_rate, step.noise_multiplier).self_compose(step.count) for step in steps]
+    return float(reduce(PrivacyLossDistribution.compose, parts).get_epsilon_for_delta(delta))
 
 
 @lru_cache(maxsize=1024)
-def _loss_distribution(
-    sampling_rate: float, noise_multiplier: float
-) -> privacy_loss_distribution.PrivacyLossDistribution:
-    return privacy_loss_distribution.from_gaussian_mechanism(
+def _loss_distribution(sampling_rate: float, noise_multiplier: float) -> PrivacyLossDistribution:
+    return from_gaussian_mechanism(
         noise_multiplier, sampling_prob=sampling_rate, value_discretization_interval=DISCRETIZATION
     )
 

@@ -60,7 +60,7 @@ def per_example_gradients(
 
         if not output.requires_grad:
             output.requires_grad_()
-        output.register_hook(backward_hook)
+        output.register_hook(backward_hook)  # type: ignore[no-untyped-call]
 
     handles: list[RemovableHandle] = [module.register_forward_hook(forward_hook) for module in wanted]
     try:

@@ -43,6 +43,6 @@ def check_isolation(
                 raise UserError(
                     "model.base",
                     name,
-                    "the gradient of an example depends on the examples beside it, so records cannot be clipped one by one",
+                    "an example's gradient depends on the examples beside it, so records cannot be clipped one by one",
                     "use another model, or leave this module out of lora.target_modules",
                 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lorica.errors import UserError
-from lorica.privacy.accounting import RDP_ORDERS, Steps, epsilon, epsilon_from_rdp, rdp_curve
+from lorica.privacy.accounting import Steps, epsilon, epsilon_from_rdp, total_rdp
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS releases (
@@ -137,8 +137,8 @@ def lifetime_epsilon(releases: Iterable[Release], owner: str, delta: float, plan
 
     Releases of this owner's own partition compose by PLD. In a simulation, other runs may have split the same data set
     differently; a record of this owner then was with some client of that run, nobody knows which, and the bound takes
-    at each Rényi order the most expensive client: `max_k RDP_k(α)`. Releases without noise, or with reproducible noise, are not
-    private and are left out: `unprotected` counts them.
+    at each Rényi order the most expensive client: `max_k RDP_k(α)`. Releases without noise, or with reproducible
+    noise, are not private and are left out: `unprotected` counts them.
     """
     private = [release for release in releases if release.noise == "secure"]
     own = [release.cost for release in private if release.owner == owner]
@@ -150,16 +150,12 @@ def lifetime_epsilon(releases: Iterable[Release], owner: str, delta: float, plan
             foreign.setdefault(release.run, {}).setdefault(release.client, []).append(release.cost)
     if not foreign:
         return epsilon(own, delta)
-    curve = _rdp_of(own)
+    curve = total_rdp(own)
     for clients in foreign.values():
-        curve = curve + np.max([_rdp_of(steps) for steps in clients.values()], axis=0)
+        curve = curve + np.max([total_rdp(steps) for steps in clients.values()], axis=0)
     return epsilon_from_rdp(curve, delta)
 
 
 def unprotected(releases: Iterable[Release]) -> int:
     """Number of releases that no noise of unknown value protects."""
     return sum(release.noise != "secure" for release in releases)
-
-
-def _rdp_of(steps: Iterable[Steps]) -> np.ndarray:
-    return np.sum([np.zeros(len(RDP_ORDERS)), *(rdp_curve(step) for step in steps)], axis=0)

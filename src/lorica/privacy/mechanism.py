@@ -55,8 +55,8 @@ def add_noise(value: Tensor, noise_std: float, randomness: Randomness) -> Tensor
     """`value + N(0, s² I)`, rounded to a grid of spacing `2^⌊log₂ s⌋ · 2⁻¹⁶`.
 
     Sum and rounding are done in float64: the grid hides the low-order bits through which floating-point noise can
-    betray what it was added to (Mironov, CCS 2012). The rounding adds a variance of less than `2⁻³⁵ s²`. Zero noise returns
-    the value itself.
+    betray what it was added to (Mironov, CCS 2012). The rounding adds a variance of less than `2⁻³⁵ s²`. Zero noise
+    returns the value itself.
     """
     if noise_std == 0:
         return value

@@ -63,7 +63,7 @@ class ClientPlan:
             raise Refused(f"client {self.client}: the server proposes {proposed}, agreed was {self.terms}")
         if steps_in_all > self.max_steps:
             raise Refused(
-                f"client {self.client}: {steps_in_all} steps in all would pass the {self.max_steps} that ε was computed for"
+                f"client {self.client}: {steps_in_all} steps in all are more than the {self.max_steps} that ε covers"
             )
 
 

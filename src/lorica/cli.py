@@ -1,0 +1,224 @@
+"""The `lorica` command: parsing and printing."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lorica.errors import UserError
+
+if TYPE_CHECKING:
+    from lorica.experiment import Prepared
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated LoRA fine-tuning under differential privacy.",
+)
+console = Console()
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as privacy.epsilon=1")]
+
+
+@app.command()
+def run(
+    config: Annotated[str | None, typer.Argument(help="Experiment (YAML); without it, the embedded digits.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Train a LoRA adapter over a federation, or resume where the same run stopped."""
+    with _errors():
+        from lorica.experiment import Experiment
+        from lorica.reporting.run_folder import read_run
+        from lorica.reporting.tables import run_table
+
+        experiment = Experiment.load(*_source(config, overrides))
+        with _Rounds() as rounds:
+            result = experiment.run(rounds.start, rounds.round)
+        if not rounds.started:
+            console.print(
+                f"This run is finished already. For another one, give it another name: name={_next_name(result.folder)}"
+            )
+        console.print(run_table(read_run(result.folder)))
+
+
+@app.command()
+def compare(
+    config: Annotated[str | None, typer.Argument(help="Experiment (YAML); without it, the embedded digits.")] = None,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated; options after a colon: as-lora:score=energy+select=thompson")
+    ] = "as-lora,ffa-lora,ro-lora,fed-avg",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+) -> None:
+    """Run several methods with several seeds, resume what was interrupted, and put them side by side."""
+    with _errors():
+        from lorica.compare import compare as compare_methods
+        from lorica.experiment import Experiment
+        from lorica.reporting.tables import comparison_table
+
+        experiment = Experiment.load(*_source(config, overrides))
+        with _Rounds() as rounds:
+            page, results = compare_methods(
+                experiment.config,
+                [label.strip() for label in methods.split(",")],
+                _seeds(seeds),
+                lambda label, seed, index, count: console.rule(f"{label}, seed {seed} ({index} of {count})"),
+                rounds.start,
+                rounds.round,
+            )
+        console.print(comparison_table(results))
+        console.print(f"Comparison: {page}")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: what each trains and sends, whether its aggregation is exact, its DP status, its paper."""
+    with _errors():
+        from lorica.methods.base import registry
+
+        table = Table("method", "trains", "sends", "exact", "privacy", "paper", "arXiv")
+        for name, method in registry().items():
+            about = method.about
+            exact = "yes" if about.exact else "no"
+            table.add_row(name, about.trains, about.sends, exact, about.privacy, about.paper, about.arxiv)
+        console.print(table)
+
+
+@app.command()
+def account(
+    records: Annotated[int, typer.Option(min=1, help="Records of the client.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Expected size of a Poisson batch.")],
+    steps: Annotated[int, typer.Option(min=1, help="Noisy steps in all: rounds times local steps.")],
+    delta: Annotated[float, typer.Option(help="δ, below 1/records.")] = 1e-5,
+    epsilon: Annotated[float | None, typer.Option(help="Find the noise multiplier for this ε.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Find the ε of this noise multiplier.")] = None,
+) -> None:
+    """Noise multiplier for an ε, or ε for a noise multiplier, by two accountants."""
+    with _errors():
+        if (epsilon is None) == (noise_multiplier is None):
+            raise UserError("--epsilon", epsilon, "give either --epsilon or --noise-multiplier", "drop one of them")
+        from lorica.config import PrivacyConfig, validate
+        from lorica.privacy.plan import plan_client
+
+        content = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "delta": delta}
+        plan = plan_client(0, records, batch_size, steps, validate(PrivacyConfig, content, prefix="account"))
+        table = Table(show_header=False)
+        table.add_row("sampling rate q", f"{plan.terms.sampling_rate:.6g}")
+        table.add_row("steps", str(steps))
+        table.add_row("noise multiplier σ", f"{plan.terms.noise_multiplier:.4f}")
+        table.add_row("δ", f"{delta:g}")
+        table.add_row("ε by PLD", f"{plan.epsilon():.4f}")
+        table.add_row("ε by RDP (cross-check, looser)", f"{plan.epsilon_rdp():.4f}")
+        console.print(table)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/NAME.")]) -> None:
+    """Rebuild a run's HTML report and plots from its files."""
+    with _errors():
+        from lorica.reporting.html import write_report
+
+        console.print(f"Report: {write_report(folder)}")
+
+
+class _Rounds:
+    """Shows a run as it goes: what was planned, a line a round, a bar."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self._begun = time.perf_counter()
+        self._progress = Progress(
+            TextColumn("rounds"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> _Rounds:
+        logging.basicConfig(
+            level=logging.WARNING, handlers=[RichHandler(console=console, show_path=False, show_time=False)]
+        )
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, prepared: Prepared, finished: int) -> None:
+        self.started = True
+        config = prepared.config
+        modules = sorted({site.name.rsplit(".", 1)[-1] for site in prepared.model.sites})
+        noise = [plan.terms.noise_multiplier for plan in prepared.plans.values()]
+        sizes = [len(part) for part in prepared.parts]
+        console.print(
+            f"[bold]{config.name}[/bold]: {config.method.name}, {len(sizes)} clients with {min(sizes)} to {max(sizes)} "
+            f"records, {config.federation.rounds} rounds of {config.federation.local_steps} steps"
+        )
+        console.print(
+            f"LoRA of rank {config.lora.r} on {len(prepared.model.sites)} linear maps ({', '.join(modules)}) in "
+            f"{len({site.layer for site in prepared.model.sites})} layers; head: {config.model.head}"
+        )
+        if config.privacy == "none":
+            console.print("[bold red]No differential privacy.[/bold red]")
+        else:
+            console.print(
+                f"Record-level DP: C = {config.privacy.clip_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
+                f"δ = {config.privacy.delta:g}, ledger {prepared.ledger_path}"
+            )
+        if finished:
+            console.print(f"Resumed after round {finished}.")
+        self._task = self._progress.add_task("rounds", total=config.federation.rounds, completed=finished)
+
+    def round(self, metrics: dict[str, Any]) -> None:
+        parts = [f"round {metrics['round']:>3}"]
+        if "accuracy" in metrics:
+            parts.append(f"accuracy {100 * metrics['accuracy']:5.1f} %   loss {metrics['loss']:.3f}")
+        if "epsilon" in metrics:
+            parts.append(f"ε {metrics['epsilon']:.2f}")
+        if "seconds" in metrics:
+            parts.append(f"{metrics['seconds']:.1f} s")
+        console.print("   ".join(parts), highlight=False)
+        self._progress.update(self._task, completed=metrics["round"])
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """One line for what the user can mend; nothing finished is lost by Ctrl-C."""
+    try:
+        yield
+    except UserError as error:
+        console.print(f"[bold red]error[/bold red] {error}", highlight=False, markup=True, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("Stopped. Finished rounds are kept: the same command resumes.")
+        raise typer.Exit(130) from None
+
+
+def _source(config: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    # Without a file, the first override stands in the file's place.
+    if config is not None and "=" in config and not Path(config).is_file():
+        return None, [config, *(overrides or [])]
+    return config, list(overrides or [])
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise UserError("--seeds", text, "not a list of whole numbers", "write --seeds 0,1,2") from None
+
+
+def _next_name(folder: Path) -> str:
+    return next(name for index in range(2, 10**6) if not folder.with_name(name := f"{folder.name}-{index}").exists())
