@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lorica.config import load
 from lorica.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,17 +37,17 @@ def run(
 ) -> None:
     """Train a LoRA adapter over a federation, or resume where the same run stopped."""
     with _errors():
+        experiment_config = load(*_source(config, overrides))
+        # After the configuration is known to be sound: these bring PyTorch and take seconds.
         from lorica.experiment import Experiment
         from lorica.reporting.run_folder import read_run
         from lorica.reporting.tables import run_table
 
-        experiment = Experiment.load(*_source(config, overrides))
         with _Rounds() as rounds:
-            result = experiment.run(rounds.start, rounds.round)
+            result = Experiment(experiment_config).run(rounds.start, rounds.round)
         if not rounds.started:
-            console.print(
-                f"This run is finished already. For another one, give it another name: name={_next_name(result.folder)}"
-            )
+            again = f"name={_next_name(result.folder)}"
+            console.print(f"This run was finished before; its results follow. For another one: lorica run … {again}")
         console.print(run_table(read_run(result.folder)))
 
 
@@ -62,14 +62,13 @@ def compare(
 ) -> None:
     """Run several methods with several seeds, resume what was interrupted, and put them side by side."""
     with _errors():
+        experiment_config = load(*_source(config, overrides))
         from lorica.compare import compare as compare_methods
-        from lorica.experiment import Experiment
         from lorica.reporting.tables import comparison_table
 
-        experiment = Experiment.load(*_source(config, overrides))
         with _Rounds() as rounds:
             page, results = compare_methods(
-                experiment.config,
+                experiment_config,
                 [label.strip() for label in methods.split(",")],
                 _seeds(seeds),
                 lambda label, seed, index, count: console.rule(f"{label}, seed {seed} ({index} of {count})"),
@@ -86,12 +85,15 @@ def methods() -> None:
     with _errors():
         from lorica.methods.base import registry
 
-        table = Table("method", "trains", "sends", "exact", "privacy", "paper", "arXiv")
         for name, method in registry().items():
             about = method.about
-            exact = "yes" if about.exact else "no"
-            table.add_row(name, about.trains, about.sends, exact, about.privacy, about.paper, about.arxiv)
-        console.print(table)
+            table = Table(show_header=False, box=None, padding=(0, 2))
+            table.add_row("trains", about.trains)
+            table.add_row("sends", about.sends)
+            table.add_row("aggregation", "exact" if about.exact else "inexact")
+            table.add_row("privacy", about.privacy)
+            table.add_row("paper", f"{about.paper} (arXiv {about.arxiv})")
+            console.print(f"[bold]{name}[/bold]", table, highlight=False)
 
 
 @app.command()
@@ -136,7 +138,6 @@ class _Rounds:
 
     def __init__(self) -> None:
         self.started = False
-        self._begun = time.perf_counter()
         self._progress = Progress(
             TextColumn("rounds"),
             BarColumn(),
@@ -147,9 +148,8 @@ class _Rounds:
         )
 
     def __enter__(self) -> _Rounds:
-        logging.basicConfig(
-            level=logging.WARNING, handlers=[RichHandler(console=console, show_path=False, show_time=False)]
-        )
+        handler = RichHandler(console=console, show_path=False, show_time=False)
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
         self._progress.start()
         return self
 

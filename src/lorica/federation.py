@@ -134,12 +134,12 @@ def client_weights(weighting: str, plans: list[ClientPlan]) -> dict[int, float]:
 
     `uniform`: equal. `records`: `n_k`. `noise`: `1/τ_k²`, which minimises the noise variance of the mean.
     """
-    raw = {
-        "uniform": lambda plan: 1.0,
-        "records": lambda plan: float(plan.records),
-        "noise": lambda plan: 1 / plan.terms.noise_std**2,
-    }[weighting]
-    values = np.array([raw(plan) for plan in plans])
+    if weighting == "records":
+        values = np.array([plan.records for plan in plans], dtype=float)
+    elif weighting == "noise":
+        values = np.array([plan.terms.noise_std**-2 for plan in plans])
+    else:
+        values = np.ones(len(plans))
     return {plan.client: float(weight) for plan, weight in zip(plans, values / values.sum(), strict=True)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,7 +106,10 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
             modules_to_save=carried or None,
             **lora.model_dump(exclude={"target_modules"}),
         )
-        peft_model = get_peft_model(base.model, settings)
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks for a property that transformers 5 has renamed.
+            warnings.simplefilter("ignore", FutureWarning)
+            peft_model = get_peft_model(base.model, settings)
     if config.precision == "bf16":
         for name, state in exact.items():
             module = _carried(peft_model, name)

@@ -177,7 +177,7 @@ def _key(entry: Any) -> str:
 
 
 def _head_path(model: nn.Module, labels: int) -> str:
-    heads = [
+    heads: list[str] = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
