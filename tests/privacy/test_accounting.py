@@ -1,0 +1,73 @@
+"""ε against a second accountant, closed forms and published numbers."""
+
+import math
+
+import pytest
+from opacus.accountants import PRVAccountant
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from lorica.privacy.accounting import Steps, calibrate, epsilon, epsilon_rdp
+
+GRID = [
+    (0.016, 0.8, 500, 1e-5),
+    (0.012357, 0.94, 1000, 1e-5),
+    (0.2666, 2.72, 60, 1e-4),
+    (0.05, 1.5, 2000, 1e-6),
+    (0.001, 0.6, 1000, 1e-5),
+]
+
+
+@pytest.mark.parametrize(("rate", "sigma", "steps", "delta"), GRID)
+@pytest.mark.filterwarnings("ignore")
+def test_pld_equals_opacus_prv_and_stays_below_rdp(rate: float, sigma: float, steps: int, delta: float) -> None:
+    ours = epsilon([Steps(rate, sigma, steps)], delta)
+    prv = PRVAccountant()
+    prv.history = [(sigma, rate, steps)]
+    reference = prv.get_epsilon(delta, eps_error=0.005)
+    assert ours == pytest.approx(reference, rel=0.01)
+    assert ours <= epsilon_rdp([Steps(rate, sigma, steps)], delta)
+
+
+@pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (3.0, 10), (20.0, 100)])
+def test_without_subsampling_equals_the_closed_form(sigma: float, steps: int) -> None:
+    """The Gaussian mechanism's exact privacy profile (Balle and Wang, arXiv 1805.06530, theorem 8)."""
+    mu = math.sqrt(steps) / sigma
+
+    def delta_at(value: float) -> float:
+        return norm.cdf(mu / 2 - value / mu) - math.exp(value) * norm.cdf(-mu / 2 - value / mu)
+
+    exact = brentq(lambda value: delta_at(value) - 1e-5, 0, 200)
+    assert epsilon([Steps(1.0, sigma, steps)], 1e-5) == pytest.approx(exact, rel=2e-3)
+    assert epsilon([Steps(1.0, sigma, steps)], 1e-5) >= exact * (1 - 1e-6)
+
+
+@pytest.mark.parametrize(("rate", "steps", "target", "delta"), [(0.016, 500, 3.0, 1e-5), (0.3, 60, 1.0, 1e-4)])
+def test_calibrated_noise_meets_the_target_and_no_more(rate: float, steps: int, target: float, delta: float) -> None:
+    sigma = calibrate(rate, steps, target, delta)
+    assert epsilon([Steps(rate, sigma, steps)], delta) <= target
+    assert epsilon([Steps(rate, sigma * 0.998, steps)], delta) > target
+    assert calibrate(rate, steps, target, delta) == sigma
+
+
+def test_the_known_value() -> None:
+    """design/ecosystem.md, section 4: q = 64/4000, T = 500, δ = 1e-5 needs σ = 0.872 for ε = 3."""
+    assert calibrate(64 / 4000, 500, 3.0, 1e-5) == pytest.approx(0.872, abs=0.002)
+
+
+def test_composition_adds_up() -> None:
+    halves = [Steps(0.02, 1.0, 250), Steps(0.02, 1.0, 250)]
+    assert epsilon(halves, 1e-5) == epsilon([Steps(0.02, 1.0, 500)], 1e-5)
+    mixed = [Steps(0.02, 1.0, 250), Steps(0.05, 2.0, 100)]
+    parts = [epsilon([part], 1e-5) for part in mixed]
+    assert max(parts) < epsilon(mixed, 1e-5) < sum(parts)
+    assert epsilon(mixed, 1e-5) == epsilon(mixed[::-1], 1e-5)
+    assert epsilon(mixed, 1e-5) <= epsilon_rdp(mixed, 1e-5)
+
+
+def test_no_steps_are_free_and_no_noise_is_infinite() -> None:
+    assert epsilon([], 1e-5) == 0.0
+    assert epsilon_rdp([], 1e-5) == 0.0
+    assert epsilon([Steps(0.1, 1.0, 0)], 1e-5) == 0.0
+    assert epsilon([Steps(0.1, 0.0, 1)], 1e-5) == math.inf
+    assert epsilon_rdp([Steps(0.1, 0.0, 1)], 1e-5) == math.inf

@@ -1,0 +1,115 @@
+"""No single example moves the pre-noise sum by more than C: the property that the guarantee rests on."""
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorica.privacy.clipping import clipped_sum
+from lorica.privacy.gradients import per_example_gradients
+from lorica.tasks.records import Batch
+from tests.models import adapted, batch
+
+BAD = st.sampled_from([0.0, 1.0, -3.0, 1e-30, 1e18, 3e38, math.nan, math.inf, -math.inf])
+MODELS = {family: adapted(family) for family in ("bert", "vit", "gpt2")}
+
+
+def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    squares = [(one[name].double() - other[name].double()).square().sum() for name in one]
+    return math.sqrt(float(torch.stack(squares).sum()))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    values=st.lists(st.lists(BAD, min_size=6, max_size=6), min_size=1, max_size=6),
+    clip_norm=st.sampled_from([1e-3, 0.5, 2.0, 100.0]),
+    data=st.data(),
+)
+def test_removing_any_example_moves_the_sum_by_at_most_c(values: list, clip_norm: float, data: st.DataObject) -> None:
+    flat = torch.tensor(values)
+    gradients = {"a": flat[:, :2].reshape(-1, 1, 2), "b": flat[:, 2:]}
+    leave = data.draw(st.integers(0, len(values) - 1))
+    keep = [index for index in range(len(values)) if index != leave]
+    everything = clipped_sum(gradients, clip_norm)
+    without = clipped_sum({name: value[keep] for name, value in gradients.items()}, clip_norm)
+    assert all(torch.isfinite(value).all() for value in everything.values())
+    # Sums of fp32 numbers of size up to n·C round by about n·C·2⁻²⁴.
+    assert distance(everything, without) <= clip_norm * (1 + 1e-6 * len(values))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    family=st.sampled_from(sorted(MODELS)),
+    seed=st.integers(0, 10**6),
+    clip_norm=st.sampled_from([0.01, 0.3, 5.0]),
+    poison=st.sampled_from([None, "nan", "inf", "huge"]),
+    data=st.data(),
+)
+def test_no_example_of_a_model_moves_the_sum_by_more_than_c(
+    family: str, seed: int, clip_norm: float, poison: str | None, data: st.DataObject
+) -> None:
+    """Random models, masks of trained tensors, and examples, some with NaN or inf in them."""
+    model = MODELS[family]
+    generator = torch.Generator().manual_seed(seed)
+    model.write({name: torch.randn(value.shape, generator=generator) for name, value in model.read().items()})
+    names = data.draw(st.sets(st.sampled_from(sorted(model.tensors)), min_size=1))
+    trained = {name: model.tensors[name] for name in names}
+    examples = batch(family, 4, seed)
+    leave = data.draw(st.integers(0, 3))
+
+    def losses(chosen: Batch, poisoned: list[bool]) -> Tensor:
+        values = model.losses(model.peft_model, chosen)
+        factor = {None: 1.0, "nan": math.nan, "inf": math.inf, "huge": 1e30}[poison]
+        return torch.where(torch.tensor(poisoned), values * factor, values)
+
+    def total(indices: list[int]) -> dict[str, Tensor]:
+        chosen = Batch({key: value[indices] for key, value in examples.inputs.items()}, examples.labels[indices])
+        marks = [index == leave for index in indices]
+        return clipped_sum(per_example_gradients(lambda: losses(chosen, marks), trained, len(indices)), clip_norm)
+
+    moved = distance(total([0, 1, 2, 3]), total([index for index in range(4) if index != leave]))
+    assert moved <= clip_norm * (1 + 1e-4)
+
+
+def test_small_gradients_pass_and_large_ones_are_scaled_to_c() -> None:
+    gradients = {"a": torch.tensor([[0.3, 0.0], [30.0, 0.0]]), "b": torch.tensor([[0.4], [40.0]])}
+    summed = clipped_sum(gradients, 1.0)
+    torch.testing.assert_close(summed["a"], torch.tensor([0.3 + 0.6, 0.0]), rtol=2e-5, atol=0)
+    torch.testing.assert_close(summed["b"], torch.tensor([0.4 + 0.8]), rtol=2e-5, atol=0)
+
+
+def test_non_finite_examples_contribute_zero() -> None:
+    gradients = {
+        "a": torch.tensor([[1.0, 0.0], [math.nan, 0.0], [0.0, math.inf]]),
+        "b": torch.tensor([[0.0], [7.0], [7.0]]),
+    }
+    summed = clipped_sum(gradients, 100.0)
+    torch.testing.assert_close(summed["a"], torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(summed["b"], torch.tensor([0.0]))
+
+
+def test_without_a_bound_the_sum_is_plain() -> None:
+    gradients = {"a": torch.randn(5, 3, 2) * 100}
+    torch.testing.assert_close(clipped_sum(gradients, math.inf)["a"], gradients["a"].sum(0), rtol=1e-5, atol=1e-4)
+
+
+def test_equal_the_microbatch_way() -> None:
+    """One example at a time, clipped with `torch.nn.utils.clip_grad_norm_`, added up."""
+    model, examples = adapted("bert"), batch("bert", 6)
+    found = clipped_sum(
+        per_example_gradients(lambda: model.losses(model.peft_model, examples), model.tensors, 6), clip_norm=0.2
+    )
+    expected = {name: torch.zeros_like(value) for name, value in found.items()}
+    for index in range(6):
+        one = Batch({k: v[index : index + 1] for k, v in examples.inputs.items()}, examples.labels[index : index + 1])
+        parameters = [getattr(module, kind).requires_grad_() for module, kind in model.tensors.values()]
+        model.losses(model.peft_model, one).sum().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.2)
+        for name, parameter in zip(model.tensors, parameters, strict=True):
+            expected[name] += parameter.grad
+            parameter.grad = None
+            parameter.requires_grad_(False)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,110 @@
+"""The ledger never forgets, never under-counts, and answers a repeated request with the stored reply."""
+
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lorica.errors import UserError
+from lorica.privacy.accounting import Steps, epsilon, epsilon_from_rdp, total_rdp
+from lorica.privacy.ledger import Ledger, Release, lifetime_epsilon, unprotected
+
+RELEASE = Release(
+    dataset="data",
+    owner="alice",
+    run="one",
+    client=0,
+    round=1,
+    sampling_rate=0.1,
+    noise_multiplier=1.2,
+    clip_norm=1.0,
+    steps=5,
+    noise="secure",
+    request="first",
+)
+
+
+def test_what_is_charged_is_there_for_another_process(tmp_path: Path) -> None:
+    Ledger(tmp_path / "l.sqlite").charge(RELEASE, b"reply")
+    again = Ledger(tmp_path / "l.sqlite")
+    assert again.releases("data") == [RELEASE]
+    assert again.releases("other data") == []
+    assert again.steps("one", 0) == 5
+    assert again.steps("one", 1) == again.steps("two", 0) == 0
+
+
+def test_a_repeated_request_gets_the_stored_reply_until_the_next_round(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    assert ledger.recall("one", 0, "first") is None
+    ledger.charge(RELEASE, b"reply")
+    assert ledger.recall("one", 0, "first") == b"reply"
+    for other in (("two", 0, "first"), ("one", 1, "first"), ("one", 0, "second")):
+        assert ledger.recall(*other) is None
+    ledger.charge(replace(RELEASE, round=2, request="second"), b"next")
+    assert ledger.recall("one", 0, "first") is None
+    assert ledger.recall("one", 0, "second") == b"next"
+    assert ledger.steps("one", 0) == 10
+
+
+def test_every_commit_is_synced(tmp_path: Path) -> None:
+    connection = Ledger(tmp_path / "l.sqlite")._connect()
+    assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
+    connection.close()
+
+
+def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "l.sqlite").write_bytes(b"something else entirely, and long enough to be read as a page" * 20)
+    with pytest.raises(UserError, match=r"privacy\.ledger"):
+        Ledger(tmp_path / "l.sqlite")
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"privacy\.ledger"):
+        Ledger(tmp_path / "file" / "l.sqlite")
+
+
+def test_a_full_disk_refuses_the_charge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+
+    def connect() -> sqlite3.Connection:
+        connection = sqlite3.connect(tmp_path / "l.sqlite")
+        connection.execute("PRAGMA max_page_count = 3")
+        return connection
+
+    monkeypatch.setattr(ledger, "_connect", connect)
+    with pytest.raises(UserError, match="full"):
+        ledger.charge(RELEASE, b"x" * 100_000)
+    monkeypatch.undo()
+    assert ledger.releases("data") == []
+
+
+def test_runs_on_the_same_records_compose() -> None:
+    runs = [replace(RELEASE, run=str(index), round=round_number) for index in range(3) for round_number in (1, 2)]
+    assert lifetime_epsilon(runs, "alice", 1e-5) == epsilon([Steps(0.1, 1.2, 30)], 1e-5)
+    planned = Steps(0.1, 1.2, 10)
+    assert lifetime_epsilon(runs, "alice", 1e-5, planned) == epsilon([Steps(0.1, 1.2, 40)], 1e-5)
+
+
+def test_other_clients_of_the_same_run_hold_other_records() -> None:
+    both = [RELEASE, replace(RELEASE, owner="bob", client=1, noise_multiplier=0.5)]
+    assert lifetime_epsilon(both, "alice", 1e-5) == epsilon([RELEASE.cost], 1e-5)
+
+
+def test_a_run_with_another_partition_counts_its_worst_client() -> None:
+    others = [
+        replace(RELEASE, run="two", owner="carol", client=0, noise_multiplier=2.0),
+        replace(RELEASE, run="two", owner="dave", client=1, noise_multiplier=0.9),
+    ]
+    worst = epsilon_from_rdp(total_rdp([RELEASE.cost]) + total_rdp([others[1].cost]), 1e-5)
+    assert lifetime_epsilon([RELEASE, *others], "alice", 1e-5) == pytest.approx(worst)
+    # It can only over-count: the record was with one of the two.
+    for other in others:
+        assert lifetime_epsilon([RELEASE, *others], "alice", 1e-5) >= epsilon([RELEASE.cost, other.cost], 1e-5)
+
+
+def test_releases_without_secret_noise_are_counted_apart() -> None:
+    rows = [RELEASE, replace(RELEASE, run="two", noise="reproducible"), replace(RELEASE, run="three", noise="none")]
+    assert lifetime_epsilon(rows, "alice", 1e-5) == epsilon([RELEASE.cost], 1e-5)
+    assert unprotected(rows) == 2
