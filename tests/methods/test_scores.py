@@ -1,0 +1,148 @@
+"""The score's closed-form cases (PP-score): exact on quadratics, unbiased under noise, blind to private data."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lorica.methods.scores import (
+    alignment,
+    cross_client_energy,
+    curvature_score_variance,
+    debiased_energy,
+    energy_variance,
+    mean_noise_variance,
+    step_weights,
+)
+from lorica.privacy.mechanism import Terms
+
+
+def local_rounds(
+    gradient: Callable[[Tensor], Tensor],
+    start: Tensor,
+    clients: int,
+    steps: int,
+    rate: float,
+    noise: float,
+    draws: torch.Generator,
+) -> Tensor:
+    """`G_k` of every client after `steps` noisy SGD steps on its own copy, `(K, d)`."""
+    found = []
+    for _ in range(clients):
+        theta = start.clone()
+        for _ in range(steps):
+            theta -= rate * (gradient(theta) + noise * torch.randn(theta.shape, generator=draws, dtype=theta.dtype))
+        found.append((start - theta) / (rate * steps))
+    return torch.stack(found)
+
+
+def quadratic(dimension: int, seed: int) -> tuple[Tensor, Tensor]:
+    draws = torch.Generator().manual_seed(seed)
+    root = torch.randn(dimension, dimension, generator=draws, dtype=torch.float64) / math.sqrt(dimension)
+    return root @ root.T, torch.randn(dimension, generator=draws, dtype=torch.float64)
+
+
+def test_exact_decrease_of_a_quadratic_without_noise() -> None:
+    """E = 1, two identical clients: `a S` is the loss decrease of the step, to rounding."""
+    hessian, g = quadratic(20, 0)
+    start, rate = torch.zeros(20, dtype=torch.float64), 0.3
+    weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    draws = torch.Generator()
+    first = local_rounds(lambda theta: g + hessian @ theta, start, 2, 1, rate, 0.0, draws)
+    moved = start - rate * (weights @ first)
+    second = local_rounds(lambda theta: g + hessian @ theta, moved, 2, 1, rate, 0.0, draws)
+    score = (cross_client_energy(first, weights) + alignment(weights @ first, weights @ second)) / 2
+    step = moved - start
+    decrease = -(g @ step + step @ hessian @ step / 2)
+    assert rate * score == pytest.approx(float(decrease), rel=1e-10)
+
+
+def test_pure_noise_scores_zero_on_average_with_the_stated_variance() -> None:
+    clients, dimension, tau, trials = 6, 50, 0.7, 4000
+    draws = torch.Generator().manual_seed(1)
+    noise = tau * torch.randn(trials, 2, clients, dimension, generator=draws, dtype=torch.float64)
+    weights = torch.full((clients,), 1 / clients, dtype=torch.float64)
+    variance = tau**2 / clients
+    q = np.array([cross_client_energy(trial[0], weights) for trial in noise])
+    x = np.array([alignment(weights @ trial[0], weights @ trial[1]) for trial in noise])
+    n = np.array([debiased_energy(weights @ trial[0], variance) for trial in noise])
+    score = (q + x) / 2
+    for values in (q, x, n, score):
+        assert abs(values.mean()) < 4 * values.std() / math.sqrt(trials)
+    assert score.var() == pytest.approx(curvature_score_variance(dimension, variance, clients, 0.0), rel=0.1)
+    assert n.var() == pytest.approx(energy_variance(dimension, variance, 0.0), rel=0.1)
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_unbiased_for_the_decrease_of_a_noisy_quadratic(steps: int) -> None:
+    """Monte Carlo: the mean of `a S` is the expected decrease, noise's own harm `(a/2) v tr H` included."""
+    clients, dimension, tau, rate, trials = 4, 30, 0.5, 0.05, 3000
+    hessian, g = quadratic(dimension, 2)
+    start = torch.zeros(dimension, dtype=torch.float64)
+    weights = torch.full((clients,), 1 / clients, dtype=torch.float64)
+    draws = torch.Generator().manual_seed(3)
+    scores, decreases = [], []
+    for _ in range(trials):
+        first = local_rounds(lambda theta: g + hessian @ theta, start, clients, steps, rate, tau, draws)
+        step = -rate * steps * (weights @ first)
+        second = local_rounds(lambda theta: g + hessian @ theta, start + step, clients, steps, rate, tau, draws)
+        score = (cross_client_energy(first, weights) + alignment(weights @ first, weights @ second)) / 2
+        scores.append(rate * steps * score)
+        decreases.append(-float(g @ step + step @ hessian @ step / 2))
+    error = np.std(scores) / math.sqrt(trials) + np.std(decreases) / math.sqrt(trials)
+    # For E > 1 the trapezoid is conservative by (η (E-1)/2) gᵀHg.
+    drift = rate * steps * rate * (steps - 1) / 2 * float(g @ hessian @ g)
+    assert -4 * error - drift * 1.5 <= np.mean(scores) - np.mean(decreases) <= 4 * error
+
+
+def test_debiased_energy_is_biased_by_minibatch_noise_where_the_others_are_not() -> None:
+    """methods.md 2.4: with strong minibatch noise N' breaks; Q does not."""
+    clients, dimension, trials = 4, 40, 3000
+    draws = torch.Generator().manual_seed(4)
+    g = torch.ones(dimension, dtype=torch.float64) * 0.1
+    weights = torch.full((clients,), 1 / clients, dtype=torch.float64)
+    noisy = g + torch.randn(trials, clients, dimension, generator=draws, dtype=torch.float64)
+    q = np.mean([cross_client_energy(trial, weights) for trial in noisy])
+    n = np.mean([debiased_energy(weights @ trial, 0.0) for trial in noisy])
+    assert q == pytest.approx(float(g @ g), abs=0.15)
+    assert n == pytest.approx(float(g @ g) + dimension / clients, rel=0.05)
+
+
+def test_uneven_weights_stay_unbiased() -> None:
+    draws = torch.Generator().manual_seed(5)
+    g = torch.full((30,), 0.2, dtype=torch.float64)
+    weights = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    noisy = g + torch.randn(6000, 3, 30, generator=draws, dtype=torch.float64)
+    values = np.array([cross_client_energy(trial, weights) for trial in noisy])
+    assert abs(values.mean() - float(g @ g)) < 4 * values.std() / math.sqrt(6000)
+
+
+def test_step_weights_are_how_far_each_gradient_moves_the_parameters() -> None:
+    assert step_weights(4, 0.0).tolist() == [1, 1, 1, 1]
+    for moment in (0.5, 0.9):
+        parameter = torch.zeros(1, requires_grad=True)
+        optimizer = torch.optim.SGD([parameter], lr=1.0, momentum=moment)
+        moved = []
+        for active in range(5):
+            parameter.data.zero_()
+            optimizer.state.clear()
+            for step in range(5):
+                parameter.grad = torch.tensor([1.0 if step == active else 0.0])
+                optimizer.step()
+            moved.append(-parameter.item())
+        assert step_weights(5, moment).tolist() == pytest.approx(moved, rel=1e-6)
+
+
+def test_noise_variance_of_the_mean_is_the_simulated_one() -> None:
+    terms = {0: Terms(0.1, 10, 1.0, 2.0), 1: Terms(0.1, 20, 1.0, 3.0)}
+    weights, coefficients = {0: 0.7, 1: 0.3}, step_weights(4, 0.8)
+    draws = np.random.default_rng(0)
+    trials = 200_000
+    total = np.zeros(trials)
+    for client, weight in weights.items():
+        steps = draws.normal(0, terms[client].noise_std, (trials, 4))
+        total += weight * steps @ coefficients.numpy() / coefficients.sum().item()
+    assert mean_noise_variance(terms, weights, coefficients) == pytest.approx(total.var(), rel=0.02)
