@@ -50,7 +50,7 @@ def make(
 
 
 def play(method: ASLoRA, server: Server, gradients: Any, rounds: int) -> list[dict[str, str]]:
-    """Rounds in which every client's update is `-a G` with `G = gradients(name, client)`; returns each round's factors."""
+    """Rounds in which each client's update is `-a G` with `G = gradients(name, client)`; returns the factors chosen."""
     history = []
     for _ in range(rounds):
         server.round += 1

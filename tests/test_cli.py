@@ -1,0 +1,111 @@
+"""The command as a user runs it: a subprocess."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = Path(sys.executable).parent / "lorica"
+SMALL = [
+    "federation.clients=2",
+    "federation.partition=iid",
+    "federation.rounds=3",
+    "federation.local_steps=1",
+    "privacy.noise=reproducible",
+]
+
+
+def lorica(*arguments: str, folder: Path, code: int = 0) -> str:
+    environment = os.environ | {"COLUMNS": "150"}
+    done = subprocess.run(
+        [COMMAND, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def test_run_shows_progress_and_ends_with_what_was_reached(tmp_path: Path) -> None:
+    output = lorica("run", *SMALL, folder=tmp_path)
+    for number in range(4):
+        assert re.search(rf"round +{number} +accuracy +\d+\.\d %", output)
+    assert "ε 3.00" in output
+    assert "LoRA of rank 4 on 8 linear maps (q_proj, v_proj) in 4 layers" in output
+    assert "runs/digits-as-lora/adapter" in output
+    assert "runs/digits-as-lora/report.html" in output
+    assert (tmp_path / "runs/digits-as-lora/report.html").is_file()
+    again = lorica("run", *SMALL, folder=tmp_path)
+    assert "finished before" in again
+    assert "name=digits-as-lora-2" in again
+    (tmp_path / "runs/digits-as-lora/report.html").unlink()
+    assert "report.html" in lorica("report", "runs/digits-as-lora", folder=tmp_path)
+    assert (tmp_path / "runs/digits-as-lora/report.html").is_file()
+
+
+def test_compare_is_resumable_and_writes_its_plots(tmp_path: Path) -> None:
+    sweep = ["compare", *SMALL, "federation.rounds=2", "--methods", "ro-lora,as-lora:score=energy", "--seeds", "0,1"]
+    output = lorica(*sweep, folder=tmp_path)
+    assert "ro-lora" in output
+    assert "as-lora:score=energy" in output
+    folder = tmp_path / "runs/digits-as-lora-comparison"
+    for name in ("comparison.html", "comparison.png", "final.png", "comparison.json", "comparison.md"):
+        assert (folder / name).is_file(), name
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
+    assert len(before) == 4
+    assert "round" not in lorica(*sweep, folder=tmp_path).split("ro-lora, seed 0")[1].split("as-lora")[0].lower()
+    assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
+
+
+def test_account_prints_both_accountants(tmp_path: Path) -> None:
+    counts = ["--records", "4000", "--batch-size", "64", "--steps", "500", "--delta", "1e-5"]
+    output = lorica("account", *counts, "--noise-multiplier", "0.8", folder=tmp_path)
+    assert "3.74" in output
+    assert "PLD" in output
+    assert "RDP" in output
+    assert "0.872" in lorica("account", *counts, "--epsilon", "3", folder=tmp_path)
+    assert "give either" in lorica("account", *counts, folder=tmp_path, code=2)
+
+
+def test_methods_are_listed(tmp_path: Path) -> None:
+    output = lorica("methods", folder=tmp_path)
+    for name in ("as-lora", "fed-avg", "ffa-lora", "ro-lora", "random-lora", "2605.05769", "inexact"):
+        assert name in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "privacy.epsilonn=1"], "Did you mean 'epsilon'?"),
+        (["run", "absent.yaml"], "no such file"),
+        (["report", "absent"], "no such folder"),
+        (["compare", "--methods", "as-laura"], "no such method"),
+        (["compare", "--seeds", "a,b"], "--seeds"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    output = lorica(*arguments, folder=tmp_path, code=2)
+    assert message in output
+    assert len(output.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_keeps_finished_rounds(tmp_path: Path) -> None:
+    arguments = [COMMAND, "run", *SMALL, "federation.rounds=500", "federation.evaluate_every=100"]
+    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    checkpoints = tmp_path / "runs/digits-as-lora/checkpoint"
+    for _ in range(600):
+        if list(checkpoints.glob("round-*")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command resumes" in output
+    assert list(checkpoints.glob("round-*"))

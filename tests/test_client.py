@@ -1,0 +1,138 @@
+"""An owner's side: refusal, stored replies, charging before sending."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorica.client import Client
+from lorica.config import OptimizerConfig, PrivacyConfig
+from lorica.errors import UserError
+from lorica.messages import Request, decode
+from lorica.privacy.ledger import Ledger
+from lorica.privacy.mechanism import Terms
+from lorica.privacy.plan import Refused, plan_client
+from tests.models import adapted
+from tests.records import TinyRecords
+
+
+def owner(folder: Path, noise: str = "secure", steps: int = 6) -> tuple[Client, Any, Request]:
+    model = adapted("bert", randomise=False)
+    plan = plan_client(0, 30, 10, steps, PrivacyConfig(epsilon=3.0, delta=1e-3, clip_norm=1.0, noise=noise))
+    client = Client(0, TinyRecords.texts(30), plan, Ledger(folder / "l.sqlite"), "data", 0, 64)
+    trained = tuple(name for name in model.tensors if name.endswith(".B"))
+    request = Request(
+        run="run",
+        client=0,
+        round=1,
+        exchange=1,
+        trained=trained,
+        tensors=model.read(),
+        terms=plan.terms,
+        steps=2,
+        optimizer=OptimizerConfig(),
+        rates=dict.fromkeys(trained, 0.5),
+    )
+    return client, model, request
+
+
+def test_a_repeated_request_costs_nothing_and_gives_the_same_release(tmp_path: Path) -> None:
+    client, model, request = owner(tmp_path)
+    first = client.answer(model, request)
+    assert client.answer(model, request) == first
+    assert client.ledger.steps("run", 0) == 2
+    # Also to another process, and when the server sends all tensors again instead of the changed ones.
+    again, model, _ = owner(tmp_path)
+    assert again.answer(model, request) == first
+    assert again.ledger.steps("run", 0) == 2
+
+
+def test_any_other_request_is_a_new_release(tmp_path: Path) -> None:
+    client, model, request = owner(tmp_path)
+    first = client.answer(model, request)
+    moved = {name: value + 1 for name, value in request.tensors.items() if name == request.trained[0]}
+    second = client.answer(model, replace(request, tensors=moved))
+    assert second != first
+    assert client.ledger.steps("run", 0) == 4
+
+
+def test_secure_noise_is_fresh_for_every_release(tmp_path: Path) -> None:
+    replies = []
+    for index in range(2):
+        client, model, request = owner(tmp_path / str(index))
+        replies.append(decode(client.answer(model, request)))
+    assert all(not torch.equal(replies[0][name], replies[1][name]) for name in replies[0])
+
+
+def test_reproducible_noise_is_the_same_in_every_process(tmp_path: Path) -> None:
+    replies = []
+    for index in range(2):
+        client, model, request = owner(tmp_path / str(index), "reproducible")
+        replies.append(client.answer(model, request))
+    assert replies[0] == replies[1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noise_multiplier": 0.0, "clip_norm": math.inf},
+        {"noise_multiplier": 0.0},
+        {"clip_norm": 1e9},
+        {"sampling_rate": 1.0},
+    ],
+)
+def test_a_hostile_server_gets_an_error_and_no_gradient(tmp_path: Path, change: dict[str, float]) -> None:
+    client, model, request = owner(tmp_path)
+    with pytest.raises(Refused):
+        client.answer(model, replace(request, terms=replace(request.terms, **change)))
+    assert client.ledger.releases("data") == []
+
+
+def test_more_rounds_than_planned_are_refused(tmp_path: Path) -> None:
+    client, model, request = owner(tmp_path, steps=4)
+    client.answer(model, request)
+    client.answer(model, replace(request, round=2))
+    with pytest.raises(Refused, match="6 steps"):
+        client.answer(model, replace(request, round=3))
+    assert client.ledger.steps("run", 0) == 4
+
+
+def test_nothing_leaves_if_the_ledger_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, model, request = owner(tmp_path)
+
+    def full(*_: object) -> None:
+        raise UserError("privacy.ledger", "l.sqlite", "the disk is full", "free it")
+
+    monkeypatch.setattr(client.ledger, "charge", full)
+    with pytest.raises(UserError, match="full"):
+        client.answer(model, request)
+
+
+def test_an_unfrozen_parameter_stops_the_step(tmp_path: Path) -> None:
+    """PEFT's `set_adapter` un-freezes every factor; training on would hand batch gradients to autograd."""
+    client, model, request = owner(tmp_path)
+    model.peft_model.set_adapter("default")
+    with pytest.raises(RuntimeError, match="un-frozen"):
+        client.answer(model, request)
+    assert client.ledger.releases("data") == []
+
+
+def test_training_moves_only_what_was_asked_for(tmp_path: Path) -> None:
+    client, model, request = owner(tmp_path)
+    before = model.read()
+    reply = decode(client.answer(model, request))
+    assert set(reply) == set(request.trained)
+    for name, value in model.read().items():
+        if name in reply:
+            torch.testing.assert_close(value, before[name] + reply[name])
+        else:
+            assert torch.equal(value, before[name])
+
+
+def test_terms_without_noise_have_no_noise_std() -> None:
+    assert Terms(0.1, 10, math.inf, 0.0).noise_std == 0.0

@@ -1,0 +1,291 @@
+"""Whole runs: resumption, kill -9, export, and what is written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+import lorica
+from lorica.adapters.base_model import resolve_base
+from lorica.errors import UserError
+from lorica.experiment import Result, prepare
+from lorica.privacy.accounting import Steps, epsilon
+from lorica.privacy.ledger import Ledger
+from lorica.tasks.classification import evaluate
+
+SMALL = [
+    "federation.clients=2",
+    "federation.partition=iid",
+    "federation.rounds=4",
+    "federation.local_steps=1",
+    "privacy.epsilon=null",
+    "privacy.noise_multiplier=1.5",
+    "privacy.noise=reproducible",
+]
+
+
+def experiment(folder: Path, *overrides: str) -> lorica.Experiment:
+    return lorica.Experiment.load(overrides=[*SMALL, f"output={folder}", f"privacy.ledger={folder}/ledger", *overrides])
+
+
+def adapter_of(result: Result) -> dict[str, torch.Tensor]:
+    return load_file(result.adapter / "adapter_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """One whole run that several tests look at."""
+    folder = tmp_path_factory.mktemp("finished")
+    os.environ["LORICA_HOME"] = str(folder / "home")
+    return experiment(folder, "federation.rounds=6").run()
+
+
+def test_a_run_writes_everything(finished: Result) -> None:
+    names = {path.name for path in finished.folder.iterdir()}
+    wanted = {"config.yaml", "environment.json", "metrics.jsonl", "decisions.jsonl", "privacy.json", "checkpoint"}
+    assert wanted | {"adapter", "report.html", "accuracy.png", "factors.png"} <= names
+    rounds = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rounds] == list(range(7))
+    assert all(0 <= row["accuracy"] <= 1 for row in rounds)
+    epsilons = [row["epsilon"] for row in rounds[1:]]
+    assert epsilons == sorted(epsilons)
+    decisions = [json.loads(line) for line in (finished.folder / "decisions.jsonl").read_text().splitlines()]
+    assert [set(row["factors"].values()) for row in decisions[:2]] == [{"B"}, {"A"}]
+    assert all(set(row["factors"].values()) <= {"A", "B"} for row in decisions)
+    card = (finished.adapter / "README.md").read_text()
+    assert "add or remove one record" in card
+    assert "Poisson" in card
+
+
+def test_the_statement_is_what_the_ledger_says(finished: Result) -> None:
+    for row in finished.privacy["clients"]:
+        releases = [r for r in _releases(finished) if r.client == row["client"]]
+        assert row["releases"] == len(releases) == 6
+        assert row["steps"] == sum(release.steps for release in releases) == 6
+        steps = Steps(row["sampling_rate"], row["noise_multiplier"], row["steps"])
+        assert row["epsilon"] == pytest.approx(epsilon([steps], row["delta"]))
+        assert row["sampling_rate"] == 64 / row["records"]
+        assert row["epsilon"] <= row["epsilon_rdp"]
+    assert finished.privacy["private_release"] is False
+    assert "seed" in finished.privacy["not_covered"][0]
+
+
+def _releases(result: Result) -> list[Any]:
+    task = prepare(lorica.Experiment.load(result.folder / "config.yaml").config).task
+    return Ledger(Path(result.privacy["ledger"])).releases(task.train.fingerprint())
+
+
+def test_bytes_are_those_of_the_tensors_that_travelled(finished: Result) -> None:
+    """4 layers × 2 sites of 96 × 96 at rank 4, one factor each, and the head: 10 × 96 + 10; fp32."""
+    factors, head = 8 * 96 * 4, 96 * 10 + 10
+    for row in finished.metrics[1:]:
+        assert set(row["bytes_up"].values()) == {4 * (factors + head)}
+    assert set(finished.metrics[1]["bytes_down"].values()) == {4 * (2 * factors + head)}
+    for row in finished.metrics[2:]:
+        assert set(row["bytes_down"].values()) == {4 * (factors + head)}
+
+
+def test_the_adapter_loads_with_peft_and_gives_the_same_logits(finished: Result) -> None:
+    prepared = prepare(lorica.Experiment.load(finished.folder / "config.yaml").config)
+    batch = prepared.task.test.batch(np.arange(32))
+    base = AutoModelForImageClassification.from_pretrained(resolve_base("lorica:glyph-vit"))
+    untouched = base(**batch.inputs).logits
+    plain = PeftModel.from_pretrained(base, finished.adapter).eval()
+    ours = lorica.load_adapter(finished.adapter)
+    with torch.inference_mode():
+        torch.testing.assert_close(plain(**batch.inputs).logits, ours(**batch.inputs).logits)
+    assert not torch.allclose(plain(**batch.inputs).logits, untouched)
+    metrics = evaluate(plain, prepared.task.test, 4096, "cpu")
+    assert metrics["accuracy"] == pytest.approx(finished.accuracy)
+    assert metrics["loss"] == pytest.approx(finished.metrics[-1]["loss"], rel=1e-4)
+
+
+def test_running_again_reads_the_finished_run(finished: Result) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*") if path.is_file()}
+    config = lorica.Experiment.load(finished.folder / "config.yaml")
+    again = config.run(lambda *_: pytest.fail("a finished run started again"))
+    assert again.metrics == finished.metrics
+    assert before == {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*") if path.is_file()}
+
+
+KILLER = """
+import os, signal, sys
+import torch
+import lorica, lorica.experiment
+from lorica.privacy.ledger import Ledger
+# Another number of threads adds up in another order, and bits differ.
+torch.set_num_threads(1)
+count, moment = int(sys.argv[1]), sys.argv[2]
+def die_at(function):
+    calls = [0]
+    def wrapped(*arguments):
+        calls[0] += 1
+        if moment == "before" and calls[0] == count: os.kill(os.getpid(), signal.SIGKILL)
+        found = function(*arguments)
+        if moment == "after" and calls[0] == count: os.kill(os.getpid(), signal.SIGKILL)
+        return found
+    return wrapped
+if sys.argv[3] == "charge": Ledger.charge = die_at(Ledger.charge)
+else: lorica.experiment.save_checkpoint = die_at(lorica.experiment.save_checkpoint)
+lorica.Experiment.load(overrides=sys.argv[4:]).run()
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "moment", "where"),
+    [(4, "before", "charge"), (3, "after", "charge"), (4, "after", "charge"), (2, "before", "checkpoint")],
+)
+def test_kill_9_in_a_round_then_resume_equals_an_uninterrupted_run(
+    tmp_path: Path, whole_run: dict[str, Any], count: int, moment: str, where: str
+) -> None:
+    overrides = [*SMALL, f"output={tmp_path}", f"privacy.ledger={tmp_path}/ledger"]
+    killed = subprocess.run([sys.executable, "-c", KILLER, str(count), moment, where, *overrides], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = lorica.Experiment.load(overrides=overrides).run()
+    for name, value in adapter_of(resumed).items():
+        assert torch.equal(value, whole_run["adapter"][name]), name
+    assert [row["accuracy"] for row in resumed.metrics] == whole_run["accuracies"]
+    for mine, theirs in zip(resumed.privacy["clients"], whole_run["clients"], strict=True):
+        # Never smaller; and, since stored replies answer repeated requests, not larger either.
+        assert mine["steps"] == theirs["steps"]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("whole")
+    os.environ["LORICA_HOME"] = str(folder / "home")
+    result = experiment(folder).run()
+    accuracies = [row["accuracy"] for row in result.metrics]
+    return {"adapter": adapter_of(result), "accuracies": accuracies, "clients": result.privacy["clients"]}
+
+
+def test_a_stopped_secure_run_resumes_without_exceeding_its_budget(tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(metrics: dict[str, Any]) -> None:
+        if metrics["round"] == 2:
+            raise Stop
+
+    some = experiment(tmp_path, "privacy.noise=secure")
+    with pytest.raises(Stop):
+        some.run(on_round=stop)
+    seen: list[int] = []
+    result = some.run(lambda prepared, finished: seen.append(finished), lambda metrics: seen.append(metrics["round"]))
+    assert seen == [2, 3, 4]
+    assert [row["round"] for row in result.metrics] == [0, 1, 2, 3, 4]
+    assert [row["steps"] for row in result.privacy["clients"]] == [4, 4]
+    assert result.privacy["private_release"] is True
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_resumes(tmp_path: Path, whole_run: dict[str, Any]) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(metrics: dict[str, Any]) -> None:
+        if metrics["round"] == 3:
+            raise Stop
+
+    some = experiment(tmp_path)
+    with pytest.raises(Stop):
+        some.run(on_round=stop)
+    folder = some.config.folder / "checkpoint"
+    latest = folder / "round-000003"
+    content = bytearray((latest / "state.safetensors").read_bytes())
+    content[-1] ^= 1
+    (latest / "state.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=f"Delete {latest}"):
+        some.run()
+    shutil.rmtree(latest)
+    # Round 3 is asked for again, and the owners send what they had sent: nothing is charged twice.
+    resumed = some.run()
+    for name, value in adapter_of(resumed).items():
+        assert torch.equal(value, whole_run["adapter"][name]), name
+    assert [row["steps"] for row in resumed.privacy["clients"]] == [4, 4]
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path: Path, whole_run: dict[str, Any]) -> None:
+    again = experiment(tmp_path, "name=again").run()
+    for name, value in adapter_of(again).items():
+        assert torch.equal(value, whole_run["adapter"][name]), name
+    other = experiment(tmp_path, "name=other", "seed=1").run()
+    assert any(not torch.equal(value, whole_run["adapter"][name]) for name, value in adapter_of(other).items())
+
+
+def test_a_folder_of_another_experiment_is_left_alone(finished: Result) -> None:
+    config = yaml.safe_load((finished.folder / "config.yaml").read_text())
+    with pytest.raises(UserError, match="holds another experiment"):
+        lorica.Experiment.load(config, ["optimizer.lr=0.1"]).run()
+    with pytest.raises(UserError, match="no run folder"):
+        lorica.Experiment.load(config, [f"output={finished.folder}", "name=checkpoint"]).run()
+
+
+def test_the_lifetime_limit_stops_a_run_before_it_starts(tmp_path: Path) -> None:
+    spent = experiment(tmp_path, "privacy.noise=secure").run().epsilon
+    limit = f"privacy.max_lifetime_epsilon={spent * 1.2}"
+    with pytest.raises(UserError, match=r"privacy\.max_lifetime_epsilon"):
+        experiment(tmp_path, "privacy.noise=secure", "name=second", limit).run()
+    assert not (tmp_path / "second").exists() or not (tmp_path / "second" / "metrics.jsonl").exists()
+    second = experiment(tmp_path, "privacy.noise=secure", "name=third").run()
+    life = max(row["lifetime_epsilon"] for row in second.privacy["clients"])
+    assert life > spent * 1.2
+
+
+def test_without_privacy_a_run_says_so(tmp_path: Path) -> None:
+    overrides = ["privacy=none", "federation.rounds=1", "federation.clients=2", "federation.local_steps=1"]
+    result = lorica.Experiment.load(overrides=[*overrides, f"output={tmp_path}"]).run()
+    assert result.epsilon == float("inf")
+    assert result.privacy["private_release"] is False
+    assert "without differential privacy" in result.privacy["not_covered"][0]
+    assert "epsilon" not in result.metrics[-1]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("lora.target_modules=[queri]", r"lora\.target_modules = 'queri'.*q_proj"),
+        ("lora.target_modules=nothing.*", r"lora\.target_modules"),
+        ("lora.r=200", r"lora\.r = 200: larger than the linear map"),
+        ("federation.batch_size=1000", r"federation\.batch_size = 1000: client 0 has only"),
+        ("federation.clients=5000", r"federation\.clients = 5000"),
+        ("model.base=/no/such/folder", r"model\.base"),
+        ("model.pooling=mean", r"model\.pooling"),
+        ("task.train=absent.csv", r"task\.train"),
+        ("method.name=as-laura", r"Did you mean 'as-lora'"),
+        ("model.device=cuda:7", r"model\.device"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        experiment(tmp_path / "out", override).run()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_large_delta_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="lorica"):
+        prepare(experiment(tmp_path, "privacy.delta=0.1").config)
+    assert "privacy.delta = 0.1 is not below 1/" in caplog.text
+
+
+def test_query_and_value_are_found_under_their_new_names(tmp_path: Path) -> None:
+    prepared = prepare(experiment(tmp_path, "lora.target_modules=[query, value]").config)
+    assert {site.name.rsplit(".", 1)[-1] for site in prepared.model.sites} == {"q_proj", "v_proj"}
+    everything = prepare(experiment(tmp_path, "lora.target_modules=all-linear").config)
+    assert len(everything.model.sites) == 4 * 6
+    some = prepare(experiment(tmp_path, r"lora.target_modules=.*layers\.[01]\..*q_proj").config)
+    assert len(some.model.sites) == 2

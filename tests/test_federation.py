@@ -1,0 +1,47 @@
+"""Who takes part, with what weight, and what is counted."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorica.config import PrivacyConfig
+from lorica.federation import client_weights, participation_schedule
+from lorica.privacy.plan import plan_client
+
+
+@given(
+    clients=st.integers(1, 12),
+    rounds=st.integers(1, 40),
+    participation=st.floats(0.01, 1.0),
+    seed=st.integers(0, 1000),
+)
+def test_rotation_is_balanced_at_every_moment(clients: int, rounds: int, participation: float, seed: int) -> None:
+    schedule = participation_schedule(clients, rounds, participation, seed)
+    expected = max(1, round(participation * clients))
+    counts: Counter[int] = Counter()
+    for participants in schedule:
+        assert participants == sorted(set(participants))
+        assert len(participants) == expected
+        counts.update(participants)
+        assert max(counts.values()) - min(counts[client] for client in range(clients)) <= 1
+    assert schedule == participation_schedule(clients, rounds, participation, seed)
+
+
+def test_everyone_takes_part_at_full_participation() -> None:
+    assert participation_schedule(3, 4, 1.0, 0) == [[0, 1, 2]] * 4
+
+
+def test_different_seeds_draw_different_clients() -> None:
+    assert participation_schedule(10, 5, 0.3, 0) != participation_schedule(10, 5, 0.3, 1)
+
+
+def test_weights_follow_their_formula() -> None:
+    privacy = PrivacyConfig(epsilon=3.0, delta=1e-5)
+    plans = [plan_client(number, records, 20, 10, privacy) for number, records in enumerate((100, 300, 50))]
+    assert client_weights("uniform", plans) == pytest.approx({0: 1 / 3, 1: 1 / 3, 2: 1 / 3})
+    assert client_weights("records", plans) == pytest.approx({0: 100 / 450, 1: 300 / 450, 2: 50 / 450})
+    inverse = np.array([1 / plan.terms.noise_std**2 for plan in plans])
+    assert list(client_weights("noise", plans).values()) == pytest.approx(list(inverse / inverse.sum()))
