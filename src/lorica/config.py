@@ -95,8 +95,9 @@ class FederationConfig(Strict):
     weights: Literal["uniform", "records", "noise"] = "uniform"
     """Weight of a client in the mean: equal, by its record count, or by 1/τ² of its noise."""
     evaluate_every: int = Field(1, ge=1)
-    micro_batch_tokens: int = Field(4096, ge=1)
-    """Padded tokens (text) or patches (images) in one forward pass. Bounds memory; does not change the result."""
+    micro_batch_tokens: int | None = Field(None, ge=1)
+    """Padded tokens (text) or patches (images) in one forward pass; by default 1,024 on a CPU, where small passes over
+    texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes the result by rounding only."""
 
 
 class OptimizerConfig(Strict):

@@ -250,7 +250,7 @@ def _assemble(prepared: Prepared, run: str, checkpoint: Checkpoint | None) -> tu
             ledger=ledger,
             dataset=dataset,
             seed=config.seed,
-            micro_batch_tokens=config.federation.micro_batch_tokens,
+            micro_batch_tokens=_micro_batch_tokens(prepared),
         )
         for number, part in enumerate(prepared.parts)
     }
@@ -310,8 +310,12 @@ def _one_round(prepared: Prepared, federation: Federation, clients: dict[int, Cl
 def _evaluate(prepared: Prepared, federation: Federation) -> dict[str, float]:
     model = prepared.model
     model.write(federation.server.model.tensors)
-    tokens = prepared.config.federation.micro_batch_tokens
-    return evaluate(model.peft_model, prepared.task.test, tokens, model.device)
+    return evaluate(model.peft_model, prepared.task.test, _micro_batch_tokens(prepared), model.device)
+
+
+def _micro_batch_tokens(prepared: Prepared) -> int:
+    configured = prepared.config.federation.micro_batch_tokens
+    return configured or (1024 if prepared.model.device.type == "cpu" else 32768)
 
 
 def _finish(prepared: Prepared, federation: Federation, clients: dict[int, Client], folder: Path, run: str) -> Result:

@@ -142,6 +142,16 @@ def _read_csv(path: Path, key: str, config: TaskConfig) -> pa.Table:
         place = f" at row {row[1]} (the header is row 1)" if row else ""
         remedy = "quote cells that hold a comma, a quote or a line break, and encode the file as UTF-8"
         raise UserError(key, str(path), f"not a readable CSV file{place}", remedy) from None
+    wanted = _wanted(config)
+    if not wanted.keys() & set(table.column_names):
+        # Without a header, the first line is a record: it must not be listed as the columns' names.
+        raise UserError(
+            key,
+            str(path),
+            f"its first line names none of the columns {', '.join(map(repr, wanted))}",
+            f"start the file with a line of column names, and set {' and '.join(dict.fromkeys(wanted.values()))} to "
+            "those that the task needs",
+        )
     return table.select(_check_columns(table.column_names, path.name, config))
 
 
