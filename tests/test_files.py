@@ -1,0 +1,50 @@
+"""Files are old or new, never half, and a full disk is one clear error."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorica.errors import UserError
+from lorica.files import append_line, write_atomically
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder" / "file"
+    write_atomically(path, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_appending_to_a_full_disk_is_a_clear_error() -> None:
+    with pytest.raises(UserError, match="No space left"):
+        append_line(Path("/dev/full"), "line")
+
+
+def test_a_run_out_of_disk_ends_with_one_line_and_resumes(tmp_path: Path) -> None:
+    """A limit on file size stands in for the disk: the ledger reaches it first."""
+    command = [Path(sys.executable).parent / "lorica", "run", f"output={tmp_path}", "federation.rounds=3"]
+    command += ["federation.clients=2", "federation.partition=iid", "federation.local_steps=1", "name=full"]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+
+    first = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)  # noqa: PLW1509
+    assert first.returncode == 2, first.stdout + first.stderr
+    assert "error" in first.stdout
+    assert "Traceback" not in first.stderr
+    second = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert (tmp_path / "full" / "report.html").is_file()
