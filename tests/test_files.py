@@ -41,7 +41,7 @@ def test_a_run_out_of_disk_ends_with_one_line_and_resumes(tmp_path: Path) -> Non
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
 
-    first = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)  # noqa: PLW1509
+    first = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
     assert first.returncode == 2, first.stdout + first.stderr
     assert "error" in first.stdout
     assert "Traceback" not in first.stderr

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lorica.adapters.base_model import BaseModel
 from lorica.adapters.sites import Site, layer_of, match_targets
@@ -104,6 +105,7 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
         settings = LoraConfig(
             target_modules=_shortest(targets, base.model),
             modules_to_save=carried or None,
+            fan_in_fan_out=isinstance(base.model.get_submodule(targets[0]), Conv1D),
             **lora.model_dump(exclude={"target_modules"}),
         )
         with warnings.catch_warnings():

@@ -1,0 +1,183 @@
+"""Base models, heads, sites and export, on tiny checkpoints in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from torch import nn
+
+from lorica.adapters.adapted import adapt
+from lorica.adapters.base_model import load_base, resolve_base
+from lorica.adapters.export import export_adapter, load_adapter
+from lorica.adapters.sites import layer_of, match_targets
+from lorica.config import LoraSection, ModelConfig
+from lorica.errors import UserError
+from tests.models import FAMILIES, TARGETS, batch
+
+NAMES = ["bad", "fair", "good"]
+TASKS = {"vit": "image-classification"}
+CPU = torch.device("cpu")
+
+
+def checkpoint(folder: Path, family: str, without_head: bool = False) -> str:
+    """A tiny checkpoint as a hub would serve it: with a head for other labels, or without any."""
+    torch.manual_seed(0)
+    model = FAMILIES[family]()
+    (model.base_model if without_head else model).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head", ["train", "freeze"])
+@pytest.mark.parametrize("without_head", [True, False])
+def test_an_export_loads_with_peft_and_gives_the_same_logits(
+    tmp_path: Path, family: str, head: str, without_head: bool
+) -> None:
+    config = ModelConfig(base=checkpoint(tmp_path / "base", family, without_head), head=head)
+    task = TASKS.get(family, "text-classification")
+    base = load_base(config, task, NAMES, seed=3)
+    section = LoraSection(r=2, target_modules=TARGETS.get(family, ["query", "value"]))
+    model = adapt(base, section, config, 3, CPU)
+    assert ("head.weight" in model.tensors) == (head == "train")
+    draws = torch.Generator().manual_seed(1)
+    model.write({name: torch.randn(value.shape, generator=draws) for name, value in model.read().items()})
+    export_adapter(model, tmp_path / "adapter", config, task, NAMES, 3, "card")
+    examples = batch(family, 4).inputs
+    with torch.inference_mode():
+        expected = model.peft_model(**examples).logits
+        assert expected.std() > 0
+        torch.testing.assert_close(load_adapter(tmp_path / "adapter")(**examples).logits, expected)
+        automatic = getattr(
+            transformers, "AutoModelForImageClassification" if family == "vit" else "AutoModelForSequenceClassification"
+        )
+        fresh = automatic.from_pretrained(config.base, num_labels=3, attn_implementation="eager")
+        fresh.config.pad_token_id = getattr(base.model.config, "pad_token_id", None)
+        loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+        torch.testing.assert_close(loaded(**examples).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mean_pooling_is_the_masked_mean_and_exports(tmp_path: Path) -> None:
+    config = ModelConfig(base=checkpoint(tmp_path / "base", "bert", True), pooling="mean")
+    base = load_base(config, "text-classification", NAMES, 0)
+    model = adapt(base, LoraSection(r=2), config, 0, CPU)
+    draws = torch.Generator().manual_seed(1)
+    model.write({name: torch.randn(value.shape, generator=draws) for name, value in model.read().items()})
+    examples = batch("bert", 4).inputs
+    with torch.inference_mode():
+        logits = model.peft_model(**examples).logits
+        wrapped = model.peft_model.base_model.model
+        hidden = wrapped.encoder(**examples).last_hidden_state
+        head = model.tensors["head.weight"].module
+        for index in range(4):
+            length = int(examples["attention_mask"][index].sum())
+            torch.testing.assert_close(logits[index], head(hidden[index, :length].mean(0)))
+        export_adapter(model, tmp_path / "adapter", config, "text-classification", NAMES, 0, "card")
+        torch.testing.assert_close(load_adapter(tmp_path / "adapter")(**examples).logits, logits)
+
+
+def test_a_new_head_starts_at_zero_where_it_is_trained_and_is_drawn_where_it_is_frozen(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, "bert", without_head=True)
+
+    def head(policy: Any, seed: int) -> nn.Module:
+        base = load_base(ModelConfig(base=folder, head=policy), "text-classification", NAMES, seed)
+        return base.model.get_submodule(base.head)
+
+    assert not head("train", 0).weight.any()
+    assert head("freeze", 0).weight.any()
+    assert torch.equal(head("freeze", 0).weight, head("freeze", 0).weight)
+    assert not torch.equal(head("freeze", 0).weight, head("freeze", 1).weight)
+
+
+def test_a_head_for_these_very_labels_is_kept_and_one_for_others_is_not(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = FAMILIES["bert"]()
+    model.config.id2label = dict(enumerate(NAMES))
+    model.config.label2id = {name: index for index, name in enumerate(NAMES)}
+    model.save_pretrained(tmp_path)
+    config = ModelConfig(base=str(tmp_path))
+    kept = load_base(config, "text-classification", NAMES, 0)
+    assert torch.equal(kept.model.classifier.weight, model.classifier.weight)
+    assert not kept.head_is_new
+    other = load_base(config, "text-classification", ["x", "y", "z"], 0)
+    assert other.head_is_new
+    assert not other.model.classifier.weight.any()
+    more = load_base(config, "text-classification", ["a", "b", "c", "d"], 0)
+    assert more.model.classifier.weight.shape[0] == 4
+
+
+def test_every_parameter_is_frozen_and_factors_start_as_peft_makes_them(tmp_path: Path) -> None:
+    config = ModelConfig(base=checkpoint(tmp_path, "roberta"))
+    model = adapt(load_base(config, "text-classification", NAMES, 0), LoraSection(r=4), config, 0, CPU)
+    model.assert_frozen()
+    for site in model.sites:
+        a, b = model.read()[site.a], model.read()[site.b]
+        assert a.shape == (4, site.d_in)
+        assert b.shape == (site.d_out, 4)
+        assert not b.any()
+        assert a.abs().max() <= site.d_in**-0.5
+        assert site.scale == 2.0
+    again = adapt(load_base(config, "text-classification", NAMES, 0), LoraSection(r=4), config, 0, CPU)
+    assert all(torch.equal(value, again.read()[name]) for name, value in model.read().items())
+
+
+def test_batch_normalisation_is_refused(tmp_path: Path) -> None:
+    config = transformers.ResNetConfig(
+        embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], layer_type="basic", num_channels=1, num_labels=3
+    )
+    transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="mixes examples"):
+        load_base(ModelConfig(base=str(tmp_path)), "image-classification", NAMES, 0)
+
+
+def test_wrong_bases_are_named(tmp_path: Path) -> None:
+    for base, message in (
+        (str(tmp_path), r"no config\.json"),
+        ("./nowhere", "no such folder"),
+        ("lorica:nothing", "no such embedded model"),
+    ):
+        with pytest.raises(UserError, match=message):
+            resolve_base(base)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_base(ModelConfig(base=str(tmp_path)), "text-classification", NAMES, 0)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_base(ModelConfig(base="no-such-org/no-such-model"), "text-classification", NAMES, 0)
+    with pytest.raises(UserError, match=r"lorica\.json"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "endings"),
+    [
+        ("bert", ["query", "value"], {"query", "value"}),
+        ("bert", ["q_proj"], {"query"}),
+        ("llama", ["query", "value"], {"q_proj", "v_proj"}),
+        ("vit", ["key"], {"k_proj"}),
+        ("vit", "query", {"q_proj"}),
+        ("gpt2", ["c_attn"], {"c_attn"}),
+        ("bert", r".*layer\.0.*(query|key)", {"query", "key"}),
+    ],
+)
+def test_targets_match_by_name_role_or_expression(family: str, targets: Any, endings: set[str]) -> None:
+    head = "score" if family in ("gpt2", "llama") else "classifier"
+    found = match_targets(FAMILIES[family](), targets, head)
+    assert {name.rsplit(".", 1)[-1] for name in found} == endings
+
+
+def test_all_linear_takes_every_map_but_the_head() -> None:
+    model = FAMILIES["roberta"]()
+    found = match_targets(model, "all-linear", "classifier.out_proj")
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert set(found) == {name for name in linear if not name.startswith("classifier.")}
+
+
+def test_layers_are_told_by_their_last_number() -> None:
+    assert layer_of("bert.encoder.layer.3.attention.self.query") == "bert.encoder.layer.3"
+    assert layer_of("swin.encoder.layers.0.blocks.1.attention.self.query") == "swin.encoder.layers.0.blocks.1"
+    assert layer_of("pooler.dense") == "pooler.dense"
