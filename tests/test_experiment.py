@@ -247,7 +247,7 @@ def test_the_lifetime_limit_stops_a_run_before_it_starts(tmp_path: Path) -> None
 
 
 def test_without_privacy_a_run_says_so(tmp_path: Path) -> None:
-    overrides = ["privacy=none", "federation.rounds=1", "federation.clients=2", "federation.local_steps=1"]
+    overrides = ["privacy=none", "federation.weights=records", "federation.rounds=1", "federation.clients=2"]
     result = lorica.Experiment.load(overrides=[*overrides, f"output={tmp_path}"]).run()
     assert result.epsilon == float("inf")
     assert result.privacy["private_release"] is False
@@ -267,6 +267,7 @@ def test_without_privacy_a_run_says_so(tmp_path: Path) -> None:
         ("model.pooling=mean", r"model\.pooling"),
         ("task.train=absent.csv", r"task\.train"),
         ("method.name=as-laura", r"Did you mean 'as-lora'"),
+        ("privacy=none", r"federation\.weights = 'noise': there is no noise"),
         ("model.device=cuda:7", r"model\.device"),
     ],
 )

@@ -18,7 +18,7 @@ Model = TypeVar("Model", bound=BaseModel)
 class Strict(BaseModel):
     """A configuration section: frozen, and a key it does not know is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
 
 
 class ModelConfig(Strict):
@@ -36,25 +36,33 @@ class ModelConfig(Strict):
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """`auto`: eager on CPU (faster on short sequences), sdpa elsewhere."""
     device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, …; `auto` is a GPU where there is one."""
 
 
 class LoraSection(Strict):
     """Passed through to `peft.LoraConfig`, with its names."""
 
     r: int = Field(8, ge=1)
+    """Rank of the factors."""
     lora_alpha: float = Field(8, gt=0)
+    """Scale: `γ = lora_alpha / r`."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before A."""
     target_modules: list[str] | str = ["query", "value"]
     """Module names, one regular expression, or `all-linear`. `query`, `key`, `value` also match `q_proj`, `k_proj`,
     `v_proj` and the other way round."""
     use_rslora: bool = False
+    """`γ = lora_alpha / √r` instead."""
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
+    """How A starts: PEFT's default (Kaiming uniform), Gaussian, or orthogonal. Initialisations from data or from the
+    base weights are not offered: they leak, or make the base differ between nodes."""
 
 
 class TaskConfig(Strict):
     """What is learned, and from which files."""
 
     type: Literal["text-classification", "image-classification"]
+    """What a record is."""
     train: str
     """A CSV, JSONL or Parquet file, an image folder, a Hugging Face dataset id (`ID`, `ID:CONFIG`, `ID[SPLIT]`), or
     `lorica:digits/train`."""
@@ -63,8 +71,11 @@ class TaskConfig(Strict):
     text: list[str] = ["text"]
     """Column or pair of columns that hold the text."""
     image: str = "image"
+    """Column that holds the image: encoded bytes, or a path relative to the file."""
     label: str = "label"
+    """Column that holds the label: text or whole numbers."""
     max_length: int = Field(128, ge=4)
+    """Texts are cut at this many tokens; nothing is padded to it."""
 
     @field_validator("text", mode="before")
     @classmethod
@@ -83,11 +94,15 @@ class FederationConfig(Strict):
     """Who takes part, how often, and how long each client trains."""
 
     clients: int = Field(6, ge=1)
+    """Number of owners."""
     partition: Literal["dirichlet", "iid"] = "dirichlet"
+    """How the training records are dealt to the clients: skewed labels, or equal random parts."""
     alpha: float = Field(0.5, gt=0)
     """Concentration of the Dirichlet distribution over labels; small is skewed."""
     rounds: int = Field(100, ge=1)
+    """Number of rounds."""
     local_steps: int = Field(10, ge=1)
+    """Noisy steps of each participating client in a round."""
     batch_size: int = Field(128, ge=1)
     """Expected size of a Poisson batch: the sampling rate is batch_size / records."""
     participation: float = Field(1.0, gt=0, le=1)
@@ -95,6 +110,7 @@ class FederationConfig(Strict):
     weights: Literal["uniform", "records", "noise"] = "uniform"
     """Weight of a client in the mean: equal, by its record count, or by 1/τ² of its noise."""
     evaluate_every: int = Field(1, ge=1)
+    """Evaluate on the public test set after every so many rounds, and after the last."""
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Padded tokens (text) or patches (images) in one forward pass; by default 1,024 on a CPU, where small passes over
     texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes the result by rounding only."""
@@ -104,19 +120,25 @@ class OptimizerConfig(Strict):
     """The local optimiser; it sees the noisy gradient only."""
 
     name: Literal["sgd", "adamw"] = "sgd"
+    """Fresh in every round: no state outlives it."""
     lr: float = Field(0.5, gt=0)
+    """Learning rate."""
     lr_a: float | None = Field(None, gt=0)
+    """Rate of the factors A where it differs from `lr`."""
     lr_b: float | None = Field(None, gt=0)
-    """Rates of the factors A and B where they differ from `lr`; the head always uses `lr`."""
+    """Rate of the factors B where it differs from `lr`. The head always uses `lr`."""
     momentum: float = Field(0.0, ge=0, lt=1)
+    """Of SGD."""
     weight_decay: float = Field(0.0, ge=0)
+    """Coupled in SGD, decoupled in AdamW."""
 
 
 class MethodConfig(BaseModel):
     """The method's name with its own options beside it; the method checks those."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
     name: str = "as-lora"
+    """See `lorica methods`."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -127,11 +149,15 @@ class PrivacyConfig(Strict):
     """The guarantee that each owner gets."""
 
     unit: Literal["record"] = "record"
+    """What is protected: one record of one client, added or removed."""
     epsilon: float | None = Field(3.0, gt=0)
+    """Target over the whole run, per client; the noise is calibrated to it."""
     noise_multiplier: float | None = Field(None, gt=0)
     """Give this and `epsilon: null` to fix the noise and have ε computed."""
     delta: float = Field(1e-5, gt=0, lt=1)
+    """Choose it below 1/records."""
     clip_norm: float = Field(2.0, gt=0)
+    """`C`: largest norm of one record's gradient over all tensors trained in a step."""
     noise: Literal["secure", "reproducible"] = "secure"
     """`secure`: from the operating system's entropy. `reproducible`: from the seed, for research; not a private
     release, and every report says so."""
@@ -151,6 +177,7 @@ class ExperimentConfig(Strict):
     """A whole experiment."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run folder; the same name and configuration resume."""
     seed: int = Field(42, ge=0, lt=2**63)
     """Public: client sampling, partition, initialisation. Never the source of secure noise."""
     output: str = "runs"
@@ -162,6 +189,7 @@ class ExperimentConfig(Strict):
     optimizer: OptimizerConfig = OptimizerConfig()
     method: MethodConfig = MethodConfig()
     privacy: PrivacyConfig | Literal["none"] = PrivacyConfig()
+    """A section, or `none` for a run without differential privacy."""
 
     @property
     def folder(self) -> Path:

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
-import subprocess
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from lorica.adapters.adapted import AdaptedModel, adapt
 from lorica.adapters.base_model import load_base, resolve_base, resolve_device
@@ -39,6 +33,7 @@ from lorica.privacy.statement import privacy_statement
 from lorica.reporting.card import model_card
 from lorica.reporting.html import write_report
 from lorica.reporting.run_folder import read_run
+from lorica.runs import claim_folder, keep_rounds, open_run
 from lorica.streams import stream_seed, torch_stream
 from lorica.tasks import load_task
 from lorica.tasks.classification import evaluate
@@ -134,15 +129,15 @@ class Experiment:
         if (folder / "adapter").is_dir() and (folder / "privacy.json").is_file():
             return read_result(folder)
         prepared = prepare(self.config)
-        run = _open_run(folder, self.config, prepared)
+        run = open_run(folder, self.config, str(prepared.model.device))
         checkpoint = load_checkpoint(folder / "checkpoint")
         federation, clients = _assemble(prepared, run, checkpoint)
         _check_lifetime(prepared, clients, run)
         on_start(prepared, federation.server.round)
-        _keep_rounds(folder / "metrics.jsonl", federation.server.round)
-        _keep_rounds(folder / "decisions.jsonl", federation.server.round)
+        keep_rounds(folder / "metrics.jsonl", federation.server.round)
+        keep_rounds(folder / "decisions.jsonl", federation.server.round)
         if checkpoint is None:
-            _keep_rounds(folder / "metrics.jsonl", -1)
+            keep_rounds(folder / "metrics.jsonl", -1)
             metrics = {"round": 0} | _evaluate(prepared, federation)
             append_line(folder / "metrics.jsonl", json.dumps(metrics))
             on_round(metrics)
@@ -189,53 +184,10 @@ def prepare(config: ExperimentConfig) -> Prepared:
     return prepared
 
 
-def claim_folder(folder: Path, config: ExperimentConfig) -> None:
-    """Check that the run folder is free or holds this very experiment.
-
-    Raises:
-        UserError: another experiment's, or a folder that Lorica did not make.
-    """
-    path = folder / "config.yaml"
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not path.is_file():
-        raise UserError("name", config.name, f"{folder} exists and is no run folder", "choose another name or output")
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    wanted = config.model_dump(mode="json")
-    # Where the folder lies is no part of the experiment.
-    different = [key for key in wanted if key != "output" and found.get(key) != wanted[key]]
-    if different:
-        raise UserError(
-            "name",
-            config.name,
-            f"{folder} holds another experiment (its {', '.join(different)} differ)",
-            "choose another name, or delete that folder",
-        )
-
-
 def read_result(folder: Path) -> Result:
     """The result of a finished run, from its folder."""
     run = read_run(folder)
     return Result(folder, folder / "adapter", run.metrics, run.privacy or {})
-
-
-def _open_run(folder: Path, config: ExperimentConfig, prepared: Prepared) -> str:
-    """Make the run folder, or open it again; returns the run's identity, which the ledger knows it by."""
-    path = folder / "environment.json"
-    if path.is_file():
-        return str(json.loads(path.read_text(encoding="utf-8"))["run"])
-    environment = {
-        "run": uuid.uuid4().hex,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": str(prepared.model.device),
-        "threads": torch.get_num_threads(),
-        "git": _git_revision(),
-    } | {package: version(package) for package in ("lorica", "torch", "transformers", "peft", "dp-accounting")}
-    write_atomically(folder / "config.yaml", config.to_yaml().encode())
-    write_atomically(path, json.dumps(environment, indent=2).encode())
-    return str(environment["run"])
 
 
 def _assemble(prepared: Prepared, run: str, checkpoint: Checkpoint | None) -> tuple[Federation, dict[int, Client]]:
@@ -384,29 +336,3 @@ def _ledger_path(config: ExperimentConfig, task: Task) -> Path:
     if train.exists():
         return train.with_name(train.name + ".ledger.sqlite")
     return home_folder() / "ledgers" / f"{task.train.fingerprint()[:16]}.sqlite"
-
-
-def _keep_rounds(path: Path, last: int) -> None:
-    """Drop the lines of rounds after `last`, which will be run again."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _round_of(line) <= last]
-        if kept != lines:
-            write_atomically(path, "".join(line + "\n" for line in kept).encode())
-
-
-def _round_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["round"])
-    except ValueError:
-        # A crash can leave half a line at the end.
-        return float("inf")
-
-
-def _git_revision() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()

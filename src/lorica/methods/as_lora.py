@@ -95,12 +95,19 @@ class ASLoRA(Method):
 
     class Options(Strict):
         granularity: Literal["layer", "module", "tied"] = "layer"
+        """What decides together: the sites of a layer, each site by itself, or all of them."""
         score: Literal["curvature", "energy", "last-step-energy"] = "curvature"
+        """What predicts a factor's gain."""
         select: Literal["softmax", "thompson"] = "softmax"
+        """How the gains decide."""
         warm_up: float = Field(0.1, ge=0, le=1)
+        """Share of the rounds that alternate B, A, B, A… first; at least two rounds."""
         ema: float = Field(0.9, ge=0, lt=1)
+        """`β` of the gains' moving average."""
         floor: float = Field(0.05, ge=0, le=0.5)
+        """Least probability of either factor under `thompson`."""
         freeze: bool = False
+        """Under `thompson`, let a layer train neither factor while both seem to do harm."""
 
     options: Options
 

@@ -34,6 +34,7 @@ class FFALoRA(Method):
 
     class Options(Strict):
         orthonormal_a: bool = False
+        """Make the rows of A orthonormal before the first round."""
 
     options: Options
 

@@ -1,0 +1,87 @@
+"""A run's folder on disk: claim it, open it, cut it back to where a run resumes."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import uuid
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+
+from lorica.config import ExperimentConfig
+from lorica.errors import UserError
+from lorica.files import write_atomically
+
+
+def claim_folder(folder: Path, config: ExperimentConfig) -> None:
+    """Check that the run folder is free or holds this very experiment.
+
+    Raises:
+        UserError: another experiment's, or a folder that Lorica did not make.
+    """
+    path = folder / "config.yaml"
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not path.is_file():
+        raise UserError("name", config.name, f"{folder} exists and is no run folder", "choose another name or output")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    wanted = config.model_dump(mode="json")
+    # Where the folder lies is no part of the experiment.
+    different = [key for key in wanted if key != "output" and found.get(key) != wanted[key]]
+    if different:
+        raise UserError(
+            "name",
+            config.name,
+            f"{folder} holds another experiment (its {', '.join(different)} differ)",
+            "choose another name, or delete that folder",
+        )
+
+
+def open_run(folder: Path, config: ExperimentConfig, device: str) -> str:
+    """Make the run folder, or open it again; returns the run's identity, which the ledger knows it by."""
+    path = folder / "environment.json"
+    if path.is_file():
+        return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+    environment = {
+        "run": uuid.uuid4().hex,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "git": _git_revision(),
+    } | {package: version(package) for package in ("lorica", "torch", "transformers", "peft", "dp-accounting")}
+    write_atomically(folder / "config.yaml", config.to_yaml().encode())
+    write_atomically(path, json.dumps(environment, indent=2).encode())
+    return str(environment["run"])
+
+
+def keep_rounds(path: Path, last: int) -> None:
+    """Drop the lines of rounds after `last`, which will be run again."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _round_of(line) <= last]
+        if kept != lines:
+            write_atomically(path, "".join(line + "\n" for line in kept).encode())
+
+
+def _round_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["round"])
+    except ValueError:
+        # A crash can leave half a line at the end.
+        return float("inf")
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
