@@ -22,8 +22,9 @@ from transformers import AutoModelForImageClassification
 
 import lorica
 from lorica.adapters.base_model import resolve_base
+from lorica.config import PrivacyConfig, TaskConfig
 from lorica.errors import UserError
-from lorica.experiment import Result, prepare
+from lorica.experiment import Result, _ledger_path, prepare
 from lorica.privacy.accounting import Steps, epsilon
 from lorica.privacy.ledger import Ledger
 from lorica.tasks.classification import evaluate
@@ -275,6 +276,21 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, overrid
     with pytest.raises(UserError, match=message):
         experiment(tmp_path / "out", override).run()
     assert not (tmp_path / "out").exists()
+
+
+def test_the_ledger_lies_beside_the_data(tmp_path: Path) -> None:
+    rows = [{"text": f"{'good' if index % 2 else 'bad'} {index}", "label": index % 2} for index in range(40)]
+    data = tmp_path / "data" / "rows.jsonl"
+    data.parent.mkdir()
+    data.write_text("\n".join(json.dumps(row) for row in rows))
+    digits = lorica.Experiment.load(overrides=SMALL).config
+    task = prepare(digits).task
+    own = TaskConfig(type="text-classification", train=str(data), test=str(data))
+    config = digits.model_copy(update={"task": own})
+    assert _ledger_path(config, task) == tmp_path / "data" / "rows.jsonl.ledger.sqlite"
+    named = PrivacyConfig(ledger=str(tmp_path / "elsewhere"))
+    assert _ledger_path(config.model_copy(update={"privacy": named}), task) == tmp_path / "elsewhere"
+    assert _ledger_path(digits, task).parent == Path(os.environ["LORICA_HOME"]) / "ledgers"
 
 
 def test_a_large_delta_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

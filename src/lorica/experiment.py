@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -333,6 +334,7 @@ def _ledger_path(config: ExperimentConfig, task: Task) -> Path:
     if config.privacy != "none" and config.privacy.ledger is not None:
         return Path(config.privacy.ledger).expanduser()
     train = Path(config.task.train).expanduser()
-    if train.exists():
+    # A run without privacy has no budget to keep, so it may go on where the data's folder is read-only.
+    if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
         return train.with_name(train.name + ".ledger.sqlite")
     return home_folder() / "ledgers" / f"{task.train.fingerprint()[:16]}.sqlite"
