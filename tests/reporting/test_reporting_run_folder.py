@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lorica.errors import UserError
-from lorica.reporting.factors import factor_rounds, factor_rows, layer_of
+from lorica.reporting.factors import factor_rounds, factor_rows, layer_numbers
 from lorica.reporting.run_folder import bytes_sent, guarantee, not_private, outcome, read_run, seconds_per_round
 
 
@@ -151,7 +151,8 @@ def test_sites_with_the_same_last_name_or_no_layer_keep_apart(make_run):
     (folder / "decisions.jsonl").write_text(json.dumps({"round": 1, "factors": factors}))
     labels = [row.label for row in factor_rows(read_run(folder))]
     assert labels == ["layer 0 cross.query", "layer 0 self.query", "pooler.dense"]
-    assert layer_of("pooler.dense") is None
+    assert layer_numbers("pooler.dense") == ()
+    assert layer_numbers("swin.encoder.layers.0.blocks.1.attention.self.query") == (0, 1)
 
 
 def test_a_site_that_a_round_does_not_mention_trained_nothing(make_run):

@@ -32,25 +32,30 @@ def factor_rows(run: Run) -> list[FactorRow]:
     """
     sites = {site for row in run.decisions for site in row["factors"]}
     choices = {site: tuple("".join(sorted(row["factors"].get(site, ""))) for row in run.decisions) for site in sites}
-    layers: dict[int, list[str]] = {}
+    layers: dict[tuple[int, ...], list[str]] = {}
     for site in sorted(sites):
-        layer = layer_of(site)
-        if layer is not None:
-            layers.setdefault(layer, []).append(site)
-    unnumbered = [FactorRow(site, choices[site]) for site in sorted(sites) if layer_of(site) is None]
+        if layer_numbers(site):
+            layers.setdefault(layer_numbers(site), []).append(site)
+    unnumbered = [FactorRow(site, choices[site]) for site in sorted(sites) if not layer_numbers(site)]
     if all(len({choices[site] for site in group}) == 1 for group in layers.values()):
-        return [FactorRow(f"layer {layer}", choices[layers[layer][0]]) for layer in sorted(layers)] + unnumbered
+        return [
+            FactorRow(f"layer {_dotted(layer)}", choices[layers[layer][0]]) for layer in sorted(layers)
+        ] + unnumbered
     numbered = [
-        FactorRow(f"layer {layer} {_site_label(site, layers[layer])}", choices[site])
+        FactorRow(f"layer {_dotted(layer)} {_site_label(site, layers[layer])}", choices[site])
         for layer in sorted(layers)
         for site in layers[layer]
     ]
     return numbered + unnumbered
 
 
-def layer_of(site: str) -> int | None:
-    """The first integer in a dotted name; None if there is none."""
-    return next((int(part) for part in site.split(".") if part.isdecimal()), None)
+def layer_numbers(site: str) -> tuple[int, ...]:
+    """The integers in a dotted name, which tell its layer: `(3,)`, or `(0, 1)` for block 1 of stage 0; may be empty."""
+    return tuple(int(part) for part in site.split(".") if part.isdecimal())
+
+
+def _dotted(layer: tuple[int, ...]) -> str:
+    return ".".join(str(number) for number in layer)
 
 
 def _site_label(site: str, siblings: list[str]) -> str:
@@ -59,4 +64,4 @@ def _site_label(site: str, siblings: list[str]) -> str:
     if sum(sibling.rsplit(".", 1)[-1] == last for sibling in siblings) == 1:
         return last
     parts = site.split(".")
-    return ".".join(parts[next(index for index, part in enumerate(parts) if part.isdecimal()) + 1 :])
+    return ".".join(parts[max(index for index, part in enumerate(parts) if part.isdecimal()) + 1 :])
