@@ -114,3 +114,20 @@ def one_at_a_time(model: AdaptedModel, examples: Batch) -> dict[str, Tensor]:
     for parameter in parameters.values():
         parameter.requires_grad_(False)
     return {name: torch.stack(values) for name, values in gradients.items()}
+
+
+def clipped_one_at_a_time(model: AdaptedModel, examples: Batch, clip_norm: float) -> dict[str, Tensor]:
+    """Sum of gradients clipped with `torch.nn.utils.clip_grad_norm_`, one example at a time."""
+    parameters = {name: getattr(module, kind).requires_grad_() for name, (module, kind) in model.tensors.items()}
+    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for index in range(len(examples)):
+        here = slice(index, index + 1)
+        one = Batch({name: value[here] for name, value in examples.inputs.items()}, examples.labels[here])
+        model.losses(model.peft_model, one).sum().backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), clip_norm)
+        for name, parameter in parameters.items():
+            total[name] += parameter.grad
+            parameter.grad = None
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    return {name: value.detach() for name, value in total.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 from lorica.privacy.clipping import clipped_sum
 from lorica.privacy.gradients import per_example_gradients
 from lorica.tasks.records import Batch
-from tests.models import adapted, batch
+from tests.models import adapted, batch, clipped_one_at_a_time
 
 BAD = st.sampled_from([0.0, 1.0, -3.0, 1e-30, 1e18, 3e38, math.nan, math.inf, -math.inf])
 MODELS = {family: adapted(family) for family in ("bert", "vit", "gpt2")}
@@ -95,21 +95,9 @@ def test_without_a_bound_the_sum_is_plain() -> None:
     torch.testing.assert_close(clipped_sum(gradients, math.inf)["a"], gradients["a"].sum(0), rtol=1e-5, atol=1e-4)
 
 
-def test_equal_the_microbatch_way() -> None:
-    """One example at a time, clipped with `torch.nn.utils.clip_grad_norm_`, added up."""
+def test_equal_clipping_one_at_a_time() -> None:
     model, examples = adapted("bert"), batch("bert", 6)
-    found = clipped_sum(
-        per_example_gradients(lambda: model.losses(model.peft_model, examples), model.tensors, 6), clip_norm=0.2
-    )
-    expected = {name: torch.zeros_like(value) for name, value in found.items()}
-    for index in range(6):
-        one = Batch({k: v[index : index + 1] for k, v in examples.inputs.items()}, examples.labels[index : index + 1])
-        parameters = [getattr(module, kind).requires_grad_() for module, kind in model.tensors.values()]
-        model.losses(model.peft_model, one).sum().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 0.2)
-        for name, parameter in zip(model.tensors, parameters, strict=True):
-            expected[name] += parameter.grad
-            parameter.grad = None
-            parameter.requires_grad_(False)
-    for name, value in expected.items():
+    gradients = per_example_gradients(lambda: model.losses(model.peft_model, examples), model.tensors, 6)
+    found = clipped_sum(gradients, clip_norm=0.2)
+    for name, value in clipped_one_at_a_time(model, examples, 0.2).items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lorica.privacy.mechanism import Terms, add_noise, noisy_gradient, poisson_sample
 from lorica.privacy.randomness import ReproducibleRandomness, SecureRandomness
 from lorica.tasks.records import Batch
-from tests.models import adapted
+from tests.models import adapted, clipped_one_at_a_time
 from tests.records import TinyRecords
 
 SOURCES = {
@@ -82,16 +82,8 @@ def test_step_is_clipped_sum_plus_noise_over_the_expected_batch() -> None:
         model.peft_model, model.losses, model.tensors, records, terms, ReproducibleRandomness(0, 1, 1, 0), 64
     )
     randomness = ReproducibleRandomness(0, 1, 1, 0)
-    chosen = poisson_sample(40, 0.3, randomness)
-    expected = {name: torch.zeros_like(value) for name, value in model.read().items()}
-    for index in chosen:
-        parameters = [getattr(module, kind).requires_grad_() for module, kind in model.tensors.values()]
-        model.losses(model.peft_model, records.batch(np.array([index]))).sum().backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 0.1)
-        for name, parameter in zip(model.tensors, parameters, strict=True):
-            expected[name] += parameter.grad
-            parameter.grad = None
-            parameter.requires_grad_(False)
+    chosen = records.batch(poisson_sample(40, 0.3, randomness))
+    expected = clipped_one_at_a_time(model, chosen, 0.1)
     for name, value in expected.items():
         noise = 0.08 * randomness.normal(value.numel()).reshape(value.shape)
         torch.testing.assert_close(found[name].tensor, ((value + noise) / 12).float(), rtol=1e-4, atol=1e-5)
