@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -60,7 +60,7 @@ Step = Callable[[], None]
 warnings.simplefilter("ignore")
 
 
-class Model(str, Enum):
+class Model(StrEnum):
     """Which model to measure on."""
 
     bert = "bert"
@@ -155,9 +155,7 @@ class Bench:
         """A copy of the model under Opacus, both factors trained."""
         model = copy.deepcopy(self.model.peft_model)
         paths = {module: path for path, module in self.model.peft_model.named_modules()}
-        parameters = [
-            getattr(model.get_submodule(paths[module]), kind) for module, kind in self.trained("AB").values()
-        ]
+        parameters = [getattr(model.get_submodule(paths[module]), kind) for module, kind in self.trained("AB").values()]
         for parameter in parameters:
             parameter.requires_grad_(True)
         made = PrivacyEngine().make_private(

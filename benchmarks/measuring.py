@@ -7,14 +7,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
+from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 
-class Clock(str, Enum):
+class Clock(StrEnum):
     """`wall`: time that passes. `cpu`: time of the processor; with one thread, what others run does not count."""
 
     wall = "wall"
@@ -56,10 +56,16 @@ def machine(clock: Clock) -> str:
     kind = next(iter(_models()), platform.processor() or platform.machine())
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft", "opacus"))
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
+    features = f"{torch.backends.cpu.get_cpu_capability()}, bf16 instructions: {'yes' if has_bf16() else 'no'}"
     return (
-        f"{kind}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads, "
-        f"{clock.value} clock, load {load}; {packages}"
+        f"{kind}, {os.cpu_count()} cores, {features}, threads: {torch.get_num_threads()}, {clock.value} clock, "
+        f"load {load}; {packages}"
     )
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices by itself; where it does not, PyTorch is many times slower in bf16."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def verdict(met: bool) -> str:

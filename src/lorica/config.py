@@ -37,6 +37,8 @@ class ModelConfig(Strict):
     """`auto`: eager on CPU (faster on short sequences), sdpa elsewhere."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto` is a GPU where there is one."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of PyTorch; by default its own choice. Another number rounds sums differently."""
 
 
 class LoraSection(Strict):

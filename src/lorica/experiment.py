@@ -156,6 +156,8 @@ def prepare(config: ExperimentConfig) -> Prepared:
     """
     task = load_task(config.task, resolve_base(config.model.base))
     device = resolve_device(config.model.device)
+    if config.model.threads is not None:
+        torch.set_num_threads(config.model.threads)
     base = load_base(config.model, config.task.type, task.label_names, config.seed)
     model = adapt(base, config.lora, config.model, config.seed, device)
     state = AdapterState(model.sites, model.read())
