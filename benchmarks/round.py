@@ -1,6 +1,6 @@
 """A whole round of a federation on short texts: Lorica, and the straightforward way with PEFT and Opacus.
 
-    python benchmarks/round.py --data ../shared/data/sst2_train.parquet --threads 1 --clock cpu
+    python benchmarks/round.py --data sst2_train.parquet --threads 1 --clock cpu
 
 Both train the same model (all-MiniLM-L6-v2 if its package is installed, else random weights of its shape) on the same
 records with the same clip norm and noise: LoRA factors A and B of query and value, and the head, averaged after the
