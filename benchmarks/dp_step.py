@@ -155,7 +155,9 @@ class Bench:
         """A copy of the model under Opacus, both factors trained."""
         model = copy.deepcopy(self.model.peft_model)
         paths = {module: path for path, module in self.model.peft_model.named_modules()}
-        parameters = [getattr(model.get_submodule(paths[module]), kind) for module, kind in self.trained("AB").values()]
+        parameters = [
+            getattr(model.get_submodule(paths[module]), kind) for module, kind, _ in self.trained("AB").values()
+        ]
         for parameter in parameters:
             parameter.requires_grad_(True)
         made = PrivacyEngine().make_private(
@@ -176,7 +178,7 @@ class Bench:
             self.model.losses(self.model.peft_model, self.batch)
 
     def _plain(self, factors: str) -> Step:
-        parameters = [getattr(module, kind) for module, kind in self.trained(factors).values()]
+        parameters = [getattr(module, kind) for module, kind, _ in self.trained(factors).values()]
         optimizer = torch.optim.SGD(parameters, lr=RATE)
 
         def step() -> None:
@@ -208,7 +210,7 @@ class Bench:
                 randomness,
                 micro_batch_tokens,
             )
-            values = {name: getattr(module, kind).detach() for name, (module, kind) in trained.items()}
+            values = {name: getattr(module, kind).detach() for name, (module, kind, _) in trained.items()}
             increments = optimizer.step(gradients, values)
             self.model.write({name: value + increments[name].tensor for name, value in values.items()})
 

@@ -102,7 +102,7 @@ def batch(family: str, examples: int, seed: int = 0) -> Batch:
 def one_at_a_time(model: AdaptedModel, examples: Batch) -> dict[str, Tensor]:
     """Gradient of each example by plain autograd on a batch of one: the oracle for per-example gradients."""
     gradients: dict[str, list[Tensor]] = {name: [] for name in model.tensors}
-    parameters = {name: getattr(module, kind) for name, (module, kind) in model.tensors.items()}
+    parameters = {name: getattr(module, kind) for name, (module, kind, _) in model.tensors.items()}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for index in range(len(examples)):
@@ -118,7 +118,7 @@ def one_at_a_time(model: AdaptedModel, examples: Batch) -> dict[str, Tensor]:
 
 def clipped_one_at_a_time(model: AdaptedModel, examples: Batch, clip_norm: float) -> dict[str, Tensor]:
     """Sum of gradients clipped with `torch.nn.utils.clip_grad_norm_`, one example at a time."""
-    parameters = {name: getattr(module, kind).requires_grad_() for name, (module, kind) in model.tensors.items()}
+    parameters = {name: getattr(module, kind).requires_grad_() for name, (module, kind, _) in model.tensors.items()}
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for index in range(len(examples)):
         here = slice(index, index + 1)

@@ -13,7 +13,7 @@ import torch
 from lorica.client import Client
 from lorica.config import OptimizerConfig, PrivacyConfig
 from lorica.errors import UserError
-from lorica.messages import Request, decode
+from lorica.messages import Request, Training, decode
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.plan import Refused, plan_client
@@ -31,12 +31,8 @@ def owner(folder: Path, noise: str = "secure", steps: int = 6) -> tuple[Client, 
         client=0,
         round=1,
         exchange=1,
-        trained=trained,
         tensors=model.read(),
-        terms=plan.terms,
-        steps=2,
-        optimizer=OptimizerConfig(),
-        rates=dict.fromkeys(trained, 0.5),
+        work=Training(trained, plan.terms, 2, OptimizerConfig(), dict.fromkeys(trained, 0.5)),
     )
     return client, model, request
 
@@ -55,7 +51,7 @@ def test_a_repeated_request_costs_nothing_and_gives_the_same_release(tmp_path: P
 def test_any_other_request_is_a_new_release(tmp_path: Path) -> None:
     client, model, request = owner(tmp_path)
     first = client.answer(model, request)
-    moved = {name: value + 1 for name, value in request.tensors.items() if name == request.trained[0]}
+    moved = {name: value + 1 for name, value in request.tensors.items() if name == request.work.trained[0]}
     second = client.answer(model, replace(request, tensors=moved))
     assert second != first
     assert client.ledger.steps("run", 0) == 4
@@ -89,7 +85,7 @@ def test_reproducible_noise_is_the_same_in_every_process(tmp_path: Path) -> None
 def test_a_hostile_server_gets_an_error_and_no_gradient(tmp_path: Path, change: dict[str, float]) -> None:
     client, model, request = owner(tmp_path)
     with pytest.raises(Refused):
-        client.answer(model, replace(request, terms=replace(request.terms, **change)))
+        client.answer(model, replace(request, work=replace(request.work, terms=replace(request.work.terms, **change))))
     assert client.ledger.releases("data") == []
 
 
@@ -126,7 +122,7 @@ def test_training_moves_only_what_was_asked_for(tmp_path: Path) -> None:
     client, model, request = owner(tmp_path)
     before = model.read()
     reply = decode(client.answer(model, request))
-    assert set(reply) == set(request.trained)
+    assert set(reply) == set(request.work.trained)
     for name, value in model.read().items():
         if name in reply:
             torch.testing.assert_close(value, before[name] + reply[name])

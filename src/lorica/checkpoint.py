@@ -13,21 +13,32 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from lorica.adapters.state import Pair
 from lorica.errors import UserError
 from lorica.files import write_atomically
 
 KEPT = 2
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The server's state after a round: the global adapter and what the method remembers."""
+    """The server's state after a round.
+
+    Attributes:
+        adapter: the global tensors.
+        merged: site name -> `(B, A)` merged into its frozen weight.
+        method_numbers, method_tensors: what the method remembers.
+        server_numbers, server_tensors: what server optimiser, filters and averages remember.
+    """
 
     round: int
     adapter: dict[str, Tensor]
+    merged: dict[str, Pair]
     method_numbers: dict[str, Any]
     method_tensors: dict[str, Tensor]
+    server_numbers: dict[str, Any]
+    server_tensors: dict[str, Tensor]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -38,11 +49,15 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """
     tensors = {f"adapter/{name}": value for name, value in checkpoint.adapter.items()}
     tensors |= {f"method/{name}": value for name, value in checkpoint.method_tensors.items()}
+    tensors |= {f"server/{name}": value for name, value in checkpoint.server_tensors.items()}
+    for name, (b, a) in checkpoint.merged.items():
+        tensors |= {f"merged/B/{name}": b, f"merged/A/{name}": a}
     content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
     state = {
         "version": VERSION,
         "round": checkpoint.round,
         "method": checkpoint.method_numbers,
+        "server": checkpoint.server_numbers,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     final = folder / f"round-{checkpoint.round:06d}"
@@ -75,7 +90,16 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         if hashlib.sha256(content).hexdigest() != state["sha256"]:
             raise ValueError("state.safetensors does not match its checksum")
         tensors = safetensors.torch.load(content)
-        return Checkpoint(state["round"], _part(tensors, "adapter/"), state["method"], _part(tensors, "method/"))
+        b, a = _part(tensors, "merged/B/"), _part(tensors, "merged/A/")
+        return Checkpoint(
+            round=state["round"],
+            adapter=_part(tensors, "adapter/"),
+            merged={name: (b[name], a[name]) for name in b},
+            method_numbers=state["method"],
+            method_tensors=_part(tensors, "method/"),
+            server_numbers=state["server"],
+            server_tensors=_part(tensors, "server/"),
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             "checkpoint",

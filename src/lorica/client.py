@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
-from lorica.messages import Reply, Request
+from lorica.adapters.state import Pair, leading, stack_pairs
+from lorica.local.perturbation import strength
+from lorica.local.sketches import project, sketch
+from lorica.local.step import shape
+from lorica.messages import ENERGY, Reply, Request, Training
 from lorica.optimizers import make_optimizer
 from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.mechanism import noisy_gradient
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.randomness import Randomness, ReproducibleRandomness, SecureRandomness
 from lorica.privacy.released import Released, post_process
-from lorica.streams import stream_seed
+from lorica.streams import stream_seed, torch_stream
 from lorica.tasks.records import Records
+
+Answer = tuple[dict[str, Released], dict[str, Released] | None]
+"""What is sent, and what stays with the client for later (None: nothing new)."""
 
 
 @dataclass
@@ -28,10 +36,11 @@ class Client:
         number: public id.
         records: private.
         plan: what it agreed to; a request that goes beyond it is refused.
-        ledger: charged before a reply leaves.
+        ledger: charged before a reply leaves. Also keeps what stays with the client, so that a crash loses nothing.
         dataset: fingerprint of the data set that the records are part of.
-        seed: public seed, for dropout masks and reproducible noise.
+        seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
         held: the server's tensors as last received.
+        merged: what the server had merged into the frozen weights.
     """
 
     number: int
@@ -42,9 +51,10 @@ class Client:
     seed: int
     micro_batch_tokens: int
     held: dict[str, Tensor] = field(default_factory=dict)
+    merged: dict[str, Pair] = field(default_factory=dict)
 
     def answer(self, model: AdaptedModel, request: Request) -> bytes:
-        """Train as asked and return the encoded reply.
+        """Do the work and return the encoded reply.
 
         The reply is charged to the ledger and stored before it is returned. A request that was answered before gets the
         stored reply: the same release, at no further cost.
@@ -52,61 +62,105 @@ class Client:
         Raises:
             Refused: the request goes beyond the owner's plan.
         """
-        self.held.update(request.tensors)
-        digest = request.digest(self.held)
+        self._receive(request)
+        digest = request.digest(self.held, self.merged)
         stored = self.ledger.recall(request.run, self.number, digest)
         if stored is not None:
             return stored
-        self.plan.check(request.terms, self.ledger.steps(request.run, self.number) + request.steps)
-        reply = Reply(self.number, self._train(model, request)).encode()
+        own = self.ledger.kept(request.run, self.number)
+        steps = 0
+        if isinstance(request.work, Training):
+            steps = request.work.steps
+            self.plan.check(request.work.terms, self.ledger.steps(request.run, self.number) + steps)
+            released, kept = self._train(model, request, request.work, own)
+        else:
+            released, kept = project(request.work.bases, self.held, own), None
+        reply = Reply(self.number, released).encode()
         release = Release(
             dataset=self.dataset,
             owner=self.records.fingerprint(),
             run=request.run,
             client=self.number,
             round=request.round,
-            sampling_rate=request.terms.sampling_rate,
-            noise_multiplier=request.terms.noise_multiplier,
-            clip_norm=request.terms.clip_norm,
-            steps=request.steps,
+            sampling_rate=self.plan.terms.sampling_rate,
+            noise_multiplier=self.plan.terms.noise_multiplier,
+            clip_norm=self.plan.terms.clip_norm,
+            steps=steps,
             noise=self.plan.noise,
             request=digest,
         )
-        self.ledger.charge(release, reply)
+        self.ledger.charge(release, reply, kept)
         return reply
 
-    def _train(self, model: AdaptedModel, request: Request) -> dict[str, Released]:
-        """`steps` noisy steps from the global adapter; returns each trained tensor's update `θ_E - θ_0`."""
-        model.write(self.held)
-        start = {name: self.held[name].to(model.device) for name in request.trained}
-        trained = {name: model.tensors[name] for name in request.trained}
-        optimizer = make_optimizer(request.optimizer, request.rates)
+    def personal(self, run: str) -> dict[str, Tensor]:
+        """Tensors of this client's own model, noisy ones: those that it trained and did not send."""
+        return {name: released.tensor for name, released in self.ledger.kept(run, self.number).items()}
+
+    def _receive(self, request: Request) -> None:
+        self.held.update(request.tensors)
+        if request.restart:
+            self.merged = {}
+        for name, pair in request.increments.items():
+            self.merged[name] = stack_pairs(self.merged.get(name), pair)
+
+    def _train(self, model: AdaptedModel, request: Request, work: Training, own: Mapping[str, Released]) -> Answer:
+        """`steps` noisy steps from the global adapter; each trained tensor's update is `θ_E - θ_0`."""
+        personal = {name: own[name] for name in work.personal if name in own}
+        adapter = self.held | {name: released.tensor for name, released in personal.items()}
+        adapter = {name: leading(name, value, work.rank).to(model.device) for name, value in adapter.items()}
+        model.merge(self.merged)
+        model.write(adapter)
+        start = {name: adapter[name] for name in work.trained}
+        places = {name: model.trained(name, work.rank, adapter) for name in work.trained}
+        optimizer = make_optimizer(work.optimizer, work.rates)
         randomness = self._randomness(request)
         updates: dict[str, Released] = {}
         gradients: dict[str, Released] = {}
+        values = adapter
         model.peft_model.train()
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(stream_seed(self.seed, "dropout", request.round, request.exchange, self.number))
-            for _ in range(request.steps):
+            for step in range(work.steps):
                 model.assert_frozen()
-                gradients = noisy_gradient(
-                    model.peft_model,
-                    model.losses,
-                    trained,
-                    self.records,
-                    request.terms,
-                    randomness,
-                    self.micro_batch_tokens,
-                )
-                increments = optimizer.step(gradients, _moved(start, updates))
-                for name, increment in increments.items():
+                active = {name: places[name] for name in work.local.active(work.trained, step)}
+                with self._perturbed(model, request, work, step):
+                    gradients = noisy_gradient(
+                        model.peft_model,
+                        model.losses,
+                        active,
+                        self.records,
+                        work.terms,
+                        randomness,
+                        self.micro_batch_tokens,
+                    )
+                shaped = shape(gradients, values, start, work.corrections, work.local)
+                for name, increment in optimizer.step(shaped, values).items():
                     updates[name] = post_process(torch.add, updates[name], increment) if name in updates else increment
-                model.write(_moved(start, updates))
+                values = adapter | {name: start[name] + update.tensor for name, update in updates.items()}
+                model.write(values)
         model.peft_model.eval()
-        if request.last_step_energy:
-            energies = {f"energy:{name}": post_process(_energy, gradient) for name, gradient in gradients.items()}
-            return updates | energies
-        return updates
+        moved = {name: _after(start[name], update, personal.get(name)) for name, update in updates.items()}
+        released = {name: update for name, update in updates.items() if name not in work.personal}
+        kept = {name: value for name, value in moved.items() if name in work.personal}
+        if work.sketch_columns is not None:
+            sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
+            kept |= {name: moved[name] for name in moved if name.endswith((".A", ".B"))}
+            released = {name: value for name, value in released.items() if name not in kept} | sketches
+        if work.last_step_energy:
+            released |= {f"{ENERGY}{name}": post_process(_energy, gradient) for name, gradient in gradients.items()}
+        return released, kept or None
+
+    @contextmanager
+    def _perturbed(self, model: AdaptedModel, request: Request, work: Training, step: int) -> Iterator[None]:
+        if work.local.perturbation == 0:
+            yield
+            return
+        ratio = work.local.perturbation * strength(
+            (request.round - 1) * work.steps + step, max(work.rounds * work.steps - 1, 1)
+        )
+        generator = torch_stream(self.seed, "perturbation", request.round, request.exchange, self.number, step)
+        with model.perturbed(ratio, generator):
+            yield
 
     def _randomness(self, request: Request) -> Randomness:
         if self.plan.noise == "reproducible":
@@ -114,8 +168,11 @@ class Client:
         return SecureRandomness()
 
 
-def _moved(start: Mapping[str, Tensor], updates: Mapping[str, Released]) -> dict[str, Tensor]:
-    return {name: value + updates[name].tensor if name in updates else value for name, value in start.items()}
+def _after(start: Tensor, update: Released, before: Released | None) -> Released:
+    """The tensor's value after training; `start` is public unless it is the client's own noisy one, `before`."""
+    if before is None:
+        return post_process(lambda u: start + u, update)
+    return post_process(lambda u, s: s.to(u) + u, update, before)
 
 
 def _energy(gradient: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class ModelConfig(Strict):
 
 
 class LoraSection(Strict):
-    """Passed through to `peft.LoraConfig`, with its names."""
+    """Passed through to `peft.LoraConfig`, with its names; `client_ranks` is Lorica's."""
 
     r: int = Field(8, ge=1)
     """Rank of the factors."""
@@ -58,6 +58,10 @@ class LoraSection(Strict):
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
     """How A starts: PEFT's default (Kaiming uniform), Gaussian, or orthogonal. Initialisations from data or from the
     base weights are not offered: they leak, or make the base differ between nodes."""
+    client_ranks: list[int] | Literal["halving", "random"] | None = None
+    """Ranks that differ between clients: a list with one for each, `halving` (r, r/2, r/4, … in turns) or `random`
+    (uniform on 1 to r, from the public seed). A client holds the leading ranks of the global factors; `γ` is that of
+    `r` for all. Methods that need one rank refuse it."""
 
 
 class TaskConfig(Strict):
@@ -135,6 +139,43 @@ class OptimizerConfig(Strict):
     """Coupled in SGD, decoupled in AdamW."""
 
 
+class LocalConfig(Strict):
+    """Additions to a client's step. They act on the noisy gradient or on public weights, so they cost no privacy."""
+
+    fedprox: float = Field(0.0, ge=0)
+    """FedProx: `μ` of the pull `μ (θ - θ_t)` towards the round's start."""
+    scaffold: bool = False
+    """SCAFFOLD: control variates, tracked by the server."""
+    scaled_gd: bool = False
+    """Precondition each factor's gradient by the other factor: `(BᵀB + δI)⁻¹ ∂L/∂A`, `∂L/∂B (AAᵀ + δI)⁻¹`."""
+    damping: float = Field(0.1, gt=0)
+    """`δ` of `scaled_gd`; it bounds the amplification of noise by `1/δ` while a factor is near zero."""
+    flat_lora: float = Field(0.0, ge=0)
+    """Flat-LoRA: `ρ` of random noise on the frozen weights in every step; the paper uses 0.05."""
+
+
+class ServerConfig(Strict):
+    """What the server does with the mean update of a round: post-processing of releases."""
+
+    optimizer: Literal["average", "fedavgm", "fedadam"] = "average"
+    """`average`: add it. `fedavgm`: with momentum. `fedadam`: Adam, with the known noise taken off its second
+    moment."""
+    lr: float = Field(1.0, gt=0)
+    """Server learning rate. For `fedadam` it is the size of a step: start near 0.01."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of `fedavgm`; `β₁` of `fedadam`."""
+    second_momentum: float = Field(0.99, ge=0, lt=1)
+    """`β₂` of `fedadam`."""
+    epsilon: float = Field(1e-3, gt=0)
+    """Of `fedadam`."""
+    denoise: Literal["none", "shrinkage", "kalman"] = "none"
+    """`shrinkage`: optimal shrinkage of the update's singular values against the known noise. `kalman`: a scalar Kalman
+    filter over rounds."""
+    average: float = Field(0.0, ge=0, lt=1)
+    """Decay `β` of the average of the model over rounds, which is then what is evaluated and exported; 0 takes the last
+    round's model."""
+
+
 class MethodConfig(BaseModel):
     """The method's name with its own options beside it; the method checks those."""
 
@@ -189,6 +230,8 @@ class ExperimentConfig(Strict):
     task: TaskConfig
     federation: FederationConfig = FederationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    local: LocalConfig = LocalConfig()
+    server: ServerConfig = ServerConfig()
     method: MethodConfig = MethodConfig()
     privacy: PrivacyConfig | Literal["none"] = PrivacyConfig()
     """A section, or `none` for a run without differential privacy."""

@@ -13,19 +13,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel, adapt
 from lorica.adapters.base_model import load_base, resolve_base, resolve_device
-from lorica.adapters.export import export_adapter
+from lorica.adapters.export import Export, export_adapter
 from lorica.adapters.state import AdapterState
+from lorica.aggregation.averaging import RoundAverage
+from lorica.aggregation.kalman import KalmanFilter
+from lorica.aggregation.scaffold import Scaffold
+from lorica.aggregation.server_optimizers import make_server_optimizer
 from lorica.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lorica.client import Client
 from lorica.config import ExperimentConfig, load
 from lorica.engines.local import LocalEngine
 from lorica.errors import UserError
-from lorica.federation import Federation, participation_schedule
-from lorica.files import append_line, home_folder, write_atomically
+from lorica.federation import Federation, client_ranks, participation_schedule
+from lorica.files import append_line, home_folder, replaced_folder, write_atomically
+from lorica.local.step import LocalStep
 from lorica.methods.base import Method, Server, make_method
+from lorica.methods.pieces import check_pieces
 from lorica.optimizers import learning_rates
 from lorica.privacy.isolation import check_isolation
 from lorica.privacy.ledger import Ledger, lifetime_epsilon
@@ -57,6 +64,7 @@ class Prepared:
     parts: list[Records]
     schedule: list[list[int]]
     plans: dict[int, ClientPlan]
+    ranks: dict[int, int]
     ledger_path: Path
 
 
@@ -139,7 +147,7 @@ class Experiment:
         keep_rounds(folder / "decisions.jsonl", federation.server.round)
         if checkpoint is None:
             keep_rounds(folder / "metrics.jsonl", -1)
-            metrics = {"round": 0} | _evaluate(prepared, federation)
+            metrics = {"round": 0} | _evaluate(prepared, federation, clients)
             append_line(folder / "metrics.jsonl", json.dumps(metrics))
             on_round(metrics)
         while federation.server.round < self.config.federation.rounds:
@@ -164,7 +172,9 @@ def prepare(config: ExperimentConfig) -> Prepared:
     method = make_method(config.method, model.sites)
     federation = config.federation
     schedule = participation_schedule(federation.clients, federation.rounds, federation.participation, config.seed)
-    method.check(config.optimizer, len(schedule[0]))
+    ranks = _client_ranks(config)
+    method.check(config.optimizer, len(schedule[0]), federation.local_steps)
+    check_pieces(config, method)
     if federation.weights == "noise" and config.privacy == "none":
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
     indices = partition(task.train.labels, federation, stream_seed(config.seed, "partition"))
@@ -181,9 +191,9 @@ def prepare(config: ExperimentConfig) -> Prepared:
                 len(part),
                 client,
             )
-    prepared = Prepared(config, task, model, state, method, parts, schedule, plans, _ledger_path(config, task))
+    prepared = Prepared(config, task, model, state, method, parts, schedule, plans, ranks, _ledger_path(config, task))
     _check_isolation(prepared)
-    method.start(state)
+    method.start(state, config.seed)
     return prepared
 
 
@@ -217,10 +227,22 @@ def _assemble(prepared: Prepared, run: str, checkpoint: Checkpoint | None) -> tu
         local_steps=config.federation.local_steps,
         rates=learning_rates(config.optimizer, list(prepared.state.tensors)),
         seed=config.seed,
+        local=LocalStep(
+            proximal=config.local.fedprox,
+            damping=config.local.damping if config.local.scaled_gd else None,
+            perturbation=config.local.flat_lora,
+        ),
+        ranks=prepared.ranks,
+        optimize=make_server_optimizer(config.server),
+        denoise={"none": None, "shrinkage": "shrinkage", "kalman": KalmanFilter()}[config.server.denoise],
+        average=RoundAverage(config.server.average) if config.server.average else None,
+        scaffold=Scaffold(config.federation.clients) if config.local.scaffold else None,
     )
     if checkpoint is not None:
         server.round = checkpoint.round
         server.model.assign(checkpoint.adapter)
+        server.model.merge(checkpoint.merged)
+        server.recall(checkpoint.server_numbers, checkpoint.server_tensors)
         prepared.method.restore(checkpoint.method_numbers, checkpoint.method_tensors)
     federation = Federation(
         run=run,
@@ -241,7 +263,7 @@ def _one_round(prepared: Prepared, federation: Federation, clients: dict[int, Cl
     metrics: dict[str, Any] = {"round": server.round}
     last = server.round == server.rounds
     if last or server.round % prepared.config.federation.evaluate_every == 0:
-        metrics |= _evaluate(prepared, federation)
+        metrics |= _evaluate(prepared, federation, clients)
     spent = [
         plan.epsilon(server.local_steps * sum(number in who for who in prepared.schedule[: server.round]))
         for number, plan in prepared.plans.items()
@@ -258,14 +280,35 @@ def _one_round(prepared: Prepared, federation: Federation, clients: dict[int, Cl
     decisions = {"round": server.round, "factors": traffic.factors} | prepared.method.decisions()
     append_line(folder / "decisions.jsonl", json.dumps(decisions))
     append_line(folder / "metrics.jsonl", json.dumps(metrics))
-    save_checkpoint(folder / "checkpoint", Checkpoint(server.round, server.model.tensors, *prepared.method.state()))
+    save_checkpoint(
+        folder / "checkpoint",
+        Checkpoint(
+            server.round, server.model.tensors, server.model.merged, *prepared.method.state(), *server.remembered()
+        ),
+    )
     return metrics
 
 
-def _evaluate(prepared: Prepared, federation: Federation) -> dict[str, float]:
+def _evaluate(prepared: Prepared, federation: Federation, clients: dict[int, Client]) -> dict[str, Any]:
+    """On the public test set: of the global model, or of every client's own and their mean."""
     model = prepared.model
-    model.write(federation.server.model.tensors)
-    return evaluate(model.peft_model, prepared.task.test, _micro_batch_tokens(prepared), model.device)
+    model.merge(federation.server.model.merged)
+    found = []
+    for tensors in _models(prepared, federation, clients).values():
+        model.write(tensors)
+        found.append(evaluate(model.peft_model, prepared.task.test, _micro_batch_tokens(prepared), model.device))
+    if not prepared.method.personal:
+        return dict(found[0])
+    mean = {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}
+    return mean | {"client_accuracy": {number: metrics["accuracy"] for number, metrics in enumerate(found)}}
+
+
+def _models(prepared: Prepared, federation: Federation, clients: dict[int, Client]) -> dict[str, dict[str, Tensor]]:
+    """Name -> tensors of every model that the method ends with: one, named "", or one for each client."""
+    tensors = federation.server.evaluated
+    if not prepared.method.personal:
+        return {"": tensors}
+    return {f"client-{number}": tensors | client.personal(federation.run) for number, client in clients.items()}
 
 
 def _micro_batch_tokens(prepared: Prepared) -> int:
@@ -284,19 +327,31 @@ def _finish(prepared: Prepared, federation: Federation, clients: dict[int, Clien
         None if config.privacy == "none" else config.privacy.epsilon,
     )
     write_atomically(folder / "privacy.json", json.dumps(statement, indent=2).encode())
-    prepared.model.write(federation.server.model.tensors)
-    card = model_card(read_run(folder), 'import lorica\n\nmodel = lorica.load_adapter("adapter")')
-    export_adapter(
-        prepared.model,
-        folder / "adapter",
-        config.model,
-        config.task.type,
-        prepared.task.label_names,
-        config.seed,
-        card,
-    )
+    models = _models(prepared, federation, clients)
+    export = Export(config.model, config.task.type, prepared.task.label_names, config.seed)
+    with replaced_folder(folder / "adapter") as target:
+        for name, tensors in models.items():
+            prepared.model.write(tensors)
+            path = f"adapter/{name}".rstrip("/")
+            card = model_card(read_run(folder), f'import lorica\n\nmodel = lorica.load_adapter("{path}")')
+            export_adapter(prepared.model, federation.server.model.merged, target / name, export, card)
     write_report(folder)
     return read_result(folder)
+
+
+def _client_ranks(config: ExperimentConfig) -> dict[int, int]:
+    own, federation = config.lora.client_ranks, config.federation
+    if isinstance(own, list):
+        if len(own) != federation.clients:
+            raise UserError(
+                "lora.client_ranks",
+                own,
+                f"{len(own)} ranks for {federation.clients} clients",
+                "give one for each client",
+            )
+        if not all(1 <= rank <= config.lora.r for rank in own):
+            raise UserError("lora.client_ranks", own, f"not all between 1 and lora.r = {config.lora.r}", "change them")
+    return client_ranks(own, federation.clients, config.lora.r, config.seed)
 
 
 def _check_isolation(prepared: Prepared) -> None:

@@ -10,13 +10,12 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
-from lorica.adapters.state import Factors
-from lorica.messages import Request, size
-from lorica.methods.base import Method, Replies, Server, Train
+from lorica.adapters.state import AdapterState, Factors, Pair, leading
+from lorica.messages import ENERGY, SKETCH, Projection, Request, Training, size
+from lorica.methods.base import Method, Project, Replies, Server, Train
 from lorica.privacy.plan import ClientPlan
 from lorica.streams import numpy_stream
 
-ENERGY = "energy:"
 Weighting = Literal["uniform", "records", "noise"]
 
 
@@ -39,6 +38,16 @@ class Traffic:
 
 
 @dataclass
+class Known:
+    """What a client has of the global adapter: a version of each tensor, and so many merged ranks of each site."""
+
+    rank: int | None = None
+    versions: dict[str, int] = field(default_factory=dict)
+    epoch: int | None = None
+    merged: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
 class Federation:
     """One run's server side.
 
@@ -55,7 +64,7 @@ class Federation:
     plans: Mapping[int, ClientPlan]
     schedule: list[list[int]]
     weighting: Weighting
-    _sent: dict[int, dict[str, int]] = field(default_factory=dict)
+    _known: dict[int, Known] = field(default_factory=dict)
 
     def round(self) -> Traffic:
         """Run the next round: drive the method's generator, one exchange for each request that it yields."""
@@ -63,46 +72,96 @@ class Federation:
         participants = self.schedule[self.server.round - 1]
         traffic = Traffic(participants, dict.fromkeys(participants, 0), dict.fromkeys(participants, 0))
         weights = client_weights(self.weighting, [self.plans[client] for client in participants])
-        steps = self.method.round(self.server)
         started = time.perf_counter()
-        request = next(steps, None)
+        steps = self.method.round(self.server)
+        asked = next(steps, None)
         exchange = 0
-        while request is not None:
+        while asked is not None:
             exchange += 1
-            requests = {client: self._request(request, client, exchange) for client in participants}
+            requests = {client: self._request(asked, client, exchange) for client in participants}
             traffic.server_seconds += time.perf_counter() - started
             released = self.engine.exchange(requests)
             for client in participants:
                 traffic.bytes_down[client] += requests[client].bytes
                 traffic.bytes_up[client] += size(released[client])
-            traffic.factors = _per_site(request, self.server)
+            if isinstance(asked, Train):
+                traffic.factors = _united(traffic.factors, _per_site(asked, self.server))
             started = time.perf_counter()
+            replies = _replies(released, weights)
+            if isinstance(asked, Train) and self.server.scaffold is not None:
+                self.server.scaffold.learn(replies, self.server)
             try:
-                request = steps.send(_replies(released, weights))
+                asked = steps.send(replies)
             except StopIteration:
-                request = None
+                asked = None
+        self.server.finish_round()
         traffic.server_seconds += time.perf_counter() - started
         return traffic
 
-    def _request(self, train: Train, client: int, exchange: int) -> Request:
-        model = self.server.model
-        known = self._sent.setdefault(client, {})
-        changed = {name: value for name, value in model.tensors.items() if known.get(name) != model.versions[name]}
-        known.update(model.versions)
-        trained = tuple(model.trained(train.factors))
+    def _request(self, asked: Train | Project, client: int, exchange: int) -> Request:
+        rank = asked.ranks.get(client) if isinstance(asked, Train) else self._known[client].rank
+        known = self._known.setdefault(client, Known())
+        tensors = self._changed(known, rank)
+        restart, increments = self._new_increments(known)
         return Request(
             run=self.run,
             client=client,
             round=self.server.round,
             exchange=exchange,
+            tensors=tensors,
+            work=self._training(asked, client, rank) if isinstance(asked, Train) else Projection(asked.bases),
+            increments=increments,
+            restart=restart,
+        )
+
+    def _training(self, train: Train, client: int, rank: int | None) -> Training:
+        server = self.server
+        trained = tuple(server.model.trained(train.factors))
+        scaffold = server.scaffold
+        return Training(
             trained=trained,
-            tensors=changed,
-            terms=self.server.terms[client],
-            steps=self.server.local_steps,
-            optimizer=self.server.optimizer,
-            rates={name: self.server.rates[name] for name in trained},
+            terms=server.terms[client],
+            steps=server.local_steps if train.steps is None else train.steps,
+            optimizer=server.optimizer,
+            rates={name: server.rates[name] for name in trained},
+            local=server.local if train.local is None else train.local,
+            corrections={} if scaffold is None else scaffold.corrections(client, trained),
+            rounds=server.rounds,
+            rank=rank,
+            personal=tuple(name for name in trained if name in train.personal),
+            sketch_columns=train.sketch_columns,
             last_step_energy=train.last_step_energy,
         )
+
+    def _changed(self, known: Known, rank: int | None) -> dict[str, Tensor]:
+        """Tensors that a client lacks; all of them if its rank has grown."""
+        model = self.server.model
+        versions = {} if _grown(known.rank, rank) else known.versions
+        changed = {
+            name: leading(name, value, rank)
+            for name, value in model.tensors.items()
+            if versions.get(name) != model.versions[name]
+        }
+        known.rank, known.versions = rank, dict(model.versions)
+        return changed
+
+    def _new_increments(self, known: Known) -> tuple[bool, dict[str, Pair]]:
+        """Merged ranks that a client lacks, and whether they replace what it has."""
+        model = self.server.model
+        restart = known.epoch != model.epoch
+        have = {} if restart else known.merged
+        known.epoch, known.merged = model.epoch, {name: pair[0].shape[1] for name, pair in model.merged.items()}
+        return restart, new_ranks(model, have)
+
+
+def new_ranks(model: AdapterState, have: Mapping[str, int]) -> dict[str, Pair]:
+    """Site -> `(B, A)`: the merged ranks after the first `have[site]`, for sites that have any."""
+    found = {}
+    for name, (b, a) in model.merged.items():
+        first = have.get(name, 0)
+        if first < b.shape[1]:
+            found[name] = (b[:, first:], a[first:])
+    return found
 
 
 def participation_schedule(clients: int, rounds: int, participation: float, seed: int) -> list[list[int]]:
@@ -143,19 +202,54 @@ def client_weights(weighting: str, plans: list[ClientPlan]) -> dict[int, float]:
     return {plan.client: float(weight) for plan, weight in zip(plans, values / values.sum(), strict=True)}
 
 
+def client_ranks(rule: list[int] | str | None, clients: int, rank: int, seed: int) -> dict[int, int]:
+    """Client -> rank of its factors; empty where all have the whole one.
+
+    `halving`: `r, r/2, r/4, …, 1` and from the start again. `random`: uniform on `1…r` from the public seed.
+    """
+    if rule is None:
+        return {}
+    if rule == "halving":
+        levels = rank.bit_length()
+        return {client: rank >> (client % levels) for client in range(clients)}
+    if rule == "random":
+        draws = numpy_stream(seed, "ranks")
+        return {client: int(draws.integers(1, rank + 1)) for client in range(clients)}
+    return dict(enumerate(int(own) for own in rule))
+
+
+def _grown(before: int | None, now: int | None) -> bool:
+    return before is not None and (now is None or now > before)
+
+
 def _replies(released: Mapping[int, Mapping[str, Tensor]], weights: dict[int, float]) -> Replies:
-    updates = {
-        client: {name: value for name, value in tensors.items() if not name.startswith(ENERGY)}
-        for client, tensors in released.items()
-    }
-    energies = {
-        client: {name.removeprefix(ENERGY): float(value) for name, value in tensors.items() if name.startswith(ENERGY)}
-        for client, tensors in released.items()
-    }
-    return Replies(updates, weights, energies)
+    def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+    return Replies(
+        updates={
+            client: {name: value for name, value in tensors.items() if not name.startswith((ENERGY, SKETCH))}
+            for client, tensors in released.items()
+        },
+        weights=weights,
+        energies={
+            client: {name: float(value) for name, value in named(tensors, ENERGY).items()}
+            for client, tensors in released.items()
+        },
+        sketches={client: named(tensors, SKETCH) for client, tensors in released.items()},
+    )
 
 
 def _per_site(train: Train, server: Server) -> dict[str, Factors]:
     if isinstance(train.factors, Mapping):
         return dict(train.factors)
     return {site.name: train.factors for site in server.model.sites}
+
+
+def _united(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Factors that two exchanges of one round trained, per site."""
+    united: dict[str, Factors] = dict(first)
+    for name, factors in second.items():
+        both = "".join(sorted(set(united.get(name, "") + factors)))
+        united[name] = both  # type: ignore[assignment]
+    return united

@@ -1,7 +1,10 @@
 """Files that are either old or new, never half: atomic writes and where Lorica keeps its own."""
 
 import os
+import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lorica.errors import UserError
@@ -57,3 +60,15 @@ def append_line(path: Path, line: str) -> None:
         raise UserError(
             "file", str(path), f"cannot be written ({error.strerror})", "free the disk or choose another output folder"
         ) from error
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new empty folder to write into, which takes the place of `folder` once the context ends without an error."""
+    temporary = folder.with_name(f".{folder.name}.incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)

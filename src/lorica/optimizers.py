@@ -52,16 +52,16 @@ class AdamW:
         self._rates, self._weight_decay = rates, weight_decay
         self._first: dict[str, Released] = {}
         self._second: dict[str, Released] = {}
-        self._count = 0
+        self._count: dict[str, int] = {}
 
     def step(self, gradients: Mapping[str, Released], parameters: Mapping[str, Tensor]) -> dict[str, Released]:
         """Increments of the trained tensors. `parameters` are public plus earlier increments."""
-        self._count += 1
         first_decay, second_decay = self.BETAS
-        first_scale = 1 - first_decay**self._count
-        second_scale = 1 - second_decay**self._count
         increments = {}
         for name, gradient in gradients.items():
+            # Of this tensor's own steps: a step need not train every tensor.
+            count = self._count[name] = self._count.get(name, 0) + 1
+            first_scale, second_scale = 1 - first_decay**count, 1 - second_decay**count
             first = self._first.get(name) or post_process(torch.zeros_like, gradient)
             second = self._second.get(name) or post_process(torch.zeros_like, gradient)
             self._first[name] = post_process(lambda m, g: first_decay * m + (1 - first_decay) * g, first, gradient)
@@ -69,7 +69,7 @@ class AdamW:
                 lambda v, g: second_decay * v + (1 - second_decay) * g**2, second, gradient
             )
             normalised = post_process(
-                lambda m, v: m / first_scale / ((v / second_scale).sqrt() + self.EPSILON),
+                lambda m, v, f=first_scale, s=second_scale: m / f / ((v / s).sqrt() + self.EPSILON),
                 self._first[name],
                 self._second[name],
             )

@@ -167,13 +167,15 @@ def test_choices_depend_on_uploads_and_public_numbers_alone(tmp_path: Path) -> N
             self.asked: list[Any] = []
 
         def exchange(self, requests: Any) -> Any:
-            self.asked.append({client: request.trained for client, request in requests.items()})
+            self.asked.append({client: request.work.trained for client, request in requests.items()})
             return replies[len(self.asked) - 1]
 
     other = federation("as-lora", tmp_path / "b")
     other.engine = Replay()
     run(other, 3)
-    asked = [{client: request.trained for client, request in exchange.items()} for exchange in some.engine.requests]
+    asked = [
+        {client: request.work.trained for client, request in exchange.items()} for exchange in some.engine.requests
+    ]
     assert other.engine.asked == asked
 
 
@@ -232,21 +234,21 @@ def test_last_step_energy_uploads_one_number_a_tensor_and_the_default_nothing(tm
     def sent(score: str) -> set[str]:
         some = federation("as-lora", tmp_path / score, options={"score": score})
         some.round()
-        return set(some.engine.replies[-1][0]) - set(some.engine.requests[-1][0].trained)
+        return set(some.engine.replies[-1][0]) - set(some.engine.requests[-1][0].work.trained)
 
     assert sent("curvature") == sent("energy") == set()
     some = federation("as-lora", tmp_path / "again", options={"score": "last-step-energy"})
     some.round()
-    trained = some.engine.requests[-1][0].trained
+    trained = some.engine.requests[-1][0].work.trained
     assert sent("last-step-energy") == {f"energy:{name}" for name in trained}
     assert all(value.numel() == 1 for name, value in some.engine.replies[-1][0].items() if name.startswith("energy:"))
 
 
 def test_adam_refuses_scores_that_need_the_noise_variance() -> None:
     adam = OptimizerConfig(name="adamw")
-    make()[0].check(adam, 3)
+    make()[0].check(adam, 3, 4)
     for options, clients in (({"score": "energy"}, 3), ({"select": "thompson"}, 3), ({}, 1)):
         with pytest.raises(UserError, match="adamw"):
-            make(**options)[0].check(adam, clients)
+            make(**options)[0].check(adam, clients, 4)
     with pytest.raises(UserError, match="thompson"):
-        make(freeze=True)[0].check(OptimizerConfig(), 3)
+        make(freeze=True)[0].check(OptimizerConfig(), 3, 4)

@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorica.aggregation.noise import mean_noise_variance, step_weights
 from lorica.methods.scores import (
     alignment,
     cross_client_energy,
     curvature_score_variance,
     debiased_energy,
     energy_variance,
-    mean_noise_variance,
-    step_weights,
 )
 from lorica.privacy.mechanism import Terms
 

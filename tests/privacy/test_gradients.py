@@ -25,7 +25,7 @@ def test_equal_autograd_one_example_at_a_time(family: str) -> None:
 def test_equal_opacus_hooks(family: str) -> None:
     model, examples = adapted(family), batch(family, 4)
     found = per_example_gradients(lambda: model.losses(model.peft_model, examples), model.tensors, 4)
-    parameters = {name: getattr(module, kind) for name, (module, kind) in model.tensors.items()}
+    parameters = {name: getattr(module, kind) for name, (module, kind, _) in model.tensors.items()}
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     # Opacus collects in training mode only, where dropout would differ between the two passes.
@@ -49,7 +49,7 @@ def test_a_subset_has_the_same_gradients_and_touches_nothing_else(trained: str) 
     for name in some:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
     assert all(parameter.grad is None for parameter in model.peft_model.parameters())
-    assert not any(module._forward_hooks for module, _ in model.tensors.values())
+    assert not any(module._forward_hooks for module, *_ in model.tensors.values())
 
 
 def test_switching_factors_leaves_no_stale_hook() -> None:

@@ -138,7 +138,7 @@ def test_no_noise_without_a_multiplier_and_no_clipping_without_a_bound() -> None
     model, records = adapted("vit"), TinyRecords.images(10)
     found = noisy_gradient(model.peft_model, model.losses, model.tensors, records, terms, SecureRandomness(), 10**6)
     everything = next(iter(records.micro_batches(np.arange(10), 10**6)))
-    parameters = [getattr(module, kind).requires_grad_() for module, kind in model.tensors.values()]
+    parameters = [getattr(module, kind).requires_grad_() for module, kind, _ in model.tensors.values()]
     expected = torch.autograd.grad(model.losses(model.peft_model, everything).mean(), parameters)
     for name, gradient in zip(model.tensors, expected, strict=True):
         torch.testing.assert_close(found[name].tensor, gradient, rtol=1e-4, atol=1e-6)

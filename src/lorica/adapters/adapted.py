@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.adapters.base_model import BaseModel
 from lorica.adapters.sites import Site, layer_of, match_targets
+from lorica.adapters.state import Pair
 from lorica.config import LoraSection, ModelConfig
 from lorica.errors import UserError
+from lorica.local.perturbation import weight_noise
 from lorica.privacy.gradients import TrainedTensor
 from lorica.streams import stream_seed
 from lorica.tasks.classification import losses
@@ -43,6 +46,8 @@ class AdaptedModel:
         self.sites = sites
         self.device = device
         self.tensors: dict[str, TrainedTensor] = {}
+        self._frozen: dict[str, Tensor] = {}
+        self._merged: dict[str, Pair] = {}
         for site in sites:
             layer = peft_model.base_model.model.get_submodule(site.name)
             self.tensors[site.a] = TrainedTensor(layer.lora_A["default"], "weight")
@@ -59,12 +64,66 @@ class AdaptedModel:
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Set trainable tensors in place; the model is never rebuilt.
 
+        Factors of a smaller rank fill the leading ranks, and the others are zero. `SITE.R` comes together with
+        `SITE.B`, and their product takes B's place: `W = W0 + γ (B R) A`.
+
         Raises:
             KeyError: a name that is no trainable tensor.
         """
         with torch.no_grad():
             for name, value in tensors.items():
-                self._parameter(name).copy_(value)
+                if name.endswith(".R"):
+                    continue
+                middle = tensors.get(f"{name.removesuffix('.B')}.R")
+                filled = value if middle is None else value @ middle
+                parameter = self._parameter(name)
+                if filled.shape != parameter.shape:
+                    parameter.zero_()
+                    parameter = parameter[tuple(slice(size) for size in filled.shape)]
+                parameter.copy_(filled)
+
+    def merge(self, merged: Mapping[str, Pair]) -> None:
+        """Set the frozen weight of every site to `W0 + γ B A`, whatever was merged before; `W0` where none is given.
+
+        The sum is done in fp32 from the original weight, so that the result depends on `merged` alone.
+        """
+        for site in self.sites:
+            if not _same(self._merged.get(site.name), merged.get(site.name)):
+                self._set_frozen(site, merged.get(site.name))
+
+    def trained(self, name: str, rank: int | None, tensors: Mapping[str, Tensor]) -> TrainedTensor:
+        """Where a tensor that is to be trained sits, and the part of its gradient that counts.
+
+        Args:
+            rank: the client's rank; its gradients end there. None for the whole.
+            tensors: the adapter, for the fixed factor `SITE.B` that the gradient of `SITE.R` is projected on:
+                `∂L/∂R = Bᵀ ∂L/∂(B R)`.
+        """
+        if name.endswith(".R"):
+            factor = f"{name.removesuffix('.R')}.B"
+            basis = tensors[factor].to(self.device)
+            return self.tensors[factor]._replace(view=lambda gradient: basis.T @ gradient)
+        if rank is None or not name.endswith((".A", ".B")):
+            return self.tensors[name]
+        rows = name.endswith(".A")
+        return self.tensors[name]._replace(view=lambda g: g[:, :rank] if rows else g[:, :, :rank])
+
+    @contextmanager
+    def perturbed(self, ratio: float, generator: torch.Generator) -> Iterator[None]:
+        """Within the context, every site's frozen weight has noise added to it (`lorica.local.perturbation`)."""
+        before = {}
+        try:
+            with torch.no_grad():
+                for site in self.sites:
+                    layer = self._layer(site)
+                    weight = layer.get_base_layer().weight
+                    before[site.name] = weight.clone()
+                    weight.add_(weight_noise(self._adapted_weight(site), ratio, generator, _is_transposed(layer)))
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in before.items():
+                    self.peft_model.base_model.model.get_submodule(name).get_base_layer().weight.copy_(weight)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """One loss per example, `(n,)`."""
@@ -79,8 +138,37 @@ class AdaptedModel:
         if thawed:
             raise RuntimeError(f"parameters were un-frozen behind Lorica's back: {', '.join(thawed[:3])}")
 
+    def _layer(self, site: Site) -> LoraLayer:
+        layer = self.peft_model.base_model.model.get_submodule(site.name)
+        assert isinstance(layer, LoraLayer)
+        return layer
+
+    def _set_frozen(self, site: Site, pair: Pair | None) -> None:
+        layer = self._layer(site)
+        weight = layer.get_base_layer().weight
+        if site.name not in self._frozen:
+            self._frozen[site.name] = weight.detach().float().clone()
+        original = self._frozen[site.name]
+        if pair is None:
+            self._merged.pop(site.name, None)
+            value = original
+        else:
+            self._merged[site.name] = pair
+            increment = site.scale * (pair[0].to(self.device) @ pair[1].to(self.device))
+            # GPT-2 keeps its weights transposed.
+            value = original + (increment.T if _is_transposed(layer) else increment)
+        with torch.no_grad():
+            weight.copy_(value)
+
+    def _adapted_weight(self, site: Site) -> Tensor:
+        """`(d_out, d_in)`, fp32: the frozen weight with the factors' product on it."""
+        layer = self._layer(site)
+        weight: Tensor = layer.get_base_layer().weight.float()
+        product = self._parameter(site.b) @ self._parameter(site.a)
+        return (weight.T if _is_transposed(layer) else weight) + site.scale * product
+
     def _parameter(self, name: str) -> Tensor:
-        module, kind = self.tensors[name]
+        module, kind, _ = self.tensors[name]
         parameter = getattr(module, kind)
         assert isinstance(parameter, Tensor)
         return parameter
@@ -106,7 +194,7 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
             target_modules=_shortest(targets, base.model),
             modules_to_save=carried or None,
             fan_in_fan_out=isinstance(base.model.get_submodule(targets[0]), Conv1D),
-            **lora.model_dump(exclude={"target_modules"}),
+            **lora.model_dump(exclude={"target_modules", "client_ranks"}),
         )
         with warnings.catch_warnings():
             # PEFT 0.21 asks for a property that transformers 5 has renamed.
@@ -143,6 +231,16 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
     head = _carried(peft_model, base.head) if config.head == "train" else None
     assert head is None or isinstance(head, nn.Linear)
     return AdaptedModel(peft_model.to(device).eval(), sites, head, device)
+
+
+def _is_transposed(layer: LoraLayer) -> bool:
+    return isinstance(layer.get_base_layer(), Conv1D)
+
+
+def _same(first: Pair | None, second: Pair | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def _carried(peft_model: PeftModel, name: str) -> nn.Module:

@@ -3,52 +3,95 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_model import load_base, resolve_base
+from lorica.adapters.state import Pair, fold, stack_pairs
 from lorica.config import ModelConfig
 from lorica.errors import UserError
 
 DESCRIPTION = "lorica.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
 
-def export_adapter(
-    model: AdaptedModel, folder: Path, config: ModelConfig, task_type: str, label_names: list[str], seed: int, card: str
-) -> None:
+@dataclass(frozen=True)
+class Export:
+    """What `load_adapter` has to know beside the PEFT files."""
+
+    model: ModelConfig
+    task_type: str
+    label_names: list[str]
+    seed: int
+
+
+def export_adapter(model: AdaptedModel, merged: Mapping[str, Pair], folder: Path, export: Export, card: str) -> None:
     """Write the model's current adapter as a PEFT folder with a model card, and what `load_adapter` needs beside it.
 
-    `PeftModel.from_pretrained(base, folder)` loads it into the base with a head of the same number of labels.
+    `PeftModel.from_pretrained(base, folder)` loads it into the original base with a head of the same number of labels.
+
+    Args:
+        merged: what was merged into the frozen weights. The factors are stacked with it, so the adapter has a higher
+        rank
+            than was trained; where that exceeds a full matrix's, the product takes their place.
     """
-    temporary = folder.with_name(f".{folder.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.peft_model.peft_config["default"].base_model_name_or_path = resolve_base(config.base)
-    model.peft_model.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    description = {"model": config.model_dump(), "task_type": task_type, "label_names": label_names, "seed": seed}
-    (temporary / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.peft_model.peft_config["default"].base_model_name_or_path = resolve_base(export.model.base)
+    model.peft_model.save_pretrained(folder)
+    if merged:
+        _raise_ranks(model, merged, folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    description = asdict(export) | {"model": export.model.model_dump()}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
 def load_adapter(folder: str | Path) -> nn.Module:
     """Base model, head and adapter of a finished run, in evaluation mode, fp32.
 
     Raises:
-        UserError: the folder was not written by Lorica.
+        UserError: the folder was not written by Lorica, or holds one adapter for each client.
     """
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
+        own = sorted(found.parent.name for found in Path(folder).glob(f"client-*/{DESCRIPTION}"))
+        if own:
+            raise UserError(
+                "adapter", str(folder), "every client has an adapter of its own", f"give {Path(folder) / own[0]}, say"
+            )
         raise UserError("adapter", str(folder), f"holds no {DESCRIPTION}", "give the adapter folder of a finished run")
     description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
     base = load_base(config, description["task_type"], description["label_names"], description["seed"])
     model: nn.Module = PeftModel.from_pretrained(base.model, folder).eval()
     return model
+
+
+def _raise_ranks(model: AdaptedModel, merged: Mapping[str, Pair], folder: Path) -> None:
+    """Rewrite an exported adapter with `[B_merged B]` and `[A_merged; A]`, and the ranks that they have."""
+    tensors: dict[str, Tensor] = safetensors.torch.load_file(folder / WEIGHTS)
+    ranks: dict[str, int] = {}
+    scales: dict[str, float] = {}
+    for site in model.sites:
+        a_name, b_name = (f"{PREFIX}{site.name}.lora_{factor}.weight" for factor in "AB")
+        pair = (tensors[b_name], tensors[a_name])
+        if site.name in merged:
+            pair = stack_pairs(merged[site.name], pair)
+        if pair[0].shape[1] > min(site.d_in, site.d_out):
+            pair = fold(pair)
+        tensors[b_name], tensors[a_name] = pair[0].contiguous(), pair[1].contiguous()
+        ranks[site.name] = pair[0].shape[1]
+        scales[site.name] = site.scale * ranks[site.name]
+    safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config_path = folder / "adapter_config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config |= {"rank_pattern": ranks, "alpha_pattern": scales, "use_rslora": False}
+    config |= {"r": max(ranks.values()), "lora_alpha": max(scales.values())}
+    config_path.write_text(json.dumps(config, indent=2), encoding="utf-8")

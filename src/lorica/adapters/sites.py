@@ -46,6 +46,11 @@ class Site:
         """Name of the factor `B`."""
         return f"{self.name}.B"
 
+    @property
+    def r(self) -> str:
+        """Name of the matrix `R (rank, rank)` between the factors, `W = W0 + γ B R A`, where a method has one."""
+        return f"{self.name}.R"
+
 
 def layer_of(name: str) -> str:
     """`bert.encoder.layer.3.attention.self.query` -> `bert.encoder.layer.3`; without a number, the path itself."""

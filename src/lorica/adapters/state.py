@@ -1,19 +1,22 @@
-"""The server's copy of the adapter: named tensors, and when each last changed."""
+"""The server's copy of the adapter: named tensors, when each last changed, and what was merged into the base."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lorica.adapters.sites import Site
 
-Factors = Literal["A", "B", "AB", ""]
+Factors = Literal["A", "B", "AB", "R", ""]
+Pair = tuple[Tensor, Tensor]
+"""`(B, A)`, which stand for their product."""
 
 
 class AdapterState:
-    """Global factors of all sites, and the head's tensors if it is trained.
+    """Global factors of all sites, the head's tensors if it is trained, and low-rank increments of the frozen weights.
 
     Tensors are replaced, never changed in place, so that references to them stay what they were.
 
@@ -21,12 +24,17 @@ class AdapterState:
         sites: the adapted linear maps.
         tensors: name -> value, fp32, CPU.
         versions: name -> how often it was replaced.
+        merged: site name -> `(B, A)` with the site's weight `W0 + γ (B A + SITE.B SITE.A)`; `B` is `(d_out, R)`, with a
+            column for every rank that was ever merged, until it is folded.
+        epoch: how often `merged` was folded; ranks of different epochs have nothing in common.
     """
 
     def __init__(self, sites: list[Site], tensors: Mapping[str, Tensor]) -> None:
         self.sites = sites
         self.tensors = dict(tensors)
         self.versions = dict.fromkeys(self.tensors, 0)
+        self.merged: dict[str, Pair] = {}
+        self.epoch = 0
 
     @property
     def head(self) -> list[str]:
@@ -43,7 +51,7 @@ class AdapterState:
         names = [
             name
             for site in self.sites
-            for factor, name in (("A", site.a), ("B", site.b))
+            for factor, name in (("A", site.a), ("B", site.b), ("R", site.r))
             if factor in choices[site.name]
         ]
         return names + self.head
@@ -63,3 +71,45 @@ class AdapterState:
     def add(self, update: Mapping[str, Tensor]) -> None:
         """Add an update: `θ ← θ + u`."""
         self.assign({name: self.tensors[name] + value for name, value in update.items()})
+
+    def extend(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take in tensors that the adapter did not have, such as `SITE.R`. Before the first round only."""
+        self.tensors |= tensors
+        self.versions |= dict.fromkeys(tensors, 0)
+
+    def merge(self, increments: Mapping[str, Pair]) -> None:
+        """Add `γ B A` to the frozen weight of each site, exactly, as further columns of B and rows of A.
+
+        Once a site's ranks are more than twice those of a full matrix, the product takes their place.
+        """
+        for name, pair in increments.items():
+            stacked = stack_pairs(self.merged.get(name), pair)
+            if stacked[0].shape[1] > 2 * min(stacked[0].shape[0], stacked[1].shape[1]):
+                stacked = fold(stacked)
+                self.epoch += 1
+            self.merged[name] = stacked
+
+
+def stack_pairs(first: Pair | None, second: Pair) -> Pair:
+    """`(B, A)` with `B A = B₁ A₁ + B₂ A₂`: columns of B and rows of A, side by side."""
+    if first is None:
+        return second
+    return torch.cat([first[0], second[0]], dim=1), torch.cat([first[1], second[1]], dim=0)
+
+
+def fold(pair: Pair) -> Pair:
+    """The same product with the least rank that any product of this shape needs: the product itself and an identity."""
+    b, a = pair
+    product = (b.double() @ a.double()).to(b)
+    if b.shape[0] <= a.shape[1]:
+        return torch.eye(b.shape[0], dtype=b.dtype), product
+    return product, torch.eye(a.shape[1], dtype=a.dtype)
+
+
+def leading(name: str, value: Tensor, rank: int | None) -> Tensor:
+    """The first `rank` rows of a factor A or columns of a factor B; anything else, and `rank` None, unchanged."""
+    if rank is None:
+        return value
+    if name.endswith(".A"):
+        return value[:rank]
+    return value[:, :rank] if name.endswith(".B") else value

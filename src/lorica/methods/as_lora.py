@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -13,17 +12,17 @@ from torch import Tensor
 
 from lorica.adapters.sites import Site
 from lorica.adapters.state import Factors
+from lorica.aggregation.noise import mean_noise_variance, step_weights
 from lorica.config import OptimizerConfig, Strict
 from lorica.errors import UserError
-from lorica.methods.base import About, Method, Replies, Server, Train, is_zero
+from lorica.methods.base import About, Method, Replies, Round, Server, Train, is_zero
+from lorica.methods.pieces import SCORED
 from lorica.methods.scores import (
     alignment,
     cross_client_energy,
     curvature_score_variance,
     debiased_energy,
     energy_variance,
-    mean_noise_variance,
-    step_weights,
 )
 
 
@@ -78,6 +77,8 @@ class ASLoRA(Method):
     kept within `[floor, 1 - floor]`; the variance of an inactive block grows by `(0.1 gain)²` a round, so nothing is
     starved; with `freeze` a layer trains neither factor while both gains are below zero by a standard deviation.
 
+    Server optimisers and denoising may change the step; scores stay those of the plain mean.
+
     Where the released code differs: it scored the raw gradient at first (not private); later it uploads
     finite-difference curvature of raw private batches in the last rounds (not private; not offered here); it compares
     the factors without their learning rates; it scores a random projection of the gradient, of equal expected energy.
@@ -92,6 +93,7 @@ class ASLoRA(Method):
         exact=True,
         privacy="sound; score is free post-processing",
     )
+    refuses = SCORED
 
     class Options(Strict):
         granularity: Literal["layer", "module", "tied"] = "layer"
@@ -123,7 +125,7 @@ class ASLoRA(Method):
             self.blocks[group, "B"] = Block([site.b for site in members])
         self.probabilities: dict[str, float] = {}
 
-    def check(self, optimizer: OptimizerConfig, clients: int) -> None:
+    def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:
         if optimizer.name == "adamw" and (
             self.options.score == "energy" or self.options.select == "thompson" or clients == 1
         ):
@@ -136,12 +138,12 @@ class ASLoRA(Method):
         if self.options.freeze and self.options.select != "thompson":
             raise UserError("method.freeze", True, "needs variances", "set method.select=thompson")
 
-    def round(self, server: Server) -> Generator[Train, Replies, None]:
+    def round(self, server: Server) -> Round:
         choice = self._choose(server)
         factors = {site.name: choice[group] for group, members in self.groups.items() for site in members}
         replies = yield Train(factors, last_step_energy=self.options.score == "last-step-energy")
         self._score(server, replies, choice)
-        server.model.add(replies.mean())
+        server.step(replies)
 
     def _choose(self, server: Server) -> dict[str, Factors]:
         coins = server.generator("as-lora")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
-from lorica.methods.base import About, Method, Replies, Server, Train
+from lorica.methods.base import About, Method, Round, Server, Train
 
 
 class FedAvg(Method):
@@ -28,6 +26,6 @@ class FedAvg(Method):
         privacy="sound; noise quadratic",
     )
 
-    def round(self, server: Server) -> Generator[Train, Replies, None]:
+    def round(self, server: Server) -> Round:
         replies = yield Train("AB")
-        server.model.add(replies.mean())
+        server.step(replies)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
 import torch
 
 from lorica.adapters.state import AdapterState
 from lorica.config import Strict
-from lorica.methods.base import About, Method, Replies, Server, Train
+from lorica.methods.base import About, Method, Round, Server, Train
 
 
 class FFALoRA(Method):
@@ -38,10 +36,10 @@ class FFALoRA(Method):
 
     options: Options
 
-    def start(self, model: AdapterState) -> None:
+    def start(self, model: AdapterState, seed: int) -> None:
         if self.options.orthonormal_a:
             model.assign({site.a: torch.linalg.qr(model.tensors[site.a].T).Q.T.contiguous() for site in self.sites})
 
-    def round(self, server: Server) -> Generator[Train, Replies, None]:
+    def round(self, server: Server) -> Round:
         replies = yield Train("B")
-        server.model.add(replies.mean())
+        server.step(replies)

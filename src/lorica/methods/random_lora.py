@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
 from lorica.adapters.state import Factors
-from lorica.methods.base import About, Method, Replies, Server, Train, is_zero
+from lorica.methods.base import About, Method, Round, Server, Train, is_zero
 
 
 class RandomLoRA(Method):
@@ -27,7 +25,7 @@ class RandomLoRA(Method):
         privacy="sound; noise linear",
     )
 
-    def round(self, server: Server) -> Generator[Train, Replies, None]:
+    def round(self, server: Server) -> Round:
         coins = server.generator("random-lora")
         layers = {site.layer: [other for other in self.sites if other.layer == site.layer] for site in self.sites}
         choice: dict[str, Factors] = {
@@ -35,4 +33,4 @@ class RandomLoRA(Method):
             for layer, sites in layers.items()
         }
         replies = yield Train({site.name: choice[site.layer] for site in self.sites})
-        server.model.add(replies.mean())
+        server.step(replies)

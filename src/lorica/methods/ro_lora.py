@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-
-from lorica.methods.base import About, Method, Replies, Server, Train
+from lorica.methods.base import About, Method, Round, Server, Train
 
 
 class RoLoRA(Method):
@@ -26,6 +24,6 @@ class RoLoRA(Method):
         privacy="sound; noise linear",
     )
 
-    def round(self, server: Server) -> Generator[Train, Replies, None]:
+    def round(self, server: Server) -> Round:
         replies = yield Train("B" if server.round % 2 else "A")
-        server.model.add(replies.mean())
+        server.step(replies)

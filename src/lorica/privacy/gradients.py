@@ -11,10 +11,22 @@ from torch.utils.hooks import RemovableHandle
 
 
 class TrainedTensor(NamedTuple):
-    """The weight or the bias of a linear map (`nn.Linear`, weight `(d_out, d_in)`)."""
+    """What is trained of a linear map (`nn.Linear`, weight `(d_out, d_in)`): its weight, its bias, or a part of one.
+
+    Attributes:
+        view: a public linear map `(n, *parameter shape) -> (n, *trained shape)` that every example's gradient goes
+            through before it is clipped, such as a slice of the ranks or a projection; None trains the whole.
+    """
 
     module: nn.Linear
     kind: Literal["weight", "bias"]
+    view: Callable[[Tensor], Tensor] | None = None
+
+    def zeros(self, examples: int) -> Tensor:
+        """`(examples, *trained shape)`, fp32."""
+        parameter = getattr(self.module, self.kind)
+        empty = torch.zeros((examples, *parameter.shape), device=parameter.device)
+        return empty if self.view is None else self.view(empty)
 
 
 def per_example_gradients(
@@ -43,7 +55,7 @@ def per_example_gradients(
     """
     gradients: dict[str, Tensor] = {}
     wanted: dict[nn.Linear, dict[str, str]] = {}
-    for name, (module, kind) in trained.items():
+    for name, (module, kind, _) in trained.items():
         wanted.setdefault(module, {})[kind] = name
 
     def forward_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -73,11 +85,13 @@ def per_example_gradients(
     finally:
         for handle in handles:
             handle.remove()
-    for name, (module, kind) in trained.items():
+    found = {}
+    for name, tensor in trained.items():
         if name not in gradients:
-            parameter = getattr(module, kind)
-            gradients[name] = torch.zeros((examples, *parameter.shape), device=parameter.device)
-    return gradients
+            found[name] = tensor.zeros(examples)
+        else:
+            found[name] = gradients[name] if tensor.view is None else tensor.view(gradients[name])
+    return found
 
 
 def _rows_by_example(value: Tensor, examples: int) -> Tensor:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, epsilon, epsilon_from_rdp, total_rdp
+from lorica.privacy.released import Released, _release
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS releases (
@@ -20,7 +22,7 @@ CREATE TABLE IF NOT EXISTS releases (
     time REAL NOT NULL,
     dataset TEXT NOT NULL, owner TEXT NOT NULL, run TEXT NOT NULL, client INTEGER NOT NULL, round INTEGER NOT NULL,
     sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, steps INTEGER NOT NULL,
-    noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB
+    noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB, kept BLOB
 )
 """
 
@@ -75,24 +77,31 @@ class Ledger:
             path.parent.mkdir(parents=True, exist_ok=True)
             with closing(self._connect()) as connection, connection:
                 connection.execute(_SCHEMA)
+                columns = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
+                if "kept" not in columns:
+                    # A ledger outlives the version of Lorica that made it.
+                    connection.execute("ALTER TABLE releases ADD COLUMN kept BLOB")
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from error
 
-    def charge(self, release: Release, reply: bytes) -> None:
+    def charge(self, release: Release, reply: bytes, kept: Mapping[str, Released] | None = None) -> None:
         """Write one release with its reply and sync it to disk, before the reply leaves.
 
         Replies of the client's earlier rounds in this run are dropped: a server that has gone on cannot need them.
+
+        Args:
+            kept: noisy tensors that stay with the owner and that its later replies in this run depend on.
         """
+        state = None if kept is None else safetensors.torch.save({name: value.tensor for name, value in kept.items()})
         try:
             with closing(self._connect()) as connection, connection:
                 connection.execute(
-                    "UPDATE releases SET reply = NULL WHERE run = ? AND client = ? AND round < ?",
+                    "UPDATE releases SET reply = NULL, kept = NULL WHERE run = ? AND client = ? AND round < ?",
                     (release.run, release.client, release.round),
                 )
-                connection.execute(
-                    f"INSERT INTO releases (time, {_COLUMNS}, reply) VALUES (?{', ?' * (len(fields(Release)) + 1)})",
-                    (time.time(), *astuple(release), reply),
-                )
+                values = (time.time(), *astuple(release), reply, state)
+                marks = ", ".join("?" * len(values))
+                connection.execute(f"INSERT INTO releases (time, {_COLUMNS}, reply, kept) VALUES ({marks})", values)
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from error
 
@@ -104,6 +113,16 @@ class Ledger:
                 (run, client, request),
             ).fetchone()
         return row[0] if row else None
+
+    def kept(self, run: str, client: int) -> dict[str, Released]:
+        """What the client's latest release in this run left with the owner; empty if nothing did."""
+        with closing(self._connect()) as connection:
+            row = connection.execute(
+                "SELECT kept FROM releases WHERE run = ? AND client = ? AND kept IS NOT NULL ORDER BY id DESC LIMIT 1",
+                (run, client),
+            ).fetchone()
+        # They were released when they were written: `charge` takes nothing else.
+        return {name: _release(value) for name, value in safetensors.torch.load(row[0]).items()} if row else {}
 
     def steps(self, run: str, client: int) -> int:
         """Steps that a client has been charged for in a run."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from lorica.privacy.clipping import clipped_sum
@@ -90,9 +89,7 @@ def noisy_gradient(
         name -> released gradient of the tensor's shape, fp32.
     """
     indices = poisson_sample(len(records), terms.sampling_rate, randomness)
-    total = {
-        name: torch.zeros_like(getattr(module, kind), dtype=torch.float32) for name, (module, kind) in trained.items()
-    }
+    total = {name: tensor.zeros(1)[0] for name, tensor in trained.items()}
     for batch in records.micro_batches(indices, micro_batch_tokens):
         batch = batch.to(next(model.parameters()).device)
         gradients = per_example_gradients(lambda batch=batch: losses(model, batch), trained, len(batch))  # type: ignore[misc]

@@ -1,0 +1,94 @@
+"""Algebra of low-rank products `B A` in factor space: no `d_out × d_in` matrix is formed.
+
+Computed in fp64 and given back in the inputs' precision, since the products are what clients must agree on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorica.adapters.state import Pair
+
+
+def weighted_sum(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """`Σ_k w_k X_k`, summed in the order given; smaller tensors are filled up with zeros at the end of each axis."""
+    shapes = {value.shape for _, value in terms}
+    if len(shapes) == 1:
+        return torch.stack([weight * value for weight, value in terms]).sum(0)
+    largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    return torch.stack([weight * padded(value, largest) for weight, value in terms]).sum(0)
+
+
+def padded(value: Tensor, shape: Iterable[int]) -> Tensor:
+    """`value` with zeros after it along every axis, up to `shape`."""
+    filled = value.new_zeros(tuple(shape))
+    filled[tuple(slice(size) for size in value.shape)] = value
+    return filled
+
+
+def stacked(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """`(B, A)` of rank `Σ r_k` with `B A = Σ_k w_k B_k A_k`: `B = [B_1 … B_K]`, `A = [w_1 A_1; …; w_K A_K]`.
+
+    Only one of the factors carries the weight: on both it would count twice.
+    """
+    b = torch.cat([b for b, _ in pairs], dim=1)
+    a = torch.cat([weight * a for weight, (_, a) in zip(weights, pairs, strict=True)], dim=0)
+    return b, a
+
+
+def product_svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """`U, s, Vᵀ` of `B A`, thin, without forming it: QR of both factors, then the SVD of the small `R_B R_Aᵀ`.
+
+    With `R` columns of B it costs `O((d_out + d_in) R² + R³)` instead of `O(d_out d_in min(d_out, d_in))`. FLoRIST
+    (MLSys 2026) uses the same identity.
+
+    Returns:
+        `U (d_out, q)`, `s (q,)` descending, `Vᵀ (q, d_in)`, fp64, with `q = min(R, d_out, d_in)`.
+    """
+    b, a = pair[0].double(), pair[1].double()
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return q_b @ u, s, vt @ q_a.T
+
+
+def truncated(pair: Pair, rank: int, balanced: bool = False) -> Pair:
+    """`(B, A)` of the best rank-`rank` approximation of a product (Eckart and Young), zero-filled if it has less.
+
+    `B = U_r S_r`, `A = V_rᵀ` with orthonormal rows; `balanced` splits `S` evenly, `U_r S_r^½` and `S_r^½ V_rᵀ`.
+    """
+    return _split(*product_svd(pair), rank, balanced, pair[0])
+
+
+def truncated_dense(pair: Pair, rank: int) -> Pair:
+    """The same through a dense SVD of the product, in the inputs' precision: for comparing costs."""
+    u, s, vt = torch.linalg.svd(pair[0] @ pair[1], full_matrices=False)
+    return _split(u, s, vt, rank, False, pair[0])
+
+
+def orthonormal(rows: int, columns: int, draws: np.random.Generator) -> Tensor:
+    """A random matrix with orthonormal columns (`rows ≥ columns`), Haar distributed, fp32.
+
+    QR of a Gaussian matrix with the signs of R's diagonal taken out. Mezzadri, arXiv math-ph/0609050.
+    """
+    q, r = torch.linalg.qr(torch.from_numpy(draws.standard_normal((rows, columns))))
+    unique: Tensor = q * r.diagonal().sign()
+    return unique.float()
+
+
+def rotation_towards(a: Tensor, reference: Tensor) -> Tensor:
+    """The orthogonal `R (r, r)` that minimises `‖Rᵀ A - A_ref‖_F`: `U Vᵀ` of `A A_refᵀ` (orthogonal Procrustes)."""
+    u, _, vt = torch.linalg.svd(a.double() @ reference.double().T)
+    rotation: Tensor = u @ vt
+    return rotation
+
+
+def _split(u: Tensor, s: Tensor, vt: Tensor, rank: int, balanced: bool, like: Tensor) -> Pair:
+    kept = min(rank, s.numel())
+    left, right = (s[:kept].sqrt(), s[:kept].sqrt()) if balanced else (s[:kept], torch.ones_like(s[:kept]))
+    b, a = u[:, :kept] * left, right[:, None] * vt[:kept]
+    return padded(b, (b.shape[0], rank)).to(like), padded(a, (rank, a.shape[1])).to(like)

@@ -1,0 +1,36 @@
+"""Optimal shrinkage of the singular values of a noisy update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def shrink_singular_values(update: Tensor, noise_variance: float) -> Tensor:
+    """The best estimate of a low-rank matrix under white noise of known variance, by shrinking singular values.
+
+    For `Y = X + √v Z` of shape `(m, n)`, `m ≤ n`, `β = m/n`, every singular value `y` of `Y/√(n v)` becomes
+    `√((y² - β - 1)² - 4β) / y` if `y > 1 + √β`, else 0: asymptotically optimal for the Frobenius loss. Gavish and
+    Donoho, IEEE Trans. Inf. Theory 2017, arXiv 1405.7511, equation 7.
+
+    Post-processing of a release with public parameters. A zero variance returns the update; a vector is a matrix of one
+    row.
+
+    Args:
+        update: `(m, n)` or `(n,)`.
+        noise_variance: `v` of each coordinate.
+    """
+    if noise_variance == 0:
+        return update
+    matrix = update.double().reshape(-1, update.shape[-1]) if update.dim() > 1 else update.double()[None]
+    tall = matrix.shape[0] > matrix.shape[1]
+    u, s, vt = torch.linalg.svd(matrix.T if tall else matrix, full_matrices=False)
+    beta = u.shape[0] / vt.shape[1]
+    unit = math.sqrt(vt.shape[1] * noise_variance)
+    y = s / unit
+    inside = ((y.square() - beta - 1).square() - 4 * beta).clamp(min=0)
+    shrunk = torch.where(y > 1 + math.sqrt(beta), inside.sqrt() / y.clamp(min=1e-30), 0.0) * unit
+    estimate: Tensor = (u * shrunk) @ vt
+    return (estimate.T if tall else estimate).reshape(update.shape).to(update)

@@ -1,0 +1,69 @@
+"""FedASK's two sketches of a client's product, functions of its noisy factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from lorica.messages import SKETCH
+from lorica.privacy.released import Released, post_process
+from lorica.streams import torch_stream
+
+
+def sketch_matrix(seed: int, round_number: int, site: str, rows: int, columns: int) -> Tensor:
+    """`Ω (rows, columns)` with entries N(0, 1), from the public seed: the same for all clients of a round."""
+    return torch.randn(rows, columns, generator=torch_stream(seed, f"sketch:{site}", round_number))
+
+
+def sketch(
+    public: Mapping[str, Tensor], own: Mapping[str, Released], columns: int, seed: int, round_number: int
+) -> dict[str, Released]:
+    """`Y_k = B_k (A_k Ω)`, `(d_out, columns)`, of every site, named `sketch:SITE`. FedASK, arXiv 2507.09990, stage 1.
+
+    Args:
+        public: the adapter that training started from.
+        own: the factors that the client trained, which take the place of those.
+    """
+    sketches = {}
+    for site in (name.removesuffix(".B") for name in own if name.endswith(".B")):
+        omega = sketch_matrix(seed, round_number, site, public[f"{site}.A"].shape[1], columns)
+
+        def times_omega(b: Tensor, a: Tensor, omega: Tensor = omega) -> Tensor:
+            return b @ (a @ omega)
+
+        sketches[f"{SKETCH}{site}"] = _of_factors(times_omega, site, public, own)
+    return sketches
+
+
+def project(
+    bases: Mapping[str, Tensor], public: Mapping[str, Tensor], own: Mapping[str, Released]
+) -> dict[str, Released]:
+    """`Z_k = A_kᵀ (B_kᵀ Q)`, `(d_in, columns)`, of every site, named `sketch:SITE`. FedASK, stage 2.
+
+    Args:
+        bases: site name -> `Q (d_out, columns)`.
+    """
+    projections = {}
+    for site, basis in bases.items():
+
+        def onto_basis(b: Tensor, a: Tensor, basis: Tensor = basis) -> Tensor:
+            return a.T @ (b.T @ basis)
+
+        projections[f"{SKETCH}{site}"] = _of_factors(onto_basis, site, public, own)
+    return projections
+
+
+def _of_factors(
+    function: Callable[[Tensor, Tensor], Tensor], site: str, public: Mapping[str, Tensor], own: Mapping[str, Released]
+) -> Released:
+    """`function(B_k, A_k)`; the server's factor, where the client trained only one, ends at the client's rank."""
+    trained = [name for name in (f"{site}.B", f"{site}.A") if name in own]
+
+    def compute(*values: Tensor) -> Tensor:
+        found = dict(zip(trained, values, strict=True))
+        b = found.get(f"{site}.B", public[f"{site}.B"]).cpu()
+        return function(b, found.get(f"{site}.A", public[f"{site}.A"])[: b.shape[1]].cpu())
+
+    return post_process(compute, *(own[name] for name in trained))

@@ -1,0 +1,91 @@
+"""The pieces of a local step that come after the noise, in the order in which they act."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lorica.local.preconditioning import precondition
+from lorica.local.smoothing import NOISE_ENERGY, smooth
+from lorica.privacy.released import Released, post_process
+
+
+@dataclass(frozen=True)
+class LocalStep:
+    """What happens to the noisy gradient `ĝ` of each trained tensor `θ` before the optimiser takes it. All public.
+
+    1. `smoothing`: LA-LoRA's filter (`lorica.local.smoothing`), or its control `√0.273 ĝ`. Factors only.
+    2. SCAFFOLD: `ĝ + c - c_k`, where the request brings corrections.
+    3. `proximal`: FedProx, `ĝ + μ (θ - θ_t)`. Added to the loss instead, it would be clipped or lost.
+    4. `tail_penalty`: HetLoRA's, `ĝ + λ ∂(‖A_t‖ ‖B_t‖)/∂θ` over the ranks after the first `⌊kept r_k⌋`.
+    5. `damping`: scaled gradient descent (`lorica.local.preconditioning`).
+
+    Attributes:
+        alternate: train B and A in turns, starting with B; the head in every step.
+        perturbation: `ρ` of Flat-LoRA's noise on the frozen weights (`lorica.local.perturbation`).
+    """
+
+    alternate: bool = False
+    smoothing: Literal["none", "gaussian", "rescale"] = "none"
+    proximal: float = 0.0
+    tail_penalty: float = 0.0
+    kept: float = 1.0
+    damping: float | None = None
+    perturbation: float = 0.0
+
+    def active(self, trained: tuple[str, ...], step: int) -> list[str]:
+        """Names of the tensors trained in a local step, counted from 0."""
+        resting = (".A" if step % 2 == 0 else ".B") if self.alternate else ()
+        return [name for name in trained if not name.endswith(resting)]
+
+
+def shape(
+    gradients: Mapping[str, Released],
+    values: Mapping[str, Tensor],
+    start: Mapping[str, Tensor],
+    corrections: Mapping[str, Tensor],
+    local: LocalStep,
+) -> dict[str, Released]:
+    """The gradients as the optimiser is to see them.
+
+    Args:
+        values: every tensor of the adapter as it is now, a function of public values and earlier releases.
+        start: `θ_t`, the trained tensors as the round began.
+        corrections: name -> `c - c_k`.
+    """
+    shaped = {}
+    for name, gradient in gradients.items():
+        if name.endswith((".A", ".B")):
+            if local.smoothing == "gaussian":
+                axis = 1 if name.endswith(".A") else 0
+                gradient = post_process(lambda g, axis=axis: smooth(g, axis), gradient)
+            elif local.smoothing == "rescale":
+                gradient = post_process(lambda g: NOISE_ENERGY**0.5 * g, gradient)
+        if name in corrections:
+            gradient = post_process(lambda g, name=name: g + corrections[name], gradient)
+        if local.proximal:
+            gradient = post_process(lambda g, name=name: g + local.proximal * (values[name] - start[name]), gradient)
+        if local.tail_penalty and name.endswith((".A", ".B")):
+            gradient = post_process(lambda g, name=name: g + local.tail_penalty * _tail(name, values, local), gradient)
+        damping = local.damping
+        if damping is not None and name.endswith((".A", ".B")):
+            gradient = post_process(lambda g, name=name, d=damping: precondition(name, g, values, d), gradient)
+        shaped[name] = gradient
+    return shaped
+
+
+def _tail(name: str, values: Mapping[str, Tensor], local: LocalStep) -> Tensor:
+    """Gradient of `‖A_t‖_F ‖B_t‖_F` with respect to one factor: `‖other_t‖ own_t / ‖own_t‖`, zero at zero."""
+    site = name[:-2]
+    kept = math.floor(local.kept * values[f"{site}.A"].shape[0])
+    gradient = torch.zeros_like(values[name])
+    tails = {"A": values[f"{site}.A"][kept:], "B": values[f"{site}.B"][:, kept:]}
+    own, other = tails[name[-1]], tails["B" if name.endswith(".A") else "A"]
+    if bool(own.any()):
+        (gradient[kept:] if name.endswith(".A") else gradient[:, kept:]).copy_(other.norm() * own / own.norm())
+    return gradient

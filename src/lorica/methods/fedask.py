@@ -1,0 +1,65 @@
+"""FedASK: aggregation by a randomised SVD in two exchanges."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+
+from lorica.adapters.algebra import truncated
+from lorica.config import Strict
+from lorica.methods.base import About, Method, Project, Round, Server, Train
+from lorica.methods.pieces import NEW_BASIS, OWN_AGGREGATION
+
+
+class FedASK(Method):
+    """FedASK (NeurIPS 2025, arXiv 2507.09990).
+
+    Idea: the server gets the mean product `M = Σ w_k B_k A_k` through two sketches that can be summed, and
+    redistributes its truncated SVD:
+
+    1. clients train and send `Y_k = B_k (A_k Ω)`, `Ω (d_in, r + p)` Gaussian from the public seed; `Q = qr(Σ w_k Y_k)`;
+    2. clients get Q and send `Z_k = A_kᵀ (B_kᵀ Q)`; with `(Σ w_k Z_k)ᵀ = U S Vᵀ`, `B ← Q U_r S_r^½`, `A ← S_r^½ V_rᵀ`.
+
+    `Q Qᵀ M = M` if `r + p` is at least the rank of M, so aggregation is then exact up to the truncation to rank r.
+    Travels: `(r + p)(d_in + d_out)` up; Q, A and B down; two exchanges a round.
+    DP: sound. With noise only B is trained, A is public, and the sketches are functions of noisy factors, free; M then
+    has rank r. Without noise A and B are trained and M has up to `K r`.
+
+    As in FedSVD, under DP the row space stays that of A₀. The balanced split makes A small while the product is, and
+    B's signal drowns in the noise under SGD; `balanced: false` gives A orthonormal rows instead.
+
+    Where the released code differs: its budget is for the expected number of participations, noise is that of the
+    smallest client, one AdamW state is shared by all clients, and empty batches are skipped. The paper's formula adds
+    noise to the gradient of the full matrix; its code, and Lorica, to that of B.
+    """
+
+    name = "fedask"
+    about = About(
+        paper="FedASK",
+        arxiv="2507.09990",
+        trains="B (A too without DP)",
+        sends="two sketches up; a basis, A and B down",
+        exact=True,
+        privacy="sound; noise linear",
+    )
+    refuses = OWN_AGGREGATION | NEW_BASIS
+
+    class Options(Strict):
+        oversampling: int = Field(8, ge=0)
+        """`p`: columns of the sketch beyond the rank."""
+        balanced: bool = True
+        """Split the singular values evenly between the factors, as in the paper; else all of them go to B."""
+
+    options: Options
+
+    def round(self, server: Server) -> Round:
+        narrowest = min(min(site.d_in, site.d_out) for site in self.sites)
+        columns = min(self.sites[0].rank + self.options.oversampling, narrowest)
+        trained = yield Train("B" if server.private else "AB", ranks=server.ranks, sketch_columns=columns)
+        bases = {name: torch.linalg.qr(sketch.double()).Q.float() for name, sketch in trained.mean_sketch().items()}
+        projected = (yield Project(bases)).mean_sketch()
+        for site in self.sites:
+            product = (bases[site.name], projected[site.name].T)
+            b, a = truncated(product, site.rank, self.options.balanced)
+            server.model.assign({site.b: b, site.a: a})
+        server.step_head(trained)

@@ -1,0 +1,46 @@
+"""FedEx-LoRA: average both factors, put what that misses into the frozen weight."""
+
+from __future__ import annotations
+
+from lorica.adapters.algebra import stacked
+from lorica.methods.base import About, Method, Round, Server, Train
+from lorica.methods.pieces import MERGES, OWN_AGGREGATION, SAME_RANKS
+
+
+class FedExLoRA(Method):
+    """FedEx-LoRA (ACL 2025, arXiv 2410.09432).
+
+    Idea: FedAvg of both factors, and the residual into the frozen weight: `W0 ← W0 + γ (Σ w_k B_k A_k - B̄ Ā)`, so
+    that the model is the mean of the clients' models exactly.
+    Travels: A and B up; down A, B and the residual in factored form, `K r (d_in + d_out)` a site.
+    DP: sound; the residual is post-processing, but it is where the product of the two noises goes.
+
+    The residual is `Σ w_k (B_k - B̄)(A_k - Ā)`, formed from the updates' deviations, which avoids the cancellation of
+    two nearly equal products.
+
+    Where the released code differs: it transposes the residual for every model, right for GPT-2's Conv1D and silently
+    wrong for square linear maps.
+    """
+
+    name = "fedex-lora"
+    about = About(
+        paper="FedEx-LoRA",
+        arxiv="2410.09432",
+        trains="A and B",
+        sends="A and B up; A, B and a residual of rank K r down",
+        exact=True,
+        privacy="sound; noise quadratic",
+    )
+    refuses = SAME_RANKS | OWN_AGGREGATION | MERGES
+
+    def round(self, server: Server) -> Round:
+        replies = yield Train("AB")
+        mean = replies.mean()
+        clients = sorted(replies.updates)
+        increments = {}
+        for site in self.sites:
+            updates = [replies.updates[client] for client in clients]
+            deviations = [(update[site.b] - mean[site.b], update[site.a] - mean[site.a]) for update in updates]
+            increments[site.name] = stacked(deviations, [replies.weights[client] for client in clients])
+        server.model.merge(increments)
+        server.model.add(mean)

@@ -1,0 +1,43 @@
+"""FedSA-LoRA: share A, keep B."""
+
+from __future__ import annotations
+
+from lorica.methods.base import About, Method, Round, Server, Train
+from lorica.methods.pieces import SAME_RANKS
+
+
+class FedSALoRA(Method):
+    """FedSA-LoRA (ICLR 2025, arXiv 2410.01463).
+
+    Idea: A learns what is common and is averaged; B and the head learn what is a client's own and stay with it. Every
+    client has a model of its own, so evaluation is per client and there is no global product.
+    Travels: A, both ways.
+    DP: sound here, since B and the head are trained under DP too. B never leaves the client, but the gradient of A is
+    `γ Bᵀ G`: later uploads of A depend through B on every earlier batch, so a B that was trained on raw gradients
+    would leak through A.
+
+    The reported accuracy is the mean over the clients' models, each on the public test set; a client that never took
+    part has the global A and the B and head that it started with. Exported is one adapter per client.
+
+    Where the released code differs: it has no DP.
+    """
+
+    name = "fedsa-lora"
+    about = About(
+        paper="FedSA-LoRA",
+        arxiv="2410.01463",
+        trains="A and B; B and head stay with the client",
+        sends="A",
+        exact=False,
+        privacy="sound; noise quadratic",
+    )
+    refuses = SAME_RANKS | {
+        "average": "every client has a model of its own, and the server sees only A",
+        "scaffold": "B stays with the client, and the server cannot track its control variates",
+    }
+    personal = True
+
+    def round(self, server: Server) -> Round:
+        own = frozenset([*(site.b for site in self.sites), *server.model.head])
+        replies = yield Train("AB", personal=own)
+        server.step(replies)

@@ -1,0 +1,102 @@
+"""Pieces that compose with methods, and why some do not: an unsupported combination is refused before the run."""
+
+from __future__ import annotations
+
+from lorica.config import ExperimentConfig
+from lorica.errors import UserError
+from lorica.methods.base import Method
+
+PIECES = {
+    "client_ranks": ("lora.client_ranks", "ranks that differ between clients"),
+    "fedprox": ("local.fedprox", "a pull towards the round's start"),
+    "scaffold": ("local.scaffold", "control variates"),
+    "scaled_gd": ("local.scaled_gd", "preconditioning by the other factor"),
+    "flat_lora": ("local.flat_lora", "noise on the frozen weights"),
+    "server_optimizer": ("server.optimizer", "momentum or Adam on the mean update"),
+    "server_lr": ("server.lr", "a server learning rate"),
+    "shrinkage": ("server.denoise", "singular-value shrinkage of the mean update"),
+    "kalman": ("server.denoise", "a Kalman filter on the mean update"),
+    "average": ("server.average", "averaging of the model over rounds"),
+}
+"""Piece -> its key in the configuration, and what it is."""
+
+_ONE_RANK = "its aggregation needs factors of one rank"
+_SHAPED_NOISE = "its local steps shape the noise, so the variance in an update is not the known one"
+_OWN_AGGREGATION = "it aggregates the clients' factors, not a mean update"
+_NEW_BASIS = "it starts in a new basis in every round, so what was remembered of the last one means nothing in it"
+_MERGES = "the model moves by merging into the frozen weights, and factors are no average of those"
+
+SAME_RANKS: dict[str, str] = {"client_ranks": _ONE_RANK}
+SCORED: dict[str, str] = SAME_RANKS | {
+    "scaffold": "its scores need noise that is independent between clients and rounds, and control variates share it",
+    "scaled_gd": "its scores need noise of one known variance in all coordinates, and preconditioning shapes it",
+    "fedprox": "its scores read the mean gradient from the update, and the pull is in it too",
+}
+SHAPED: dict[str, str] = SAME_RANKS | dict.fromkeys(("shrinkage", "kalman"), _SHAPED_NOISE)
+OWN_AGGREGATION: dict[str, str] = dict.fromkeys(
+    ("server_optimizer", "server_lr", "shrinkage", "kalman", "scaffold"), _OWN_AGGREGATION
+)
+NEW_BASIS: dict[str, str] = dict.fromkeys(("server_optimizer", "kalman", "scaffold", "average"), _NEW_BASIS)
+MERGES: dict[str, str] = {"average": _MERGES}
+
+
+def check_pieces(config: ExperimentConfig, method: Method) -> None:
+    """Refuse pieces that do not fit the method, or each other.
+
+    Raises:
+        UserError: names the key, its value, the reason and the remedy.
+    """
+    for piece, value in chosen_pieces(config).items():
+        if piece in method.refuses:
+            key, what = PIECES[piece]
+            raise UserError(
+                key,
+                value,
+                f"{method.name} cannot take {what}: {method.refuses[piece]}",
+                f"drop {key}, or choose another method",
+            )
+    if config.server.optimizer == "fedadam" and "shrinkage" in method.refuses:
+        raise UserError("server.optimizer", "fedadam", method.refuses["shrinkage"], "use fedavgm or average")
+    sgd = config.optimizer.name == "sgd"
+    known_noise = config.server.denoise != "none" or config.server.optimizer == "fedadam"
+    shaping = {"local.scaled_gd": config.local.scaled_gd, "local.scaffold": config.local.scaffold}
+    shaping["local.fedprox"] = bool(config.local.fedprox)
+    for key, on in shaping.items():
+        if known_noise and on:
+            raise UserError(
+                key, on, "it shapes the noise whose variance server.denoise and fedadam need", f"drop {key}"
+            )
+    if known_noise and (not sgd or config.optimizer.weight_decay):
+        key = "optimizer.weight_decay" if sgd else "optimizer.name"
+        value = config.optimizer.weight_decay if sgd else config.optimizer.name
+        reason = (
+            "the variance of the noise in an update is known for plain SGD only, and server.denoise and fedadam need it"
+        )
+        raise UserError(key, value, reason, "use sgd without weight decay")
+    if config.server.denoise != "none" and config.server.optimizer == "fedadam":
+        raise UserError("server.denoise", config.server.denoise, "fedadam needs the update's own noise", "choose one")
+    if config.local.scaffold and (not sgd or config.optimizer.momentum or config.optimizer.weight_decay):
+        raise UserError(
+            "local.scaffold",
+            True,
+            "control variates are read from the updates of plain SGD",
+            "use sgd without momentum",
+        )
+    if config.local.scaffold and config.lora.client_ranks is not None:
+        raise UserError("local.scaffold", True, "control variates need factors of one rank", "drop lora.client_ranks")
+
+
+def chosen_pieces(config: ExperimentConfig) -> dict[str, object]:
+    """Piece -> its configured value, for those that are on."""
+    values: dict[str, object] = {
+        "client_ranks": config.lora.client_ranks,
+        "fedprox": config.local.fedprox or None,
+        "scaffold": config.local.scaffold or None,
+        "scaled_gd": config.local.scaled_gd or None,
+        "flat_lora": config.local.flat_lora or None,
+        "server_optimizer": config.server.optimizer if config.server.optimizer != "average" else None,
+        "server_lr": config.server.lr if config.server.lr != 1 else None,
+        config.server.denoise: config.server.denoise,
+        "average": config.server.average or None,
+    }
+    return {piece: value for piece, value in values.items() if piece in PIECES and value is not None}
