@@ -25,6 +25,7 @@ from lorica.adapters.base_model import resolve_base
 from lorica.config import PrivacyConfig, TaskConfig
 from lorica.errors import UserError
 from lorica.experiment import Result, _ledger_path, prepare
+from lorica.methods.base import registry
 from lorica.privacy.accounting import Steps, epsilon
 from lorica.privacy.ledger import Ledger
 from lorica.tasks.classification import evaluate
@@ -172,6 +173,62 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"adapter": adapter_of(result), "accuracies": accuracies, "clients": result.privacy["clients"]}
 
 
+@pytest.mark.parametrize(
+    ("method", "count"),
+    # Clients charge twice a round in FedASK: the 6th charge is in the middle of the second exchange of round 2.
+    [("flora", 4), ("fedask", 6), ("fedask", 8), ("fedsa-lora", 4), ("fed-galore", 5), ("fed-sb", 7)],
+)
+def test_methods_with_more_state_resume_from_kill_9_too(tmp_path: Path, method: str, count: int) -> None:
+    overrides = [*SMALL, f"method.name={method}"]
+    paths = [f"output={tmp_path}/killed", f"privacy.ledger={tmp_path}/killed-ledger"]
+    arguments = [sys.executable, "-c", KILLER, str(count), "after", "charge", *overrides, *paths]
+    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
+    resumed = lorica.Experiment.load(overrides=[*overrides, *paths]).run()
+    whole = experiment(tmp_path / "whole", *overrides).run()
+    files = sorted(path.relative_to(whole.adapter) for path in whole.adapter.rglob("adapter_model.safetensors"))
+    assert files
+    for file in files:
+        mine, theirs = load_file(resumed.adapter / file), load_file(whole.adapter / file)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+    assert [row["accuracy"] for row in resumed.metrics] == [row["accuracy"] for row in whole.metrics]
+    assert [row["steps"] for row in resumed.privacy["clients"]] == [4, 4]
+
+
+@pytest.mark.parametrize("method", sorted(registry()))
+def test_every_method_exports_what_it_was_evaluated_with(tmp_path: Path, method: str) -> None:
+    """The PEFT folder (of each client, where models are personal) gives the last round's metrics on the test set."""
+    steps = ["federation.local_steps=2", "federation.rounds=2"]
+    result = experiment(tmp_path, f"method.name={method}", *steps).run()
+    records = prepare(lorica.Experiment.load(result.folder / "config.yaml").config).task.test
+    folders = sorted(path.parent for path in result.adapter.rglob("adapter_config.json"))
+    assert len(folders) == (2 if registry()[method].personal else 1)
+    base = AutoModelForImageClassification.from_pretrained
+    models = [PeftModel.from_pretrained(base(resolve_base("lorica:glyph-vit")), folder).eval() for folder in folders]
+    found = [evaluate(model, records, 4096, "cpu") for model in models]
+    assert np.mean([metrics["loss"] for metrics in found]) == pytest.approx(result.metrics[-1]["loss"], rel=1e-4)
+    assert np.mean([metrics["accuracy"] for metrics in found]) == pytest.approx(result.accuracy, abs=2e-3)
+    assert evaluate(lorica.load_adapter(folders[0]), records, 4096, "cpu")["loss"] == pytest.approx(found[0]["loss"])
+    if registry()[method].personal:
+        assert len(set(result.metrics[-1]["client_accuracy"].values())) > 1
+        with pytest.raises(UserError, match="every client has an adapter of its own"):
+            lorica.load_adapter(result.adapter)
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert method in page
+
+
+def test_the_average_over_rounds_is_what_is_exported(tmp_path: Path) -> None:
+    overrides = ["method.name=ffa-lora", "federation.rounds=3"]
+    plain = experiment(tmp_path / "plain", *overrides).run()
+    averaged = experiment(tmp_path / "averaged", *overrides, "server.average=0.5").run()
+    mine, theirs = adapter_of(averaged), adapter_of(plain)
+    assert any(not torch.equal(value, theirs[name]) for name, value in mine.items())
+    records = prepare(averaged_config := lorica.Experiment.load(averaged.folder / "config.yaml").config).task.test
+    assert averaged_config.server.average == 0.5
+    found = evaluate(lorica.load_adapter(averaged.adapter), records, 4096, "cpu")
+    assert found["loss"] == pytest.approx(averaged.metrics[-1]["loss"], rel=1e-4)
+
+
 def test_a_stopped_secure_run_resumes_without_exceeding_its_budget(tmp_path: Path) -> None:
     class Stop(Exception):
         pass
@@ -267,6 +324,11 @@ def test_without_privacy_a_run_says_so(tmp_path: Path) -> None:
         ("method.name=as-laura", r"Did you mean 'as-lora'"),
         ("privacy=none", r"federation\.weights = 'noise': there is no noise"),
         ("model.device=cuda:7", r"model\.device"),
+        ("lora.client_ranks=[1, 2, 3]", r"lora\.client_ranks = \[1, 2, 3\]: 3 ranks for 2 clients"),
+        ("lora.client_ranks=[0, 2]", r"lora\.client_ranks = \[0, 2\]: not all between 1 and lora\.r = 4"),
+        ("lora.client_ranks=halving", r"as-lora cannot take ranks that differ"),
+        ("local.scaffold=true", r"local\.scaffold = True: as-lora cannot take control variates"),
+        ("server.optimiser=fedadam", r"Did you mean 'optimizer'"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, override: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,7 @@ def compare(
     config: Annotated[str | None, typer.Argument(help="Experiment (YAML); without it, the embedded digits.")] = None,
     overrides: Overrides = None,
     methods: Annotated[
-        str, typer.Option(help="Comma-separated; options after a colon: as-lora:score=energy+select=thompson")
+        str, typer.Option(help="Comma-separated; options after a colon: as-lora:score=energy+server.denoise=kalman")
     ] = "as-lora,ffa-lora,ro-lora,fed-avg",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
 ) -> None:
@@ -69,7 +70,7 @@ def compare(
         with _Rounds() as rounds:
             page, results = compare_methods(
                 experiment_config,
-                [label.strip() for label in methods.split(",")],
+                [label.strip() for label in re.split(r",(?![^\[]*\])", methods)],
                 _seeds(seeds),
                 lambda label, seed, index, count: console.rule(f"{label}, seed {seed} ({index} of {count})"),
                 rounds.start,
@@ -83,17 +84,22 @@ def compare(
 def methods() -> None:
     """List the methods: what each trains and sends, whether its aggregation is exact, its DP status, its paper."""
     with _errors():
-        from lorica.methods.base import registry
+        from lorica.reporting.methods import methods_table
 
-        for name, method in registry().items():
-            about = method.about
-            table = Table(show_header=False, box=None, padding=(0, 2))
-            table.add_row("trains", about.trains)
-            table.add_row("sends", about.sends)
-            table.add_row("aggregation", "exact" if about.exact else "inexact")
-            table.add_row("privacy", about.privacy)
-            table.add_row("paper", f"{about.paper} (arXiv {about.arxiv})")
-            console.print(f"[bold]{name}[/bold]", table, highlight=False)
+        console.print(methods_table())
+
+
+@app.command("new-method")
+def new_method(
+    name: Annotated[str, typer.Argument(help="Lower-case words joined by dashes, such as my-lora.")],
+    folder: Annotated[Path, typer.Option(help="Where the package lorica-NAME is made.")] = Path(),
+) -> None:
+    """Write a package for a method of your own that runs at once: the class, its entry point, its tests."""
+    with _errors():
+        from lorica.new_method import write_package
+
+        package = write_package(name, folder)
+        console.print(f"Package: {package}. Next: pip install -e {package}, then see its README.md", soft_wrap=True)
 
 
 @app.command()

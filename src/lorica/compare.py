@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from lorica.config import ExperimentConfig
+from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.experiment import Experiment, Prepared
 from lorica.experiment import Result as RunResult
@@ -22,15 +22,21 @@ from lorica.reporting.html import write_comparison
 
 @dataclass(frozen=True)
 class Variant:
-    """A method in a comparison, with its options; `label` is how tables and plots call it."""
+    """A method in a comparison, with its options; `label` is how tables and plots call it.
+
+    Attributes:
+        overrides: `section.key=value` of the experiment, for this variant alone.
+    """
 
     label: str
     method: dict[str, Any]
+    overrides: tuple[str, ...] = ()
 
 
 def parse_variant(label: str, config: ExperimentConfig) -> Variant:
-    """`as-lora`, or with options `as-lora:score=energy+select=thompson`.
+    """`as-lora`, or with options `as-lora:score=energy+server.denoise=kalman`.
 
+    A key with a dot is one of the experiment, such as those of `local` and `server`; one without is the method's own.
     Options in the configuration's own `method` section hold for that method only.
 
     Raises:
@@ -40,12 +46,16 @@ def parse_variant(label: str, config: ExperimentConfig) -> Variant:
     if name not in registry():
         raise UserError("--methods", name, "no such method", f"choose among: {', '.join(registry())}")
     options = dict(config.method.options) if name == config.method.name else {}
+    overrides = []
     for option in filter(None, text.split("+")):
         key, equals, value = option.partition("=")
         if not equals:
             raise UserError("--methods", label, f"{option!r} is not key=value", "write as-lora:score=energy")
-        options[key] = yaml.safe_load(value)
-    return Variant(label, {"name": name, **options})
+        if "." in key:
+            overrides.append(option)
+        else:
+            options[key] = yaml.safe_load(value)
+    return Variant(label, {"name": name, **options}, tuple(overrides))
 
 
 def compare(
@@ -58,8 +68,8 @@ def compare(
 ) -> tuple[Path, list[Result]]:
     """Run every method with every seed; finished runs are kept, an interrupted one is resumed.
 
-    All runs share steps, noise, head policy, data and tuning; a seed sets partition, initialisation and client order
-    alike for every method. The page is rewritten after every run.
+    All runs share steps, noise, head policy, data and tuning, but for what a variant's own keys say; a seed sets
+    partition, initialisation and client order alike for every method. The page is rewritten after every run.
 
     Returns:
         the comparison's page, and one result a run.
@@ -82,4 +92,4 @@ def compare(
 def _single(config: ExperimentConfig, variant: Variant, seed: int, folder: Path) -> ExperimentConfig:
     name = re.sub(r"[^A-Za-z0-9.]+", "-", variant.label) + f"-seed{seed}"
     changes = {"name": name, "seed": seed, "output": str(folder), "method": variant.method}
-    return ExperimentConfig.model_validate(config.model_dump() | changes)
+    return load(config.model_dump() | changes, list(variant.overrides))

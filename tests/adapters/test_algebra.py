@@ -113,7 +113,7 @@ def test_leading_ranks_are_rows_of_a_and_columns_of_b() -> None:
 
 @pytest.mark.parametrize("shape", [(5, 8), (8, 5)])
 def test_merged_increments_stay_the_sum_of_products_however_many(shape: tuple[int, int]) -> None:
-    """Stacking is exact; once the ranks are twice a full matrix's, folding keeps the product and its rank is bounded."""
+    """Stacking is exact; past twice the ranks of a full matrix, folding keeps the product and bounds its rank."""
     site = Site("m", "m", shape[1], shape[0], 2, 1.0)
     state = AdapterState([site], {site.a: torch.zeros(2, shape[1]), site.b: torch.zeros(shape[0], 2)})
     draws = torch.Generator().manual_seed(0)

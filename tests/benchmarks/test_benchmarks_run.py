@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,11 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
             "round.py",
             ["--rounds", "1", "--steps", "1", "--batch", "4", "--records", "60", "--clients", "2", "--no-ablations"],
             1,
+        ),
+        (
+            "aggregation.py",
+            ["--shapes", "roberta-large", "--width", "32", "--ranks", "2", "--repeats", "1", "--plot", os.devnull],
+            2,
         ),
     ],
 )

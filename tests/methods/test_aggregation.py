@@ -1,4 +1,4 @@
-"""Every method's aggregation against its dense formula: random factors, uneven weights, and ranks where it takes them."""
+"""Every method's aggregation against its dense formula: random factors, uneven weights, and ranks where it may."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ class Play:
     def reply(self, asked: Train | Project) -> Replies:
         if isinstance(asked, Project):
             sketches = {
-                client: {
-                    name: own[f"{name}.A"].T @ (own[f"{name}.B"].T @ basis) for name, basis in asked.bases.items()
-                }
+                client: {name: own[f"{name}.A"].T @ (own[f"{name}.B"].T @ basis) for name, basis in asked.bases.items()}
                 for client, own in self.clients.items()
             }
             return Replies({}, WEIGHTS, {}, sketches)
@@ -348,7 +346,7 @@ def test_fed_galore_averages_weights_in_the_span_of_released_directions() -> Non
             if (round_number - 1) % 2 == 0:
                 if site.name in projected:
                     # The new projector spans the singular vectors of the last projection's total update.
-                    u, s, vt = torch.linalg.svd(projected[site.name])
+                    u, _, vt = torch.linalg.svd(projected[site.name])
                     basis = u[:, :3] if left else vt[:3].T
                     close(projector.double() @ projector.T.double(), basis @ basis.T)
                 projected[site.name] = torch.zeros(site.d_out, site.d_in).double()

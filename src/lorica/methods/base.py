@@ -232,13 +232,14 @@ class Method(ABC):
     only; it has no way to a raw gradient.
 
     Attributes:
-        refuses: composable piece (`lorica.methods.pieces.PIECES`) -> why the method cannot take it.
+        refuses: composable piece (`lorica.methods.pieces.PIECES`) -> why the method cannot take it. A method that takes
+            ranks that differ leaves `client_ranks` out and asks for `Train(ranks=server.ranks)`.
         personal: clients have models of their own, which are what is evaluated and exported.
     """
 
     name: ClassVar[str]
     about: ClassVar[About]
-    refuses: ClassVar[Mapping[str, str]] = {}
+    refuses: ClassVar[Mapping[str, str]] = {"client_ranks": "its rounds ask all clients for factors of one rank"}
     personal: ClassVar[bool] = False
 
     class Options(Strict):

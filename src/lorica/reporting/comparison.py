@@ -42,6 +42,7 @@ class Summary:
     bytes_up: float
     bytes_down: float
     seconds_per_round: float | None
+    server_seconds_per_round: float | None
 
 
 def by_method(results: list[Result]) -> dict[str, list[Result]]:
@@ -80,8 +81,6 @@ def _summary(method: str, group: list[Result]) -> Summary:
     starts = [each.start for each in outcomes if each.start is not None]
     epsilons = [row["epsilon"] for result in group for row in result.metrics if row.get("epsilon") is not None]
     traffic = [bytes_sent(result.metrics) for result in group]
-    times = [seconds_per_round(result.metrics) for result in group]
-    known_times = [seconds for seconds in times if seconds is not None]
     return Summary(
         method=method,
         seeds=[result.seed for result in group],
@@ -93,5 +92,12 @@ def _summary(method: str, group: list[Result]) -> Summary:
         epsilon=max(epsilons, default=None),
         bytes_up=statistics.fmean(up for up, _ in traffic),
         bytes_down=statistics.fmean(down for _, down in traffic),
-        seconds_per_round=statistics.fmean(known_times) if known_times else None,
+        seconds_per_round=_mean_seconds(group, "seconds"),
+        server_seconds_per_round=_mean_seconds(group, "server_seconds"),
     )
+
+
+def _mean_seconds(group: list[Result], key: str) -> float | None:
+    times = [seconds_per_round(result.metrics, key) for result in group]
+    known = [seconds for seconds in times if seconds is not None]
+    return statistics.fmean(known) if known else None

@@ -9,7 +9,7 @@ from lorica.reporting.run_folder import Run
 
 @dataclass(frozen=True)
 class FactorRow:
-    """One layer (or one site) over the rounds of `factor_rounds`; a choice is "A", "B", "AB" or "" for neither."""
+    """One layer (or one site) over the rounds of `factor_rounds`; a choice is "A", "B", "AB", "R" or "" for neither."""
 
     label: str
     choices: tuple[str, ...]

@@ -13,12 +13,16 @@ INK, MUTED, RULE, PAPER = "#1f2933", "#5f6b76", "#d9dee3", "#ffffff"
 # Okabe and Ito's colour-blind safe palette, its yellow (too light on paper) replaced by a dark wine.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4a1540")
 DASHES: tuple[tuple[int, tuple[float, ...]], ...] = ((0, ()), (0, (5, 2)), (0, (1.5, 1.5)))
-FACTOR_COLOURS = {"A": "#2f6d9c", "B": "#f3cb80", "AB": "#4a1540", "": "#eceff1"}
-FACTOR_NAMES = {"A": "A", "B": "B", "AB": "A and B", "": "neither"}
+FACTOR_COLOURS = {"A": "#2f6d9c", "B": "#f3cb80", "AB": "#4a1540", "R": "#009e73", "": "#eceff1"}
+FACTOR_NAMES = {"A": "A", "B": "B", "AB": "A and B", "R": "R", "": "neither"}
 
 # A fixed place for common methods keeps their colours the same in every report; it changes nothing else. Any other
 # method gets a place from its name.
-_FIXED_PLACES = ("as-lora", "ffa-lora", "ro-lora", "la-lora", "fed-avg", "fedask", "random-lora")
+_FIXED_PLACES = (
+    *("as-lora", "ffa-lora", "ro-lora", "la-lora", "fed-avg", "fedask", "random-lora"),
+    *("fedsvd", "flex-lora", "flora", "fedex-lora", "lora-fair", "fedsa-lora", "het-lora"),
+    *("fed-rac-lora", "deer", "fed-sb", "fedrot-lora", "fed-galore"),
+)
 
 RC = {
     "font.family": "sans-serif",
@@ -135,10 +139,10 @@ def rounded_up(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time in the unit that reads best: "0.05 s", "42 s", "3.5 min", "2.1 h"; None as a dash."""
+    """A time in the unit that reads best: "3.5 ms", "0.05 s", "42 s", "3.5 min", "2.1 h"; None as a dash."""
     if seconds is None:
         return "–"
-    for limit, divisor, unit in ((99.5, 1, "s"), (5970, 60, "min"), (math.inf, 3600, "h")):
+    for limit, divisor, unit in ((0.00995, 0.001, "ms"), (99.5, 1, "s"), (5970, 60, "min"), (math.inf, 3600, "h")):
         if seconds < limit:
             value = seconds / divisor
             return f"{value:.{0 if value >= 9.95 else 1 if value >= 0.95 else 2}f} {unit}"

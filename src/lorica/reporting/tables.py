@@ -24,7 +24,7 @@ PRIVACY_TERMS = (
     ("clipping", "Clipping"),
     ("accountant", "Accountant"),
 )
-FACTOR_LETTERS = {"A": "A", "B": "B", "AB": "+", "": "·"}
+FACTOR_LETTERS = {"A": "A", "B": "B", "AB": "+", "R": "R", "": "·"}
 
 
 def human_bytes(count: float) -> str:
@@ -85,7 +85,18 @@ def comparison_rows(results: list[Result]) -> tuple[list[str], list[list[str]]]:
     summaries = summarise(results)
     same_seeds = all(summary.seeds == summaries[0].seeds for summary in summaries)
     seeds = f"Seed {', '.join(map(str, summaries[0].seeds))}" if same_seeds else "Each seed"
-    headings = ["Method", "Accuracy (%)", f"{seeds} (%)", "Start (%)", "Last round", "ε", "Up", "Down", "Time/round"]
+    headings = [
+        "Method",
+        "Accuracy (%)",
+        f"{seeds} (%)",
+        "Start (%)",
+        "Last round",
+        "ε",
+        "Up",
+        "Down",
+        "Time/round",
+        "Server",
+    ]
     return headings, [_comparison_row(summary, same_seeds) for summary in summaries]
 
 
@@ -100,12 +111,19 @@ def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def accuracy_text(run: Run) -> str:
-    """ "73.0 % → 89.4 % (+16.4 points, round 20)"; says so if no round after the start was evaluated."""
+    """ "73.0 % → 89.4 % (+16.4 points, round 20)"; says so if no round after the start was evaluated.
+
+    Where every client has a model of its own, their mean, and the worst and the best of them.
+    """
     reached = outcome(run.metrics)
     if reached.final is None:
         return f"{percent(reached.start)} at the start, no later round evaluated"
     gain = "" if reached.gain is None else f"{points(reached.gain)}, "
-    return f"{percent(reached.start)} → {percent(reached.final)} ({gain}round {reached.final_round})"
+    own = next((row["client_accuracy"] for row in reversed(run.metrics) if row.get("client_accuracy")), None)
+    spread = (
+        "" if own is None else f"; clients' own models: {percent(min(own.values()))} to {percent(max(own.values()))}"
+    )
+    return f"{percent(reached.start)} → {percent(reached.final)} ({gain}round {reached.final_round}){spread}"
 
 
 def rounds_text(run: Run) -> str:
@@ -194,4 +212,5 @@ def _comparison_row(summary: Summary, same_seeds: bool) -> list[str]:
         human_bytes(summary.bytes_up),
         human_bytes(summary.bytes_down),
         duration(summary.seconds_per_round),
+        duration(summary.server_seconds_per_round),
     ]

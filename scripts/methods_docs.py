@@ -1,0 +1,286 @@
+"""Write docs/methods.md and its figure from the methods themselves, so that they cannot go stale (a test compares)."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MultipleLocator
+
+from lorica.messages import Projection, Request, size
+from lorica.methods.base import Method, registry
+from lorica.methods.pieces import PIECES
+from lorica.reporting.methods import HEADINGS, method_rows
+from lorica.reporting.plots import WIDTH
+from lorica.reporting.style import COLOURS, FACTOR_COLOURS, INK, MUTED, RC
+
+ROOT = Path(__file__).parent.parent
+# The federation is the one that the methods are tested with; neither `tests` nor `scripts` is installed.
+sys.path.insert(0, str(ROOT))
+from scripts.configuration_docs import _table as options_table  # noqa: E402
+from tests.methods.test_every_method import federation  # noqa: E402
+
+TARGET = ROOT / "docs" / "methods.md"
+FIGURE = ROOT / "docs" / "images" / "methods.png"
+CLIENTS, RANK, ROUNDS = 3, 4, 3
+# Two rounds are the default, and round 3 is then that of the change from A and B to R.
+OPTIONS = {"fed-sb": {"warm_up": 1}}
+KINDS = {
+    "A": FACTOR_COLOURS["A"],
+    "B": FACTOR_COLOURS["B"],
+    "R": FACTOR_COLOURS["R"],
+    "sketches": COLOURS[6],
+    "bases": COLOURS[5],
+    "merged increments": COLOURS[1],
+    "head": "#b4bcc4",
+}
+"""What travels, in the order of the bars -> colour."""
+
+Sizes = dict[str, float]
+"""Kind -> size in factors a site."""
+
+INTRODUCTION = """# Methods
+
+Made by `python scripts/methods_docs.py` from the methods themselves; do not edit. `lorica methods` prints the table,
+`lorica new-method NAME` starts a method of your own.
+
+## Why there are so many
+
+LoRA leaves the weight `W0` of a linear map as it is and learns a product beside it: `W = W0 + γ B A`, with A of `r` rows
+and B of `r` columns for a small rank `r`. Only A and B are trained and sent. In a federation client `k` comes back with
+its own `A_k` and `B_k`, and the server has to make one model of them. Two things go wrong.
+
+**Averaging the factors is not averaging the models.** The weighted mean of the clients' models has `Σ_k w_k B_k A_k`. A
+server that averages A and B each for itself gets `B̄ Ā`, and what it misses is `Σ_k w_k (B_k - B̄)(A_k - Ā)`: what the
+clients disagree on in B times what they disagree on in A. That is zero where all clients have the same A, or the same
+B. It grows with the number of local steps and with the difference between the clients' data. Nor does the true mean fit
+into factors of rank `r`: it has up to `K r` ranks for `K` clients.
+
+**Noise on both factors multiplies.** Under DP each client puts noise on whatever it trains. With noise on both,
+`(B + N_B)(A + N_A) = B A + N_B A + B N_A + N_B N_A`, and the last term has nothing of the signal in it: the noise in `W`
+is quadratic in that of the factors. With noise on B alone it is `N_B A`, linear. And as long as B is zero, as it is at
+the start, A has no gradient: a client that trains A then uploads nothing but noise.
+
+The methods differ in what they do about it.
+
+* **One factor.** All clients share one factor and train the other one. The mean of the products is then the product of
+  the means, and the noise is linear; but the model moves only where the shared factor lets it. `ffa-lora` keeps the
+  first A, `fed-rac-lora` draws a new factor in every round, `fed-sb` fixes both and trains a small matrix between them.
+* **Alternate.** Train B while A is shared, then A while B is shared: exact each time, and both factors learn. `ro-lora`
+  alternates by round, `deer` by half of a round, `random-lora` by a coin for each layer, `as-lora` by a score for each
+  layer. `la-lora` alternates by local step, so that no step multiplies two noises; but at the end of a round both
+  factors have moved, and averaging them is inexact again.
+* **Re-factorise.** Form the mean product and take it apart again by an SVD. `fedsvd` does so after training B alone,
+  `flex-lora` after training both, cut to rank `r`, and `fedask` through two sketches of each client's product.
+* **Align or correct.** Average both factors, but lose less by it. `fedrot-lora` rotates the clients' factors into one
+  basis first, `lora-fair` corrects B afterwards, `het-lora` averages factors of different ranks, weighted by the size
+  of their products. `fed-avg` does nothing about it and is the baseline.
+* **Stack and merge.** Put what the factors cannot hold into the frozen weight. `flora` stacks the factors of all
+  clients into it, `fedex-lora` what averaging missed, `fed-rac-lora` the product of each round. Exact, but the way down
+  is the longer for it.
+* **Personal.** `fedsa-lora` averages A and leaves B and the head with the client, so that every client has a model of
+  its own.
+* **Projected.** `fed-galore` trains the weight itself, along a projection of its gradient that all clients share.
+"""
+
+COLUMNS = """Aggregation is `exact` if the new global model is the weighted mean of the clients' models at every adapted
+map. Client ranks are `any` if `lora.client_ranks` may give every client another rank, and `one` if the method refuses
+that. Noise is linear or quadratic in the sense above. All methods run under the same step, which clips the gradient of
+every example, so what is said of privacy holds here, and not always for the code that was released with a paper.
+"""
+
+TRAVELS = f"""What one client receives and sends in round {ROUNDS}, the last one of a tiny run under DP: {CLIENTS}
+clients, four adapted maps of 16 × 16, rank {RANK}, every method with its defaults (`fed-sb` with one round of warm-up,
+which is then over). Sizes are per adapted map, in factors: A counts 1, and so does B. The head travels with every
+method that shares it. A client receives what has changed since it last took part.
+
+![What a client sends and receives in one round of each method](images/methods.png)
+
+Some sizes depend on the setting. R has `r²` numbers, next to nothing in a wide model. Sketches and bases have `r + 8`
+columns (`method.oversampling`) and count `(r + 8) / r`. The merged increments of `flora` and `fedex-lora` have the
+ranks of all clients of the round, and grow with their number.
+"""
+
+COMPOSED = """These go with any method that does not refuse them; a refused one is an error before the run starts. A
+method that refuses `server.denoise=shrinkage` refuses `server.optimizer=fedadam` for the same reason. Some exclude each
+other or need plain SGD, and the error says which and why.
+"""
+
+
+@cache
+def traffic() -> dict[str, tuple[Sizes, Sizes]]:
+    """Method -> what client 0 sent up and was sent down in the last round, by running all of it.
+
+    Raises:
+        ValueError: something travelled that is of no known kind.
+    """
+    found = {}
+    for name in registry():
+        with tempfile.TemporaryDirectory() as folder:
+            run = federation(name, Path(folder), clients=CLIENTS, rank=RANK, options=OPTIONS.get(name))
+            for _ in range(ROUNDS):
+                before = len(run.engine.requests)
+                moved = run.round()
+        sites = run.server.model.sites
+        unit = sum(run.server.model.tensors[site.a].nbytes for site in sites)
+        up, down = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+        for requests, replies in zip(run.engine.requests[before:], run.engine.replies[before:], strict=True):
+            for key, value in replies[0].items():
+                up[_kind(key)] += value.nbytes
+            for key, count in _received(requests[0]):
+                down[key] += count
+        if (sum(up.values()), sum(down.values())) != (moved.bytes_up[0], moved.bytes_down[0]):
+            raise ValueError(f"{name}: something travelled that is neither of {', '.join(KINDS)}")
+        found[name] = tuple({kind: count / unit for kind, count in way.items() if count} for way in (up, down))
+    return found
+
+
+def _received(request: Request) -> list[tuple[str, int]]:
+    parts = [(_kind(name), value.nbytes) for name, value in request.tensors.items()]
+    parts += [("merged increments", b.nbytes + a.nbytes) for b, a in request.increments.values()]
+    if isinstance(request.work, Projection):
+        parts.append(("bases", size(request.work.bases)))
+    return parts
+
+
+def _kind(name: str) -> str:
+    if name.startswith("head."):
+        return "head"
+    return "sketches" if name.startswith("sketch:") else name.rsplit(".", 1)[-1]
+
+
+def render() -> str:
+    """The whole page."""
+    parts = [_linked(INTRODUCTION), "## The methods\n", COLUMNS, _methods(), "## What travels\n", _linked(TRAVELS)]
+    parts += [_travelled(), "## What can be added\n", COMPOSED, _pieces(), "## Each method\n"]
+    for name, method in registry().items():
+        parts += [f"### `{name}`\n", _docstring(method), _refused(method)]
+        if method.Options.model_fields:
+            parts.append(options_table(method.Options))
+    return "\n".join(part for part in parts if part)
+
+
+def _table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _linked(text: str) -> str:
+    """Names of methods as links to their sections."""
+    return re.sub(r"`([a-z-]+)`", lambda found: _link(found[1]) if found[1] in registry() else found[0], text)
+
+
+def _link(name: str) -> str:
+    return f"[`{name}`](#{name})"
+
+
+def _methods() -> str:
+    rows = []
+    for name, *cells, papers in method_rows():
+        links = re.sub(r"\d{4}\.\d{5}", r"[\g<0>](https://arxiv.org/abs/\g<0>)", papers)
+        rows.append([_link(name), *cells, links])
+    return _table(HEADINGS, rows)
+
+
+def _travelled() -> str:
+    rows = []
+    for name, ways in traffic().items():
+        cells = [cell for way in ways for cell in (f"{sum(way.values()):.2f}", _made_of(way))]
+        rows.append([_link(name), *cells])
+    return _table(["method", "up", "made of", "down", "made of"], rows)
+
+
+def _made_of(sizes: Sizes) -> str:
+    return ", ".join(f"{kind} {amount:.2f}" for kind, amount in sizes.items())
+
+
+def _pieces() -> str:
+    rows = []
+    for piece, (_, what) in PIECES.items():
+        reasons: dict[str, list[str]] = {}
+        for name, method in registry().items():
+            if piece in method.refuses:
+                reasons.setdefault(method.refuses[piece], []).append(_link(name))
+        refusals = "<br>".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
+        rows.append([f"`{_spelled(piece)}`", what, refusals or "none"])
+    return _table(["key", "what it is", "refused by"], rows)
+
+
+def _spelled(piece: str) -> str:
+    """The piece's key, with its value where several pieces share the key."""
+    key = PIECES[piece][0]
+    return key if [key for key, _ in PIECES.values()].count(key) == 1 else f"{key}={piece}"
+
+
+def _refused(method: type[Method]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for piece, reason in method.refuses.items():
+        reasons.setdefault(reason, []).append(f"`{_spelled(piece)}`")
+    return "".join(f"* Refuses {', '.join(pieces)}: {reason}.\n" for reason, pieces in reasons.items())
+
+
+def _docstring(method: type[Method]) -> str:
+    """The docstring with a paragraph for each of its labelled lines; everything else is Markdown as it is."""
+    labels = "Idea|Travels|DP|Where the released code differs"
+    text = re.sub(rf"^({labels}): ", r"\n**\1:** ", inspect.getdoc(method) or "", flags=re.M)
+    return re.sub(r"\n{3,}", "\n\n", text) + "\n"
+
+
+def draw(sizes: Mapping[str, tuple[Sizes, Sizes]]) -> Figure:
+    """A row a method; what a client sends on the left, what it receives on the right, on one scale."""
+    row, left, right, top, bottom, between = 0.27, 1.12, 0.35, 0.62, 0.5, 0.55
+    height = row * len(sizes)
+    longest = [max(sum(ways[side].values()) for ways in sizes.values()) + 0.7 for side in (0, 1)]
+    with matplotlib.rc_context(RC):
+        figure = Figure(figsize=(WIDTH, height + top + bottom))
+        total = figure.get_size_inches()[1]
+        inch = (WIDTH - left - right - between) / sum(longest)
+        start = left
+        for side, title in ((0, "Up: what a client sends"), (1, "Down: what it receives")):
+            width = inch * longest[side]
+            panel = figure.add_axes((start / WIDTH, bottom / total, width / WIDTH, height / total))
+            start += width + between
+            for place, ways in enumerate(sizes.values()):
+                reached = 0.0
+                for kind, colour in KINDS.items():
+                    amount = ways[side].get(kind, 0.0)
+                    panel.barh(place, amount, 0.7, reached, color=colour, edgecolor="white", linewidth=0.7)
+                    reached += amount
+                panel.annotate(
+                    f"{reached:.2g}", (reached, place), (4, 0), textcoords="offset points", va="center", fontsize=9
+                )
+            panel.set_xlim(0, longest[side])
+            panel.set_ylim(len(sizes) - 0.4, -0.6)
+            panel.set_title(title, loc="left", fontsize=9.5, color=INK, pad=5)
+            panel.xaxis.set_major_locator(MultipleLocator(1))
+            panel.grid(axis="x")
+            panel.set_yticks(range(len(sizes)), list(sizes) if side == 0 else [])
+            panel.tick_params(axis="y", labelcolor=INK)
+        figure.text(left / WIDTH, 0.12 / total, "Size per adapted map, in factors (A = B = 1)", color=MUTED, fontsize=9)
+        figure.legend(
+            handles=[Patch(color=colour, label=kind) for kind, colour in KINDS.items()],
+            loc="upper left",
+            bbox_to_anchor=(left / WIDTH, 1 - 0.06 / total),
+            ncols=len(KINDS),
+            frameon=False,
+            fontsize=9,
+            borderpad=0,
+            borderaxespad=0,
+            handlelength=1,
+            handleheight=1,
+            columnspacing=1.6,
+        )
+    return figure
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render(), encoding="utf-8")
+    draw(traffic()).savefig(FIGURE, dpi=160, metadata={"Software": None})

@@ -1,0 +1,57 @@
+"""Write a package for a method of one's own: the class, its entry point, its tests, its row for a table."""
+
+from __future__ import annotations
+
+import os
+import re
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from lorica.errors import UserError
+from lorica.files import write_atomically
+
+TEMPLATES = Path(__file__).parent / "templates" / "method"
+LONGEST_NAME = 40
+
+
+def write_package(name: str, folder: Path) -> Path:
+    """Make the package `folder/lorica-NAME` of a method that runs as it is, and return its path.
+
+    Args:
+        name: what `method.name` will be.
+        folder: made if it is absent.
+
+    Raises:
+        UserError: a bad or a taken name, or the package's folder exists (nothing is written then); or a file cannot be
+            written.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) > LONGEST_NAME:
+        problem = f"not lower-case words joined by dashes, of at most {LONGEST_NAME} characters"
+        raise UserError("NAME", name, problem, "write it as my-lora")
+    if name in entry_points(group="lorica.methods").names:
+        raise UserError("NAME", name, "a method of this name is installed", "choose one that lorica methods lacks")
+    package = folder / f"lorica-{name}"
+    if os.path.lexists(package):
+        raise UserError("--folder", str(folder), f"{package} exists", "choose another folder or another name")
+    for path, content in _files(name).items():
+        write_atomically(package / path, content.encode())
+    return package
+
+
+def class_name(name: str) -> str:
+    """`my-lora` -> `MyLoRA`, `fed-avg2` -> `FedAvg2LoRA`: with "LoRA" in it, no name is a keyword or an import."""
+    words = "".join(word.capitalize() for word in name.split("-")).replace("Lora", "LoRA")
+    return words if "LoRA" in words else f"{words}LoRA"
+
+
+def _files(name: str) -> dict[str, str]:
+    """Path within the package -> content."""
+    package = f"lorica_{name.replace('-', '_')}"
+    values = {"name": name, "package": package, "class_name": class_name(name), "version": version("lorica")}
+    environment = Environment(loader=FileSystemLoader(TEMPLATES), undefined=StrictUndefined, keep_trailing_newline=True)
+    return {
+        path.removesuffix(".j2").replace("/package/", f"/{package}/"): environment.get_template(path).render(values)
+        for path in environment.list_templates(extensions=["j2"])
+    }

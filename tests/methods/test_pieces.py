@@ -1,0 +1,147 @@
+"""Composable pieces: each runs and resumes with each method that takes it, and is refused with its reason elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorica.aggregation.averaging import RoundAverage
+from lorica.aggregation.kalman import KalmanFilter
+from lorica.aggregation.scaffold import Scaffold
+from lorica.aggregation.server_optimizers import FedAdam, FedAvgM, ServerAverage
+from lorica.config import ExperimentConfig, load
+from lorica.errors import UserError
+from lorica.local.step import LocalStep
+from lorica.methods.base import make_method, registry
+from lorica.methods.pieces import PIECES, check_pieces, chosen_pieces
+from tests.methods.test_every_method import METHODS, assert_same_model, federation, run
+
+PIECE: dict[str, tuple[list[str], Any]] = {
+    "client_ranks": (["lora.client_ranks=[4, 2, 1, 4, 2, 1]"], lambda: {"ranks": {0: 2, 1: 1, 2: 2}}),
+    "fedprox": (["local.fedprox=0.1"], lambda: {"local": LocalStep(proximal=0.1)}),
+    "scaffold": (["local.scaffold=true"], lambda: {"scaffold": Scaffold(3)}),
+    "scaled_gd": (["local.scaled_gd=true"], lambda: {"local": LocalStep(damping=0.1)}),
+    "flat_lora": (["local.flat_lora=0.05"], lambda: {"local": LocalStep(perturbation=0.05)}),
+    "server_optimizer": (["server.optimizer=fedavgm"], lambda: {"optimize": FedAvgM(1.0, 0.9)}),
+    "server_lr": (["server.lr=0.5"], lambda: {"optimize": ServerAverage(0.5)}),
+    "shrinkage": (["server.denoise=shrinkage"], lambda: {"denoise": "shrinkage"}),
+    "kalman": (["server.denoise=kalman"], lambda: {"denoise": KalmanFilter()}),
+    "average": (["server.average=0.9"], lambda: {"average": RoundAverage(0.9)}),
+}
+ACCEPTED = [(name, piece) for name in METHODS for piece in PIECES if piece not in registry()[name].refuses]
+REFUSED = [(name, piece) for name in METHODS for piece in PIECES if piece in registry()[name].refuses]
+
+
+def config(name: str, *overrides: str) -> ExperimentConfig:
+    return load(None, [f"method.name={name}", *overrides])
+
+
+def check(some: ExperimentConfig) -> None:
+    check_pieces(some, make_method(some.method, []))
+
+
+def test_every_piece_is_known_by_its_key() -> None:
+    assert PIECE.keys() == PIECES.keys()
+    for piece, (overrides, _) in PIECE.items():
+        assert list(chosen_pieces(config("ffa-lora", *overrides))) == [piece]
+        assert overrides[0].startswith(PIECES[piece][0])
+    assert chosen_pieces(config("ffa-lora")) == {}
+    assert all(piece in PIECES for method in registry().values() for piece in method.refuses)
+
+
+@pytest.mark.parametrize(("name", "piece"), ACCEPTED)
+def test_an_accepted_piece_changes_the_run_and_resumes(name: str, piece: str, tmp_path: Path) -> None:
+    overrides, make = PIECE[piece]
+    check(config(name, *overrides))
+    # A single step is taken at the round's start, where FedProx does not pull; half of DEeR's four is two.
+    steps = 4 if name == "deer" else 2
+    plain = run(federation(name, tmp_path / "plain", steps=steps), 3)
+    whole = run(federation(name, tmp_path / "whole", steps=steps, **make()), 3)
+    one, other = plain.server.evaluated, whole.server.evaluated
+    pairs = [(one[key], other[key]) for key in one]
+    for key, pair in plain.server.model.merged.items():
+        pairs += list(zip(pair, whole.server.model.merged[key], strict=True))
+    assert any(x.shape != y.shape or not torch.equal(x, y) for x, y in pairs)
+    assert all(torch.isfinite(y).all() for _, y in pairs)
+    first = run(federation(name, tmp_path / "halves", steps=steps, **make()), 2)
+    rest = federation(name, tmp_path / "halves", steps=steps, **make())
+    rest.method.restore(*first.method.state())
+    rest.server.model.assign(first.server.model.tensors)
+    rest.server.model.merge(first.server.model.merged)
+    rest.server.recall(*first.server.remembered())
+    rest.server.round = 2
+    run(rest, 1)
+    assert_same_model(whole, rest)
+    assert all(torch.equal(value, rest.server.evaluated[key]) for key, value in other.items())
+
+
+@pytest.mark.parametrize(("name", "piece"), REFUSED)
+def test_a_refused_piece_is_named_with_its_reason(name: str, piece: str) -> None:
+    with pytest.raises(UserError) as error:
+        check(config(name, *PIECE[piece][0]))
+    assert PIECES[piece][0] in str(error.value)
+    assert registry()[name].refuses[piece] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["server.denoise=kalman", "optimizer.name=adamw"], "optimizer.name"),
+        (["server.optimizer=fedadam", "optimizer.name=adamw"], "optimizer.name"),
+        (["server.denoise=shrinkage", "optimizer.weight_decay=0.1"], "optimizer.weight_decay"),
+        (["server.denoise=shrinkage", "local.scaled_gd=true"], "local.scaled_gd"),
+        (["server.denoise=kalman", "local.fedprox=0.1"], "local.fedprox"),
+        (["server.optimizer=fedadam", "local.scaffold=true"], "local.scaffold"),
+        (["server.optimizer=fedadam", "server.denoise=kalman"], "server.denoise"),
+        (["local.scaffold=true", "optimizer.momentum=0.9"], "local.scaffold"),
+    ],
+)
+def test_pieces_that_do_not_fit_each_other_are_refused(overrides: list[str], named: str) -> None:
+    with pytest.raises(UserError, match=named.replace(".", r"\.")):
+        check(config("ffa-lora", *overrides))
+
+
+def test_fedadam_is_refused_where_the_noise_is_shaped() -> None:
+    with pytest.raises(UserError, match="fedadam"):
+        check(config("la-lora", "server.optimizer=fedadam"))
+
+
+def test_fedadam_runs_and_resumes(tmp_path: Path) -> None:
+    def make() -> dict[str, Any]:
+        return {"optimize": FedAdam(0.01, 0.9, 0.99, 1e-3)}
+
+    whole = run(federation("ro-lora", tmp_path / "whole", **make()), 4)
+    first = run(federation("ro-lora", tmp_path / "halves", **make()), 2)
+    rest = federation("ro-lora", tmp_path / "halves", **make())
+    rest.server.model.assign(first.server.model.tensors)
+    rest.server.recall(*first.server.remembered())
+    rest.server.round = 2
+    assert_same_model(whole, run(rest, 2))
+
+
+def test_server_momentum_keeps_one_factor_rounds_exact(tmp_path: Path) -> None:
+    """The idle factor does not move on stale momentum."""
+    some = federation("ro-lora", tmp_path, optimize=FedAvgM(1.0, 0.9))
+    for _ in range(4):
+        before = dict(some.server.model.tensors)
+        some.round()
+        trained = set(some.engine.requests[-1][0].work.trained)
+        for key, value in some.server.model.tensors.items():
+            assert (key in trained) != torch.equal(value, before[key])
+
+
+def test_the_average_over_rounds_is_evaluated_and_training_goes_on_from_the_last_model(tmp_path: Path) -> None:
+    plain = federation("ffa-lora", tmp_path / "a")
+    averaged = federation("ffa-lora", tmp_path / "b", average=RoundAverage(0.5))
+    history = []
+    for _ in range(3):
+        plain.round()
+        averaged.round()
+        history.append(dict(plain.server.model.tensors))
+    for key, value in averaged.server.model.tensors.items():
+        assert torch.equal(value, plain.server.model.tensors[key])
+        expected = sum(weight * past[key] for weight, past in zip((0.25, 0.5, 1.0), history, strict=True)) / 1.75
+        torch.testing.assert_close(averaged.server.evaluated[key], expected)
