@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -228,14 +228,15 @@ class Factors:
         updates = {client: DEVIATION * torch.randn(b.shape, generator=draws) for client in clients}
         weights = dict.fromkeys(clients, 1 / setting.clients)
         self.replies = Replies({client: {"B": update} for client, update in updates.items()}, weights)
-        self.averaged = b + self.replies.mean()["B"], a
+        self.averaged = b + self.replies.mean["B"], a
         self.pairs = [
             (b + updates[client], a + DEVIATION * torch.randn(a.shape, generator=draws)) for client in clients
         ]
 
     def mean(self) -> dict[str, Tensor]:
         """AS-LoRA's aggregation: `Σ_k w_k U_k` of the site's active factor."""
-        return self.replies.mean()
+        # A new object each time, since replies remember their mean.
+        return replace(self.replies).mean
 
     def fedsvd(self, decompose: Decompose) -> Pair:
         """FedSVD's: the SVD of `B̄ A`, of rank r since A is common."""

@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -54,9 +55,9 @@ Made by `python scripts/methods_docs.py` from the methods themselves; do not edi
 
 ## Why there are so many
 
-LoRA leaves the weight `W0` of a linear map as it is and learns a product beside it: `W = W0 + γ B A`, with A of `r` rows
-and B of `r` columns for a small rank `r`. Only A and B are trained and sent. In a federation client `k` comes back with
-its own `A_k` and `B_k`, and the server has to make one model of them. Two things go wrong.
+LoRA leaves the weight `W0` of a linear map as it is and learns a product beside it: `W = W0 + γ B A`, where A has `r`
+rows and B `r` columns, for a small rank `r`. Only A and B are trained and sent. In a federation client `k` comes back
+with its own `A_k` and `B_k`, and the server has to make one model of them. Two things go wrong.
 
 **Averaging the factors is not averaging the models.** The weighted mean of the clients' models has `Σ_k w_k B_k A_k`. A
 server that averages A and B each for itself gets `B̄ Ā`, and what it misses is `Σ_k w_k (B_k - B̄)(A_k - Ā)`: what the
@@ -65,9 +66,9 @@ B. It grows with the number of local steps and with the difference between the c
 into factors of rank `r`: it has up to `K r` ranks for `K` clients.
 
 **Noise on both factors multiplies.** Under DP each client puts noise on whatever it trains. With noise on both,
-`(B + N_B)(A + N_A) = B A + N_B A + B N_A + N_B N_A`, and the last term has nothing of the signal in it: the noise in `W`
-is quadratic in that of the factors. With noise on B alone it is `N_B A`, linear. And as long as B is zero, as it is at
-the start, A has no gradient: a client that trains A then uploads nothing but noise.
+`(B + N_B)(A + N_A) = B A + N_B A + B N_A + N_B N_A`, and the last term has nothing of the signal in it: the noise in
+the weight is quadratic in that of the factors. With noise on B alone it is `N_B A`, linear. And as long as B is zero,
+as it is at the start, A has no gradient: a client that trains A then uploads nothing but noise.
 
 The methods differ in what they do about it.
 
@@ -131,15 +132,17 @@ def traffic() -> dict[str, tuple[Sizes, Sizes]]:
                 moved = run.round()
         sites = run.server.model.sites
         unit = sum(run.server.model.tensors[site.a].nbytes for site in sites)
-        up, down = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+        up, down = Counter[str](), Counter[str]()
         for requests, replies in zip(run.engine.requests[before:], run.engine.replies[before:], strict=True):
             for key, value in replies[0].items():
                 up[_kind(key)] += value.nbytes
             for key, count in _received(requests[0]):
                 down[key] += count
-        if (sum(up.values()), sum(down.values())) != (moved.bytes_up[0], moved.bytes_down[0]):
-            raise ValueError(f"{name}: something travelled that is neither of {', '.join(KINDS)}")
-        found[name] = tuple({kind: count / unit for kind, count in way.items() if count} for way in (up, down))
+        counted = sum(way[kind] for way in (up, down) for kind in KINDS)
+        if counted != moved.bytes_up[0] + moved.bytes_down[0]:
+            raise ValueError(f"{name}: something travelled that is none of {', '.join(KINDS)}")
+        sent, received = ({kind: way[kind] / unit for kind in KINDS if way[kind]} for way in (up, down))
+        found[name] = (sent, received)
     return found
 
 
@@ -152,9 +155,11 @@ def _received(request: Request) -> list[tuple[str, int]]:
 
 
 def _kind(name: str) -> str:
-    if name.startswith("head."):
-        return "head"
-    return "sketches" if name.startswith("sketch:") else name.rsplit(".", 1)[-1]
+    """`head.weight` -> `head`, `sketch:SITE` -> `sketches`, `SITE.A` -> `A`."""
+    prefix, colon, _ = name.partition(":")
+    if colon:
+        return "sketches" if prefix == "sketch" else prefix
+    return "head" if name.startswith("head.") else name.rsplit(".", 1)[-1]
 
 
 def render() -> str:
@@ -255,7 +260,12 @@ def draw(sizes: Mapping[str, tuple[Sizes, Sizes]]) -> Figure:
                     panel.barh(place, amount, 0.7, reached, color=colour, edgecolor="white", linewidth=0.7)
                     reached += amount
                 panel.annotate(
-                    f"{reached:.2g}", (reached, place), (4, 0), textcoords="offset points", va="center", fontsize=9
+                    f"{reached:.2g}",
+                    (reached, place),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center_baseline",
+                    fontsize=9,
                 )
             panel.set_xlim(0, longest[side])
             panel.set_ylim(len(sizes) - 0.4, -0.6)

@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from lorica.reporting.methods import method_rows
 
 COMMAND = Path(sys.executable).parent / "lorica"
 SMALL = [
@@ -22,8 +25,8 @@ SMALL = [
 ]
 
 
-def lorica(*arguments: str, folder: Path, code: int = 0) -> str:
-    environment = os.environ | {"COLUMNS": "150"}
+def lorica(*arguments: str, folder: Path, code: int = 0, columns: int = 150) -> str:
+    environment = os.environ | {"COLUMNS": str(columns)}
     done = subprocess.run(
         [COMMAND, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -73,10 +76,17 @@ def test_account_prints_both_accountants(tmp_path: Path) -> None:
     assert "give either" in lorica("account", *counts, folder=tmp_path, code=2)
 
 
-def test_methods_are_listed(tmp_path: Path) -> None:
-    output = lorica("methods", folder=tmp_path)
-    for name in ("as-lora", "fed-avg", "ffa-lora", "ro-lora", "random-lora", "2605.05769", "inexact"):
-        assert name in output
+@pytest.mark.parametrize("columns", [80, 120])
+def test_methods_are_listed(columns: int, tmp_path: Path) -> None:
+    """Names and numbers stay whole, and of the cells that wrap no character is lost."""
+    output = lorica("methods", folder=tmp_path, columns=columns)
+    assert max(len(line) for line in output.splitlines()) <= columns
+    rows = method_rows()
+    for name, *_, papers in rows:
+        assert re.search(rf"^ {name} ", output, flags=re.M)
+        assert all(number in output for number in papers.split(", "))
+    cells = "".join(cell for row in rows for cell in row)
+    assert not Counter(re.sub("[ ,]", "", cells)) - Counter(output)
 
 
 @pytest.mark.parametrize(

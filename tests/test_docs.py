@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -14,15 +15,27 @@ from lorica.methods.base import registry
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_configuration_page_is_what_the_models_say() -> None:
-    spec = importlib.util.spec_from_file_location("configuration_docs", ROOT / "scripts" / "configuration_docs.py")
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_configuration_page_is_what_the_models_say() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert text == module.render(), "run: python scripts/configuration_docs.py"
+    assert text == script("configuration_docs").render(), "run: python scripts/configuration_docs.py"
     assert not re.search(r"\| +\|$", text, flags=re.M), "a key without a description"
+
+
+def test_the_methods_page_is_what_the_methods_say_and_send() -> None:
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert text == script("methods_docs").render(), "run: python scripts/methods_docs.py"
+    sections = re.findall(r"^#+ `?(.*?)`?$", text, flags=re.M)
+    assert set(re.findall(r"\]\(#([\w-]+)\)", text)) == set(registry())
+    assert set(registry()) <= set(sections)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -78,7 +78,7 @@ class Federation:
         exchange = 0
         while asked is not None:
             exchange += 1
-            requests = {client: self._request(asked, client, exchange) for client in participants}
+            requests = self._requests(asked, participants, exchange)
             traffic.server_seconds += time.perf_counter() - started
             released = self.engine.exchange(requests)
             for client in participants:
@@ -98,26 +98,26 @@ class Federation:
         traffic.server_seconds += time.perf_counter() - started
         return traffic
 
-    def _request(self, asked: Train | Project, client: int, exchange: int) -> Request:
-        rank = asked.ranks.get(client) if isinstance(asked, Train) else self._known[client].rank
-        known = self._known.setdefault(client, Known())
-        tensors = self._changed(known, rank)
-        restart, increments = self._new_increments(known)
-        return Request(
-            run=self.run,
-            client=client,
-            round=self.server.round,
-            exchange=exchange,
-            tensors=tensors,
-            work=self._training(asked, client, rank) if isinstance(asked, Train) else Projection(asked.bases),
-            increments=increments,
-            restart=restart,
-        )
+    def _requests(self, asked: Train | Project, participants: list[int], exchange: int) -> dict[int, Request]:
+        server, scaffold = self.server, self.server.scaffold
+        common = self._training(asked, participants[0]) if isinstance(asked, Train) else Projection(asked.bases)
+        requests = {}
+        for client in participants:
+            known = self._known.setdefault(client, Known())
+            rank = asked.ranks.get(client) if isinstance(asked, Train) else known.rank
+            work = common
+            if isinstance(work, Training):
+                corrections = {} if scaffold is None else scaffold.corrections(client, work.trained)
+                work = replace(work, terms=server.terms[client], rank=rank, corrections=corrections)
+            tensors = self._changed(known, rank)
+            restart, increments = self._new_increments(known)
+            requests[client] = Request(self.run, client, server.round, exchange, tensors, work, increments, restart)
+        return requests
 
-    def _training(self, train: Train, client: int, rank: int | None) -> Training:
+    def _training(self, train: Train, client: int) -> Training:
+        """What is common to all clients of an exchange, with the terms of one of them."""
         server = self.server
         trained = tuple(server.model.trained(train.factors))
-        scaffold = server.scaffold
         return Training(
             trained=trained,
             terms=server.terms[client],
@@ -125,9 +125,7 @@ class Federation:
             optimizer=server.optimizer,
             rates={name: server.rates[name] for name in trained},
             local=server.local if train.local is None else train.local,
-            corrections={} if scaffold is None else scaffold.corrections(client, trained),
             rounds=server.rounds,
-            rank=rank,
             personal=tuple(name for name in trained if name in train.personal),
             sketch_columns=train.sketch_columns,
             last_step_energy=train.last_step_energy,

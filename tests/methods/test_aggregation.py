@@ -407,7 +407,7 @@ def test_fedrot_lora_undoes_rotations_where_fedavg_destroys_the_product() -> Non
             updates[client] |= {site.a: q.T @ tensors[site.a] - tensors[site.a]}
     replies = Replies(updates, WEIGHTS)
     for site in SITES:
-        mean = [tensors[name] + replies.mean()[name] for name in (site.b, site.a)]
+        mean = [tensors[name] + replies.mean[name] for name in (site.b, site.a)]
         assert (mean[0] @ mean[1] - tensors[site.b] @ tensors[site.a]).norm() > 0.5
     with pytest.raises(StopIteration):
         steps.send(replies)

@@ -285,7 +285,7 @@ def test_scaffold_tracked_by_the_server_is_the_papers_algorithm() -> None:
         common = common + len(participants) / clients * torch.stack(changes).mean(0)
         replies = Replies(updates, dict.fromkeys(participants, 1 / len(participants)))
         piece.learn(replies, server)
-        found = found + replies.mean()["x"]
+        found = found + replies.mean["x"]
         torch.testing.assert_close(found, theta)
         torch.testing.assert_close(piece.tensors["all:x"], common)
 
@@ -310,6 +310,6 @@ def test_scaffold_removes_the_drift_of_different_clients(tmp_path: Path) -> None
             replies = Replies(updates, {0: 0.5, 1: 0.5})
             if piece is not None:
                 piece.learn(replies, server)
-            theta = theta + replies.mean()["x"]
+            theta = theta + replies.mean["x"]
         results.append(float((theta - optimum).norm()))
     assert results[1] < 1e-4 < 0.05 < results[0]

@@ -16,11 +16,11 @@ from lorica.adapters.state import Pair
 
 def weighted_sum(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     """`Σ_k w_k X_k`, summed in the order given; smaller tensors are filled up with zeros at the end of each axis."""
-    shapes = {value.shape for _, value in terms}
-    if len(shapes) == 1:
-        return torch.stack([weight * value for weight, value in terms]).sum(0)
-    largest = [max(sizes) for sizes in zip(*shapes, strict=True)]
-    return torch.stack([weight * padded(value, largest) for weight, value in terms]).sum(0)
+    largest = [max(sizes) for sizes in zip(*(value.shape for _, value in terms), strict=True)]
+    total = terms[0][1].new_zeros(largest)
+    for weight, value in terms:
+        total[tuple(slice(size) for size in value.shape)].add_(value, alpha=weight)
+    return total
 
 
 def padded(value: Tensor, shape: Iterable[int]) -> Tensor:

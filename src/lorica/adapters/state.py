@@ -23,7 +23,7 @@ class AdapterState:
     Attributes:
         sites: the adapted linear maps.
         tensors: name -> value, fp32, CPU.
-        versions: name -> how often it was replaced.
+        versions: name -> how often it changed.
         merged: site name -> `(B, A)` with the site's weight `W0 + γ (B A + SITE.B SITE.A)`; `B` is `(d_out, R)`, with a
             column for every rank that was ever merged, until it is folded.
         epoch: how often `merged` was folded; ranks of different epochs have nothing in common.
@@ -57,7 +57,7 @@ class AdapterState:
         return names + self.head
 
     def assign(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace tensors.
+        """Replace tensors; what stays the same keeps its version, and so does not travel again.
 
         Raises:
             ValueError: a name or a shape that the adapter does not have.
@@ -65,8 +65,9 @@ class AdapterState:
         for name, value in tensors.items():
             if name not in self.tensors or value.shape != self.tensors[name].shape:
                 raise ValueError(f"{name} {tuple(value.shape)} is no tensor of this adapter")
-            self.tensors[name] = value
-            self.versions[name] += 1
+            if not torch.equal(value, self.tensors[name]):
+                self.tensors[name] = value
+                self.versions[name] += 1
 
     def add(self, update: Mapping[str, Tensor]) -> None:
         """Add an update: `θ ← θ + u`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -185,7 +186,7 @@ class ASLoRA(Method):
 
     def _score(self, server: Server, replies: Replies, choice: dict[str, Factors]) -> None:
         clients = sorted(replies.updates)
-        weights = torch.tensor([replies.weights[client] for client in clients], dtype=torch.float64)
+        weights = [replies.weights[client] for client in clients]
         coefficients = step_weights(server.local_steps, server.optimizer.momentum)
         noise_variance = mean_noise_variance(server.terms, replies.weights, coefficients)
         for (group, factor), block in self.blocks.items():
@@ -197,17 +198,19 @@ class ASLoRA(Method):
                 score, variance = self._last_step_energy(server, replies, block)
                 self._learn(block, length * score, length**2 * variance)
                 continue
-            gradients = torch.stack(
-                [self._gradient(server, replies.updates[client], block, length) for client in clients]
-            )
-            mean = weights @ gradients
+            mean = torch.cat(self._moves(server, replies.mean, block, length)).double() / -length
             energy = debiased_energy(mean, noise_variance)
             if self.options.score == "energy":
                 variance = energy_variance(mean.numel(), noise_variance, energy)
                 self._learn(block, length * energy, length**2 * variance)
                 continue
             if len(clients) > 1:
-                energy = cross_client_energy(gradients, weights)
+                energies = [
+                    sum(float(move @ move) for move in self._moves(server, replies.updates[client], block, length))
+                    / length**2
+                    for client in clients
+                ]
+                energy = cross_client_energy(mean, energies, weights)
             if block.gradient is None:
                 variance = energy_variance(mean.numel(), noise_variance, energy)
                 block.gain, block.variance = length * energy, length**2 * variance
@@ -219,11 +222,14 @@ class ASLoRA(Method):
                 self._learn(block, length * score, length**2 * variance)
             block.energy, block.gradient = energy, mean
 
-    def _gradient(self, server: Server, update: Any, block: Block, length: float) -> Tensor:
-        """`G_k = -U_k / a` of a block, `(d,)`, float64, the known weight decay taken out."""
-        decay = server.optimizer.weight_decay
-        parts = [(update[name] / -length - decay * server.model.tensors[name]).flatten() for name in block.names]
-        return torch.cat(parts).double()
+    def _moves(self, server: Server, update: Mapping[str, Tensor], block: Block, length: float) -> list[Tensor]:
+        """`-a G`, flat, of each of a block's tensors: the update with the known weight decay taken out."""
+        decay = length * server.optimizer.weight_decay
+        moves = [update[name].flatten() for name in block.names]
+        if decay:
+            values = [server.model.tensors[name].flatten() for name in block.names]
+            moves = [move + decay * value for move, value in zip(moves, values, strict=True)]
+        return moves
 
     def _last_step_energy(self, server: Server, replies: Replies, block: Block) -> tuple[float, float]:
         score = variance = 0.0

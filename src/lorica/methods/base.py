@@ -6,6 +6,7 @@ import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal
 
@@ -96,20 +97,21 @@ class Replies:
     energies: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     sketches: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
 
-    def mean(self) -> dict[str, Tensor]:
+    @cached_property
+    def mean(self) -> Mapping[str, Tensor]:
         """`Σ_k w_k U_k`, summed in the order of client ids; updates of a smaller rank are filled up with zeros."""
-        clients = sorted(self.updates)
-        return {
-            name: weighted_sum([(self.weights[client], self.updates[client][name]) for client in clients])
-            for name in self.updates[clients[0]]
-        }
+        return self._mean(self.updates)
 
-    def mean_sketch(self) -> dict[str, Tensor]:
+    @cached_property
+    def mean_sketch(self) -> Mapping[str, Tensor]:
         """Site name -> `Σ_k w_k` sketch."""
-        clients = sorted(self.sketches)
+        return self._mean(self.sketches)
+
+    def _mean(self, tensors: Mapping[int, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        clients = sorted(tensors)
         return {
-            name: weighted_sum([(self.weights[client], self.sketches[client][name]) for client in clients])
-            for name in self.sketches[clients[0]]
+            name: weighted_sum([(self.weights[client], tensors[client][name]) for client in clients])
+            for name in tensors[clients[0]]
         }
 
 
@@ -158,7 +160,7 @@ class Server:
 
     def refined(self, replies: Replies) -> dict[str, Tensor]:
         """The mean update after the configured denoising and server optimiser: for methods that do more than add it."""
-        mean = replies.mean()
+        mean = replies.mean
         noise = self._noise(mean, replies)
         if self.denoise == "shrinkage":
             mean = {name: shrink_singular_values(value, noise[name]) for name, value in mean.items()}

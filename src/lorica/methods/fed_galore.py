@@ -22,7 +22,7 @@ class FedGaLore(Method):
     orthonormal, or the same on the right. Averaging the weights is exact, and since P is common it is averaging the
     projected
     updates: `W0 ← W0 + γ P Σ w_k Ā_k`. In LoRA's terms `B = P` is fixed and A starts at zero in each round.
-    Travels: the projected update up, `r d_in` (`r d_out` on the right); down the mean one, and P where it is new.
+    Travels: the projected update up, `r d_in` (`r d_out` on the right); down the mean one with its projector.
     DP: sound here. GaLore takes P from the singular vectors of the client's own gradient, which leaks; Lorica takes it
     from the last mean update, which was released: the projected gradient `Pᵀ G` is what is clipped and noised.
 

@@ -56,8 +56,8 @@ class FedASK(Method):
         narrowest = min(min(site.d_in, site.d_out) for site in self.sites)
         columns = min(self.sites[0].rank + self.options.oversampling, narrowest)
         trained = yield Train("B" if server.private else "AB", ranks=server.ranks, sketch_columns=columns)
-        bases = {name: torch.linalg.qr(sketch.double()).Q.float() for name, sketch in trained.mean_sketch().items()}
-        projected = (yield Project(bases)).mean_sketch()
+        bases = {name: torch.linalg.qr(sketch.double()).Q.float() for name, sketch in trained.mean_sketch.items()}
+        projected = (yield Project(bases)).mean_sketch
         for site in self.sites:
             product = (bases[site.name], projected[site.name].T)
             b, a = truncated(product, site.rank, self.options.balanced)

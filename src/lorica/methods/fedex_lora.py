@@ -35,7 +35,7 @@ class FedExLoRA(Method):
 
     def round(self, server: Server) -> Round:
         replies = yield Train("AB")
-        mean = replies.mean()
+        mean = replies.mean
         clients = sorted(replies.updates)
         increments = {}
         for site in self.sites:

@@ -57,7 +57,7 @@ class LoRAFair(Method):
         for site in self.sites:
             factors = client_factors(server, replies, site, {})
             products[site.name] = stacked(list(factors.values()), [replies.weights[client] for client in factors])
-        server.model.add(replies.mean())
+        server.model.add(replies.mean)
         for site in self.sites:
             b, a = server.model.tensors[site.b], server.model.tensors[site.a]
             server.model.add({site.b: self._correction(products[site.name], b.double(), a.double()).to(b)})

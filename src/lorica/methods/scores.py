@@ -10,10 +10,12 @@ For a local quadratic loss with gradient `g` and Hessian `H`, training the block
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
-def cross_client_energy(gradients: Tensor, weights: Tensor) -> float:
+def cross_client_energy(mean: Tensor, energies: Sequence[float], weights: Sequence[float]) -> float:
     """`Q = (‖Σ_k w_k G_k‖² - Σ_k w_k² ‖G_k‖²) / (1 - Σ_k w_k²)`.
 
     Estimates `‖g‖² - 2b gᵀHg` for the small drift coefficient `b = η (E-1)/2`, with no noise to subtract since
@@ -21,12 +23,12 @@ def cross_client_energy(gradients: Tensor, weights: Tensor) -> float:
     gradients.
 
     Args:
-        gradients: `(K, d)`, `K ≥ 2`.
-        weights: `(K,)`, summing to 1.
+        mean: `Σ_k w_k G_k`, `(d,)`.
+        energies: `‖G_k‖²` of each of the `K ≥ 2` clients.
+        weights: theirs, summing to 1.
     """
-    mean = weights @ gradients
-    own = (weights**2 * gradients.square().sum(1)).sum()
-    return float((mean.square().sum() - own) / (1 - weights.square().sum()))
+    own = sum(weight**2 * energy for weight, energy in zip(weights, energies, strict=True))
+    return (float(mean.square().sum()) - own) / (1 - sum(weight**2 for weight in weights))
 
 
 def debiased_energy(mean: Tensor, noise_variance: float) -> float:
