@@ -20,17 +20,15 @@ class FedGaLore(Method):
 
     Idea: train the frozen weight itself, but along a projected gradient: `W ← W - η P Opt(Pᵀ G)` with `P (d_out, r)`
     orthonormal, or the same on the right. Averaging the weights is exact, and since P is common it is averaging the
-    projected
-    updates: `W0 ← W0 + γ P Σ w_k Ā_k`. In LoRA's terms `B = P` is fixed and A starts at zero in each round.
+    projected updates: `W0 ← W0 + γ P Σ w_k Ā_k`. In LoRA's terms `B = P` is fixed and A starts at zero in each round.
     Travels: the projected update up, `r d_in` (`r d_out` on the right); down the mean one with its projector.
     DP: sound here. GaLore takes P from the singular vectors of the client's own gradient, which leaks; Lorica takes it
     from the last mean update, which was released: the projected gradient `Pᵀ G` is what is clipped and noised.
 
     A left projector's update lies in the span of P, so it tells nothing new about the left side, but its row space is
-    what
-    the gradient chose: each refresh turns to the other side, with the last projection's total update for its singular
-    vectors, as in subspace iteration. The first projector is random. Optimiser moments live for one round, since they
-    would be those of another subspace.
+    what the gradient chose: each refresh turns to the other side, with the last projection's total update for its
+    singular vectors, as in subspace iteration. The first projector is random. Optimiser moments live for one round,
+    since they would be those of another subspace.
 
     Without privacy the projector is the same public one.
     """

@@ -22,9 +22,9 @@ class FedSB(Method):
     DP: sound; the least noise of all methods, in `r²` directions. The gradient `∂L/∂R = Bᵀ (γ G) Aᵀ` is clipped.
 
     LoRA-SB takes B and A from the singular vectors of a first gradient, which is private data. Here that gradient is a
-    noisy
-    one: in the first `warm_up` rounds B and A are trained in turns, under DP and exactly as in RoLoRA, and the SVD of
-    their product fixes the factors; `warm_up: 0` fixes random ones. Choose a larger rank than for other methods.
+    noisy one: in the first `warm_up` rounds B and A are trained in turns, under DP and exactly as in RoLoRA, and the
+    SVD of their product fixes the factors; `warm_up: 0` fixes random ones. Choose a larger rank than for other
+    methods.
     """
 
     name = "fed-sb"

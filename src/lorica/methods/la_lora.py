@@ -21,10 +21,9 @@ class LALoRA(Method):
     DP: sound here, where every example is clipped and the filter acts on the noisy gradient.
 
     `smoothing: gaussian` filters A along `d_in` and B along `d_out` with `[1, 4, 6, 4, 1]/16`. Neighbouring
-    coordinates of a
-    factor are no neighbours in any other sense, so the filter may be no more than a shrinkage of the noise: `rescale`
-    multiplies by `√(Σ k²) = 0.523` instead, which shrinks noise just as much and smooths nothing, and `none` does
-    neither. The authors set `lr_b = 2 lr_a`.
+    coordinates of a factor are no neighbours in any other sense, so the filter may be no more than a shrinkage of the
+    noise: `rescale` multiplies by `√(Σ k²) = 0.523` instead, which shrinks noise just as much and smooths nothing, and
+    `none` does neither. The authors set `lr_b = 2 lr_a`.
 
     Where the released code differs: it clips the gradient of the whole batch, per tensor, at a bound that is itself
     computed from private gradients, adds noise for a sensitivity that is a batch size too small, and has no

@@ -23,7 +23,7 @@ PIECES = {
 _ONE_RANK = "its aggregation needs factors of one rank"
 _SHAPED_NOISE = "its local steps shape the noise, so the variance in an update is not the known one"
 _OWN_AGGREGATION = "it aggregates the clients' factors, not a mean update"
-_NEW_BASIS = "it starts in a new basis in every round, so what was remembered of the last one means nothing in it"
+_NEW_BASIS = "its basis changes from round to round, so what was remembered of the last one means nothing in the next"
 _MERGES = "the model moves by merging into the frozen weights, and factors are no average of those"
 
 SAME_RANKS: dict[str, str] = {"client_ranks": _ONE_RANK}

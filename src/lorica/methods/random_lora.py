@@ -7,12 +7,12 @@ from lorica.methods.base import About, Method, Round, Server, Train, is_zero
 
 
 class RandomLoRA(Method):
-    """One independent fair coin per layer and round picks the factor: AS-LoRA with its score taken away.
+    """AS-LoRA with its score taken away: an ablation.
 
-    Travels: the active factors. Aggregation is exact. DP: sound under the canonical step.
-
-    AS-LoRA's released score is nearly a coin under DP noise, so this is the baseline that a score has to beat. A layer
-    whose B is still zero trains B.
+    Idea: one independent fair coin per layer and round picks the factor. AS-LoRA's released score is nearly a coin
+    under DP noise, so this is the baseline that a score has to beat. A layer whose B is still zero trains B.
+    Travels: the active factors. Aggregation is exact.
+    DP: sound under the canonical step.
     """
 
     name = "random-lora"
