@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lorica.config import load
 from lorica.reporting.methods import method_rows
 
 COMMAND = Path(sys.executable).parent / "lorica"
@@ -53,10 +54,23 @@ def test_run_shows_progress_and_ends_with_what_was_reached(tmp_path: Path) -> No
 
 
 def test_compare_is_resumable_and_writes_its_plots(tmp_path: Path) -> None:
-    sweep = ["compare", *SMALL, "federation.rounds=2", "--methods", "ro-lora,as-lora:score=energy", "--seeds", "0,1"]
+    sweep = [
+        "compare",
+        *SMALL,
+        "federation.rounds=2",
+        "--methods",
+        "ro-lora,as-lora:score=energy+server.denoise=kalman",
+        "--seeds",
+        "0,1",
+    ]
     output = lorica(*sweep, folder=tmp_path)
     assert "ro-lora" in output
     assert "as-lora:score=energy" in output
+    configs = {path.parent.name: load(path) for path in (tmp_path / "runs").glob("*/*/config.yaml")}
+    assert {name: config.server.denoise for name, config in configs.items() if "seed0" in name} == {
+        "ro-lora-seed0": "none",
+        "as-lora-score-energy-server.denoise-kalman-seed0": "kalman",
+    }
     folder = tmp_path / "runs/digits-as-lora-comparison"
     for name in ("comparison.html", "comparison.png", "final.png", "comparison.json", "comparison.md"):
         assert (folder / name).is_file(), name

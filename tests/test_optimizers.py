@@ -50,3 +50,17 @@ def test_equal_torch(settings: dict[str, object]) -> None:
 
 def test_unset_rates_fall_back_to_the_common_one() -> None:
     assert learning_rates(OptimizerConfig(lr=0.4), NAMES) == dict.fromkeys(NAMES, 0.4)
+
+
+def test_adam_counts_the_steps_of_each_tensor() -> None:
+    """A tensor that rests for a while is corrected for its own steps: as if the others' steps had not been."""
+    rates = {"x.A": 0.1, "x.B": 0.1}
+    alternating, alone = (
+        make_optimizer(OptimizerConfig(name="adamw"), rates),
+        make_optimizer(OptimizerConfig(name="adamw"), rates),
+    )
+    gradient, value = {"x.A": _release(torch.full((2,), 0.3))}, {"x.A": torch.zeros(2), "x.B": torch.zeros(2)}
+    for _ in range(3):
+        alternating.step({"x.B": _release(torch.ones(2))}, value)
+        mine, theirs = alternating.step(gradient, value), alone.step(gradient, value)
+        assert torch.equal(mine["x.A"].tensor, theirs["x.A"].tensor)

@@ -6,6 +6,7 @@ from opacus import GradSampleModule
 from torch import nn
 
 from lorica.privacy.gradients import TrainedTensor, per_example_gradients
+from lorica.tasks.records import Batch
 from tests.models import FAMILIES, adapted, batch, one_at_a_time
 
 
@@ -123,3 +124,40 @@ def test_bf16_base_keeps_gradients_fp32() -> None:
     found = per_example_gradients(lambda: model.losses(model.peft_model, examples), model.tensors, 3)
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     assert model.peft_model.base_model.model.bert.embeddings.word_embeddings.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_a_client_of_smaller_rank_has_the_gradient_of_its_leading_ranks(rank: int) -> None:
+    model, examples = adapted("bert"), batch("bert", 3)
+    expected = one_at_a_time(model, examples)
+    tensors = model.read()
+    trained = {name: model.trained(name, rank, tensors) for name in model.tensors}
+    found = per_example_gradients(lambda: model.losses(model.peft_model, examples), trained, 3)
+    for name, value in expected.items():
+        cut = value[:, :rank] if name.endswith(".A") else value[:, :, :rank] if name.endswith(".B") else value
+        assert found[name].shape == trained[name].zeros(3).shape == cut.shape
+        torch.testing.assert_close(found[name], cut, rtol=1e-4, atol=1e-6)
+
+
+def test_the_matrix_between_fixed_factors_has_autograds_gradient() -> None:
+    """`W = W0 + γ B R A`: differentiated through a product of three matrices, one example at a time."""
+    model, examples = adapted("bert"), batch("bert", 3)
+    draws = torch.Generator().manual_seed(0)
+    tensors = model.read()
+    middles = {site.r: torch.randn(2, 2, generator=draws) for site in model.sites}
+    model.write(tensors | middles)
+    trained = {name: model.trained(name, None, tensors) for name in middles}
+    found = per_example_gradients(lambda: model.losses(model.peft_model, examples), trained, 3)
+    for site in model.sites:
+        free = middles[site.r].clone().requires_grad_()
+        layer = model.peft_model.base_model.model.get_submodule(site.name).lora_B["default"]
+        for index in range(3):
+            here = slice(index, index + 1)
+            one = Batch({name: value[here] for name, value in examples.inputs.items()}, examples.labels[here])
+            handle = layer.register_forward_hook(
+                lambda module, inputs, output, basis=tensors[site.b], free=free: inputs[0] @ (basis @ free).T
+            )
+            loss = model.losses(model.peft_model, one).sum()
+            handle.remove()
+            (expected,) = torch.autograd.grad(loss, free)
+            torch.testing.assert_close(found[site.r][index], expected, rtol=1e-4, atol=1e-6)

@@ -5,10 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, epsilon, epsilon_from_rdp, total_rdp
 from lorica.privacy.ledger import Ledger, Release, lifetime_epsilon, unprotected
+from lorica.privacy.released import _release
 
 RELEASE = Release(
     dataset="data",
@@ -108,3 +110,39 @@ def test_releases_without_secret_noise_are_counted_apart() -> None:
     rows = [RELEASE, replace(RELEASE, run="two", noise="reproducible"), replace(RELEASE, run="three", noise="none")]
     assert lifetime_epsilon(rows, "alice", 1e-5) == epsilon([RELEASE.cost], 1e-5)
     assert unprotected(rows) == 2
+
+
+def test_what_stays_with_the_owner_is_kept_with_its_release(tmp_path: Path) -> None:
+    """Until the client's next round; a release without anything new to keep leaves it alone."""
+    ledger = Ledger(tmp_path / "l.sqlite")
+    assert ledger.kept("one", 0) == {}
+    ledger.charge(RELEASE, b"reply", {"x.B": _release(torch.tensor([1.0, 2.0]))})
+    ledger.charge(replace(RELEASE, steps=0, request="projection"), b"sketch")
+    again = Ledger(tmp_path / "l.sqlite")
+    assert torch.equal(again.kept("one", 0)["x.B"].tensor, torch.tensor([1.0, 2.0]))
+    assert again.kept("one", 1) == again.kept("two", 0) == {}
+    again.charge(replace(RELEASE, round=2, request="next"), b"reply", {"x.B": _release(torch.tensor([3.0]))})
+    assert again.kept("one", 0)["x.B"].tensor.item() == 3.0
+    with pytest.raises(AttributeError):
+        again.charge(replace(RELEASE, round=3), b"reply", {"raw": torch.zeros(1)})  # type: ignore[dict-item]
+
+
+def test_a_ledger_of_an_earlier_version_is_used_on(tmp_path: Path) -> None:
+    """Its file has no column for what stays with the owner; nothing that it holds is lost."""
+    path = tmp_path / "l.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            "CREATE TABLE releases (id INTEGER PRIMARY KEY, time REAL NOT NULL, dataset TEXT NOT NULL, "
+            "owner TEXT NOT NULL, run TEXT NOT NULL, client INTEGER NOT NULL, round INTEGER NOT NULL, "
+            "sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, "
+            "steps INTEGER NOT NULL, noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB)"
+        )
+        connection.execute(
+            "INSERT INTO releases VALUES "
+            "(1, 0.0, 'data', 'alice', 'one', 0, 1, 0.1, 1.2, 1.0, 5, 'secure', 'first', X'00')"
+        )
+    ledger = Ledger(path)
+    assert ledger.releases("data") == [RELEASE]
+    ledger.charge(replace(RELEASE, round=2, request="second"), b"next", {"x": _release(torch.ones(1))})
+    assert ledger.steps("one", 0) == 10
+    assert set(ledger.kept("one", 0)) == {"x"}
