@@ -28,7 +28,7 @@ from lorica.experiment import Result, _ledger_path, prepare
 from lorica.methods.base import registry
 from lorica.privacy.accounting import Steps, epsilon
 from lorica.privacy.ledger import Ledger
-from lorica.tasks.classification import evaluate
+from lorica.tasks.classification import Classification
 
 SMALL = [
     "federation.clients=2",
@@ -112,8 +112,8 @@ def test_the_adapter_loads_with_peft_and_gives_the_same_logits(finished: Result)
     with torch.inference_mode():
         torch.testing.assert_close(plain(**batch.inputs).logits, ours(**batch.inputs).logits)
     assert not torch.allclose(plain(**batch.inputs).logits, untouched)
-    metrics = evaluate(plain, prepared.task.test, 4096, "cpu")
-    assert metrics["accuracy"] == pytest.approx(finished.accuracy)
+    metrics = Classification().evaluate(plain, prepared.task.test, 4096, "cpu")
+    assert metrics["accuracy"] == pytest.approx(finished.score)
     assert metrics["loss"] == pytest.approx(finished.metrics[-1]["loss"], rel=1e-4)
 
 
@@ -205,12 +205,14 @@ def test_every_method_exports_what_it_was_evaluated_with(tmp_path: Path, method:
     assert len(folders) == (2 if registry()[method].personal else 1)
     base = AutoModelForImageClassification.from_pretrained
     models = [PeftModel.from_pretrained(base(resolve_base("lorica:glyph-vit")), folder).eval() for folder in folders]
-    found = [evaluate(model, records, 4096, "cpu") for model in models]
+    found = [Classification().evaluate(model, records, 4096, "cpu") for model in models]
     assert np.mean([metrics["loss"] for metrics in found]) == pytest.approx(result.metrics[-1]["loss"], rel=1e-4)
-    assert np.mean([metrics["accuracy"] for metrics in found]) == pytest.approx(result.accuracy, abs=2e-3)
-    assert evaluate(lorica.load_adapter(folders[0]), records, 4096, "cpu")["loss"] == pytest.approx(found[0]["loss"])
+    assert np.mean([metrics["accuracy"] for metrics in found]) == pytest.approx(result.score, abs=2e-3)
+    assert Classification().evaluate(lorica.load_adapter(folders[0]), records, 4096, "cpu")["loss"] == pytest.approx(
+        found[0]["loss"]
+    )
     if registry()[method].personal:
-        assert len(set(result.metrics[-1]["client_accuracy"].values())) > 1
+        assert len(set(result.metrics[-1]["client_scores"].values())) > 1
         with pytest.raises(UserError, match="every client has an adapter of its own"):
             lorica.load_adapter(result.adapter)
     page = (result.folder / "report.html").read_text(encoding="utf-8")
@@ -225,7 +227,7 @@ def test_the_average_over_rounds_is_what_is_exported(tmp_path: Path) -> None:
     assert any(not torch.equal(value, theirs[name]) for name, value in mine.items())
     records = prepare(averaged_config := lorica.Experiment.load(averaged.folder / "config.yaml").config).task.test
     assert averaged_config.server.average == 0.5
-    found = evaluate(lorica.load_adapter(averaged.adapter), records, 4096, "cpu")
+    found = Classification().evaluate(lorica.load_adapter(averaged.adapter), records, 4096, "cpu")
     assert found["loss"] == pytest.approx(averaged.metrics[-1]["loss"], rel=1e-4)
 
 

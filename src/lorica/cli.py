@@ -189,8 +189,8 @@ class _Rounds:
 
     def round(self, metrics: dict[str, Any]) -> None:
         parts = [f"round {metrics['round']:>3}"]
-        if "accuracy" in metrics:
-            parts.append(f"accuracy {100 * metrics['accuracy']:5.1f} %   loss {metrics['loss']:.3f}")
+        if "score" in metrics:
+            parts.append(f"{metrics['metric']} {100 * metrics['score']:5.1f} %   loss {metrics['loss']:.3f}")
         if "epsilon" in metrics:
             parts.append(f"ε {metrics['epsilon']:.2f}")
         if "seconds" in metrics:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -67,19 +68,23 @@ class LoraSection(Strict):
 class TaskConfig(Strict):
     """What is learned, and from which files."""
 
-    type: Literal["text-classification", "image-classification"]
-    """What a record is."""
+    type: Literal["text-classification", "text-regression", "image-classification"]
+    """What a record is, and what is predicted: a label, or a number."""
     train: str
     """A CSV, JSONL or Parquet file, an image folder, a Hugging Face dataset id (`ID`, `ID:CONFIG`, `ID[SPLIT]`), or
     `lorica:digits/train`."""
-    test: str
-    """The public test set: the server evaluates on it after each round. Never private data."""
+    test: str | dict[str, str]
+    """The public test set: the server evaluates on it after each round. Never private data. Several ones by name, such
+    as `{matched: …, mismatched: …}`: the first one's main metric is that of the run."""
     text: list[str] = ["text"]
     """Column or pair of columns that hold the text."""
     image: str = "image"
     """Column that holds the image: encoded bytes, or a path relative to the file."""
     label: str = "label"
-    """Column that holds the label: text or whole numbers."""
+    """Column that holds the label: text or whole numbers; any number for regression."""
+    metrics: list[Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]] | None = None
+    """What is reported of the test set, the main metric first. By default `[accuracy]`, for regression `[pearson,
+    spearman]`. GLUE: MRPC and QQP `[f1, accuracy]`, CoLA `[matthews]`, STS-B the default."""
     max_length: int = Field(128, ge=4)
     """Texts are cut at this many tokens; nothing is padded to it."""
 
@@ -87,6 +92,21 @@ class TaskConfig(Strict):
     @classmethod
     def _one_name_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @field_validator("test")
+    @classmethod
+    def _at_least_one(cls, value: str | dict[str, str]) -> str | dict[str, str]:
+        if isinstance(value, dict) and not (value and all(re.fullmatch(r"[A-Za-z][\w-]*", name) for name in value)):
+            raise ValueError("give a source, or names (letters, digits, - and _) with a source each")
+        return value
+
+    @model_validator(mode="after")
+    def _metrics_fit(self) -> TaskConfig:
+        of_numbers = {"pearson", "spearman"}
+        for name in self.metrics or []:
+            if (name in of_numbers) != (self.type == "text-regression"):
+                raise ValueError(f"task.metrics: {name} is no metric of {self.type}")
+        return self
 
     @field_validator("text")
     @classmethod

@@ -44,7 +44,6 @@ from lorica.reporting.run_folder import read_run
 from lorica.runs import claim_folder, keep_rounds, open_run
 from lorica.streams import stream_seed, torch_stream
 from lorica.tasks import load_task
-from lorica.tasks.classification import evaluate
 from lorica.tasks.partition import partition
 from lorica.tasks.records import Records, Task
 
@@ -85,13 +84,13 @@ class Result:
     privacy: dict[str, Any]
 
     @property
-    def accuracy(self) -> float:
-        """Of the last evaluated round."""
-        return float([row["accuracy"] for row in self.metrics if "accuracy" in row][-1])
+    def score(self) -> float:
+        """The task's main metric after the last evaluated round."""
+        return float([row["score"] for row in self.metrics if "score" in row][-1])
 
     @property
-    def starting_accuracy(self) -> float:
-        return float(self.metrics[0]["accuracy"])
+    def starting_score(self) -> float:
+        return float(self.metrics[0]["score"])
 
     @property
     def epsilon(self) -> float:
@@ -167,7 +166,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
     if config.model.threads is not None:
         torch.set_num_threads(config.model.threads)
     base = load_base(config.model, config.task.type, task.label_names, config.seed)
-    model = adapt(base, config.lora, config.model, config.seed, device)
+    model = adapt(base, config.lora, config.model, config.seed, device, task.objective)
     state = AdapterState(model.sites, model.read())
     method = make_method(config.method, model.sites)
     federation = config.federation
@@ -177,6 +176,10 @@ def prepare(config: ExperimentConfig) -> Prepared:
     check_pieces(config, method)
     if federation.weights == "noise" and config.privacy == "none":
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
+    if config.task.type == "text-regression" and federation.partition == "dirichlet":
+        raise UserError(
+            "federation.partition", "dirichlet", "it skews labels, and this task predicts numbers", "choose iid"
+        )
     indices = partition(task.train.labels, federation, stream_seed(config.seed, "partition"))
     parts = [task.train.subset(part) for part in indices]
     plans = {}
@@ -294,13 +297,13 @@ def _evaluate(prepared: Prepared, federation: Federation, clients: dict[int, Cli
     model = prepared.model
     model.merge(federation.server.model.merged)
     found = []
+    main = prepared.task.objective.metric
     for tensors in _models(prepared, federation, clients).values():
         model.write(tensors)
-        found.append(evaluate(model.peft_model, prepared.task.test, _micro_batch_tokens(prepared), model.device))
-    if not prepared.method.personal:
-        return dict(found[0])
+        found.append(prepared.task.evaluate(model.peft_model, _micro_batch_tokens(prepared), model.device))
     mean = {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}
-    return mean | {"client_accuracy": {number: metrics["accuracy"] for number, metrics in enumerate(found)}}
+    own = {"client_scores": {number: metrics[main] for number, metrics in enumerate(found)}}
+    return mean | {"metric": main, "score": mean[main]} | (own if prepared.method.personal else {})
 
 
 def _models(prepared: Prepared, federation: Federation, clients: dict[int, Client]) -> dict[str, dict[str, Tensor]]:

@@ -25,7 +25,7 @@ def text_config(train: str, **keys) -> TaskConfig:
 
 
 def texts_and_labels(config: TaskConfig, which="train"):
-    source = read(config, which)
+    source = read(config, f"task.{which}", getattr(config, which))
     names = label_names(source, config.label)
     indices = label_indices(source, config.label, names)
     columns = [source.table.column(name).to_pylist() for name in config.text]
@@ -237,9 +237,9 @@ class TestWrongLabels:
         train = write_file(tmp_path, "train.csv", RECORDS)
         test = write_file(tmp_path, "test.csv", [{"text": SECRET, "label": 9}, {"text": SECRET, "label": 11}])
         config = text_config(train, test=test)
-        names = label_names(read(config, "train"), "label")
+        names = label_names(read(config, "task.train", config.train), "label")
         with pytest.raises(UserError, match=r"no label '11'.*task\.train, whose labels are 9, 10") as error:
-            label_indices(read(config, "test"), "label", names)
+            label_indices(read(config, "task.test", config.test), "label", names)
         assert error.value.key == "task.test"
         assert "Miller" not in str(error.value)
 
@@ -279,7 +279,7 @@ class TestHub:
 
     def test_default_splits_are_train_and_validation_where_there_is_no_test(self, asked):
         assert texts_and_labels(self.config()) == ([["a", "b", "c"]], ["p", "n", "p"], ["n", "p"])
-        assert read(self.config(), "test").table.column("sentence").to_pylist() == ["d"]
+        assert read(self.config(), "task.test", "org/name").table.column("sentence").to_pylist() == ["d"]
         assert asked[0] == ("org/name", None, None)
 
     @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ from lorica.errors import UserError
 from lorica.local.perturbation import weight_noise
 from lorica.privacy.gradients import TrainedTensor
 from lorica.streams import stream_seed
-from lorica.tasks.classification import losses
-from lorica.tasks.records import Batch
+from lorica.tasks.classification import Classification
+from lorica.tasks.records import Batch, Objective
 
+CROSS_ENTROPY = Classification()
 HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
 
 
@@ -41,8 +42,16 @@ class AdaptedModel:
         device: where the model is.
     """
 
-    def __init__(self, peft_model: PeftModel, sites: list[Site], head: nn.Linear | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        peft_model: PeftModel,
+        sites: list[Site],
+        head: nn.Linear | None,
+        objective: Objective,
+        device: torch.device,
+    ) -> None:
         self.peft_model = peft_model
+        self._objective = objective
         self.sites = sites
         self.device = device
         self.tensors: dict[str, TrainedTensor] = {}
@@ -127,7 +136,7 @@ class AdaptedModel:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """One loss per example, `(n,)`."""
-        return losses(model(**batch.inputs).logits, batch.labels)
+        return self._objective.losses(model(**batch.inputs), batch)
 
     def assert_frozen(self) -> None:
         """Raise RuntimeError if a parameter would receive a batch gradient from autograd.
@@ -174,7 +183,14 @@ class AdaptedModel:
         return parameter
 
 
-def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, device: torch.device) -> AdaptedModel:
+def adapt(
+    base: BaseModel,
+    lora: LoraSection,
+    config: ModelConfig,
+    seed: int,
+    device: torch.device,
+    objective: Objective = CROSS_ENTROPY,
+) -> AdaptedModel:
     """Put LoRA factors into a base model: `A` random from the seed, `B` zero (PEFT's initialisation).
 
     The base takes `config.precision`; factors and head are fp32 whatever it is.
@@ -230,7 +246,7 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
         )
     head = _carried(peft_model, base.head) if config.head == "train" else None
     assert head is None or isinstance(head, nn.Linear)
-    return AdaptedModel(peft_model.to(device).eval(), sites, head, device)
+    return AdaptedModel(peft_model.to(device).eval(), sites, head, objective, device)
 
 
 def _is_transposed(layer: LoraLayer) -> bool:

@@ -99,7 +99,7 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "initialisation"))
         if config.pooling == "mean":
-            if task_type != "text-classification":
+            if not task_type.startswith("text-"):
                 raise UserError("model.pooling", "mean", f"does not fit {task_type}", "set model.pooling=auto")
             encoder, info = _from_pretrained(transformers.AutoModel.from_pretrained, base, options)
             model: Any = MeanPooledClassifier(encoder, labels)
@@ -108,6 +108,7 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
         else:
             automatic = {
                 "text-classification": transformers.AutoModelForSequenceClassification,
+                "text-regression": transformers.AutoModelForSequenceClassification,
                 "image-classification": transformers.AutoModelForImageClassification,
             }[task_type]
             names = dict(enumerate(label_names))

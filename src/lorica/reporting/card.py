@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from lorica.reporting.run_folder import Run, not_private
+from lorica.reporting.run_folder import Run, metric_name, not_private
 from lorica.reporting.style import rounded_up
-from lorica.reporting.tables import PRIVACY_TERMS, accuracy_text, markdown_table, rounds_text
+from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -44,7 +44,7 @@ def model_card(run: Run, load_lines: str) -> str:
 A LoRA adapter for `{_code(base)}`, trained with {trained_with} on data that stayed with its owners.
 
 * Method: `{_code(run.method)}`
-* Test accuracy: {accuracy_text(run)}
+* Test {metric_name(run.metrics)}: {score_text(run)}
 * Rounds: {rounds_text(run)}
 
 ## How to load it

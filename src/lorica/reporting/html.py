@@ -20,9 +20,25 @@ from lorica.files import write_atomically
 from lorica.reporting.comparison import Result, summarise
 from lorica.reporting.factors import factor_rows
 from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_figure, factors_figure, final_figure
-from lorica.reporting.run_folder import Run, bytes_sent, guarantee, not_private, outcome, read_run, seconds_per_round
+from lorica.reporting.run_folder import (
+    Run,
+    bytes_sent,
+    guarantee,
+    metric_name,
+    not_private,
+    outcome,
+    read_run,
+    score_of,
+    seconds_per_round,
+)
 from lorica.reporting.style import RC, duration, percent, points, rounded_up
-from lorica.reporting.tables import PRIVACY_TERMS, comparison_markdown, comparison_rows, human_bytes
+from lorica.reporting.tables import (
+    PRIVACY_TERMS,
+    comparison_markdown,
+    comparison_rows,
+    further_metrics,
+    human_bytes,
+)
 
 PNG_DPI = 160
 MOST_OPEN_ROWS = 25
@@ -39,7 +55,7 @@ def write_report(folder: str | Path) -> Path:
     """
     run = read_run(folder)
     figures: dict[str, Figure] = {}
-    if any(row.get("accuracy") is not None for row in run.metrics):
+    if any(score_of(row) is not None for row in run.metrics):
         figures["accuracy"] = accuracy_figure(run)
     if factor_rows(run):
         figures["factors"] = factors_figure(run)
@@ -121,11 +137,11 @@ def _drawings(figures: dict[str, Figure]) -> dict[str, Markup]:
 
 
 DESCRIPTIONS = {
-    "accuracy": "Test accuracy per round, and the privacy spent",
+    "accuracy": "Main metric on the test set per round, and the privacy spent",
     "factors": "Which factor each layer trained in each round",
     "clients": "Records and noise multiplier of each client",
-    "comparison": "Test accuracy per round of each method",
-    "final": "Test accuracy of each method and seed after the last round",
+    "comparison": "Main metric on the test set per round of each method",
+    "final": "Main metric on the test set of each method and seed after the last round",
 }
 
 
@@ -140,6 +156,8 @@ def _run_view(run: Run) -> dict[str, Any]:
     client_rows = [_client_row(client) for client in sorted(run.clients, key=lambda client: client["client"])]
     return {
         "title": run.name,
+        "metric": metric_name(run.metrics),
+        "further": further_metrics(run),
         "subtitle": _subtitle(run),
         "reason": not_private(run),
         "start": percent(reached.start),

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from lorica.errors import UserError
 from lorica.reporting.comparison import Result, by_method, summarise
 from lorica.reporting.factors import factor_rounds, factor_rows
-from lorica.reporting.run_folder import Run, outcome
+from lorica.reporting.run_folder import Run, metric_name, outcome, score_of
 from lorica.reporting.style import (
     FACTOR_COLOURS,
     FACTOR_NAMES,
@@ -52,12 +52,12 @@ def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
 
 @_styled
 def accuracy_figure(run: Run) -> Figure:
-    """Accuracy per round over the starting model's; with DP, a second panel with the ε spent so far.
+    """The main metric per round over the starting model's; with DP, a second panel with the ε spent so far.
 
     Raises:
         UserError: no round was evaluated.
     """
-    rounds, accuracy = _series(run.metrics, "accuracy", scale=100)
+    rounds, accuracy = _scores(run.metrics)
     if not rounds:
         raise UserError("run", str(run.folder), "no round was evaluated", "set federation.evaluate_every to 1")
     spent_rounds, spent = _series(run.metrics, "epsilon")
@@ -77,7 +77,7 @@ def accuracy_figure(run: Run) -> Figure:
         if reached.final is not None:
             labels.append((start, f"start {start:.1f} %", MUTED, "normal"))
     _percent_axis(top, accuracy)
-    _name_axis(top, "Test accuracy (%)", inset=TICK_ROOM)
+    _name_axis(top, f"Test {metric_name(run.metrics)} (%)", inset=TICK_ROOM)
     last = run.rounds
     _label_ends(top, labels, [rounds[-1], last], last)
 
@@ -209,7 +209,7 @@ def comparison_figure(results: list[Result]) -> Figure:
         end_rounds.append(rounds[-1])
         everything += low + high
     _percent_axis(panel, everything)
-    _name_axis(panel, "Test accuracy (%), mean over seeds", inset=TICK_ROOM)
+    _name_axis(panel, f"Test {metric_name(results[0].metrics)} (%), mean over seeds", inset=TICK_ROOM)
     last = max(end_rounds)
     _label_ends(panel, ends, end_rounds, last)
     _round_axis([panel], last)
@@ -218,7 +218,7 @@ def comparison_figure(results: list[Result]) -> Figure:
 
 @_styled
 def final_figure(results: list[Result]) -> Figure:
-    """Accuracy after the last evaluated round: a dot per seed, mean and one standard deviation per method.
+    """The main metric after the last evaluated round: a dot per seed, mean and one standard deviation per method.
 
     The dashed line is the starting model (the mean, if it differs between runs).
 
@@ -283,20 +283,29 @@ def final_figure(results: list[Result]) -> Figure:
         )
     panel.grid(axis="x")
     panel.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    panel.set_xlabel("Test accuracy after the last round (%)")
+    panel.set_xlabel(f"Test {metric_name(results[0].metrics)} after the last round (%)")
     _at_right(panel, 1.2, -0.6, "mean ± std", MUTED, 4, va="bottom")
     return figure
 
 
-def _series(metrics: list[dict[str, Any]], key: str, scale: float = 1) -> tuple[list[int], list[float]]:
+def _series(metrics: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Rounds and values where the metrics hold a finite one."""
     rows = [row for row in metrics if row.get(key) is not None and math.isfinite(row[key])]
-    return [int(row["round"]) for row in rows], [scale * row[key] for row in rows]
+    return [int(row["round"]) for row in rows], [row[key] for row in rows]
+
+
+def _scores(metrics: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
+    """Rounds and the main metric in percent, where there is a finite one."""
+    return _series([{"round": row["round"], "percent": _percent(score_of(row))} for row in metrics], "percent")
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _shared_rounds(group: Sequence[Result]) -> tuple[list[int], list[list[float]]]:
-    """The rounds that every seed evaluated and, per round, the accuracy of each seed in percent."""
-    per_seed = [dict(zip(*_series(result.metrics, "accuracy", scale=100), strict=True)) for result in group]
+    """The rounds that every seed evaluated and, per round, the main metric of each seed in percent."""
+    per_seed = [dict(zip(*_scores(result.metrics), strict=True)) for result in group]
     rounds = sorted(set.intersection(*(set(series) for series in per_seed)))
     return rounds, [[series[number] for series in per_seed] for number in rounds]
 
@@ -337,10 +346,13 @@ def _round_axis(panels: Sequence[Axes], last: int) -> None:
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Bounds of an accuracy axis in percent: a margin, and no less than 5 points, so that noise does not look large."""
+    """Bounds of an axis in percent: a margin, and no less than 5 points, so that noise does not look large.
+
+    A correlation may lie below zero; other metrics never do, and their axis does not show what cannot be.
+    """
     low, high = min(values), max(values)
     margin = max(0.06 * (high - low), (5 - (high - low)) / 2, 0.5)
-    return max(0.0, low - margin), min(100.0, high + margin)
+    return max(min(0.0, low), low - margin), min(100.0, high + margin)
 
 
 def _percent_axis(panel: Axes, values: Sequence[float]) -> None:

@@ -11,6 +11,8 @@ import yaml
 
 from lorica.errors import UserError
 
+METRIC_NAMES = {"f1": "F1", "matthews": "Matthews correlation", "pearson": "Pearson correlation"}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -48,7 +50,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Accuracy of the starting model and of the last evaluated round; None where nothing was evaluated."""
+    """Main metric of the starting model and of the last evaluated round; None where nothing was evaluated."""
 
     start: float | None
     final: float | None
@@ -100,11 +102,24 @@ def outcome(metrics: list[dict[str, Any]]) -> Outcome:
 
     `final` is None if no round after round 0 was evaluated, `start` if round 0 was not.
     """
-    evaluated = [row for row in metrics if row.get("accuracy") is not None]
-    start = next((float(row["accuracy"]) for row in evaluated if row["round"] == 0), None)
-    if not evaluated or evaluated[-1]["round"] == 0:
+    evaluated = [(int(row["round"]), score) for row in metrics if (score := score_of(row)) is not None]
+    start = next((score for number, score in evaluated if number == 0), None)
+    if not evaluated or evaluated[-1][0] == 0:
         return Outcome(start, None, None)
-    return Outcome(start, float(evaluated[-1]["accuracy"]), int(evaluated[-1]["round"]))
+    last, final = evaluated[-1]
+    return Outcome(start, final, last)
+
+
+def score_of(row: dict[str, Any]) -> float | None:
+    """The task's main metric in a line of metrics.jsonl, where 1 is perfect; None where nothing was evaluated."""
+    value = row.get("score", row.get("accuracy"))
+    return None if value is None else float(value)
+
+
+def metric_name(metrics: list[dict[str, Any]]) -> str:
+    """What the main metric is called, such as "F1"."""
+    name = next((str(row["metric"]) for row in metrics if row.get("metric")), "accuracy")
+    return METRIC_NAMES.get(name, name.replace("_", " "))
 
 
 def bytes_sent(metrics: list[dict[str, Any]]) -> tuple[int, int]:

@@ -111,6 +111,11 @@ def shortened(text: str, most: int = 30) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - most // 2 - 1) :]}"
 
 
+def capital(text: str) -> str:
+    """The text with a capital first letter, the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
 def percent(share: float | None, digits: int = 1) -> str:
     """0.894 as "89.4 %"; None as a dash."""
     return "–" if share is None else f"{100 * share:.{digits}f} %"

@@ -12,8 +12,17 @@ from rich.text import Text
 
 from lorica.reporting.comparison import Result, Summary, summarise
 from lorica.reporting.factors import FactorRow, factor_rows
-from lorica.reporting.run_folder import Run, bytes_sent, guarantee, not_private, outcome, seconds_per_round
-from lorica.reporting.style import duration, percent, points, rounded_up
+from lorica.reporting.run_folder import (
+    Run,
+    bytes_sent,
+    guarantee,
+    metric_name,
+    not_private,
+    outcome,
+    score_of,
+    seconds_per_round,
+)
+from lorica.reporting.style import capital, duration, percent, points, rounded_up
 
 MOST_CLIENT_ROWS = 10
 MOST_ROUND_LETTERS = 40
@@ -58,8 +67,9 @@ def comparison_table(results: list[Result]) -> Table:
     Raises:
         UserError: as `lorica.reporting.comparison.by_method`.
     """
-    table = Table(box=box.SIMPLE_HEAD, title="Accuracy after the last round, mean ± std over seeds", title_style="bold")
     headings, rows = comparison_rows(results)
+    title = f"{capital(metric_name(results[0].metrics))} after the last round, mean ± std over seeds"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold")
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="left" if place == 0 else "right", overflow="fold")
     for row in rows:
@@ -87,7 +97,7 @@ def comparison_rows(results: list[Result]) -> tuple[list[str], list[list[str]]]:
     seeds = f"Seed {', '.join(map(str, summaries[0].seeds))}" if same_seeds else "Each seed"
     headings = [
         "Method",
-        "Accuracy (%)",
+        f"{capital(metric_name(results[0].metrics))} (%)",
         f"{seeds} (%)",
         "Start (%)",
         "Last round",
@@ -110,7 +120,7 @@ def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(headings), ruler, *(line(row) for row in rows)]) + "\n"
 
 
-def accuracy_text(run: Run) -> str:
+def score_text(run: Run) -> str:
     """ "73.0 % → 89.4 % (+16.4 points, round 20)"; says so if no round after the start was evaluated.
 
     Where every client has a model of its own, their mean, and the worst and the best of them.
@@ -119,11 +129,23 @@ def accuracy_text(run: Run) -> str:
     if reached.final is None:
         return f"{percent(reached.start)} at the start, no later round evaluated"
     gain = "" if reached.gain is None else f"{points(reached.gain)}, "
-    own = next((row["client_accuracy"] for row in reversed(run.metrics) if row.get("client_accuracy")), None)
+    own = next((row["client_scores"] for row in reversed(run.metrics) if row.get("client_scores")), None)
     spread = (
         "" if own is None else f"; clients' own models: {percent(min(own.values()))} to {percent(max(own.values()))}"
     )
     return f"{percent(reached.start)} → {percent(reached.final)} ({gain}round {reached.final_round}){spread}"
+
+
+def further_metrics(run: Run) -> str:
+    """Other metrics of the last evaluated round, such as "loss 0.412, mismatched accuracy 71.3 %"; may be empty."""
+    rows = [row for row in run.metrics if score_of(row) is not None]
+    if not rows:
+        return ""
+    known = {"round", "score", "metric", rows[-1].get("metric"), "epsilon", "seconds", "server_seconds"}
+    found = {key: value for key, value in rows[-1].items() if key not in known and isinstance(value, int | float)}
+    shares = {key: value for key, value in found.items() if not key.endswith(("loss", "perplexity"))}
+    texts = {key: percent(value) if key in shares else f"{value:.3f}" for key, value in found.items()}
+    return ", ".join(f"{metric_name([{'metric': key}])} {text}" for key, text in texts.items())
 
 
 def rounds_text(run: Run) -> str:
@@ -141,7 +163,8 @@ def _summary_table(run: Run) -> Table:
     if reason is not None:
         table.add_row(Text("Warning"), Text(f"Not a private release: {reason}", style="bold red"))
     table.add_row("Run", Text(f"{run.name} ({run.method})", style="bold"))
-    table.add_row("Accuracy", accuracy_text(run))
+    table.add_row(capital(metric_name(run.metrics)), score_text(run))
+    table.add_row("Also", further_metrics(run) or "–")
     if spent is None:
         table.add_row("Privacy", "unknown" if run.privacy is None else "no DP")
     else:

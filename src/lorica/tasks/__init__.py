@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
 
 from lorica.config import TaskConfig
-from lorica.tasks.labels import label_indices, label_names
+from lorica.tasks.classification import Classification, Regression
+from lorica.tasks.labels import label_indices, label_names, label_numbers
 from lorica.tasks.readers import Source, read
-from lorica.tasks.records import Batch, Records, Task
+from lorica.tasks.records import Batch, Objective, Records, Task
 
-__all__ = ["Batch", "Records", "Task", "load_task"]
+__all__ = ["Batch", "Objective", "Records", "Task", "load_task"]
 
 
 def load_task(config: TaskConfig, base: str) -> Task:
@@ -23,23 +24,49 @@ def load_task(config: TaskConfig, base: str) -> Task:
             cannot be loaded. Names records by their index only, and labels only where the test data has one that the
             training data lacks.
     """
-    train, test = read(config, "train"), read(config, "test")
-    names = label_names(train, config.label)
-    train_labels, test_labels = (label_indices(source, config.label, names) for source in (train, test))
-
-    if config.type == "text-classification":
-        from lorica.tasks import text
-
-        tokenizer = text.load_tokenizer(base)
-
-        def prepare(source: Source, labels: np.ndarray) -> Records:
-            return text.tokenise(source, config.text, labels, names, tokenizer, config.max_length)
+    train = read(config, "task.train", config.train)
+    test = config.test if isinstance(config.test, dict) else {"": config.test}
+    tests = {name: read(config, f"task.test.{name}".rstrip("."), source) for name, source in test.items()}
+    if config.type == "text-regression":
+        prepare, names = _numbers(config, base), [config.label]
+        objective: Objective = Regression(tuple(config.metrics or ("pearson", "spearman")))
     else:
-        from lorica.tasks import images
+        names = label_names(train, config.label)
+        prepare = _texts(config, base, names) if config.type == "text-classification" else _images(config, base, names)
+        objective = Classification(tuple(config.metrics or ("accuracy",)))
+    return Task(prepare(train), {name: prepare(source) for name, source in tests.items()}, names, objective)
 
-        preprocessing = images.load_preprocessing(base)
 
-        def prepare(source: Source, labels: np.ndarray) -> Records:
-            return images.process(source, config.image, labels, names, preprocessing)
+def _texts(config: TaskConfig, base: str, names: list[str]) -> Callable[[Source], Records]:
+    from lorica.tasks import text
 
-    return Task(prepare(train, train_labels), prepare(test, test_labels), names)
+    tokenizer = text.load_tokenizer(base)
+
+    def prepare(source: Source) -> Records:
+        labels = label_indices(source, config.label, names)
+        return text.tokenise(source, config.text, labels, [names[i] for i in labels], tokenizer, config.max_length)
+
+    return prepare
+
+
+def _numbers(config: TaskConfig, base: str) -> Callable[[Source], Records]:
+    from lorica.tasks import text
+
+    tokenizer = text.load_tokenizer(base)
+
+    def prepare(source: Source) -> Records:
+        numbers = label_numbers(source, config.label)
+        return text.tokenise(source, config.text, numbers, numbers.astype(str).tolist(), tokenizer, config.max_length)
+
+    return prepare
+
+
+def _images(config: TaskConfig, base: str, names: list[str]) -> Callable[[Source], Records]:
+    from lorica.tasks import images
+
+    preprocessing = images.load_preprocessing(base)
+
+    def prepare(source: Source) -> Records:
+        return images.process(source, config.image, label_indices(source, config.label, names), names, preprocessing)
+
+    return prepare

@@ -1,7 +1,8 @@
-"""Classification: its loss, and how well a model does."""
+"""Classification and regression: their losses, and how well a model does."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,43 +10,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorica.tasks.records import Records
+from lorica.tasks.metrics import METRICS
+from lorica.tasks.records import Batch, Records
 
 
-def losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of each example, in nats, computed in fp32 whatever the logits' precision.
+@dataclass(frozen=True)
+class Classification:
+    """Cross entropy on single labels.
 
-    Args:
-        logits: (n, labels).
-        labels: (n,) int64.
-
-    Returns:
-        (n,) float32.
+    Attributes:
+        metrics: names of `lorica.tasks.metrics.METRICS`; the first one is the main one.
     """
-    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+    metrics: tuple[str, ...] = ("accuracy",)
+
+    @property
+    def metric(self) -> str:
+        return self.metrics[0]
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """Cross entropy of each example, in nats, in fp32 whatever the logits' precision. `outputs.logits (n, labels)`.
+
+        Returns:
+            (n,) float32.
+        """
+        return F.cross_entropy(outputs.logits.float(), batch.labels, reduction="none")
+
+    def evaluate(self, model: Any, records: Records, tokens: int, device: torch.device | str) -> dict[str, float]:
+        """The metrics and the mean cross entropy (nats)."""
+        predicted, loss = np.empty(len(records), dtype=np.int64), 0.0
+        for places, batch, outputs in _passes(model, records, tokens, device):
+            predicted[places] = outputs.logits.argmax(dim=-1).cpu().numpy()
+            loss += float(self.losses(outputs, batch).sum(dtype=torch.float64))
+        found = {name: METRICS[name](records.labels, predicted) for name in self.metrics}
+        return found | {"loss": loss / len(records)}
 
 
-def evaluate(model: Any, records: Records, tokens: int, device: torch.device | str) -> dict[str, float]:
-    """Accuracy (a share) and mean cross entropy (nats) of a model over all records, of which there is at least one.
+@dataclass(frozen=True)
+class Regression:
+    """Squared error on one number.
 
-    Every module is in evaluation mode meanwhile and gets its previous mode back, also after an error.
-
-    Args:
-        model: called as `model(**batch.inputs).logits`, (n, labels).
-        tokens: padded tokens or patches in one forward pass.
+    Attributes:
+        metrics: `pearson`, `spearman`; the first one is the main one.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            loss = torch.zeros((), dtype=torch.float64, device=device)
-            correct = torch.zeros((), dtype=torch.int64, device=device)
-            for batch in records.micro_batches(np.arange(len(records)), tokens):
-                batch = batch.to(device)
-                logits = model(**batch.inputs).logits
-                loss += losses(logits, batch.labels).sum(dtype=torch.float64)
-                correct += (logits.argmax(dim=-1) == batch.labels).sum()
-    finally:
-        for module, training in modes:
-            module.training = training
-    return {"accuracy": correct.item() / len(records), "loss": loss.item() / len(records)}
+
+    metrics: tuple[str, ...] = ("pearson", "spearman")
+
+    @property
+    def metric(self) -> str:
+        return self.metrics[0]
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """`(y_i - t_i)²` of each example, fp32. `outputs.logits (n, 1)`, `batch.labels (n,)` float."""
+        predicted: Tensor = outputs.logits.float()[:, 0]
+        return (predicted - batch.labels.float()).square()
+
+    def evaluate(self, model: Any, records: Records, tokens: int, device: torch.device | str) -> dict[str, float]:
+        """The metrics and the mean squared error, as `loss`."""
+        predicted = np.empty(len(records))
+        for places, _, outputs in _passes(model, records, tokens, device):
+            predicted[places] = outputs.logits.float()[:, 0].cpu().numpy()
+        found = {name: METRICS[name](records.labels, predicted) for name in self.metrics}
+        return found | {"loss": float(np.mean((predicted - records.labels) ** 2))}
+
+
+def _passes(model: Any, records: Records, tokens: int, device: torch.device | str) -> Any:
+    """For each micro-batch: the places of its records, the batch, and what the model makes of it."""
+    for places in records.cuts(np.arange(len(records)), tokens):
+        batch = records.batch(places).to(device)
+        yield places, batch, model(**batch.inputs)

@@ -60,6 +60,33 @@ def label_indices(source: Source, column: str, names: list[str]) -> np.ndarray:
     return np.array([position[text] for text in texts], dtype=np.int64)
 
 
+def label_numbers(source: Source, column: str) -> np.ndarray:
+    """(n,) float32: the numbers of a column, which a CSV file has as text.
+
+    Raises:
+        UserError: the column holds no numbers; names the record by its index.
+    """
+    import pyarrow as pa
+
+    values = source.table.column(column)
+    if is_text(values.type):
+        texts = values.to_pylist()
+        wrong = next((index for index, text in enumerate(texts) if not NUMBER.fullmatch(text.strip())), None)
+        if wrong is not None:
+            raise source.error(f"record {wrong} (counted from 0) has no number in column {column!r}", "mend the record")
+        return np.array([float(text) for text in texts], dtype=np.float32)
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        problem = f"the column of {source.name} holds {values.type}, not numbers"
+        raise UserError("task.label", column, problem, "name a column of numbers")
+    numbers: np.ndarray = values.to_numpy().astype(np.float32)
+    if not np.isfinite(numbers).all():
+        index = int(np.flatnonzero(~np.isfinite(numbers))[0])
+        raise source.error(
+            f"record {index} (counted from 0) has no finite number in column {column!r}", "mend the record"
+        )
+    return numbers
+
+
 def label_texts(source: Source, column: str) -> list[str]:
     """Each record's label as text.
 
@@ -96,7 +123,7 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def _not_classes(source: Source, column: str, problem: str) -> UserError:
-    remedy = "name a column of integers or of label names; regression is not supported"
+    remedy = "name a column of integers or of label names, or set task.type=text-regression to predict numbers"
     return UserError("task.label", column, f"the column of {source.name} {problem}, which are no classes", remedy)
 
 

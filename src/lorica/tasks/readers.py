@@ -7,7 +7,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
@@ -25,7 +25,7 @@ class Source:
     """The columns of one source, as read: no tokenizer and no model has seen them.
 
     Attributes:
-        key: `task.train` or `task.test`.
+        key: `task.train`, `task.test` or `task.test.NAME`.
         name: the source as the configuration spells it.
         table: the columns that the task needs, at least one row, no nulls.
         folder: what relative image paths are relative to.
@@ -41,16 +41,19 @@ class Source:
         return UserError(self.key, self.name, problem, remedy)
 
 
-def read(config: TaskConfig, which: Literal["train", "test"]) -> Source:
-    """Read the columns that the task needs from its training or its test source; rows keep the source's order.
+def read(config: TaskConfig, key: str, name: str) -> Source:
+    """Read the columns that the task needs from a source; rows keep the source's order.
 
     Local sources never reach for the network.
+
+    Args:
+        key: `task.train`, `task.test` or `task.test.NAME`, for errors.
+        name: the source, as the configuration has it under `key`.
 
     Raises:
         UserError: the source does not exist, is of no known kind, cannot be parsed or is empty; a column is missing;
             a record has no value in a column that the task needs.
     """
-    key, name = f"task.{which}", getattr(config, which)
     path = Path(name).expanduser()
     folder = path.parent
     if name.startswith("lorica:"):
@@ -75,7 +78,7 @@ def read(config: TaskConfig, which: Literal["train", "test"]) -> Source:
 
 def _wanted(config: TaskConfig) -> dict[str, str]:
     """The columns that the task needs, each with the configuration's key that names it."""
-    if config.type == "text-classification":
+    if config.type.startswith("text-"):
         return {**dict.fromkeys(config.text, "task.text"), config.label: "task.label"}
     return {config.image: "task.image", config.label: "task.label"}
 

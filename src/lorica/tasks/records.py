@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ class Batch:
         inputs: keyword arguments of the model's `forward`, each with n rows: `input_ids`, `attention_mask` and, where
             the tokenizer makes them, `token_type_ids`, all (n, longest) int64; or `pixel_values` (n, channels, height,
             width) float32.
-        labels: (n,) int64.
+        labels: (n,) int64, or float32 for regression.
     """
 
     inputs: dict[str, Tensor]
@@ -40,7 +41,7 @@ class Records(ABC):
     """The records of one data set, in the order of their source.
 
     Attributes:
-        labels: (n,) int64, positions in the task's label names.
+        labels: (n,) int64, positions in the task's label names; or float32, numbers to predict.
         digests: (n, 32) uint8, the SHA-256 of each record as its source gave it, label included.
     """
 
@@ -70,11 +71,16 @@ class Records(ABC):
         (records × longest length) within `tokens`, and holds at least one record, even if that one is longer than
         `tokens`. Every index comes out as often as it went in; no index gives no batch.
         """
+        for places in self.cuts(indices, tokens):
+            yield self.batch(places)
+
+    def cuts(self, indices: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+        """The indices of each of `micro_batches`."""
         order = np.asarray(indices, dtype=np.int64)
         order = order[np.argsort(self.lengths[order], kind="stable")]
         start = 0
         for end in cheapest_cuts(self.lengths[order], tokens):
-            yield self.batch(order[start:end])
+            yield order[start:end]
             start = end
 
     def fingerprint(self) -> str:
@@ -134,14 +140,54 @@ def stack_digests(digests: list[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
 
 
+class Objective(Protocol):
+    """What a task minimises, and how well a model does at it."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the main metric among those of `evaluate`; 1 is perfect."""
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """One loss per example, `(n,)` fp32, of a model's outputs."""
+
+    def evaluate(self, model: Any, records: Records, tokens: int, device: torch.device | str) -> dict[str, float]:
+        """Metrics of a model over all records, of which there is at least one, `loss` among them.
+
+        Args:
+            tokens: padded tokens or patches in one forward pass.
+        """
+
+
 @dataclass(frozen=True)
 class Task:
-    """What is learned: labelled records to train on, public ones to test on, and the labels' names.
+    """What is learned: records to train on, public ones to test on, and what counts.
 
     Attributes:
-        label_names: `label_names[i]` is the name of label i.
+        tests: name -> public records; the first set's metrics go by their own names, another's as `NAME_METRIC`.
+        label_names: `label_names[i]` is the name of label i; one name for a number that is predicted.
     """
 
     train: Records
-    test: Records
+    tests: dict[str, Records]
     label_names: list[str]
+    objective: Objective
+
+    @property
+    def test(self) -> Records:
+        """The first test set."""
+        return next(iter(self.tests.values()))
+
+    def evaluate(self, model: Any, tokens: int, device: torch.device | str) -> dict[str, float]:
+        """Metrics on all test sets, every module in evaluation mode meanwhile and in its own mode afterwards."""
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.inference_mode():
+                found: dict[str, float] = {}
+                for index, (name, records) in enumerate(self.tests.items()):
+                    metrics = self.objective.evaluate(model, records, tokens, device)
+                    found |= metrics if index == 0 else {f"{name}_{key}": value for key, value in metrics.items()}
+                return found
+        finally:
+            for module, training in modes:
+                module.training = training

@@ -97,7 +97,7 @@ def load_tokenizer(base: str) -> Any:
 
 
 def tokenise(
-    source: Source, columns: list[str], labels: np.ndarray, label_names: list[str], tokenizer: Any, max_length: int
+    source: Source, columns: list[str], labels: np.ndarray, label_texts: list[str], tokenizer: Any, max_length: int
 ) -> TextRecords:
     """Tokenise one text column, or two as sentence pairs.
 
@@ -106,7 +106,8 @@ def tokenise(
     end-of-text token pads, and 0 if it has neither; `attention_mask` hides padding in any case.
 
     Args:
-        labels: (n,) int64 positions in `label_names`.
+        labels: (n,) what is predicted: int64 positions, or float32 numbers.
+        label_texts: each record's label as text, which its digest is made of.
 
     Raises:
         UserError: a column holds no text, or a record has no tokens.
@@ -135,7 +136,7 @@ def tokenise(
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return TextRecords(
         labels=labels,
-        digests=_digests(texts, labels, label_names),
+        digests=_digests(texts, label_texts),
         tokens=np.concatenate(tokens),
         token_types=np.concatenate(token_types) if token_types else None,
         starts=np.cumsum(all_sizes) - all_sizes,
@@ -160,7 +161,6 @@ def _flat(lists: list[list[int]], kind: type[np.integer], total: int) -> np.ndar
     return np.fromiter(chain.from_iterable(lists), dtype=kind, count=total)
 
 
-def _digests(texts: list[list[str]], labels: np.ndarray, label_names: list[str]) -> np.ndarray:
-    names = [name.encode() for name in label_names]
-    records = zip(*texts, labels, strict=True)
-    return stack_digests([digest([*(text.encode() for text in record), names[label]]) for *record, label in records])
+def _digests(texts: list[list[str]], label_texts: list[str]) -> np.ndarray:
+    records = zip(*texts, label_texts, strict=True)
+    return stack_digests([digest(text.encode() for text in record) for record in records])

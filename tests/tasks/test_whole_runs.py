@@ -1,0 +1,121 @@
+"""Tasks from file to report: a tiny base model, whole runs, each task's own metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import lorica
+from lorica.errors import UserError
+from tests.models import TEXT
+from tests.tasks.conftest import WORDS, write_tokenizer
+
+
+def tiny_bert(folder: Path, **settings: Any) -> str:
+    """An encoder of random weights with a tokenizer, as a folder."""
+    torch.manual_seed(0)
+    write_tokenizer(folder)
+    config = transformers.BertConfig(**({key: value for key, value in TEXT.items() if key != "num_labels"} | settings))
+    transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    draws = np.random.default_rng(seed)
+    return [" ".join(draws.choice(WORDS, draws.integers(2, 6))) for _ in range(count)]
+
+
+def experiment(folder: Path, task: dict[str, Any], **keys: Any) -> lorica.Experiment:
+    content = {
+        "name": "tiny",
+        "output": str(folder / "runs"),
+        "model": {"base": tiny_bert(folder / "base"), "pooling": "mean", "threads": 1},
+        "lora": {"r": 2},
+        "task": task,
+        "federation": {"clients": 2, "partition": "iid", "rounds": 2, "local_steps": 2, "batch_size": 8},
+        "privacy": {"epsilon": 8.0, "delta": 1e-2, "noise": "reproducible", "ledger": str(folder / "ledger")},
+    }
+    return lorica.Experiment.load(content | keys)
+
+
+def test_regression_reports_correlations(tmp_path: Path) -> None:
+    """STS-B's shape: two texts, a number; the target is the share of common words."""
+
+    def rows(count: int, seed: int) -> list[dict[str, Any]]:
+        pairs = list(zip(sentences(count, seed), sentences(count, seed + 1), strict=True))
+        scores = [len(set(a.split()) & set(b.split())) / 2 for a, b in pairs]
+        return [{"one": a, "two": b, "score": score} for (a, b), score in zip(pairs, scores, strict=True)]
+
+    task = {"type": "text-regression", "text": ["one", "two"], "label": "score"}
+    task |= {"train": write_rows(tmp_path / "train.jsonl", rows(60, 0))}
+    task |= {"test": write_rows(tmp_path / "test.jsonl", rows(40, 9))}
+    result = experiment(tmp_path, task).run()
+    last = result.metrics[-1]
+    assert last["metric"] == "pearson"
+    assert result.score == last["pearson"] == last["score"]
+    assert -1 <= last["spearman"] <= 1
+    assert last["loss"] > 0
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert "Pearson correlation" in page
+    model = lorica.load_adapter(result.adapter)
+    assert model.base_model.model.classifier.modules_to_save["default"].out_features == 1
+    with pytest.raises(UserError, match=r"federation\.partition = 'dirichlet'"):
+        experiment(tmp_path, task, name="skewed", federation={"clients": 2, "partition": "dirichlet"}).run()
+
+
+def test_several_test_sets_and_metrics(tmp_path: Path) -> None:
+    """MNLI's shape: matched and mismatched; F1 as the main metric."""
+
+    def rows(count: int, seed: int) -> list[dict[str, Any]]:
+        return [{"text": text, "label": int("good" in text)} for text in sentences(count, seed)]
+
+    task = {"type": "text-classification", "metrics": ["f1", "accuracy"]}
+    task |= {"train": write_rows(tmp_path / "train.jsonl", rows(80, 0))}
+    tests = {
+        name: write_rows(tmp_path / f"{name}.jsonl", rows(40, seed)) for seed, name in enumerate(("near", "far"), 5)
+    }
+    result = experiment(tmp_path, task | {"test": tests}).run()
+    last = result.metrics[-1]
+    assert last["metric"] == "f1"
+    assert last["score"] == last["f1"]
+    assert {"accuracy", "loss", "far_f1", "far_accuracy", "far_loss"} < set(last)
+    assert "near_f1" not in last
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert "far accuracy" in page
+    with pytest.raises(UserError, match=r"task\.test\.far"):
+        experiment(tmp_path, task | {"test": tests | {"far": str(tmp_path / "absent.jsonl")}}, name="absent").run()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": ["pearson"]}, "pearson is no metric of text-classification"),
+        ({"metrics": ["accuracy"], "type": "text-regression"}, "accuracy is no metric of text-regression"),
+        ({"test": {}}, "give a source"),
+        ({"test": {"a b": "x.csv"}}, "give a source, or names"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    task = {"type": "text-classification", "train": "x.csv", "test": "x.csv"} | change
+    with pytest.raises(UserError, match=message):
+        lorica.Experiment.load({"name": "x", "model": {"base": "x"}, "task": task})
+
+
+def test_numbers_are_read_from_text_and_named_by_index_where_they_are_none(tmp_path: Path) -> None:
+    train = tmp_path / "train.csv"
+    train.write_text("text,label\nfine film,1.5\nbad plot,-2e-1\ngood,secret\n")
+    task = {"type": "text-regression", "train": str(train), "test": str(train)}
+    with pytest.raises(UserError, match=r"record 2 .* has no number in column 'label'") as error:
+        experiment(tmp_path, task).run()
+    assert "secret" not in str(error.value)
