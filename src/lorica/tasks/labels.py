@@ -27,7 +27,7 @@ def label_names(source: Source, column: str) -> list[str]:
     Raises:
         UserError: the column holds no classes, or fewer than two of them.
     """
-    distinct = set(label_texts(source, column))
+    distinct = set(label_texts(source, column).unique().to_pylist())
     if len(distinct) < 2:
         raise UserError(
             "task.label",
@@ -49,15 +49,19 @@ def label_indices(source: Source, column: str, names: list[str]) -> np.ndarray:
     Raises:
         UserError: the column holds no classes, or a label that is not in `names`.
     """
-    position = {name: index for index, name in enumerate(names)}
+    import pyarrow as pa
+    from pyarrow import compute
+
     texts = label_texts(source, column)
-    unknown = sorted(set(texts) - position.keys())
+    indices = compute.index_in(texts, value_set=pa.array(names, pa.large_string()))
+    unknown = sorted(set(texts.filter(compute.is_null(indices)).unique().to_pylist()))
     if unknown:
         raise source.error(
             f"the training data has no label {unknown[0]!r}",
             f"remove the records with this label or add such records to task.train, whose labels are {_listed(names)}",
         )
-    return np.array([position[text] for text in texts], dtype=np.int64)
+    found: np.ndarray = indices.to_numpy().astype(np.int64)
+    return found
 
 
 def label_numbers(source: Source, column: str) -> np.ndarray:
@@ -87,8 +91,8 @@ def label_numbers(source: Source, column: str) -> np.ndarray:
     return numbers
 
 
-def label_texts(source: Source, column: str) -> list[str]:
-    """Each record's label as text.
+def label_texts(source: Source, column: str) -> pa.ChunkedArray:
+    """Each record's label as text (large_string).
 
     Raises:
         UserError: the column holds something else than text, integers or booleans, or numbers written as text that
@@ -109,9 +113,9 @@ def label_texts(source: Source, column: str) -> list[str]:
                 f"record {outside[0]} (counted from 0) has no label in column {column!r}",
                 "the labels of this split may be withheld: name another one, as in ID[validation]",
             )
-        return [declared[index] for index in indices]
-    texts: list[str] = values.cast(pa.large_string()).to_pylist()
-    distinct = set(texts)
+        return pa.chunked_array([pa.array(declared, pa.large_string()).take(pa.array(indices))])
+    texts = values.cast(pa.large_string())
+    distinct = set(texts.unique().to_pylist())
     if all(map(NUMBER.fullmatch, distinct)) and not all(map(INTEGER.fullmatch, distinct)):
         raise _not_classes(source, column, "holds numbers that are not all integers")
     return texts

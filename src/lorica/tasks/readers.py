@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMATS = "a .csv, .jsonl, .json or .parquet file, an image folder, a Hugging Face dataset id or lorica:digits/train"
+LINES = 65536
 HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^\[\]:]+))?(\[(?P<split>.+)\])?")
 
 
@@ -164,6 +165,17 @@ def _read_json_lines(path: Path, key: str, config: TaskConfig) -> pa.Table:
     wanted = _wanted(config)
     available: dict[str, None] = {}
     values: dict[str, list[Any]] = {column: [] for column in wanted}
+    chunks: dict[str, list[pa.Array]] = {column: [] for column in wanted}
+
+    def pack() -> None:
+        """Arrow holds a tenth of what Python objects take."""
+        for column, column_key in wanted.items():
+            try:
+                chunks[column].append(pa.array(values[column]))
+            except (ValueError, TypeError, OverflowError):
+                raise _mixed(column_key, column, path) from None
+            values[column].clear()
+
     # Not pyarrow's reader: it turns texts that look like dates into dates.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
@@ -179,17 +191,27 @@ def _read_json_lines(path: Path, key: str, config: TaskConfig) -> pa.Table:
             available.update(dict.fromkeys(record))
             for column in wanted:
                 values[column].append(record.get(column))
+            if number % LINES == 0:
+                pack()
     if not available:
         raise UserError(key, str(path), "it holds no records", "write one JSON object per line")
     _check_columns(list(available), path.name, config)
+    pack()
     arrays = {}
     for column, column_key in wanted.items():
-        try:
-            arrays[column] = pa.array(values[column])
-        except (ValueError, TypeError, OverflowError):
-            problem = f"column of {path.name} mixes types, or holds what is neither text nor a 64-bit integer"
-            raise UserError(column_key, column, problem, "write all its values as text, or all as integers") from None
+        kinds = {chunk.type for chunk in chunks[column] if not pa.types.is_null(chunk.type)}
+        if kinds == {pa.int64(), pa.float64()}:
+            kinds = {pa.float64()}
+        if len(kinds) > 1:
+            raise _mixed(column_key, column, path)
+        kind = kinds.pop() if kinds else pa.null()
+        arrays[column] = pa.chunked_array([chunk.cast(kind) for chunk in chunks[column]], type=kind)
     return pa.table(arrays)
+
+
+def _mixed(key: str, column: str, path: Path) -> UserError:
+    problem = f"column of {path.name} mixes types, or holds what is neither text nor a 64-bit integer"
+    return UserError(key, column, problem, "write all its values as text, or all as integers")
 
 
 def _read_parquet(path: Path, key: str, config: TaskConfig) -> pa.Table:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from lorica.errors import UserError
+from lorica.tasks.cache import Arrays, cached_arrays
 from lorica.tasks.labels import is_text
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch, Records, digest, stack_digests
 
-# Larger slices gain nothing, and hold more Python lists at a time.
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Larger slices gain nothing, and hold more Python objects at a time.
 SLICE = 1024
 
 
@@ -99,7 +105,7 @@ def load_tokenizer(base: str) -> Any:
 def tokenise(
     source: Source, columns: list[str], labels: np.ndarray, label_texts: list[str], tokenizer: Any, max_length: int
 ) -> TextRecords:
-    """Tokenise one text column, or two as sentence pairs.
+    """Tokenise one text column, or two as sentence pairs, once for the same data, tokenizer and length.
 
     Records are cut at `max_length` tokens, special ones included, or at what the tokenizer says its model can take,
     whichever is less; pairs lose tokens from the longer of the two. Where the tokenizer has no padding token, its
@@ -113,54 +119,71 @@ def tokenise(
         UserError: a column holds no text, or a record has no tokens.
     """
     texts = [_texts(source, column) for column in columns]
+    digests = np.concatenate(
+        [_digests(texts, label_texts, start) for start in range(0, len(labels), SLICE)], dtype=np.uint8
+    )
     limit = min(max_length, tokenizer.model_max_length)
-    tokens, token_types, sizes = [], [], []
-    for start in range(0, len(labels), SLICE):
-        encoded = tokenizer(
-            *(column[start : start + SLICE] for column in texts),
-            truncation=True,
-            max_length=limit,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        sizes.append(np.fromiter(map(len, encoded["input_ids"]), dtype=np.int64))
-        total = int(sizes[-1].sum())
-        tokens.append(_flat(encoded["input_ids"], np.int32, total))
-        if "token_type_ids" in encoded:
-            token_types.append(_flat(encoded["token_type_ids"], np.int8, total))
-    all_sizes = np.concatenate(sizes)
-    if not all_sizes.all():
-        index = int(np.flatnonzero(all_sizes == 0)[0])
-        problem = f"record {index} (counted from 0) gives no tokens from column {' and '.join(map(repr, columns))}"
-        raise source.error(problem, "fill the text in or remove the record")
+
+    def make(arrays: Arrays) -> None:
+        for start in range(0, len(labels), SLICE):
+            encoded = tokenizer(
+                *(column.slice(start, SLICE).to_pylist() for column in texts),
+                truncation=True,
+                max_length=limit,
+                return_attention_mask=False,
+                verbose=False,
+            )
+            sizes = np.fromiter(map(len, encoded["input_ids"]), dtype=np.int64)
+            if not sizes.all():
+                index = start + int(np.flatnonzero(sizes == 0)[0])
+                named = " and ".join(map(repr, columns))
+                problem = f"record {index} (counted from 0) gives no tokens from column {named}"
+                raise source.error(problem, "fill the text in or remove the record")
+            arrays.append("sizes", sizes)
+            arrays.append("tokens", _flat(encoded["input_ids"], np.int32, int(sizes.sum())))
+            if "token_type_ids" in encoded:
+                arrays.append("token_types", _flat(encoded["token_type_ids"], np.int8, int(sizes.sum())))
+
+    content = hashlib.sha256(digests.tobytes()).hexdigest()
+    arrays = cached_arrays(["text", content, tokenizer_identity(tokenizer), str(limit), *columns], make)
+    sizes = arrays["sizes"]
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return TextRecords(
         labels=labels,
-        digests=_digests(texts, label_texts),
-        tokens=np.concatenate(tokens),
-        token_types=np.concatenate(token_types) if token_types else None,
-        starts=np.cumsum(all_sizes) - all_sizes,
-        sizes=all_sizes,
+        digests=digests,
+        tokens=arrays["tokens"],
+        token_types=arrays.get("token_types"),
+        starts=np.cumsum(sizes) - sizes,
+        sizes=np.asarray(sizes),
         pad=next(pad for pad in pads if pad is not None),
         pad_type=tokenizer.pad_token_type_id,
     )
 
 
-def _texts(source: Source, column: str) -> list[str]:
+def tokenizer_identity(tokenizer: Any) -> str:
+    """SHA-256 (hexadecimal) of all that decides what a tokenizer makes of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    inner = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    outer = [type(tokenizer).__name__, repr(sorted(tokenizer.special_tokens_map.items())), tokenizer.truncation_side]
+    return hashlib.sha256("\0".join([inner, *outer, *tokenizer.model_input_names]).encode()).hexdigest()
+
+
+def _texts(source: Source, column: str) -> pa.ChunkedArray:
     import pyarrow as pa
 
     values = source.table.column(column)
     if not is_text(values.type):
         problem = f"the column of {source.name} holds {values.type}, not text"
         raise UserError("task.text", column, problem, "name a column of text")
-    texts: list[str] = values.cast(pa.large_string()).to_pylist()
-    return texts
+    return values.cast(pa.large_string())
 
 
 def _flat(lists: list[list[int]], kind: type[np.integer], total: int) -> np.ndarray:
     return np.fromiter(chain.from_iterable(lists), dtype=kind, count=total)
 
 
-def _digests(texts: list[list[str]], label_texts: list[str]) -> np.ndarray:
-    records = zip(*texts, label_texts, strict=True)
+def _digests(texts: list[pa.ChunkedArray], label_texts: list[str], start: int) -> np.ndarray:
+    """(SLICE or fewer, 32): those of the records from `start` on."""
+    columns = [column.slice(start, SLICE).to_pylist() for column in texts]
+    records = zip(*columns, label_texts[start : start + SLICE], strict=True)
     return stack_digests([digest(text.encode() for text in record) for record in records])

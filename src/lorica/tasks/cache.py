@@ -1,0 +1,87 @@
+"""Prepared records on disk: made once, read through the page cache, shared by parallel runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from lorica.errors import UserError
+from lorica.files import cache_folder
+
+VERSION = 1
+LAYOUT = "arrays.json"
+
+
+class Arrays:
+    """Writes arrays that grow along their first axis into a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._layout: dict[str, tuple[str, list[int]]] = {}
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Add rows to an array; its type and the shape of a row are those of the first call."""
+        kind, shape = self._layout.setdefault(name, (str(values.dtype), [0, *values.shape[1:]]))
+        if (kind, shape[1:]) != (str(values.dtype), list(values.shape[1:])):
+            raise ValueError(f"rows of {name} are {kind} {shape[1:]}, not {values.dtype} {list(values.shape[1:])}")
+        with (self._folder / name).open("ab") as file:
+            file.write(np.ascontiguousarray(values).tobytes())
+        shape[0] += len(values)
+
+    def finish(self) -> None:
+        """Write what the arrays are."""
+        (self._folder / LAYOUT).write_text(json.dumps(self._layout))
+
+
+def cached_arrays(key: Iterable[str], make: Callable[[Arrays], None]) -> dict[str, np.ndarray]:
+    """Arrays that `make` writes, made only where no earlier run has made them; memory-mapped, read-only.
+
+    They lie under Lorica's cache folder, readable by the owner alone since they are private records in another form; it
+    may be deleted at any time. A folder is renamed into place when it is whole, so parallel runs and crashes leave no
+    half of one; of two runs that make the same, one is kept.
+
+    Args:
+        key: everything that the arrays depend on.
+
+    Raises:
+        UserError: the disk is full, or the cache folder cannot be written.
+    """
+    name = hashlib.sha256(json.dumps([VERSION, *key]).encode()).hexdigest()[:40]
+    final = cache_folder() / "records" / name
+    try:
+        if not (final / LAYOUT).is_file():
+            final.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{name}."))
+            try:
+                arrays = Arrays(temporary)
+                make(arrays)
+                arrays.finish()
+                if not final.exists():
+                    os.replace(temporary, final)
+            except FileExistsError:
+                # Another run was faster; what it made is the same.
+                pass
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        layout = json.loads((final / LAYOUT).read_text())
+        return {array: _mapped(final / array, kind, tuple(shape)) for array, (kind, shape) in layout.items()}
+    except OSError as error:
+        raise UserError(
+            "LORICA_HOME",
+            str(cache_folder()),
+            f"prepared records cannot be kept there ({error.strerror})",
+            "free the disk, or set the environment variable LORICA_HOME to a folder with more room",
+        ) from error
+
+
+def _mapped(path: Path, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    if 0 in shape:
+        return np.empty(shape, dtype=kind)
+    return np.memmap(path, dtype=kind, mode="r", shape=shape)
