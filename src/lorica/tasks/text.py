@@ -163,7 +163,10 @@ def tokenise(
 def tokenizer_identity(tokenizer: Any) -> str:
     """SHA-256 (hexadecimal) of all that decides what a tokenizer makes of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    inner = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    content = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    # Set anew in every call, and left behind by the last one.
+    kept = {name: value for name, value in content.items() if name not in ("truncation", "padding")}
+    inner = json.dumps(kept, sort_keys=True)
     outer = [type(tokenizer).__name__, repr(sorted(tokenizer.special_tokens_map.items())), tokenizer.truncation_side]
     return hashlib.sha256("\0".join([inner, *outer, *tokenizer.model_input_names]).encode()).hexdigest()
 
