@@ -77,9 +77,10 @@ class TaskConfig(Strict):
 
     type: Literal["text-classification", "image-classification"]
     """What a record is."""
-    train: str
+    train: str | list[str]
     """A CSV, JSONL or Parquet file, an image folder, a Hugging Face dataset id (`ID`, `ID:CONFIG`, `ID[SPLIT]`), or
-    `lorica:digits/train`."""
+    `lorica:digits/train`. Several of them: a list, a pattern (`hospitals/*.csv`) or a folder of such files, sorted by
+    name; see also `federation.partition: files`."""
     test: str
     """The public test set: the server evaluates on it after each round. Never private data."""
     text: list[str] = ["text"]

@@ -45,6 +45,7 @@ from lorica.runs import claim_folder, keep_rounds, open_run
 from lorica.streams import stream_seed, torch_stream
 from lorica.tasks import load_task
 from lorica.tasks.classification import evaluate
+from lorica.tasks.owners import first_source
 from lorica.tasks.partition import partition
 from lorica.tasks.records import Records, Task
 
@@ -162,7 +163,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
     Raises:
         UserError: names the key, the value and the remedy.
     """
-    task = load_task(config.task, resolve_base(config.model.base))
+    task = load_task(config.task, resolve_base(config.model.base), config.federation.by)
     device = resolve_device(config.model.device)
     if config.model.threads is not None:
         torch.set_num_threads(config.model.threads)
@@ -177,7 +178,8 @@ def prepare(config: ExperimentConfig) -> Prepared:
     check_pieces(config, method)
     if federation.weights == "noise" and config.privacy == "none":
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
-    indices = partition(task.train.labels, federation, stream_seed(config.seed, "partition"))
+    owners = None if task.owners is None else task.owners.of
+    indices = partition(task.train.labels, federation, stream_seed(config.seed, "partition"), owners)
     parts = [task.train.subset(part) for part in indices]
     plans = {}
     for client, part in enumerate(parts):
@@ -390,7 +392,7 @@ def _ledger_path(config: ExperimentConfig, task: Task) -> Path:
     """Beside the training data; for data without a place of its own, under Lorica's home."""
     if config.privacy != "none" and config.privacy.ledger is not None:
         return Path(config.privacy.ledger).expanduser()
-    train = Path(config.task.train).expanduser()
+    train = first_source(config.task.train)
     # A run without privacy has no budget to keep, so it may go on where the data's folder is read-only.
     if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
         return train.with_name(train.name + ".ledger.sqlite")

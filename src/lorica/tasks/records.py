@@ -135,13 +135,28 @@ def stack_digests(digests: list[bytes]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Owners:
+    """Whose records are whose, as the data itself says.
+
+    Attributes:
+        names: `names[k]` is the name of owner k: a file, or a value of the column `federation.by`.
+        of: (n,) int64, the owner of each record.
+    """
+
+    names: list[str]
+    of: np.ndarray
+
+
+@dataclass(frozen=True)
 class Task:
     """What is learned: labelled records to train on, public ones to test on, and the labels' names.
 
     Attributes:
         label_names: `label_names[i]` is the name of label i.
+        owners: whose the training records are, where the data says so.
     """
 
     train: Records
     test: Records
     label_names: list[str]
+    owners: Owners | None = None
