@@ -45,6 +45,7 @@ from lorica.runs import claim_folder, keep_rounds, open_run
 from lorica.streams import stream_seed, torch_stream
 from lorica.tasks import load_task
 from lorica.tasks.classification import evaluate
+from lorica.tasks.label_counts import label_counts
 from lorica.tasks.owners import first_source
 from lorica.tasks.partition import partition
 from lorica.tasks.records import Records, Task
@@ -140,6 +141,7 @@ class Experiment:
             return read_result(folder)
         prepared = prepare(self.config)
         run = open_run(folder, self.config, str(prepared.model.device))
+        _write_partition(prepared, folder)
         checkpoint = load_checkpoint(folder / "checkpoint")
         federation, clients = _assemble(prepared, run, checkpoint)
         _check_lifetime(prepared, clients, run)
@@ -256,6 +258,15 @@ def _assemble(prepared: Prepared, run: str, checkpoint: Checkpoint | None) -> tu
         weighting=config.federation.weights,
     )
     return federation, clients
+
+
+def _write_partition(prepared: Prepared, folder: Path) -> None:
+    task = prepared.task
+    if not task.label_names:
+        return
+    named = task.owners if prepared.config.federation.partition in ("column", "files") else None
+    counts = label_counts(prepared.parts, task.label_names, None if named is None else named.names)
+    write_atomically(folder / "partition.json", json.dumps(counts, ensure_ascii=False).encode())
 
 
 def _one_round(prepared: Prepared, federation: Federation, clients: dict[int, Client], folder: Path) -> dict[str, Any]:

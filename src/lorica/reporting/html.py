@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from lorica.files import write_atomically
 from lorica.reporting.comparison import Result, summarise
 from lorica.reporting.factors import factor_rows
+from lorica.reporting.partition import partition_figure
 from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_figure, factors_figure, final_figure
 from lorica.reporting.run_folder import Run, bytes_sent, guarantee, not_private, outcome, read_run, seconds_per_round
 from lorica.reporting.style import RC, duration, percent, points, rounded_up
@@ -29,10 +30,11 @@ MOST_OPEN_ROWS = 25
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.html, accuracy.png and factors.png into a run folder and return the path of the page.
+    """Write report.html, accuracy.png, factors.png and partition.png into a run folder and return the path of the page.
 
     Everything is drawn before the first file is replaced, each file is replaced in one step, and the page comes last,
-    so a failure leaves the old page. What the run does not hold (evaluated rounds, decisions, clients) is left out.
+    so a failure leaves the old page. What the run does not hold (evaluated rounds, decisions, label counts, clients)
+    is left out.
 
     Raises:
         UserError: as `read_run`, or the folder cannot be written.
@@ -43,6 +45,8 @@ def write_report(folder: str | Path) -> Path:
         figures["accuracy"] = accuracy_figure(run)
     if factor_rows(run):
         figures["factors"] = factors_figure(run)
+    if run.partition is not None:
+        figures["partition"] = partition_figure(run)
     files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
     if run.clients:
         figures["clients"] = clients_figure(run)
@@ -123,6 +127,7 @@ def _drawings(figures: dict[str, Figure]) -> dict[str, Markup]:
 DESCRIPTIONS = {
     "accuracy": "Test accuracy per round, and the privacy spent",
     "factors": "Which factor each layer trained in each round",
+    "partition": "Records of each label that each client holds",
     "clients": "Records and noise multiplier of each client",
     "comparison": "Test accuracy per round of each method",
     "final": "Test accuracy of each method and seed after the last round",
