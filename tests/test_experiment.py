@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
+from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
@@ -28,6 +29,7 @@ from lorica.experiment import Result, _ledger_path, prepare
 from lorica.methods.base import registry
 from lorica.privacy.accounting import Steps, epsilon
 from lorica.privacy.ledger import Ledger
+from lorica.tasks import digits
 from lorica.tasks.classification import Classification
 
 SMALL = [
@@ -60,7 +62,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
 def test_a_run_writes_everything(finished: Result) -> None:
     names = {path.name for path in finished.folder.iterdir()}
     wanted = {"config.yaml", "environment.json", "metrics.jsonl", "decisions.jsonl", "privacy.json", "checkpoint"}
-    assert wanted | {"adapter", "report.html", "accuracy.png", "factors.png"} <= names
+    assert wanted | {"adapter", "partition.json"} <= names
+    assert {"report.html", "accuracy.png", "factors.png", "partition.png"} <= names
     rounds = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rounds] == list(range(7))
     assert all(0 <= row["accuracy"] <= 1 for row in rounds)
@@ -339,19 +342,50 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, overrid
     assert not (tmp_path / "out").exists()
 
 
+def test_shards_are_dealt_counted_and_drawn(tmp_path: Path) -> None:
+    shards = ["federation.partition=shards", "federation.clients=5", "federation.min_records=64"]
+    result = experiment(tmp_path, *shards, "federation.rounds=1").run()
+    counts = json.loads((result.folder / "partition.json").read_text())
+    assert counts["labels"] == [str(digit) for digit in range(10)]
+    assert np.sum([client["counts"] for client in counts["clients"]]) == 1437
+    # A shard of 143 or 144 records may reach over both ends of a digit's records, which are about as many.
+    assert all(np.count_nonzero(client["counts"]) <= 6 for client in counts["clients"])
+    records = [sum(client["counts"]) for client in counts["clients"]]
+    assert records == [client["records"] for client in result.privacy["clients"]]
+    assert (result.folder / "partition.png").is_file()
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert "a real federation has no such view" in page
+
+
+def test_files_are_clients_and_the_ledger_lies_beside_their_folder(tmp_path: Path) -> None:
+    table = digits.table("train", "image", "label")
+    for name, start, end in (("north", 0, 500), ("south", 500, 600)):
+        (tmp_path / "hospitals").mkdir(exist_ok=True)
+        parquet.write_table(table.slice(start, end - start), tmp_path / "hospitals" / f"{name}.parquet")
+    keys = [f"task.train={tmp_path / 'hospitals'}", "federation.partition=files", "federation.rounds=1"]
+    keys += ["privacy.ledger=null"]
+    with pytest.raises(UserError, match=r"federation\.clients = 3: task\.train is 2 files"):
+        experiment(tmp_path / "out", *keys, "federation.clients=3").run()
+    result = experiment(tmp_path / "out", *keys).run()
+    assert [client["records"] for client in result.privacy["clients"]] == [500, 100]
+    named = json.loads((result.folder / "partition.json").read_text())["clients"]
+    assert [client["name"] for client in named] == ["north.parquet", "south.parquet"]
+    assert result.privacy["ledger"] == str(tmp_path / "hospitals.ledger.sqlite")
+
+
 def test_the_ledger_lies_beside_the_data(tmp_path: Path) -> None:
     rows = [{"text": f"{'good' if index % 2 else 'bad'} {index}", "label": index % 2} for index in range(40)]
     data = tmp_path / "data" / "rows.jsonl"
     data.parent.mkdir()
     data.write_text("\n".join(json.dumps(row) for row in rows))
-    digits = lorica.Experiment.load(overrides=SMALL).config
-    task = prepare(digits).task
+    embedded = lorica.Experiment.load(overrides=SMALL).config
+    task = prepare(embedded).task
     own = TaskConfig(type="text-classification", train=str(data), test=str(data))
-    config = digits.model_copy(update={"task": own})
+    config = embedded.model_copy(update={"task": own})
     assert _ledger_path(config, task) == tmp_path / "data" / "rows.jsonl.ledger.sqlite"
     named = PrivacyConfig(ledger=str(tmp_path / "elsewhere"))
     assert _ledger_path(config.model_copy(update={"privacy": named}), task) == tmp_path / "elsewhere"
-    assert _ledger_path(digits, task).parent == Path(os.environ["LORICA_HOME"]) / "ledgers"
+    assert _ledger_path(embedded, task).parent == Path(os.environ["LORICA_HOME"]) / "ledgers"
 
 
 def test_a_large_delta_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from lorica.errors import UserError
 
@@ -70,9 +78,10 @@ class TaskConfig(Strict):
 
     type: Literal["text-classification", "text-regression", "image-classification"]
     """What a record is, and what is predicted: a label, or a number."""
-    train: str
+    train: str | list[str]
     """A CSV, JSONL or Parquet file, an image folder, a Hugging Face dataset id (`ID`, `ID:CONFIG`, `ID[SPLIT]`), or
-    `lorica:digits/train`."""
+    `lorica:digits/train`. Several of them: a list, a pattern (`hospitals/*.csv`) or a folder of such files, sorted by
+    name; see also `federation.partition: files`."""
     test: str | dict[str, str]
     """The public test set: the server evaluates on it after each round. Never private data. Several ones by name, such
     as `{matched: …, mismatched: …}`: the first one's main metric is that of the run."""
@@ -121,10 +130,26 @@ class FederationConfig(Strict):
 
     clients: int = Field(6, ge=1)
     """Number of owners."""
-    partition: Literal["dirichlet", "iid"] = "dirichlet"
-    """How the training records are dealt to the clients: skewed labels, or equal random parts."""
+    partition: Literal[
+        "dirichlet", "iid", "shards", "quantity", "column", "files", "as-lora-text", "as-lora-images"
+    ] = "dirichlet"
+    """How the training records are dealt to the clients. `dirichlet`: skewed labels. `iid`: equal random parts.
+    `shards`: few labels each. `quantity`: sizes that differ, labels that do not. `column`: by a column, one client for
+    each value. `files`: one client for each file of `task.train`. `as-lora-text`, `as-lora-images`: skewed labels,
+    drawn in the order of AS-LoRA's experiments; with `partition_seed: 42` the clients' sizes are theirs."""
     alpha: float = Field(0.5, gt=0)
-    """Concentration of the Dirichlet distribution over labels; small is skewed."""
+    """Concentration of the Dirichlet distribution over the clients, for each label (`dirichlet`, `as-lora-…`) or for
+    the sizes (`quantity`); small is skewed."""
+    shards_per_client: int = Field(2, ge=1)
+    """Of `shards`: about the number of labels that a client sees."""
+    by: str | None = None
+    """Of `column`: the column that says whose record it is, such as a hospital. Clients are its values in order."""
+    min_records: int = Field(1, ge=1)
+    """Fewest records of a client. Random sizes are drawn again, up to 100 times, until all clients have as many;
+    `batch_size` is a good choice, since no client may have fewer."""
+    partition_seed: int | None = Field(None, ge=0, lt=2**63)
+    """Seeds the generator of the partition (NumPy's `default_rng`) with this number, for a published split or one that
+    stays while `seed` changes; by default a stream of `seed`."""
     rounds: int = Field(100, ge=1)
     """Number of rounds."""
     local_steps: int = Field(10, ge=1)
@@ -140,6 +165,15 @@ class FederationConfig(Strict):
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Padded tokens (text) or patches (images) in one forward pass; by default 1,024 on a CPU, where small passes over
     texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes the result by rounding only."""
+
+    @field_validator("by")
+    @classmethod
+    def _only_of_columns(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("partition") == "column":
+            raise ValueError("partition: column needs the name of a column in federation.by")
+        if value is not None and info.data.get("partition") != "column":
+            raise ValueError("only federation.partition: column uses it")
+        return value
 
 
 class OptimizerConfig(Strict):

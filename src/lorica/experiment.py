@@ -44,7 +44,9 @@ from lorica.reporting.run_folder import read_run
 from lorica.runs import claim_folder, keep_rounds, open_run
 from lorica.streams import stream_seed, torch_stream
 from lorica.tasks import load_task
-from lorica.tasks.partition import partition
+from lorica.tasks.label_counts import label_counts
+from lorica.tasks.owners import first_source
+from lorica.tasks.partition import BY_LABELS, partition
 from lorica.tasks.records import Records, Task
 
 CHECKED_EXAMPLES = 3
@@ -138,6 +140,7 @@ class Experiment:
             return read_result(folder)
         prepared = prepare(self.config)
         run = open_run(folder, self.config, str(prepared.model.device))
+        _write_partition(prepared, folder)
         checkpoint = load_checkpoint(folder / "checkpoint")
         federation, clients = _assemble(prepared, run, checkpoint)
         _check_lifetime(prepared, clients, run)
@@ -161,7 +164,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
     Raises:
         UserError: names the key, the value and the remedy.
     """
-    task = load_task(config.task, resolve_base(config.model.base))
+    task = load_task(config.task, resolve_base(config.model.base), config.federation.by)
     device = resolve_device(config.model.device)
     if config.model.threads is not None:
         torch.set_num_threads(config.model.threads)
@@ -176,11 +179,15 @@ def prepare(config: ExperimentConfig) -> Prepared:
     check_pieces(config, method)
     if federation.weights == "noise" and config.privacy == "none":
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
-    if config.task.type == "text-regression" and federation.partition == "dirichlet":
+    if federation.partition in BY_LABELS and not task.has_classes:
         raise UserError(
-            "federation.partition", "dirichlet", "it skews labels, and this task predicts numbers", "choose iid"
+            "federation.partition",
+            federation.partition,
+            f"it goes by labels, and {config.task.type} has none",
+            "choose iid or quantity",
         )
-    indices = partition(task.train.labels, federation, stream_seed(config.seed, "partition"))
+    owners = None if task.owners is None else task.owners.of
+    indices = partition(task.train.labels, federation, stream_seed(config.seed, "partition"), owners)
     parts = [task.train.subset(part) for part in indices]
     plans = {}
     for client, part in enumerate(parts):
@@ -257,6 +264,15 @@ def _assemble(prepared: Prepared, run: str, checkpoint: Checkpoint | None) -> tu
         weighting=config.federation.weights,
     )
     return federation, clients
+
+
+def _write_partition(prepared: Prepared, folder: Path) -> None:
+    task = prepared.task
+    if not task.has_classes:
+        return
+    named = task.owners if prepared.config.federation.partition in ("column", "files") else None
+    counts = label_counts(prepared.parts, task.label_names, None if named is None else named.names)
+    write_atomically(folder / "partition.json", json.dumps(counts, ensure_ascii=False).encode())
 
 
 def _one_round(prepared: Prepared, federation: Federation, clients: dict[int, Client], folder: Path) -> dict[str, Any]:
@@ -393,7 +409,7 @@ def _ledger_path(config: ExperimentConfig, task: Task) -> Path:
     """Beside the training data; for data without a place of its own, under Lorica's home."""
     if config.privacy != "none" and config.privacy.ledger is not None:
         return Path(config.privacy.ledger).expanduser()
-    train = Path(config.task.train).expanduser()
+    train = first_source(config.task.train)
     # A run without privacy has no budget to keep, so it may go on where the data's folder is read-only.
     if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
         return train.with_name(train.name + ".ledger.sqlite")

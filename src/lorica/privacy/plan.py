@@ -82,7 +82,7 @@ def plan_client(
             "federation.batch_size",
             batch_size,
             f"client {client} has only {records} records",
-            f"choose at most {records}, fewer clients, or a larger federation.alpha",
+            f"choose at most {records}, or fewer clients, or set federation.min_records to {batch_size}",
         )
     rate = batch_size / records
     if privacy == "none":

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from lorica.files import write_atomically
 from lorica.reporting.comparison import Result, summarise
 from lorica.reporting.factors import factor_rows
+from lorica.reporting.partition import partition_figure
 from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_figure, factors_figure, final_figure
 from lorica.reporting.run_folder import (
     Run,
@@ -45,10 +46,11 @@ MOST_OPEN_ROWS = 25
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.html, accuracy.png and factors.png into a run folder and return the path of the page.
+    """Write report.html, accuracy.png, factors.png and partition.png into a run folder and return the path of the page.
 
     Everything is drawn before the first file is replaced, each file is replaced in one step, and the page comes last,
-    so a failure leaves the old page. What the run does not hold (evaluated rounds, decisions, clients) is left out.
+    so a failure leaves the old page. What the run does not hold (evaluated rounds, decisions, label counts, clients)
+    is left out.
 
     Raises:
         UserError: as `read_run`, or the folder cannot be written.
@@ -59,6 +61,8 @@ def write_report(folder: str | Path) -> Path:
         figures["accuracy"] = accuracy_figure(run)
     if factor_rows(run):
         figures["factors"] = factors_figure(run)
+    if run.partition is not None:
+        figures["partition"] = partition_figure(run)
     files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
     if run.clients:
         figures["clients"] = clients_figure(run)
@@ -139,6 +143,7 @@ def _drawings(figures: dict[str, Figure]) -> dict[str, Markup]:
 DESCRIPTIONS = {
     "accuracy": "Main metric on the test set per round, and the privacy spent",
     "factors": "Which factor each layer trained in each round",
+    "partition": "Records of each label that each client holds",
     "clients": "Records and noise multiplier of each client",
     "comparison": "Main metric on the test set per round of each method",
     "final": "Main metric on the test set of each method and seed after the last round",

@@ -24,6 +24,7 @@ class Run:
     decisions: list[dict[str, Any]]
     privacy: dict[str, Any] | None
     folder: Path
+    partition: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -65,8 +66,8 @@ def read_run(folder: str | Path) -> Run:
     """Read a run folder.
 
     A last line that a crash cut short is left out, of a round that was run twice (a resumed run) the later line counts,
-    and decisions of a round that did not finish are left out. environment.json, decisions.jsonl and privacy.json may be
-    absent.
+    and decisions of a round that did not finish are left out. environment.json, decisions.jsonl, privacy.json and
+    partition.json may be absent.
 
     Raises:
         UserError: there is no such folder, it is not a run folder, a file in it is damaged, or no round is finished.
@@ -94,6 +95,7 @@ def read_run(folder: str | Path) -> Run:
         decisions=decisions,
         privacy=_read_json(folder / "privacy.json"),
         folder=folder,
+        partition=_read_json(folder / "partition.json"),
     )
 
 

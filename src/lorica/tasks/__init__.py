@@ -7,24 +7,26 @@ from collections.abc import Callable
 from lorica.config import TaskConfig
 from lorica.tasks.classification import Classification, Regression
 from lorica.tasks.labels import label_indices, label_names, label_numbers
+from lorica.tasks.owners import read_training
 from lorica.tasks.readers import Source, read
 from lorica.tasks.records import Batch, Objective, Records, Task
 
 __all__ = ["Batch", "Objective", "Records", "Task", "load_task"]
 
 
-def load_task(config: TaskConfig, base: str) -> Task:
+def load_task(config: TaskConfig, base: str, by: str | None = None) -> Task:
     """Read the training and the test data and prepare them for a model.
 
     Args:
         base: a model folder, which is read without the network, or a hub id; for its tokenizer or image processor.
+        by: the column that says whose record it is; by default the files of `task.train` say so.
 
     Raises:
         UserError: a source, a column, a label or a record cannot be used, or the model's tokenizer or image processor
             cannot be loaded. Names records by their index only, and labels only where the test data has one that the
             training data lacks.
     """
-    train = read(config, "task.train", config.train)
+    train, owners = read_training(config, by)
     test = config.test if isinstance(config.test, dict) else {"": config.test}
     tests = {name: read(config, f"task.test.{name}".rstrip("."), source) for name, source in test.items()}
     if config.type == "text-regression":
@@ -34,7 +36,7 @@ def load_task(config: TaskConfig, base: str) -> Task:
         names = label_names(train, config.label)
         prepare = _texts(config, base, names) if config.type == "text-classification" else _images(config, base, names)
         objective = Classification(tuple(config.metrics or ("accuracy",)))
-    return Task(prepare(train), {name: prepare(source) for name, source in tests.items()}, names, objective)
+    return Task(prepare(train), {name: prepare(source) for name, source in tests.items()}, names, objective, owners)
 
 
 def _texts(config: TaskConfig, base: str, names: list[str]) -> Callable[[Source], Records]:

@@ -42,7 +42,7 @@ class Source:
         return UserError(self.key, self.name, problem, remedy)
 
 
-def read(config: TaskConfig, key: str, name: str) -> Source:
+def read(config: TaskConfig, key: str, name: str, by: str | None = None) -> Source:
     """Read the columns that the task needs from a source; rows keep the source's order.
 
     Local sources never reach for the network.
@@ -50,6 +50,7 @@ def read(config: TaskConfig, key: str, name: str) -> Source:
     Args:
         key: `task.train`, `task.test` or `task.test.NAME`, for errors.
         name: the source, as the configuration has it under `key`.
+        by: one more column, `federation.by`.
 
     Raises:
         UserError: the source does not exist, is of no known kind, cannot be parsed or is empty; a column is missing;
@@ -57,19 +58,20 @@ def read(config: TaskConfig, key: str, name: str) -> Source:
     """
     path = Path(name).expanduser()
     folder = path.parent
+    wanted = _wanted(config) | ({} if by is None else {by: "federation.by"})
     if name.startswith("lorica:"):
-        table = _read_embedded(name, key, config)
+        table = _read_embedded(name, key, config, wanted)
     elif path.is_dir():
-        table = _read_image_folder(path, key, config)
+        table = _read_image_folder(path, key, config, wanted)
         folder = path
     elif path.suffix.lower() in READERS:
         if not path.is_file():
             raise UserError(key, name, "no such file", f"give {FORMATS}")
-        table = READERS[path.suffix.lower()](path, key, config)
+        table = READERS[path.suffix.lower()](path, key, wanted)
     elif path.is_file():
         raise UserError(key, name, f"files that end in {path.suffix!r} are not read", f"give {FORMATS}")
     elif match := HUB_ID.fullmatch(name):
-        table = _read_hub(match, key, config)
+        table = _read_hub(match, key, wanted)
     else:
         raise UserError(key, name, "no such file or folder", f"give {FORMATS}")
     source = Source(key, name, _without_dictionaries(table), folder)
@@ -84,9 +86,8 @@ def _wanted(config: TaskConfig) -> dict[str, str]:
     return {config.image: "task.image", config.label: "task.label"}
 
 
-def _check_columns(available: list[str], name: str, config: TaskConfig) -> list[str]:
+def _check_columns(available: list[str], name: str, wanted: dict[str, str]) -> list[str]:
     """The wanted columns, once each of them is known to be among the available ones, and only once."""
-    wanted = _wanted(config)
     for column, key in wanted.items():
         if column not in available:
             nearest = difflib.get_close_matches(column, available, n=1, cutoff=0.5)
@@ -118,13 +119,13 @@ def _check_complete(source: Source) -> None:
             )
 
 
-def _read_csv(path: Path, key: str, config: TaskConfig) -> pa.Table:
+def _read_csv(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
     import pyarrow as pa
     from pyarrow import csv
 
     convert = csv.ConvertOptions(
         # Types are not guessed: a text may look like a number or a date.
-        column_types=dict.fromkeys(_wanted(config), pa.string()),
+        column_types=dict.fromkeys(wanted, pa.string()),
         # An empty cell is a missing value; "" in quotes is an empty text, and NA or null are texts like any other.
         null_values=[""],
         strings_can_be_null=True,
@@ -146,7 +147,6 @@ def _read_csv(path: Path, key: str, config: TaskConfig) -> pa.Table:
         place = f" at row {row[1]} (the header is row 1)" if row else ""
         remedy = "quote cells that hold a comma, a quote or a line break, and encode the file as UTF-8"
         raise UserError(key, str(path), f"not a readable CSV file{place}", remedy) from None
-    wanted = _wanted(config)
     if not wanted.keys() & set(table.column_names):
         # Without a header, the first line is a record: it must not be listed as the columns' names.
         raise UserError(
@@ -156,13 +156,12 @@ def _read_csv(path: Path, key: str, config: TaskConfig) -> pa.Table:
             f"start the file with a line of column names, and set {' and '.join(dict.fromkeys(wanted.values()))} to "
             "those that the task needs",
         )
-    return table.select(_check_columns(table.column_names, path.name, config))
+    return table.select(_check_columns(table.column_names, path.name, wanted))
 
 
-def _read_json_lines(path: Path, key: str, config: TaskConfig) -> pa.Table:
+def _read_json_lines(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
     import pyarrow as pa
 
-    wanted = _wanted(config)
     available: dict[str, None] = {}
     values: dict[str, list[Any]] = {column: [] for column in wanted}
     chunks: dict[str, list[pa.Array]] = {column: [] for column in wanted}
@@ -195,7 +194,7 @@ def _read_json_lines(path: Path, key: str, config: TaskConfig) -> pa.Table:
                 pack()
     if not available:
         raise UserError(key, str(path), "it holds no records", "write one JSON object per line")
-    _check_columns(list(available), path.name, config)
+    _check_columns(list(available), path.name, wanted)
     pack()
     arrays = {}
     for column, column_key in wanted.items():
@@ -214,13 +213,13 @@ def _mixed(key: str, column: str, path: Path) -> UserError:
     return UserError(key, column, problem, "write all its values as text, or all as integers")
 
 
-def _read_parquet(path: Path, key: str, config: TaskConfig) -> pa.Table:
+def _read_parquet(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         available = parquet.read_schema(path).names
-        columns = _check_columns(available, path.name, config)
+        columns = _check_columns(available, path.name, wanted)
         # `columns` may also match fields inside other columns, whose names hold dots.
         return parquet.read_table(path, columns=columns, partitioning=None).select(columns)
     except (pa.ArrowException, OSError):
@@ -230,7 +229,7 @@ def _read_parquet(path: Path, key: str, config: TaskConfig) -> pa.Table:
 READERS = {".csv": _read_csv, ".jsonl": _read_json_lines, ".json": _read_json_lines, ".parquet": _read_parquet}
 
 
-def _read_image_folder(path: Path, key: str, config: TaskConfig) -> pa.Table:
+def _read_image_folder(path: Path, key: str, config: TaskConfig, wanted: dict[str, str]) -> pa.Table:
     import pyarrow as pa
 
     files = sorted(
@@ -243,20 +242,20 @@ def _read_image_folder(path: Path, key: str, config: TaskConfig) -> pa.Table:
         raise UserError(key, str(path), "no images in this folder's subfolders", f"lay the images out as {layout}")
     names = [str(file.relative_to(path)) for file in files]
     table = pa.table({config.image: names, config.label: [file.parent.name for file in files]})
-    return table.select(_check_columns(table.column_names, str(path), config))
+    return table.select(_check_columns(table.column_names, str(path), wanted))
 
 
-def _read_embedded(name: str, key: str, config: TaskConfig) -> pa.Table:
+def _read_embedded(name: str, key: str, config: TaskConfig, wanted: dict[str, str]) -> pa.Table:
     from lorica.tasks import digits
 
     split = name.removeprefix("lorica:digits/")
     if split not in ("train", "test"):
         raise UserError(key, name, "no such embedded data set", "give lorica:digits/train or lorica:digits/test")
     table = digits.table(split, config.image, config.label)
-    return table.select(_check_columns(table.column_names, name, config))
+    return table.select(_check_columns(table.column_names, name, wanted))
 
 
-def _read_hub(match: re.Match[str], key: str, config: TaskConfig) -> pa.Table:
+def _read_hub(match: re.Match[str], key: str, wanted: dict[str, str]) -> pa.Table:
     name, identifier, split = match[0], match["id"], match["split"]
     try:
         import datasets
@@ -281,7 +280,7 @@ def _read_hub(match: re.Match[str], key: str, config: TaskConfig) -> pa.Table:
             problem = f"it has no split {' or '.join(preferred)}"
             raise UserError(key, name, problem, f"name one of its splits: {identifier}[{'|'.join(loaded)}]")
         loaded = loaded[found[0]]
-    columns = _check_columns(loaded.column_names, name, config)
+    columns = _check_columns(loaded.column_names, name, wanted)
     table = loaded.select_columns(columns).with_format("arrow")[:]
     # Label names travel in the schema's metadata, as in the Parquet files that `datasets` writes.
     return table.replace_schema_metadata(loaded.features.arrow_schema.metadata)

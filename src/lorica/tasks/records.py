@@ -159,18 +159,38 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
+class Owners:
+    """Whose records are whose, as the data itself says.
+
+    Attributes:
+        names: `names[k]` is the name of owner k: a file, or a value of the column `federation.by`.
+        of: (n,) int64, the owner of each record.
+    """
+
+    names: list[str]
+    of: np.ndarray
+
+
+@dataclass(frozen=True)
 class Task:
     """What is learned: records to train on, public ones to test on, and what counts.
 
     Attributes:
         tests: name -> public records; the first set's metrics go by their own names, another's as `NAME_METRIC`.
-        label_names: `label_names[i]` is the name of label i; one name for a number that is predicted.
+        label_names: `label_names[i]` is the name of label i; one name for a number that is predicted, none for text.
+        owners: whose the training records are, where the data says so.
     """
 
     train: Records
     tests: dict[str, Records]
     label_names: list[str]
     objective: Objective
+    owners: Owners | None = None
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether `labels` are positions in `label_names`."""
+        return len(self.label_names) > 1
 
     @property
     def test(self) -> Records:

@@ -1,0 +1,132 @@
+"""Training data of several owners: one file each, or one column that says whose record it is."""
+
+from __future__ import annotations
+
+import glob
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lorica.config import TaskConfig
+from lorica.errors import UserError
+from lorica.tasks.labels import INTEGER, is_text
+from lorica.tasks.readers import IMAGE_SUFFIXES, READERS, Source, read
+from lorica.tasks.records import Owners
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def read_training(config: TaskConfig, by: str | None = None) -> tuple[Source, Owners]:
+    """Read all sources that `task.train` names as one, and whose records are whose.
+
+    Args:
+        by: the column that says whose record it is; owners are its values, sorted, by value if all are integers. By
+            default every source is an owner, in order.
+
+    Raises:
+        UserError: as `read`, for each source; no source matches; a source is named twice; columns of the same name hold
+            different types; the column `by` holds neither text, integers nor booleans.
+    """
+    names = source_names(config.train)
+    sources = [read(config, "task.train", name, by) for name in names]
+    joined = sources[0] if len(sources) == 1 else _join(sources, config)
+    if by is not None:
+        return joined, _owners_of(joined, by)
+    sizes = [source.table.num_rows for source in sources]
+    return joined, Owners(names, np.repeat(np.arange(len(names)), sizes))
+
+
+def source_names(train: str | list[str]) -> list[str]:
+    """The sources that `task.train` names: of a list each, of a pattern its matches, of a folder its data files.
+
+    Matches and files are sorted by name. A folder with images in its subfolders is one source, and so is anything that
+    is neither a pattern (`*`, `?`) nor a folder.
+
+    Raises:
+        UserError: the list is empty, a source is in it twice, or nothing matches the pattern.
+    """
+    if isinstance(train, list):
+        if not train:
+            raise UserError("task.train", train, "it names no source", "name at least one")
+        if len(set(train)) < len(train):
+            raise UserError("task.train", train, "it names a source twice", "name each source once")
+        return train
+    path = Path(train).expanduser()
+    if path.is_dir() and not _holds_images(path):
+        files = [file for file in path.iterdir() if file.suffix.lower() in READERS and file.name[0] != "."]
+        return sorted(map(str, files)) or [train]
+    if not path.exists() and ("*" in train or "?" in train):
+        found = sorted(match for match in glob.glob(str(path)) if ".ledger.sqlite" not in match)
+        if not found:
+            raise UserError("task.train", train, "no file matches this pattern", "check the folder and the pattern")
+        return found
+    return [train]
+
+
+def first_source(train: str | list[str]) -> Path:
+    """What the ledger lies beside: the source or the folder of sources, or else the first of several sources."""
+    if isinstance(train, str) and Path(train).expanduser().is_dir():
+        return Path(train).expanduser()
+    return Path(source_names(train)[0]).expanduser()
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.glob("*/*"))
+
+
+def _join(sources: list[Source], config: TaskConfig) -> Source:
+    """One source with the records of all, in order; paths of images become absolute where folders differ."""
+    import pyarrow as pa
+
+    first = sources[0]
+    one_folder = len({source.folder.absolute() for source in sources}) == 1
+    has_paths = config.type == "image-classification" and not one_folder
+    tables = [_with_absolute_paths(source, config.image) if has_paths else source.table for source in sources]
+    for source, table in zip(sources, tables, strict=True):
+        if _features(table) != _features(tables[0]):
+            problem = f"it declares other features (such as label names) than {first.name}"
+            raise source.error(problem, "write both from one data set, or leave the declared features out")
+        for column in table.column_names:
+            kind, expected = table.schema.field(column).type, tables[0].schema.field(column).type
+            if is_text(kind) != is_text(expected):
+                problem = f"its column {column!r} holds {kind}, that of {first.name} holds {expected}"
+                raise source.error(problem, "write the column with one type in all files")
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowException:
+        problem = "their columns of the same name hold different types"
+        raise UserError("task.train", config.train, problem, "write each column with one type in all files") from None
+    return Source(first.key, f"{first.name} and {len(sources) - 1} more", table, first.folder)
+
+
+def _with_absolute_paths(source: Source, column: str) -> pa.Table:
+    import pyarrow as pa
+
+    table = source.table
+    if not is_text(table.schema.field(column).type):
+        return table
+    paths = [str(source.folder.absolute() / path) for path in table.column(column).to_pylist()]
+    return table.set_column(table.column_names.index(column), column, pa.array(paths, pa.string()))
+
+
+def _features(table: pa.Table) -> Any:
+    metadata = (table.schema.metadata or {}).get(b"huggingface")
+    return None if metadata is None else json.loads(metadata).get("info", {}).get("features")
+
+
+def _owners_of(source: Source, by: str) -> Owners:
+    import pyarrow as pa
+
+    column = source.table.column(by)
+    if not (is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
+        problem = f"the column of {source.name} holds {column.type}, which names no owners"
+        raise UserError("federation.by", by, problem, "name a column of text or integers")
+    values = column.cast(pa.large_string()).to_pylist()
+    distinct = set(values)
+    integers = all(map(INTEGER.fullmatch, distinct))
+    names = sorted(distinct, key=(lambda name: (int(name), name)) if integers else None)
+    position = {name: index for index, name in enumerate(names)}
+    return Owners(names, np.array([position[value] for value in values], dtype=np.int64))
