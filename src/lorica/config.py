@@ -50,9 +50,10 @@ class LoraSection(Strict):
     """Scale: `γ = lora_alpha / r`."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before A."""
-    target_modules: list[str] | str = ["query", "value"]
-    """Module names, one regular expression, or `all-linear`. `query`, `key`, `value` also match `q_proj`, `k_proj`,
-    `v_proj` and the other way round."""
+    target_modules: list[str] | str = "auto"
+    """`auto`: query and value, as in the papers of this field, or what PEFT takes for a family that has none. Otherwise
+    module names, one regular expression, or `all-linear`. `query`, `key`, `value` are found under each family's own
+    names (`q_proj`, `q_lin`, `query_proj`, …), and mean the fused map where one makes all three (`c_attn`, `Wqkv`)."""
     use_rslora: bool = False
     """`γ = lora_alpha / √r` instead."""
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True

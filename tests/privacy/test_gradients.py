@@ -20,9 +20,10 @@ def test_equal_autograd_one_example_at_a_time(family: str) -> None:
         assert gradient.abs().max() > 0, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["bert", "roberta", "vit", "gpt2", "llama"])
 @pytest.mark.filterwarnings("ignore")
 def test_equal_opacus_hooks(family: str) -> None:
+    # Not Swin: Opacus takes every window for an example.
     model, examples = adapted(family), batch(family, 4)
     found = per_example_gradients(lambda: model.losses(model.peft_model, examples), model.tensors, 4)
     parameters = {name: getattr(module, kind) for name, (module, kind, _) in model.tensors.items()}

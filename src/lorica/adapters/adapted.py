@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorica.adapters.base_model import BaseModel
+from lorica.adapters.shared_rows import separate_examples
 from lorica.adapters.sites import Site, layer_of, match_targets
 from lorica.adapters.state import Pair
 from lorica.config import LoraSection, ModelConfig
@@ -206,6 +207,7 @@ def adapt(base: BaseModel, lora: LoraSection, config: ModelConfig, seed: int, de
             module.float().load_state_dict(state)
             module.register_forward_pre_hook(_inputs_as_fp32)
         peft_model.register_forward_pre_hook(_floats_as_bf16, with_kwargs=True)
+    separate_examples(peft_model)
     peft_model.requires_grad_(False)
     sites = []
     for target in targets:
