@@ -147,13 +147,21 @@ DECODERS = ("gpt2", "llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral")
 HEADS = dict.fromkeys(FAMILIES, "classifier") | {"roberta": "classifier.out_proj"} | dict.fromkeys(DECODERS, "score")
 
 
-def adapted(family: str, seed: int = 0, rank: int = 2, randomise: bool = True, **settings: Any) -> AdaptedModel:
+def adapted(
+    family: str,
+    seed: int = 0,
+    rank: int = 2,
+    randomise: bool = True,
+    gradient_checkpointing: bool = False,
+    **settings: Any,
+) -> AdaptedModel:
     """A tiny model with LoRA in place; `randomise` fills every factor, since `B = 0` leaves `A` without a gradient."""
     torch.manual_seed(seed)
     model = FAMILIES[family]().eval().requires_grad_(False)
     base = BaseModel(model, HEADS[family], True, [])
     section = LoraSection(r=rank, lora_alpha=4, **settings)
-    result = adapt(base, section, ModelConfig(base="tiny"), seed, torch.device("cpu"))
+    config = ModelConfig(base="tiny", gradient_checkpointing=gradient_checkpointing)
+    result = adapt(base, section, config, seed, torch.device("cpu"))
     if randomise:
         generator = torch.Generator().manual_seed(seed)
         result.write(

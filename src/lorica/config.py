@@ -31,8 +31,12 @@ class ModelConfig(Strict):
     trained for these labels. `freeze`: the head stays as loaded (or as initialised from the seed)."""
     pooling: Literal["auto", "mean"] = "auto"
     """`auto`: the model's own classification head. `mean`: a linear head on the mean of the last hidden states."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the frozen base. Everything that is trained, clipped or noised stays fp32."""
+    precision: Literal["fp32", "bf16", "int8", "nf4"] = "fp32"
+    """Precision of the frozen base. Everything that is trained, clipped or noised stays fp32. `int8` and `nf4` (4 bits)
+    need bitsandbytes, and no method that adds to the frozen weights can use them."""
+    gradient_checkpointing: bool = False
+    """Keep one activation a layer and compute the others again in the backward pass: less memory, about a third more
+    time, the same gradients."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """`auto`: eager on CPU (faster on short sequences), sdpa elsewhere."""
     device: str = "auto"
