@@ -30,30 +30,96 @@ TEXT = {
 }
 
 
-def _vit() -> nn.Module:
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=8,
-        patch_size=4,
-        num_channels=1,
+# What language models with grouped-query attention have beside that.
+DECODER = {**TEXT, "num_key_value_heads": 1, "head_dim": 8}
+VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_channels": 1,
+    "num_labels": LABELS,
+}
+
+
+def _deberta() -> nn.Module:
+    # Version 3's settings: the projections of the content also project the relative positions.
+    config = transformers.DebertaV2Config(
+        **TEXT,
+        type_vocab_size=0,
+        relative_attention=True,
+        position_buckets=4,
+        share_att_key=True,
+        pos_att_type=["p2c", "c2p"],
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
+    )
+    return transformers.DebertaV2ForSequenceClassification(config)
+
+
+def _modernbert() -> nn.Module:
+    # One layer attends to everything, the other to two tokens on each side.
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 2)
+    config = transformers.ModernBertConfig(**TEXT, **tokens, global_attn_every_n_layers=2, local_attention=4)
+    return transformers.ModernBertForSequenceClassification(config)
+
+
+def _distilbert() -> nn.Module:
+    config = transformers.DistilBertConfig(
+        vocab_size=VOCABULARY,
+        max_position_embeddings=40,
+        n_layers=2,
+        n_heads=2,
+        dim=16,
+        hidden_dim=32,
+        dropout=0.0,
+        attention_dropout=0.0,
+        seq_classif_dropout=0.0,
         num_labels=LABELS,
     )
-    return transformers.ViTForImageClassification(config)
+    return transformers.DistilBertForSequenceClassification(config)
+
+
+def _albert() -> nn.Module:
+    # All layers are one and the same module.
+    config = transformers.AlbertConfig(**TEXT, embedding_size=8, classifier_dropout_prob=0.0)
+    return transformers.AlbertForSequenceClassification(config)
+
+
+def _swin() -> nn.Module:
+    # 8 x 8 patches in 16 windows, shifted by one in each second block; then 4 x 4 patches in 4 windows.
+    config = transformers.SwinConfig(
+        image_size=16,
+        patch_size=2,
+        num_channels=1,
+        embed_dim=8,
+        depths=[2, 2],
+        num_heads=[2, 2],
+        window_size=2,
+        drop_path_rate=0.0,
+        num_labels=LABELS,
+    )
+    return transformers.SwinForImageClassification(config)
 
 
 def _gpt2() -> nn.Module:
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=40, n_embd=16, n_layer=2, n_head=2, num_labels=LABELS, pad_token_id=0
+        vocab_size=VOCABULARY,
+        n_positions=40,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        num_labels=LABELS,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
     )
     return transformers.GPT2ForSequenceClassification(config)
-
-
-def _llama() -> nn.Module:
-    config = transformers.LlamaConfig(**TEXT, num_key_value_heads=1)
-    return transformers.LlamaForSequenceClassification(config)
 
 
 FAMILIES = {
@@ -61,22 +127,41 @@ FAMILIES = {
     "roberta": lambda: transformers.RobertaForSequenceClassification(
         transformers.RobertaConfig(**(TEXT | {"pad_token_id": 1}))
     ),
-    "vit": _vit,
+    "deberta-v3": _deberta,
+    "modernbert": _modernbert,
+    "distilbert": _distilbert,
+    "albert": _albert,
+    "vit": lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**VISION)),
+    "deit": lambda: transformers.DeiTForImageClassification(transformers.DeiTConfig(**VISION)),
+    "swin": _swin,
     "gpt2": _gpt2,
-    "llama": _llama,
+    "llama": lambda: transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**DECODER)),
+    "qwen2": lambda: transformers.Qwen2ForSequenceClassification(transformers.Qwen2Config(**DECODER)),
+    "qwen3": lambda: transformers.Qwen3ForSequenceClassification(transformers.Qwen3Config(**DECODER)),
+    "gemma2": lambda: transformers.Gemma2ForSequenceClassification(transformers.Gemma2Config(**DECODER)),
+    "gemma3": lambda: transformers.Gemma3TextForSequenceClassification(transformers.Gemma3TextConfig(**DECODER)),
+    "mistral": lambda: transformers.MistralForSequenceClassification(transformers.MistralConfig(**DECODER)),
 }
-HEADS = {"bert": "classifier", "roberta": "classifier.out_proj", "vit": "classifier", "gpt2": "score", "llama": "score"}
-TARGETS = {"gpt2": ["c_attn"]}
+IMAGES = {"vit": 8, "deit": 8, "swin": 16}
+DECODERS = ("gpt2", "llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral")
+HEADS = dict.fromkeys(FAMILIES, "classifier") | {"roberta": "classifier.out_proj"} | dict.fromkeys(DECODERS, "score")
 
 
-def adapted(family: str, seed: int = 0, rank: int = 2, randomise: bool = True, **settings: Any) -> AdaptedModel:
+def adapted(
+    family: str,
+    seed: int = 0,
+    rank: int = 2,
+    randomise: bool = True,
+    gradient_checkpointing: bool = False,
+    **settings: Any,
+) -> AdaptedModel:
     """A tiny model with LoRA in place; `randomise` fills every factor, since `B = 0` leaves `A` without a gradient."""
     torch.manual_seed(seed)
     model = FAMILIES[family]().eval().requires_grad_(False)
     base = BaseModel(model, HEADS[family], True, [])
-    targets = TARGETS.get(family, ["query", "value"])
-    section = LoraSection(r=rank, lora_alpha=4, target_modules=targets, **settings)
-    result = adapt(base, section, ModelConfig(base="tiny"), seed, torch.device("cpu"))
+    section = LoraSection(r=rank, lora_alpha=4, **settings)
+    config = ModelConfig(base="tiny", gradient_checkpointing=gradient_checkpointing)
+    result = adapt(base, section, config, seed, torch.device("cpu"))
     if randomise:
         generator = torch.Generator().manual_seed(seed)
         result.write(
@@ -89,8 +174,9 @@ def batch(family: str, examples: int, seed: int = 0) -> Batch:
     """Random examples; texts have different lengths and are padded on the right."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, LABELS, (examples,), generator=generator)
-    if family == "vit":
-        return Batch({"pixel_values": torch.randn(examples, 1, 8, 8, generator=generator)}, labels)
+    if family in IMAGES:
+        size = IMAGES[family]
+        return Batch({"pixel_values": torch.randn(examples, 1, size, size, generator=generator)}, labels)
     lengths = torch.randint(3, 9, (examples,), generator=generator)
     lengths[0] = 8
     ids = torch.randint(4, VOCABULARY, (examples, 8), generator=generator)

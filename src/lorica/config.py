@@ -40,8 +40,12 @@ class ModelConfig(Strict):
     trained for these labels. `freeze`: the head stays as loaded (or as initialised from the seed)."""
     pooling: Literal["auto", "mean"] = "auto"
     """`auto`: the model's own classification head. `mean`: a linear head on the mean of the last hidden states."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the frozen base. Everything that is trained, clipped or noised stays fp32."""
+    precision: Literal["fp32", "bf16", "int8", "nf4"] = "fp32"
+    """Precision of the frozen base. Everything that is trained, clipped or noised stays fp32. `int8` and `nf4` (4 bits)
+    need bitsandbytes, and no method that adds to the frozen weights can use them."""
+    gradient_checkpointing: bool = False
+    """Keep one activation a layer and compute the others again in the backward pass: less memory, about a third more
+    time, the same gradients."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """`auto`: eager on CPU (faster on short sequences), sdpa elsewhere."""
     device: str = "auto"
@@ -59,9 +63,10 @@ class LoraSection(Strict):
     """Scale: `γ = lora_alpha / r`."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before A."""
-    target_modules: list[str] | str = ["query", "value"]
-    """Module names, one regular expression, or `all-linear`. `query`, `key`, `value` also match `q_proj`, `k_proj`,
-    `v_proj` and the other way round."""
+    target_modules: list[str] | str = "auto"
+    """`auto`: query and value, as in the papers of this field, or what PEFT takes for a family that has none. Otherwise
+    module names, one regular expression, or `all-linear`. `query`, `key`, `value` are found under each family's own
+    names (`q_proj`, `q_lin`, `query_proj`, …), and mean the fused map where one makes all three (`c_attn`, `Wqkv`)."""
     use_rslora: bool = False
     """`γ = lora_alpha / √r` instead."""
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from lorica.adapters.export import Export, export_adapter, load_adapter
 from lorica.adapters.sites import layer_of, match_targets
 from lorica.config import LoraSection, ModelConfig
 from lorica.errors import UserError
-from tests.models import FAMILIES, TARGETS, batch
+from tests.models import FAMILIES, HEADS, IMAGES, batch
 
 NAMES = ["bad", "fair", "good"]
-TASKS = {"vit": "image-classification"}
+TASKS = dict.fromkeys(IMAGES, "image-classification")
 CPU = torch.device("cpu")
 
 
@@ -33,10 +34,16 @@ def checkpoint(folder: Path, family: str, without_head: bool = False) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("head", ["train", "freeze"])
-@pytest.mark.parametrize("without_head", [True, False])
-@pytest.mark.parametrize("merged_rank", [0, 3, 20])
+# Five shapes of head and attention in all combinations, the others in those that differ most.
+COMBINATIONS = [
+    (family, *which)
+    for family in FAMILIES
+    for which in itertools.product(["train", "freeze"], [True, False], [0, 3, 20])
+    if family in ("bert", "roberta", "vit", "gpt2", "llama") or which in {("train", True, 0), ("freeze", False, 20)}
+]
+
+
+@pytest.mark.parametrize(("family", "head", "without_head", "merged_rank"), COMBINATIONS)
 def test_an_export_loads_with_peft_and_gives_the_same_logits(
     tmp_path: Path, family: str, head: str, without_head: bool, merged_rank: int
 ) -> None:
@@ -44,8 +51,7 @@ def test_an_export_loads_with_peft_and_gives_the_same_logits(
     config = ModelConfig(base=checkpoint(tmp_path / "base", family, without_head), head=head)
     task = TASKS.get(family, "text-classification")
     base = load_base(config, task, NAMES, seed=3)
-    section = LoraSection(r=2, target_modules=TARGETS.get(family, ["query", "value"]))
-    model = adapt(base, section, config, 3, CPU)
+    model = adapt(base, LoraSection(r=2), config, 3, CPU)
     assert ("head.weight" in model.tensors) == (head == "train")
     draws = torch.Generator().manual_seed(1)
     model.write({name: torch.randn(value.shape, generator=draws) for name, value in model.read().items()})
@@ -68,7 +74,8 @@ def test_an_export_loads_with_peft_and_gives_the_same_logits(
             load_adapter(tmp_path / "adapter")(**examples).logits, expected, rtol=1e-4, atol=1e-4
         )
         automatic = getattr(
-            transformers, "AutoModelForImageClassification" if family == "vit" else "AutoModelForSequenceClassification"
+            transformers,
+            "AutoModelForImageClassification" if family in IMAGES else "AutoModelForSequenceClassification",
         )
         fresh = automatic.from_pretrained(config.base, num_labels=3, attn_implementation="eager")
         fresh.config.pad_token_id = getattr(base.model.config, "pad_token_id", None)
@@ -175,13 +182,47 @@ def test_wrong_bases_are_named(tmp_path: Path) -> None:
         ("vit", ["key"], {"k_proj"}),
         ("vit", "query", {"q_proj"}),
         ("gpt2", ["c_attn"], {"c_attn"}),
+        ("gpt2", ["value"], {"c_attn"}),
+        ("modernbert", ["query", "Wo"], {"Wqkv", "Wo"}),
         ("bert", r".*layer\.0.*(query|key)", {"query", "key"}),
     ],
 )
 def test_targets_match_by_name_role_or_expression(family: str, targets: Any, endings: set[str]) -> None:
-    head = "score" if family in ("gpt2", "llama") else "classifier"
-    found = match_targets(FAMILIES[family](), targets, head)
+    found = match_targets(FAMILIES[family](), targets, HEADS[family])
     assert {name.rsplit(".", 1)[-1] for name in found} == endings
+
+
+USUAL = {
+    **dict.fromkeys(FAMILIES, ("q_proj", "v_proj")),
+    **dict.fromkeys(["bert", "roberta", "albert"], ("query", "value")),
+    "deberta-v3": ("query_proj", "value_proj"),
+    "distilbert": ("q_lin", "v_lin"),
+    "gpt2": ("c_attn",),
+    "modernbert": ("Wqkv",),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_usual_targets_are_query_and_value_of_every_layer(family: str) -> None:
+    model = FAMILIES[family]()
+    found = match_targets(model, "auto", HEADS[family])
+    every = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in USUAL[family]]
+    assert found == every
+    assert LoraSection().target_modules == "auto"
+
+
+def test_usual_targets_without_query_and_value_are_pefts_or_refused() -> None:
+    class Model(nn.Module):
+        def __init__(self, family: str) -> None:
+            super().__init__()
+            self.config = transformers.PretrainedConfig()
+            self.config.model_type = family
+            self.in_proj, self.dense, self.classifier = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+    # The first DeBERTa makes all three in `in_proj`, a name that means other things elsewhere.
+    assert match_targets(Model("deberta"), "auto", "classifier") == ["in_proj"]
+    with pytest.raises(UserError, match=r"lora\.target_modules = 'auto'.*dense, in_proj"):
+        match_targets(Model("unheard-of"), "auto", "classifier")
 
 
 def test_all_linear_takes_every_map_but_the_head() -> None:

@@ -12,9 +12,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorica.adapters.base_model import BaseModel
+from lorica.adapters.shared_rows import separate_examples
 from lorica.adapters.sites import Site, layer_of, match_targets
 from lorica.adapters.state import Pair
 from lorica.config import LoraSection, ModelConfig
@@ -125,7 +127,7 @@ class AdaptedModel:
             with torch.no_grad():
                 for site in self.sites:
                     layer = self._layer(site)
-                    weight = layer.get_base_layer().weight
+                    weight = _whole(layer)
                     before[site.name] = weight.clone()
                     weight.add_(weight_noise(self._adapted_weight(site), ratio, generator, _is_transposed(layer)))
             yield
@@ -154,7 +156,7 @@ class AdaptedModel:
 
     def _set_frozen(self, site: Site, pair: Pair | None) -> None:
         layer = self._layer(site)
-        weight = layer.get_base_layer().weight
+        weight = _whole(layer)
         if site.name not in self._frozen:
             self._frozen[site.name] = weight.detach().float().clone()
         original = self._frozen[site.name]
@@ -196,7 +198,8 @@ def adapt(
     The base takes `config.precision`; factors and head are fp32 whatever it is.
 
     Raises:
-        UserError: `lora.target_modules` matches nothing, or the rank is larger than a map.
+        UserError: `lora.target_modules` matches nothing, the rank is larger than a map, or the model cannot do
+            `model.gradient_checkpointing`.
     """
     targets = match_targets(base.model, lora.target_modules, base.head)
     # The base may not know a head for these labels, so whatever no checkpoint holds travels with the adapter.
@@ -216,12 +219,15 @@ def adapt(
             # PEFT 0.21 asks for a property that transformers 5 has renamed.
             warnings.simplefilter("ignore", FutureWarning)
             peft_model = get_peft_model(base.model, settings)
-    if config.precision == "bf16":
+    if config.precision != "fp32":
         for name, state in exact.items():
             module = _carried(peft_model, name)
             module.float().load_state_dict(state)
             module.register_forward_pre_hook(_inputs_as_fp32)
         peft_model.register_forward_pre_hook(_floats_as_bf16, with_kwargs=True)
+    separate_examples(peft_model)
+    if config.gradient_checkpointing:
+        _checkpoint_layers(peft_model, config.base)
     peft_model.requires_grad_(False)
     sites = []
     for target in targets:
@@ -249,8 +255,39 @@ def adapt(
     return AdaptedModel(peft_model.to(device).eval(), sites, head, objective, device)
 
 
+def _checkpoint_layers(model: nn.Module, base: str) -> None:
+    """Recompute each layer's activations in the backward pass.
+
+    Hooks fire a second time then, on copies that no gradient reaches: what the first pass hooked gets it. That holds
+    for PyTorch's non-reentrant checkpoints only.
+    """
+    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    try:
+        with warnings.catch_warnings():
+            # Renamed in transformers 5.23.
+            warnings.simplefilter("ignore", FutureWarning)
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError:
+        raise UserError(
+            "model.gradient_checkpointing",
+            True,
+            f"{type(inner).__name__} ({base}) does not support it",
+            "set model.gradient_checkpointing=false",
+        ) from None
+
+
 def _is_transposed(layer: LoraLayer) -> bool:
     return isinstance(layer.get_base_layer(), Conv1D)
+
+
+def _whole(layer: LoraLayer) -> Tensor:
+    """The frozen weight, to be changed in place."""
+    weight: Tensor = layer.get_base_layer().weight
+    if not weight.is_floating_point():
+        raise UserError(
+            "model.precision", "quantised", "this run adds to the frozen weights", "set model.precision=bf16"
+        )
+    return weight
 
 
 def _same(first: Pair | None, second: Pair | None) -> bool:

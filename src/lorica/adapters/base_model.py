@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from lorica.errors import UserError
 from lorica.streams import stream_seed
 
 EMBEDDED = "lorica:"
+# Every name under which a family has modules after its encoder; they stay whole where the base is quantised.
+HEADS = ["classifier", "score", "pre_classifier", "head", "pooler"]
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,11 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
     (every client starts from the same point and the first gradient is not spent on undoing noise), or drawn from the
     seed where it stays frozen.
 
+    The base takes `config.precision` here if that is a quantised one, else in `adapt`.
+
     Raises:
         UserError: the model cannot be loaded, has no linear head for the labels, or mixes examples (batch
-            normalisation).
+            normalisation); bitsandbytes is missing where the precision needs it.
     """
     base = resolve_base(config.base)
     labels = len(label_names)
@@ -95,7 +101,7 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
         "attn_implementation": "sdpa" if attention == "auto" else attention,
         "dtype": torch.float32,
         "output_loading_info": True,
-    }
+    } | _quantisation(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "initialisation"))
         if config.pooling == "mean":
@@ -123,9 +129,8 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
             fresh = {*info["missing_keys"], *(_key(entry) for entry in info["mismatched_keys"])}
             new_modules = sorted({name.rsplit(".", 1)[0] for name in fresh})
             kept = own_names == label_names and _head_path(model, labels) not in new_modules
-            if getattr(model.config, "pad_token_id", 0) is None:
-                # Decoder families read the logits at the last token that is no padding.
-                model.config.pad_token_id = model.config.eos_token_id
+    if task_type == "text-classification":
+        _pad_as_configured(model)
     head = _head_path(model, labels)
     if config.head == "train" and not kept:
         linear = model.get_submodule(head)
@@ -143,6 +148,54 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
             )
     model.requires_grad_(False)
     return BaseModel(model.eval(), head, not kept, [name for name in new_modules if name != head])
+
+
+def _quantisation(config: ModelConfig) -> dict[str, Any]:
+    if config.precision not in ("int8", "nf4"):
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "model.precision",
+            config.precision,
+            "needs bitsandbytes, which is not installed",
+            "pip install 'lorica[quantised]', or set model.precision=bf16",
+        )
+    # It warns in every pass that it rounds activations, which is what was asked for.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    settings = transformers.BitsAndBytesConfig(
+        load_in_8bit=config.precision == "int8",
+        load_in_4bit=config.precision == "nf4",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        # Above 0, a column that is large in one example is computed otherwise for all examples of the batch.
+        llm_int8_threshold=0.0,
+        llm_int8_skip_modules=HEADS,
+    )
+    return {
+        "quantization_config": settings,
+        "dtype": torch.bfloat16,
+        "device_map": {"": resolve_device(config.device)},
+    }
+
+
+def _pad_as_configured(model: nn.Module) -> None:
+    """Let masked places hold the model's own padding id, whatever the tokenizer pads with.
+
+    Decoder families read the logits at the last token that is not that id, and RoBERTa counts positions by it. A
+    checkpoint without one pads with its end-of-text token.
+    """
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    if config.pad_token_id is None:
+        end = config.eos_token_id
+        config.pad_token_id = (end[0] if isinstance(end, list) else end) or 0
+    padding = config.pad_token_id
+
+    def pad(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if "input_ids" not in named or "attention_mask" not in named:
+            return inputs, named
+        return inputs, named | {"input_ids": named["input_ids"].masked_fill(named["attention_mask"] == 0, padding)}
+
+    model.register_forward_pre_hook(pad, with_kwargs=True)
 
 
 def _from_pretrained(function: Callable[..., Any], base: str, options: dict[str, Any]) -> Any:
@@ -187,7 +240,10 @@ def _head_path(model: nn.Module, labels: int) -> str:
     ]
     if not heads:
         raise UserError(
-            "model.base", type(model).__name__, "no linear classification head was found", "try model.pooling=mean"
+            "model.base",
+            type(model).__name__,
+            "no linear map named classifier or score gives one output for each label",
+            "for texts, try model.pooling=mean; else use a model with such a head",
         )
     return heads[-1]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -12,10 +13,12 @@ from lorica.errors import UserError
 
 # The same role under the names that model families give it; transformers 5 renamed several.
 ROLES = [
-    ("query", "q_proj", "q_lin", "query_proj"),
-    ("key", "k_proj", "k_lin", "key_proj"),
-    ("value", "v_proj", "v_lin", "value_proj"),
+    ("query", "q_proj", "q_lin", "query_proj", "q"),
+    ("key", "k_proj", "k_lin", "key_proj", "k"),
+    ("value", "v_proj", "v_lin", "value_proj", "v"),
 ]
+# One linear map that makes query, key and value together.
+FUSED = ("c_attn", "Wqkv", "qkv", "query_key_value", "qkv_proj")
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ def match_targets(model: nn.Module, targets: list[str] | str, head: str) -> list
     """Dotted names of the linear maps that `targets` selects, in the model's order, the head left out.
 
     Args:
-        targets: names that a module's path ends with; one regular expression that matches whole paths; or
-            `all-linear`. The roles query, key and value are found under each family's own names.
+        targets: names that a module's path ends with; one regular expression that matches whole paths; `all-linear`; or
+            `auto`, which is query and value, or else what PEFT takes for this family. The roles query, key and value
+            are found under each family's own names, and in the fused map where one makes them all.
         head: path of the head's linear map.
 
     Raises:
@@ -77,6 +81,8 @@ def match_targets(model: nn.Module, targets: list[str] | str, head: str) -> list
     ]
     if targets == "all-linear":
         return linear
+    if targets == "auto":
+        targets = _usual_targets(model, linear)
     if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
         try:
             matched = [name for name in linear if re.fullmatch(targets, name)]
@@ -87,15 +93,31 @@ def match_targets(model: nn.Module, targets: list[str] | str, head: str) -> list
         return matched
     chosen: set[str] = set()
     for target in [targets] if isinstance(targets, str) else targets:
-        spellings = next((role for role in ROLES if target in role), ())
-        for spelling in (target, *spellings):
-            found = [name for name in linear if name == spelling or name.endswith(f".{spelling}")]
-            if found:
-                chosen.update(found)
-                break
-        else:
+        found = _named(target, linear)
+        if not found:
             raise _no_match(target, linear)
+        chosen.update(found)
     return [name for name in linear if name in chosen]
+
+
+def _named(target: str, linear: list[str]) -> list[str]:
+    """Paths that end with a name, or else with another name of the same role."""
+    role = next((role for role in ROLES if target in role), ())
+    for ending in (target, *role, *(FUSED if role else ())):
+        found = [name for name in linear if name == ending or name.endswith(f".{ending}")]
+        if found:
+            return found
+    return []
+
+
+def _usual_targets(model: nn.Module, linear: list[str]) -> list[str] | str:
+    if _named("query", linear) and _named("value", linear):
+        return ["query", "value"]
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    targets: list[str] | str | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family)
+    if targets is None:
+        raise _no_match("auto", linear)
+    return targets
 
 
 def _no_match(target: object, linear: list[str]) -> UserError:
