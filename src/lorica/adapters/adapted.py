@@ -127,7 +127,7 @@ class AdaptedModel:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """One loss per example, `(n,)`."""
-        return losses(model(**batch.inputs).logits, batch.labels)
+        return batch.by_example(losses(model(**batch.inputs).logits, batch.labels))
 
     def assert_frozen(self) -> None:
         """Raise RuntimeError if a parameter would receive a batch gradient from autograd.
