@@ -192,8 +192,7 @@ def one_at_a_time(model: AdaptedModel, examples: Batch) -> dict[str, Tensor]:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     for index in range(len(examples)):
-        here = slice(index, index + 1)
-        one = Batch({name: value[here] for name, value in examples.inputs.items()}, examples.labels[here])
+        one = examples.example(index)
         found = torch.autograd.grad(model.losses(model.peft_model, one).sum(), list(parameters.values()))
         for name, gradient in zip(parameters, found, strict=True):
             gradients[name].append(gradient)
@@ -207,8 +206,7 @@ def clipped_one_at_a_time(model: AdaptedModel, examples: Batch, clip_norm: float
     parameters = {name: getattr(module, kind).requires_grad_() for name, (module, kind, _) in model.tensors.items()}
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for index in range(len(examples)):
-        here = slice(index, index + 1)
-        one = Batch({name: value[here] for name, value in examples.inputs.items()}, examples.labels[here])
+        one = examples.example(index)
         model.losses(model.peft_model, one).sum().backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), clip_norm)
         for name, parameter in parameters.items():

@@ -79,6 +79,43 @@ def test_no_example_of_a_model_moves_the_sum_by_more_than_c(
     assert moved <= clip_norm * (1 + 1e-4)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    family=st.sampled_from(sorted(MODELS)),
+    seed=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(1, 4), min_size=2, max_size=4),
+    clip_norm=st.sampled_from([0.01, 0.3, 5.0]),
+    poison=st.sampled_from([None, "nan", "inf", "huge"]),
+    data=st.data(),
+)
+def test_no_example_of_several_rows_moves_the_sum_by_more_than_c(
+    family: str, seed: int, sizes: list[int], clip_norm: float, poison: str | None, data: st.DataObject
+) -> None:
+    """However many rows an example has, and whatever is in them, all of them together move the sum by at most C."""
+    model = MODELS[family]
+    generator = torch.Generator().manual_seed(seed)
+    model.write({name: torch.randn(value.shape, generator=generator) for name, value in model.read().items()})
+    rows = batch(family, sum(sizes), seed)
+    owners = torch.repeat_interleave(torch.tensor(sizes))
+    leave = data.draw(st.integers(0, len(sizes) - 1))
+    bad = data.draw(st.integers(0, sum(sizes) - 1))
+    weights = torch.rand(sum(sizes), generator=generator) * 3
+    weights[bad] *= {None: 1.0, "nan": math.nan, "inf": math.inf, "huge": 1e30}[poison]
+
+    def total(keep: torch.Tensor) -> dict[str, Tensor]:
+        _, renumbered = torch.unique(owners[keep], return_inverse=True)
+        inputs = {key: value[keep] for key, value in rows.inputs.items()}
+        chosen = Batch(inputs, rows.labels[keep], renumbered, weights[keep])
+        gradients = per_example_gradients(
+            lambda: model.losses(model.peft_model, chosen), model.tensors, len(chosen), chosen.owners
+        )
+        return clipped_sum(gradients, clip_norm)
+
+    everything = total(torch.ones_like(owners, dtype=torch.bool))
+    assert all(torch.isfinite(value).all() for value in everything.values())
+    assert distance(everything, total(owners != leave)) <= clip_norm * (1 + 1e-4)
+
+
 def test_small_gradients_pass_and_large_ones_are_scaled_to_c() -> None:
     gradients = {"a": torch.tensor([[0.3, 0.0], [30.0, 0.0]]), "b": torch.tensor([[0.4], [40.0]])}
     summed = clipped_sum(gradients, 1.0)
@@ -104,6 +141,17 @@ def test_without_a_bound_the_sum_is_plain() -> None:
 def test_equal_clipping_one_at_a_time() -> None:
     model, examples = adapted("bert"), batch("bert", 6)
     gradients = per_example_gradients(lambda: model.losses(model.peft_model, examples), model.tensors, 6)
+    found = clipped_sum(gradients, clip_norm=0.2)
+    for name, value in clipped_one_at_a_time(model, examples, 0.2).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_equal_clipping_one_at_a_time_with_several_rows_each() -> None:
+    model, rows = adapted("bert"), batch("bert", 7)
+    examples = Batch(rows.inputs, rows.labels, torch.tensor([0, 1, 1, 1, 2, 2, 3]))
+    gradients = per_example_gradients(
+        lambda: model.losses(model.peft_model, examples), model.tensors, 4, examples.owners
+    )
     found = clipped_sum(gradients, clip_norm=0.2)
     for name, value in clipped_one_at_a_time(model, examples, 0.2).items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)

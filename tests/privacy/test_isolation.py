@@ -1,5 +1,7 @@
 """A model that mixes examples is refused before anything is released."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,12 @@ def test_ordinary_models_pass(family: str) -> None:
     check_isolation(model.peft_model, model.losses, model.tensors, batch(family, 3), 1e-3)
 
 
+def test_rows_of_one_example_may_hang_together() -> None:
+    model, rows = adapted("bert"), batch("bert", 4)
+    examples = Batch(rows.inputs, rows.labels, torch.tensor([0, 0, 0, 1]), torch.tensor([0.5, 0.2, 0.3, 1.0]))
+    check_isolation(model.peft_model, model.losses, model.tensors, examples, 1e-3)
+
+
 def test_a_model_that_mixes_examples_is_refused() -> None:
     model = Mixing()
     trained = {"w": TrainedTensor(model.linear, "weight")}
@@ -37,5 +45,7 @@ def test_a_model_that_mixes_examples_is_refused() -> None:
     def losses(module: nn.Module, some: Batch) -> Tensor:
         return nn.functional.cross_entropy(module(**some.inputs), some.labels, reduction="none")
 
-    with pytest.raises(UserError, match="depends on the examples beside it"):
-        check_isolation(model, losses, trained, examples, 1e-3)
+    for owners in (None, torch.tensor([0, 0, 1])):
+        some = replace(examples, owners=owners)
+        with pytest.raises(UserError, match="depends on the examples beside it"):
+            check_isolation(model, lambda *args: args[1].by_example(losses(*args)), trained, some, 1e-3)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from lorica.tasks.records import cheapest_cuts
 
 
-def cost(lengths: list[int], ends: tuple[int, ...], tokens: int) -> float:
+def cost(lengths: list[int], rows: list[int], ends: tuple[int, ...], tokens: int) -> float:
     total, start = 0.0, 0
     for end in ends:
-        padded = (end - start) * lengths[end - 1]
+        padded = sum(rows[start:end]) * lengths[end - 1]
         if padded > tokens and end - start > 1:
             return float("inf")
         total += padded + tokens / 16
@@ -20,14 +20,16 @@ def cost(lengths: list[int], ends: tuple[int, ...], tokens: int) -> float:
     return total
 
 
-@given(st.lists(st.integers(1, 20), max_size=8), st.integers(1, 100))
-def test_no_other_way_to_cut_is_cheaper(lengths: list[int], tokens: int) -> None:
-    lengths = sorted(lengths)
-    ends = cheapest_cuts(np.array(lengths, dtype=np.int64), tokens)
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 5)), max_size=8), st.integers(1, 100), st.booleans())
+def test_no_other_way_to_cut_is_cheaper(sizes: list[tuple[int, int]], tokens: int, several: bool) -> None:
+    lengths = sorted(length for length, _ in sizes)
+    rows = [count if several else 1 for _, count in sizes]
+    counts = np.array(rows, dtype=np.int64) if several else None
+    ends = cheapest_cuts(np.array(lengths, dtype=np.int64), tokens, counts)
     n = len(lengths)
     ways = [(*chosen, n) for count in range(max(n, 1)) for chosen in itertools.combinations(range(1, n), count)]
-    best = min((cost(lengths, way, tokens) for way in ways), default=0.0) if n else 0.0
-    assert cost(lengths, tuple(ends), tokens) == best
+    best = min((cost(lengths, rows, way, tokens) for way in ways), default=0.0) if n else 0.0
+    assert cost(lengths, rows, tuple(ends), tokens) == best
     assert ends == sorted(set(ends))
     assert (ends[-1] if ends else 0) == n
 

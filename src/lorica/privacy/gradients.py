@@ -30,29 +30,38 @@ class TrainedTensor(NamedTuple):
 
 
 def per_example_gradients(
-    losses: Callable[[], Tensor], trained: Mapping[str, TrainedTensor], examples: int
+    losses: Callable[[], Tensor],
+    trained: Mapping[str, TrainedTensor],
+    examples: int,
+    owners: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Gradient of each example's loss with respect to each trained tensor.
 
     For `y = x Wᵀ + b` with input `x (n, t, d_in)` and output gradient `g (n, t, d_out)`, example `i` has
-    `∂L_i/∂W = g_iᵀ x_i` and `∂L_i/∂b = Σ_t g_it`. Goodfellow, arXiv 1510.01799, section 4.
+    `∂L_i/∂W = g_iᵀ x_i` and `∂L_i/∂b = Σ_t g_it`. Goodfellow, arXiv 1510.01799, section 4. An example of several rows
+    (the windows of a long text, the records of one person) has the sum of its rows' gradients: it is clipped once.
 
     Hooks live for one call only, so switching the trained set between calls cannot leave a stale one behind, and the
     parameters themselves need no gradient: autograd never forms the batch gradient.
 
     Args:
         losses: runs the forward pass; returns one loss per example, shape `(n,)`. Examples must not mix (no batch
-            normalisation) and rows of one example must be adjacent along the first dimension (tokens, windows).
+            normalisation). Inside the model, what one row of the input becomes (tokens, windows of an image) must stay
+            adjacent along the first dimension.
         trained: name -> tensor to differentiate.
         examples: `n`.
+        owners: (rows,) int64 in 0 … n-1, the example that each row of the model's input belongs to. None: one row an
+            example, in order.
 
     Returns:
         name -> `(n, *shape)`, fp32, zero for a tensor that the loss does not reach. A module that is used several times
         in the pass sums its contributions. Non-finite values are passed on; clipping deals with them.
 
     Raises:
-        RuntimeError: a trained module saw a number of rows that is no multiple of `n`, or `losses` is not `(n,)`.
+        RuntimeError: a trained module saw a number of rows that is no multiple of the input's, or `losses` is not
+            `(n,)`.
     """
+    rows = examples if owners is None else len(owners)
     gradients: dict[str, Tensor] = {}
     wanted: dict[nn.Linear, dict[str, str]] = {}
     for name, (module, kind, _) in trained.items():
@@ -61,14 +70,15 @@ def per_example_gradients(
     def forward_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Linear)
         names = wanted[module]
-        x = _rows_by_example(inputs[0].detach(), examples) if "weight" in names else None
+        x = _by_row(inputs[0].detach(), rows) if "weight" in names else None
 
         def backward_hook(output_gradient: Tensor) -> None:
-            g = _rows_by_example(output_gradient, examples)
+            g = _by_row(output_gradient, rows)
             if x is not None:
-                _accumulate(gradients, names["weight"], torch.bmm(g.transpose(1, 2).float(), x.float()))
+                weights = torch.bmm(g.transpose(1, 2).float(), x.float())
+                _accumulate(gradients, names["weight"], _by_example(weights, examples, owners))
             if "bias" in names:
-                _accumulate(gradients, names["bias"], g.float().sum(1))
+                _accumulate(gradients, names["bias"], _by_example(g.float().sum(1), examples, owners))
 
         if not output.requires_grad:
             output.requires_grad_()
@@ -94,14 +104,21 @@ def per_example_gradients(
     return found
 
 
-def _rows_by_example(value: Tensor, examples: int) -> Tensor:
-    """`(n·k, …, d)` -> `(n, t, d)`: all rows of an example together."""
-    if value.shape[0] % examples:
+def _by_row(value: Tensor, rows: int) -> Tensor:
+    """`(rows·k, …, d)` -> `(rows, t, d)`: all that one row of the input became together."""
+    if value.shape[0] % rows:
         raise RuntimeError(
-            f"a trained module saw {value.shape[0]} rows for {examples} examples; per-example gradients need the "
+            f"a trained module saw {value.shape[0]} rows for {rows} of the input; per-example gradients need the "
             "examples first"
         )
-    return value.reshape(examples, -1, value.shape[-1])
+    return value.reshape(rows, -1, value.shape[-1])
+
+
+def _by_example(gradient: Tensor, examples: int, owners: Tensor | None) -> Tensor:
+    """`(rows, *shape)` -> `(n, *shape)`: rows summed by owner. A non-finite row spoils its owner only."""
+    if owners is None:
+        return gradient
+    return gradient.new_zeros((examples, *gradient.shape[1:])).index_add_(0, owners, gradient)
 
 
 def _accumulate(gradients: dict[str, Tensor], name: str, value: Tensor) -> None:

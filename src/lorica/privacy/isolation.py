@@ -31,12 +31,10 @@ def check_isolation(
     Raises:
         UserError: names the tensor whose gradient differs.
     """
-    together = per_example_gradients(lambda: losses(model, batch), trained, len(batch))
+    together = per_example_gradients(lambda: losses(model, batch), trained, len(batch), batch.owners)
     for index in range(len(batch)):
-        one = Batch(
-            {name: value[index : index + 1] for name, value in batch.inputs.items()}, batch.labels[index : index + 1]
-        )
-        alone = per_example_gradients(lambda one=one: losses(model, one), trained, 1)  # type: ignore[misc]
+        one = batch.example(index)
+        alone = per_example_gradients(lambda one=one: losses(model, one), trained, 1, one.owners)  # type: ignore[misc]
         for name, gradient in alone.items():
             difference = torch.linalg.vector_norm(together[name][index] - gradient[0])
             if not difference <= tolerance * torch.linalg.vector_norm(gradient) + 1e-6:

@@ -92,7 +92,12 @@ def noisy_gradient(
     total = {name: tensor.zeros(1)[0] for name, tensor in trained.items()}
     for batch in records.micro_batches(indices, micro_batch_tokens):
         batch = batch.to(next(model.parameters()).device)
-        gradients = per_example_gradients(lambda batch=batch: losses(model, batch), trained, len(batch))  # type: ignore[misc]
+        gradients = per_example_gradients(
+            lambda batch=batch: losses(model, batch),  # type: ignore[misc]
+            trained,
+            len(batch),
+            batch.owners,
+        )
         for name, value in clipped_sum(gradients, terms.clip_norm).items():
             total[name] += value
     noise_std = terms.noise_multiplier * terms.clip_norm if terms.private else 0.0

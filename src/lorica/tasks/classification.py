@@ -34,7 +34,7 @@ class Classification:
         Returns:
             (n,) float32.
         """
-        return F.cross_entropy(outputs.logits.float(), batch.labels, reduction="none")
+        return batch.by_example(F.cross_entropy(outputs.logits.float(), batch.labels, reduction="none"))
 
     def evaluate(self, model: Any, records: Records, tokens: int, device: torch.device | str) -> dict[str, float]:
         """The metrics and the mean cross entropy (nats)."""
@@ -63,7 +63,7 @@ class Regression:
     def losses(self, outputs: Any, batch: Batch) -> Tensor:
         """`(y_i - t_i)²` of each example, fp32. `outputs.logits (n, 1)`, `batch.labels (n,)` float."""
         predicted: Tensor = outputs.logits.float()[:, 0]
-        return (predicted - batch.labels.float()).square()
+        return batch.by_example((predicted - batch.labels.float()).square())
 
     def evaluate(self, model: Any, records: Records, tokens: int, device: torch.device | str) -> dict[str, float]:
         """The metrics and the mean squared error, as `loss`."""
@@ -76,6 +76,6 @@ class Regression:
 
 def _passes(model: Any, records: Records, tokens: int, device: torch.device | str) -> Any:
     """For each micro-batch: the places of its records, the batch, and what the model makes of it."""
-    for places in records.cuts(np.arange(len(records)), tokens):
+    for places in records.micro_batch_indices(np.arange(len(records)), tokens):
         batch = records.batch(places).to(device)
         yield places, batch, model(**batch.inputs)

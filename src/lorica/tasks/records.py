@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -16,24 +16,67 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Some records as tensors.
+    """Some examples as tensors. An example is one row of the model's input, or several that share one clip.
 
     Attributes:
-        inputs: keyword arguments of the model's `forward`, each with n rows: `input_ids`, `attention_mask` and, where
-            the tokenizer makes them, `token_type_ids`, all (n, longest) int64; or `pixel_values` (n, channels, height,
-            width) float32.
-        labels: (n,) int64, or float32 for regression.
+        inputs: keyword arguments of the model's `forward`, each with one entry a row: `input_ids`, `attention_mask`
+            and, where the tokenizer makes them, `token_type_ids`, all (rows, longest) int64; or `pixel_values` (rows,
+            channels, height, width) float32.
+        labels: (rows,) or (rows, …) int64, or (rows,) float32 for regression.
+        owners: (rows,) int64, non-decreasing: the example that each row belongs to; each of 0 … n-1 occurs. None: row i
+            is example i.
+        weights: (rows,) float32, what each row's loss counts in the loss of its example. None: the example's loss is
+            the mean over its rows. Without `owners` there are none.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
+    owners: Tensor | None = None
+    weights: Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.labels)
+        """Examples, not rows."""
+        return len(self.labels) if self.owners is None else int(self.owners[-1]) + 1
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return Batch({name: tensor.to(device) for name, tensor in self.inputs.items()}, self.labels.to(device))
+        return self._each(lambda tensor: tensor.to(device))
+
+    def example(self, index: int) -> Batch:
+        """One example alone, with all its rows."""
+        if self.owners is None:
+            return self._each(lambda tensor: tensor[index : index + 1])
+        rows = self.owners == index
+        return replace(self._each(lambda tensor: tensor[rows]), owners=torch.zeros_like(self.owners[rows]))
+
+    def row_weights(self) -> Tensor:
+        """(rows,) float32: `weights`, or an equal share for each row of an example."""
+        if self.weights is not None:
+            return self.weights
+        if self.owners is None:
+            return torch.ones(len(self.labels), device=self.labels.device)
+        return 1.0 / torch.bincount(self.owners)[self.owners]
+
+    def by_example(self, losses: Tensor) -> Tensor:
+        """(n,): each example's loss, `Σ weight · loss` over its rows.
+
+        A row's loss must be a function of that row alone, padding left out: whatever else it depends on could move
+        with another example, and the clip would not bound it.
+
+        Args:
+            losses: (rows,), one loss a row.
+        """
+        if self.owners is None:
+            return losses
+        return losses.new_zeros(len(self)).index_add(0, self.owners, losses * self.row_weights())
+
+    def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(
+            {name: function(tensor) for name, tensor in self.inputs.items()},
+            function(self.labels),
+            None if self.owners is None else function(self.owners),
+            None if self.weights is None else function(self.weights),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +97,12 @@ class Records(ABC):
     @property
     @abstractmethod
     def lengths(self) -> np.ndarray:
-        """(n,) int64: tokens (text) or patches (images) of each record."""
+        """(n,) int64: tokens (text) or patches (images) of each record; of its longest row where it has several."""
+
+    @property
+    def row_counts(self) -> np.ndarray:
+        """(n,) int64: rows of the model's input that each record makes, at least one."""
+        return np.broadcast_to(np.int64(1), len(self))
 
     @abstractmethod
     def subset(self, indices: np.ndarray) -> Records:
@@ -65,21 +113,21 @@ class Records(ABC):
         """The records at `indices` as one batch, in that order; at least one."""
 
     def micro_batches(self, indices: np.ndarray, tokens: int) -> Iterator[Batch]:
-        """Cut the records at `indices` into batches of similar length.
+        """Cut the records at `indices` into batches of similar length, as `micro_batch_indices` says."""
+        return map(self.batch, self.micro_batch_indices(indices, tokens))
+
+    def micro_batch_indices(self, indices: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+        """The records at `indices`, cut into those of each micro-batch.
 
         Records are sorted by length (equal lengths keep their order) and cut where `cheapest_cuts` says. A batch keeps
-        (records × longest length) within `tokens`, and holds at least one record, even if that one is longer than
-        `tokens`. Every index comes out as often as it went in; no index gives no batch.
+        (rows × longest length) within `tokens`, and holds at least one record, even if that one is larger than
+        `tokens`: all rows of a record run in one pass. Every index comes out as often as it went in; no index gives no
+        batch.
         """
-        for places in self.cuts(indices, tokens):
-            yield self.batch(places)
-
-    def cuts(self, indices: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
-        """The indices of each of `micro_batches`."""
         order = np.asarray(indices, dtype=np.int64)
         order = order[np.argsort(self.lengths[order], kind="stable")]
         start = 0
-        for end in cheapest_cuts(self.lengths[order], tokens):
+        for end in cheapest_cuts(self.lengths[order], tokens, self.row_counts[order]):
             yield order[start:end]
             start = end
 
@@ -96,27 +144,33 @@ class Records(ABC):
         return hashlib.sha256(self.digests.tobytes()).hexdigest()
 
 
-def cheapest_cuts(lengths: np.ndarray, tokens: int) -> list[int]:
+def cheapest_cuts(lengths: np.ndarray, tokens: int, row_counts: np.ndarray | None = None) -> list[int]:
     """Where to cut sorted records so that the passes over them cost least.
 
-    A pass over records `i … j-1` costs its padded tokens `(j - i) · lengths[j-1]` plus a fixed `tokens / 16`, about
-    what starting a pass costs beside its tokens: many passes waste starts, few passes waste padding. Dynamic
-    programming over the last cut: `cost(j) = min_i cost(i) + (j - i) · lengths[j-1] + tokens/16`. Among equals, earlier
-    passes are the fuller ones.
+    A pass over records `i … j-1` costs its padded tokens `(r_i + … + r_{j-1}) · lengths[j-1]`, with `r` rows a record,
+    plus a fixed `tokens / 16`, about what starting a pass costs beside its tokens: many passes waste starts, few passes
+    waste padding. Dynamic programming over the last cut: `cost(j) = min_i cost(i) + (r_i + … + r_{j-1}) · lengths[j-1]
+    + tokens/16`. Among equals, earlier passes are the fuller ones.
+
+    Rows and lengths are kept apart because their product does not bound a batch: one row of 100 tokens and ten rows of
+    10 make 200 tokens by themselves, but 1,100 once padded to the longest row.
 
     Args:
-        lengths: (n,), ascending, each at least 1.
+        lengths: (n,), ascending, each at least 1; of a record's longest row.
         tokens: most padded tokens in a pass; a single record may exceed it.
+        row_counts: (n,), each at least 1; None: each record is one row.
 
     Returns:
         The end of each pass, ascending, the last one n; empty if n is 0.
     """
     n = len(lengths)
+    rows = np.arange(n + 1) if row_counts is None else np.concatenate([[0], np.cumsum(row_counts)])
     cost, last = np.zeros(n + 1), np.zeros(n + 1, dtype=np.int64)
     for end in range(1, n + 1):
         longest = int(lengths[end - 1])
-        starts = np.arange(end - 1, max(0, end - max(1, tokens // longest)) - 1, -1)
-        costs = cost[starts] + (end - starts) * longest + tokens / 16
+        first = int(np.searchsorted(rows, rows[end] - tokens // longest))
+        starts = np.arange(end - 1, min(first, end - 1) - 1, -1)
+        costs = cost[starts] + (rows[end] - rows[starts]) * longest + tokens / 16
         best = int(np.argmin(costs))
         cost[end], last[end] = costs[best], starts[best]
     ends: list[int] = []

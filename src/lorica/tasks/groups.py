@@ -1,0 +1,131 @@
+"""A unit of privacy above the record: all records of a patient, a user or a device as one."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from lorica.tasks.records import Batch, Records, digest, stack_digests
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedRecords(Records):
+    """Groups of records; group i holds the records `members[starts[i] : starts[i] + sizes[i]]`.
+
+    A group enters a batch as one example, with all rows of all its records: it is sampled once and clipped once. Its
+    loss is the mean over its records' losses, so that its gradient does not grow with its size and the clip does not
+    bite large groups harder.
+
+    Attributes:
+        labels: (n,) int64, the most frequent label among the records that a group keeps; the least of equals.
+        digests: (n, 32) uint8, over the digests of all records of a group, kept or not.
+        records: what the groups are made of; shared between subsets.
+        members: int64 positions in `records`, group after group, each group's in the records' order.
+        starts: (n,) int64 offsets into `members`.
+        sizes: (n,) int64, records that each group keeps.
+    """
+
+    records: Records
+    members: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self._lengths
+
+    @property
+    def row_counts(self) -> np.ndarray:
+        return self._row_counts
+
+    @cached_property
+    def _lengths(self) -> np.ndarray:
+        longest: np.ndarray = np.maximum.reduceat(self.records.lengths[self._kept], self._offsets)
+        return longest
+
+    @cached_property
+    def _row_counts(self) -> np.ndarray:
+        total: np.ndarray = np.add.reduceat(self.records.row_counts[self._kept], self._offsets)
+        return total
+
+    @property
+    def _kept(self) -> np.ndarray:
+        return self._members_of(np.arange(len(self)))
+
+    @property
+    def _offsets(self) -> np.ndarray:
+        return np.asarray(np.cumsum(self.sizes) - self.sizes)
+
+    def _members_of(self, indices: np.ndarray) -> np.ndarray:
+        """Positions in `records` of the groups at `indices`, one group after another."""
+        sizes = self.sizes[indices]
+        within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        places: np.ndarray = self.members[np.repeat(self.starts[indices], sizes) + within]
+        return places
+
+    def subset(self, indices: np.ndarray) -> GroupedRecords:
+        return replace(
+            self,
+            labels=self.labels[indices],
+            digests=self.digests[indices],
+            starts=self.starts[indices],
+            sizes=self.sizes[indices],
+        )
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        inner = self.records.batch(self._members_of(indices))
+        sizes = torch.from_numpy(self.sizes[indices])
+        group = torch.repeat_interleave(sizes)
+        record = torch.arange(len(group)) if inner.owners is None else inner.owners
+        return replace(inner, owners=group[record], weights=inner.row_weights() / sizes[group[record]])
+
+
+def grouped(records: Records, keys: np.ndarray, most: int, seed: int) -> GroupedRecords:
+    """Make each group of records one record, of at most `most` of its records.
+
+    Adding or removing one whole group changes nothing about the others, neither which of their records are kept nor
+    their order among themselves: a record's rank within its group is a hash of the public seed and the record alone.
+    Bounding contributions this way: Amin et al., arXiv 1905.13177 (records of one user); McMahan et al., arXiv
+    1710.06963 (a user as the unit of DP-SGD).
+
+    Groups come in the order in which they first appear. The digests, and so the fingerprint, depend on the records and
+    on how they are grouped, not on `most`, on the seed or on how the groups are called.
+
+    Args:
+        keys: (len(records),), what names each record's group: text or integers, no nulls.
+        most: records that a group keeps, at least 1. A pass holds at least one group whole, so that `most` bounds its
+            memory: at most `most` times the rows of a record, padded to the longest.
+        seed: public.
+
+    Raises:
+        ValueError: there are not as many keys as records, or `most` is less than 1.
+    """
+    if len(keys) != len(records) or most < 1:
+        raise ValueError(f"{len(keys)} keys for {len(records)} records, at most {most} a group")
+    _, firsts, group = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(np.argsort(firsts))[group]
+    by_group = np.split(np.argsort(order, kind="stable"), np.cumsum(np.bincount(order))[:-1])
+    kept = [_chosen(records.digests, members, most, seed) for members in by_group]
+    sizes = np.array([len(members) for members in kept], dtype=np.int64)
+    return GroupedRecords(
+        labels=np.array([np.bincount(records.labels[members]).argmax() for members in kept], dtype=np.int64),
+        digests=stack_digests([digest(bytes(row) for row in records.digests[members]) for members in by_group]),
+        records=records,
+        members=np.concatenate(kept),
+        starts=np.cumsum(sizes) - sizes,
+        sizes=sizes,
+    )
+
+
+def _chosen(digests: np.ndarray, members: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """The `most` members of least hash, in their order; equal records keep theirs."""
+    if len(members) <= most:
+        return members
+    prefix = f"{seed}:group:".encode()
+    ranks = [hashlib.sha256(prefix + bytes(digests[member])).digest() for member in members]
+    chosen = sorted(range(len(members)), key=ranks.__getitem__)[:most]
+    return np.asarray(members[np.sort(chosen)])

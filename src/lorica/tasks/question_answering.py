@@ -1,0 +1,521 @@
+"""Extractive question answering (SQuAD v1.1 and v2.0): records, loss, and how well a model does.
+
+Rajpurkar et al., arXiv 1606.05250 (v1.1) and arXiv 1806.03822 (v2.0, questions without an answer). Windows over long
+contexts and the score of no answer: Devlin et al., arXiv 1810.04805, sections 4.2 and 4.3.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorica.errors import UserError
+from lorica.tasks.labels import is_text
+from lorica.tasks.readers import Source
+from lorica.tasks.records import Batch, Records, digest, stack_digests
+from lorica.tasks.squad_metrics import exact_match, f1
+from lorica.tasks.text import SLICE, _padded
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What turns places of tokens back into words. Only records to evaluate on have it.
+
+    Attributes:
+        contexts: the distinct contexts.
+        offsets: of each context, (tokens, 2) int32: where each token begins and ends in it, in characters.
+        context_of: int64, the context of each question.
+        answers: all that count as right, of each question; none where it has no answer.
+        places: int64, where the context begins in each window.
+        firsts: int64, which token of the context that is.
+        counts: int64, tokens of the context in each window.
+    """
+
+    contexts: list[str]
+    offsets: list[np.ndarray]
+    context_of: np.ndarray
+    answers: list[list[str]]
+    places: np.ndarray
+    firsts: np.ndarray
+    counts: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class QuestionRecords(Records):
+    """Questions, each with the windows over its context; record i is the question `questions[i]`.
+
+    One question is one record, the unit of privacy: it is sampled once, and all its windows share one clip, however
+    long its context is. (Questions about one context are still different records. Where the context itself is what
+    must not be told, make it the unit with `lorica.tasks.groups`.)
+
+    Question k has the windows `first_windows[k] … first_windows[k] + window_counts[k] - 1`; window w is
+    `tokens[starts[w] : starts[w] + sizes[w]]`. Subsets share all of that.
+
+    Attributes:
+        labels: (n,) int64, 1 where the question has an answer, 0 where it has none.
+        questions: (n,) int64.
+        tokens: int32, the tokens of all windows one after another.
+        token_types: int8, parallel to `tokens`; None where the model takes none.
+        starts: int64 offsets into `tokens`.
+        sizes: int64 tokens of each window.
+        positions: (windows, 2) int64, the places of the answer's first and last token in the window; (0, 0), the place
+            of [CLS], where the window does not hold the whole answer or there is none.
+        first_windows: int64, of each question.
+        window_counts: int64, of each question.
+        pad: the token id that stands in padded, masked places.
+        pad_type: the token type that stands there.
+        texts: None for records to train on, which keep tokens only.
+    """
+
+    questions: np.ndarray
+    tokens: np.ndarray
+    token_types: np.ndarray | None
+    starts: np.ndarray
+    sizes: np.ndarray
+    positions: np.ndarray
+    first_windows: np.ndarray
+    window_counts: np.ndarray
+    pad: int
+    pad_type: int
+    texts: Texts | None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.asarray(np.maximum.reduceat(self.sizes, self.first_windows)[self.questions])
+
+    @property
+    def row_counts(self) -> np.ndarray:
+        return np.asarray(self.window_counts[self.questions])
+
+    def subset(self, indices: np.ndarray) -> QuestionRecords:
+        return replace(
+            self, labels=self.labels[indices], digests=self.digests[indices], questions=self.questions[indices]
+        )
+
+    def windows(self, indices: np.ndarray) -> np.ndarray:
+        """Which windows the records at `indices` have, one record after another."""
+        counts = self.row_counts[indices]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        return np.asarray(np.repeat(self.first_windows[self.questions[indices]], counts) + within)
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        windows = self.windows(indices)
+        sizes = self.sizes[windows]
+        columns = np.arange(sizes.max())
+        mask = columns < sizes[:, None]
+        places = (self.starts[windows][:, None] + columns)[mask]
+        inputs = {"input_ids": _padded(self.tokens, places, mask, self.pad)}
+        if self.token_types is not None:
+            inputs["token_type_ids"] = _padded(self.token_types, places, mask, self.pad_type)
+        inputs["attention_mask"] = mask.astype(np.int64)
+        return Batch(
+            {name: torch.from_numpy(array) for name, array in inputs.items()},
+            torch.from_numpy(self.positions[windows]),
+            torch.from_numpy(np.repeat(np.arange(len(indices)), self.row_counts[indices])),
+        )
+
+
+def losses(outputs: Any, batch: Batch) -> Tensor:
+    """Mean over a question's windows of `(CE(start) + CE(end)) / 2`, in nats and fp32.
+
+    The softmax runs over all tokens of a window, the question's too, as in transformers' question answering models, but
+    not over padding, which those leave in: how much padding a window has depends on the questions beside it, and so
+    would the gradient that is clipped. On a window without padding this is transformers' own loss.
+
+    Args:
+        outputs: `start_logits` and `end_logits`, (windows, longest).
+
+    Returns:
+        (questions,) float32.
+    """
+    padding = batch.inputs["attention_mask"] == 0
+
+    def cross_entropy(logits: Tensor, positions: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float().masked_fill(padding, -math.inf), positions, reduction="none")
+
+    starts, ends = batch.labels.unbind(1)
+    return batch.by_example((cross_entropy(outputs.start_logits, starts) + cross_entropy(outputs.end_logits, ends)) / 2)
+
+
+def evaluate(
+    model: Any,
+    records: QuestionRecords,
+    tokens: int,
+    device: torch.device | str,
+    null_threshold: float | None,
+    max_answer: int = 30,
+) -> dict[str, float]:
+    """Exact match and F1 (shares) and mean loss (nats) of a model over all records, of which there is at least one.
+
+    The answer is the span of context of greatest `start + end` logit, over all windows and all spans of at most
+    `max_answer` tokens. It is the official BERT scripts' answer without their detour over the n best starts and ends,
+    which may miss it. With a `null_threshold`, it is "" where [CLS] scores higher than the span by more than that, the
+    least score of [CLS] over the windows taken: a window without the answer says nothing about the others. It is also
+    "" where the logits are not finite.
+
+    Every module is in evaluation mode meanwhile and gets its previous mode back, also after an error.
+
+    Args:
+        model: called as `model(**batch.inputs)`; gives `start_logits` and `end_logits`.
+        tokens: padded tokens in one forward pass.
+        null_threshold: how much more [CLS] has to score (v2.0; 0 where nothing else is known). None where every
+            question has an answer (v1.1).
+        max_answer: in tokens.
+
+    Raises:
+        ValueError: the records keep no texts.
+    """
+    if records.texts is None:
+        raise ValueError("records made to train on keep no texts to evaluate with")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    total = dict.fromkeys(("exact_match", "f1"), 0.0)
+    try:
+        with torch.inference_mode():
+            loss = torch.zeros((), dtype=torch.float64, device=device)
+            for indices in records.micro_batch_indices(np.arange(len(records)), tokens):
+                batch = records.batch(indices).to(device)
+                outputs = model(**batch.inputs)
+                loss += losses(outputs, batch).sum(dtype=torch.float64)
+                predictions = _predictions(outputs, records, records.texts, indices, null_threshold, max_answer)
+                for index, prediction in zip(indices, predictions, strict=True):
+                    answers = records.texts.answers[records.questions[index]]
+                    total["exact_match"] += exact_match(prediction, answers)
+                    total["f1"] += f1(prediction, answers)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return {name: value / len(records) for name, value in (total | {"loss": loss.item()}).items()}
+
+
+def _predictions(
+    outputs: Any,
+    records: QuestionRecords,
+    texts: Texts,
+    indices: np.ndarray,
+    null_threshold: float | None,
+    max_answer: int,
+) -> list[str]:
+    """The answer to each question of a batch."""
+    windows = records.windows(indices)
+    starts, ends = outputs.start_logits.float(), outputs.end_logits.float()
+    columns = torch.arange(starts.shape[1], device=starts.device)
+    place = torch.from_numpy(texts.places[windows]).to(starts.device)[:, None]
+    count = torch.from_numpy(texts.counts[windows]).to(starts.device)[:, None]
+    outside = (columns < place) | (columns >= place + count)
+    in_reach = F.pad(ends.masked_fill(outside, -math.inf), (0, max_answer - 1), value=-math.inf)
+    # spans[w, s, l] is the score of the span of l + 1 tokens from s on.
+    spans = starts.masked_fill(outside, -math.inf)[:, :, None] + in_reach.unfold(1, max_answer, 1)
+    best, where = (value.cpu().numpy() for value in spans.flatten(1).max(1))
+    nulls = (starts[:, 0] + ends[:, 0]).cpu().numpy()
+
+    predictions = []
+    for index, (start, end) in zip(indices, pairwise(np.cumsum([0, *records.row_counts[indices]])), strict=True):
+        row = start + int(np.argmax(best[start:end]))
+        null = nulls[start:end].min()
+        if not np.isfinite(best[row]) or (null_threshold is not None and not null - best[row] <= null_threshold):
+            predictions.append("")
+            continue
+        context = texts.context_of[records.questions[index]]
+        first, extra = divmod(int(where[row]), max_answer)
+        token = first - texts.places[windows[row]] + texts.firsts[windows[row]]
+        offsets = texts.offsets[context]
+        predictions.append(texts.contexts[context][offsets[token, 0] : offsets[token + extra, 1]].strip())
+    return predictions
+
+
+def tokenise_questions(
+    source: Source,
+    question: str,
+    context: str,
+    answers: str,
+    tokenizer: Any,
+    max_length: int,
+    stride: int,
+    max_question: int,
+    keep_texts: bool = False,
+) -> QuestionRecords:
+    """Tokenise questions with their contexts, in as many overlapping windows as the context needs.
+
+    A window is `[CLS] question [SEP] context [SEP]`, or however the tokenizer frames a pair. Consecutive windows share
+    `stride` tokens of context, and the last one ends with it: the same windows as transformers' tokenizers make with
+    `truncation="only_second"` and `return_overflowing_tokens`. The first of a question's answers is trained on, all of
+    them count in evaluation.
+
+    Args:
+        question: the column of questions, text.
+        context: the column of contexts, text.
+        answers: the column of answers as Hugging Face has them, `{text: [...], answer_start: [...]}` with the first
+            character's place in the context; empty lists where there is no answer.
+        tokenizer: a fast one of transformers.
+        max_length: tokens of a window, special ones included; or what the tokenizer says its model can take, if less.
+        stride: tokens of context that consecutive windows share.
+        max_question: tokens of a question; what is beyond is cut off.
+        keep_texts: keep what `evaluate` needs: contexts, answers, and where tokens are in their context.
+
+    Raises:
+        UserError: a column holds something else; an answer does not stand at its place in the context; a question or a
+            context gives no tokens; the tokenizer is not a fast one; the lengths leave no room for context.
+    """
+    if not tokenizer.is_fast:
+        problem = "its tokenizer cannot tell which characters a token stands for"
+        raise UserError("model.base", tokenizer.name_or_path, problem, "use a model with a tokenizer.json")
+    frame = _Frame.of(tokenizer)
+    limit = min(max_length, tokenizer.model_max_length) - frame.size
+    if limit - max_question <= stride:
+        raise UserError(
+            "task.max_length",
+            max_length,
+            f"with {max_question} tokens of question and {frame.size} special ones, {limit - max_question} are left "
+            f"for context, which is not more than the {stride} that windows share",
+            "raise max_length (the model may take less), or lower stride or max_question",
+        )
+    asked, told = _texts(source, "question", question), _texts(source, "context", context)
+    right = _answers(source, answers, context, told)
+    contexts = list(dict.fromkeys(told))
+    numbers = {text: number for number, text in enumerate(contexts)}
+    context_of = np.array([numbers[text] for text in told], dtype=np.int64)
+    question_tokens = _encode(tokenizer, asked, truncation=True, max_length=max_question)["input_ids"]
+    encoded = _encode(tokenizer, contexts, return_offsets_mapping=True)
+    context_tokens = encoded["input_ids"]
+    offsets = [np.array(pairs, dtype=np.int32).reshape(-1, 2) for pairs in encoded["offset_mapping"]]
+
+    tokens, token_types, positions, places, firsts, counts, window_counts = [], [], [], [], [], [], []
+    for index, ids in enumerate(question_tokens):
+        number = context_of[index]
+        for column, part in ((question, ids), (context, context_tokens[number])):
+            if not part:
+                problem = f"record {index} (counted from 0) gives no tokens from column {column!r}"
+                raise source.error(problem, "fill the text in or remove the record")
+        span = _span(offsets[number], right[index])
+        place = frame.context_place(len(ids))
+        cuts = _cuts(len(context_tokens[number]), limit - len(ids), stride)
+        for first, end in cuts:
+            tokens.append(frame.tokens(ids, context_tokens[number][first:end]))
+            token_types.append(frame.token_types(len(ids), end - first))
+            inside = span is not None and first <= span[0] and span[1] < end
+            positions.append((place + span[0] - first, place + span[1] - first) if span and inside else (0, 0))
+            places.append(place)
+            firsts.append(first)
+            counts.append(end - first)
+        window_counts.append(len(cuts))
+
+    sizes = np.fromiter(map(len, tokens), dtype=np.int64)
+    window_count = np.array(window_counts, dtype=np.int64)
+    texts = None
+    if keep_texts:
+        spoken = [[text for text, _ in pairs] for pairs in right]
+        arrays = (np.array(values, dtype=np.int64) for values in (places, firsts, counts))
+        texts = Texts(contexts, offsets, context_of, spoken, *arrays)
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    has_types = "token_type_ids" in tokenizer.model_input_names
+    return QuestionRecords(
+        labels=np.array([bool(pairs) for pairs in right], dtype=np.int64),
+        digests=_digests(asked, told, right),
+        questions=np.arange(len(asked)),
+        tokens=np.concatenate(tokens),
+        token_types=np.concatenate(token_types) if has_types else None,
+        starts=np.cumsum(sizes) - sizes,
+        sizes=sizes,
+        positions=np.array(positions, dtype=np.int64),
+        first_windows=np.cumsum(window_count) - window_count,
+        window_counts=window_count,
+        pad=next(pad for pad in pads if pad is not None),
+        pad_type=tokenizer.pad_token_type_id,
+        texts=texts,
+    )
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The special tokens around and between a pair of texts, with the token types of everything.
+
+    Attributes:
+        special: (token ids, token types) before the question, between the two and after the context.
+        types: token type of the question and of the context.
+    """
+
+    special: tuple[tuple[list[int], list[int]], ...]
+    types: tuple[int, int]
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> _Frame:
+        encoded = tokenizer("a", "b", return_token_type_ids=True)
+        texts = encoded.sequence_ids(0)
+        edges = [0, texts.index(0), _last(texts, 0), texts.index(1), _last(texts, 1), len(texts)]
+        ids, types = encoded["input_ids"], encoded["token_type_ids"]
+        special = tuple((ids[start:end], types[start:end]) for start, end in zip(edges[::2], edges[1::2], strict=True))
+        return cls(special, (types[edges[1]], types[edges[3]]))
+
+    @property
+    def size(self) -> int:
+        return sum(len(ids) for ids, _ in self.special)
+
+    def context_place(self, question: int) -> int:
+        return len(self.special[0][0]) + question + len(self.special[1][0])
+
+    def tokens(self, question: list[int], context: list[int]) -> np.ndarray:
+        before, between, after = (ids for ids, _ in self.special)
+        return np.array([*before, *question, *between, *context, *after], dtype=np.int32)
+
+    def token_types(self, question: int, context: int) -> np.ndarray:
+        before, between, after = (types for _, types in self.special)
+        first, second = self.types
+        return np.array([*before, *[first] * question, *between, *[second] * context, *after], dtype=np.int8)
+
+
+def _last(values: list[int | None], value: int) -> int:
+    """One past the last place of a value."""
+    return len(values) - values[::-1].index(value)
+
+
+def _cuts(count: int, room: int, stride: int) -> list[tuple[int, int]]:
+    """First and end of each window over `count` tokens, `room` at a time, that share `stride`."""
+    cuts = [(0, min(room, count))]
+    while cuts[-1][1] < count:
+        first = cuts[-1][1] - stride
+        cuts.append((first, min(first + room, count)))
+    return cuts
+
+
+def _span(offsets: np.ndarray, answers: list[tuple[str, int]]) -> tuple[int, int] | None:
+    """First and last token that hold a character of the first answer."""
+    if not answers:
+        return None
+    text, start = answers[0]
+    first = int(np.searchsorted(offsets[:, 1], start, side="right"))
+    last = int(np.searchsorted(offsets[:, 0], start + len(text), side="left")) - 1
+    return (first, last) if first <= last else None
+
+
+def _encode(tokenizer: Any, texts: list[str], **options: Any) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for start in range(0, len(texts), SLICE):
+        encoded = tokenizer(
+            texts[start : start + SLICE],
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+            **options,
+        )
+        for name, values in encoded.items():
+            found.setdefault(name, []).extend(values)
+    return found
+
+
+def _texts(source: Source, key: str, column: str) -> list[str]:
+    import pyarrow as pa
+
+    values = source.table.column(column)
+    if not is_text(values.type):
+        problem = f"the column of {source.name} holds {values.type}, not text"
+        raise UserError(f"task.{key}", column, problem, "name a column of text")
+    texts: list[str] = values.cast(pa.large_string()).to_pylist()
+    return texts
+
+
+def _answers(source: Source, column: str, context: str, contexts: list[str]) -> list[list[tuple[str, int]]]:
+    """Each question's answers with their places, empty ones left out."""
+    import pyarrow as pa
+
+    values = source.table.column(column)
+    kind = values.type
+    if not pa.types.is_struct(kind) or {"text", "answer_start"} - {field.name for field in kind}:
+        raise UserError(
+            "task.answers",
+            column,
+            f"the column of {source.name} holds {kind}, not answers",
+            "name a column of {text: [...], answer_start: [...]}, as SQuAD has it on the Hugging Face hub",
+        )
+    found = []
+    for index, value in enumerate(values.to_pylist()):
+        texts, starts = value["text"], value["answer_start"]
+        if not _aligned(texts, starts, contexts[index]):
+            raise source.error(
+                f"record {index} (counted from 0) has an answer in column {column!r} that does not stand at its "
+                f"answer_start in column {context!r}",
+                "count answer_start in characters from 0, or remove the record",
+            )
+        found.append([(text, start) for text, start in zip(texts, starts, strict=True) if text])
+    return found
+
+
+def _aligned(texts: Any, starts: Any, context: str) -> bool:
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        return False
+    pairs = zip(texts, starts, strict=True)
+    return all(
+        isinstance(text, str) and isinstance(start, int) and start >= 0 and context.startswith(text, start)
+        for text, start in pairs
+    )
+
+
+def _digests(questions: list[str], contexts: list[str], answers: list[list[tuple[str, int]]]) -> np.ndarray:
+    records = zip(questions, contexts, answers, strict=True)
+    return stack_digests(
+        [
+            digest([question.encode(), context.encode(), *(part for a in pairs for part in _fields(*a))])
+            for question, context, pairs in records
+        ]
+    )
+
+
+def _fields(text: str, start: int) -> tuple[bytes, bytes]:
+    return text.encode(), str(start).encode()
+
+
+def read_squad_json(path: Path, key: str = "task.train") -> pa.Table:
+    """Read a file of the official SQuAD format, v1.1 or v2.0, into Hugging Face's columns, one question a row.
+
+    `{"data": [{"title", "paragraphs": [{"context", "qas": [{"id", "question", "answers": [{"text", "answer_start"}],
+    "is_impossible"}]}]}]}` becomes `id`, `title`, `context`, `question` (text) and `answers` (`{text: [...],
+    answer_start: [...]}`). Questions keep the file's order. What is said to be impossible has no answers; its
+    `plausible_answers` are left out.
+
+    Args:
+        key: the configuration's key that names the file, for errors.
+
+    Raises:
+        UserError: the file is no JSON of this format.
+    """
+    import pyarrow as pa
+
+    rows = []
+    try:
+        for article in json.loads(path.read_bytes())["data"]:
+            for paragraph in article["paragraphs"]:
+                for entry in paragraph["qas"]:
+                    answers = [] if entry.get("is_impossible") else entry["answers"]
+                    rows.append(
+                        {
+                            "id": entry["id"],
+                            "title": article.get("title", ""),
+                            "context": paragraph["context"],
+                            "question": entry["question"],
+                            "answers": {
+                                "text": [answer["text"] for answer in answers],
+                                "answer_start": [answer["answer_start"] for answer in answers],
+                            },
+                        }
+                    )
+        answer = pa.struct([("text", pa.list_(pa.string())), ("answer_start", pa.list_(pa.int64()))])
+        texts = ("id", "title", "context", "question")
+        schema = pa.schema([*((name, pa.string()) for name in texts), ("answers", answer)])
+        return pa.Table.from_pylist(rows, schema=schema)
+    # The parsers' own messages quote the file.
+    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        problem = f"not a file of SQuAD's format{f' from question {len(rows)} (counted from 0) on' if rows else ''}"
+        raise UserError(key, str(path), problem, "give the official train-*.json or dev-*.json") from None
