@@ -21,7 +21,8 @@ class Batch:
         inputs: keyword arguments of the model's `forward`, each with n rows: `input_ids`, `attention_mask` and, where
             the tokenizer makes them, `token_type_ids`, all (n, longest) int64; or `pixel_values` (n, channels, height,
             width) float32.
-        labels: (n,) int64.
+        labels: (n,) int64; for language modelling (n, longest) int64, the tokens themselves where the loss counts and
+            -100 elsewhere.
     """
 
     inputs: dict[str, Tensor]
