@@ -29,8 +29,10 @@ class BaseModel:
     """A base model whose parameters are all frozen.
 
     Attributes:
-        model: takes the task's inputs by name; its output has `logits (n, labels)`.
-        head: path of the head's last linear map.
+        model: takes the task's inputs by name; its output has `logits (n, labels)`, or `(n, t, vocabulary)` of a
+            language model.
+        head: path of the head's last linear map; of a language model, of the map onto its vocabulary. That one belongs
+            to the base, often shares its weight with the input embedding, and is never trained or adapted.
         head_is_new: the checkpoint brings no head for these labels.
         new_modules: paths of other modules that the checkpoint does not hold; an exported adapter has to carry them.
     """
@@ -85,13 +87,14 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
 
     A head that the checkpoint brings for exactly these labels is kept. Otherwise it is zero where it will be trained
     (every client starts from the same point and the first gradient is not spent on undoing noise), or drawn from the
-    seed where it stays frozen.
+    seed where it stays frozen. A language model keeps its own head; `label_names` does not count.
 
     The base takes `config.precision` here if that is a quantised one, else in `adapt`.
 
     Raises:
         UserError: the model cannot be loaded, has no linear head for the labels, or mixes examples (batch
-            normalisation); bitsandbytes is missing where the precision needs it.
+            normalisation); bitsandbytes is missing where the precision needs it; for language modelling, the model is
+            none or sees the tokens that it is to predict, or `model.head` is not `freeze`.
     """
     base = resolve_base(config.base)
     labels = len(label_names)
@@ -111,6 +114,10 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
             model: Any = MeanPooledClassifier(encoder, labels)
             new_modules = ["classifier"]
             kept = False
+        elif task_type == "language-modelling":
+            model = _load_causal(config, base, options)
+            new_modules = []
+            kept = True
         else:
             automatic = {
                 "text-classification": transformers.AutoModelForSequenceClassification,
@@ -131,7 +138,7 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
             kept = own_names == label_names and _head_path(model, labels) not in new_modules
     if task_type == "text-classification":
         _pad_as_configured(model)
-    head = _head_path(model, labels)
+    head = _vocabulary_path(model) if task_type == "language-modelling" else _head_path(model, labels)
     if config.head == "train" and not kept:
         linear = model.get_submodule(head)
         assert isinstance(linear, nn.Linear)
@@ -217,6 +224,27 @@ def _from_pretrained(function: Callable[..., Any], base: str, options: dict[str,
         transformers.logging.enable_progress_bar()
 
 
+def _load_causal(config: ModelConfig, base: str, options: dict[str, Any]) -> Any:
+    if config.head != "freeze":
+        raise UserError(
+            "model.head", config.head, "a language model's head is a part of its base", "set model.head=freeze"
+        )
+    model, info = _from_pretrained(transformers.AutoModelForCausalLM.from_pretrained, base, options)
+    if info["missing_keys"]:
+        problem = f"the checkpoint holds no whole language model ({min(info['missing_keys'])} is missing)"
+        raise UserError("model.base", config.base, problem, "give a causal language model")
+    # Training never continues a text; a cache would only take memory.
+    model.config.use_cache = False
+    # Encoders load as language models too, without a word.
+    same_beginning = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]])
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=same_beginning).logits[:, :-1]
+    if not torch.allclose(logits[0], logits[1], atol=1e-3 * logits.std().item()):
+        problem = f"{type(model).__name__} sees the tokens that it is to predict"
+        raise UserError("model.base", config.base, problem, "give a causal language model")
+    return model
+
+
 def _checkpoint_labels(base: str, options: dict[str, Any]) -> list[str]:
     def load(folder: str, **_: Any) -> Any:
         return transformers.AutoConfig.from_pretrained(folder, local_files_only=options["local_files_only"])
@@ -246,6 +274,12 @@ def _head_path(model: nn.Module, labels: int) -> str:
             "for texts, try model.pooling=mean; else use a model with such a head",
         )
     return heads[-1]
+
+
+def _vocabulary_path(model: Any) -> str:
+    output = model.get_output_embeddings()
+    names: list[str] = [name for name, module in model.named_modules() if module is output]
+    return names[0]
 
 
 def _device_type(config: ModelConfig) -> str:

@@ -23,7 +23,7 @@ from lorica.tasks.labels import is_text
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch, Records, digest, stack_digests
 from lorica.tasks.squad_metrics import exact_match, f1
-from lorica.tasks.text import SLICE, _padded
+from lorica.tasks.text import SLICE, padded
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -116,9 +116,9 @@ class QuestionRecords(Records):
         columns = np.arange(sizes.max())
         mask = columns < sizes[:, None]
         places = (self.starts[windows][:, None] + columns)[mask]
-        inputs = {"input_ids": _padded(self.tokens, places, mask, self.pad)}
+        inputs = {"input_ids": padded(self.tokens, places, mask, self.pad)}
         if self.token_types is not None:
-            inputs["token_type_ids"] = _padded(self.token_types, places, mask, self.pad_type)
+            inputs["token_type_ids"] = padded(self.token_types, places, mask, self.pad_type)
         inputs["attention_mask"] = mask.astype(np.int64)
         return Batch(
             {name: torch.from_numpy(array) for name, array in inputs.items()},

@@ -22,7 +22,8 @@ class Batch:
         inputs: keyword arguments of the model's `forward`, each with one entry a row: `input_ids`, `attention_mask`
             and, where the tokenizer makes them, `token_type_ids`, all (rows, longest) int64; or `pixel_values` (rows,
             channels, height, width) float32.
-        labels: (rows,) or (rows, …) int64, or (rows,) float32 for regression.
+        labels: (rows,) or (rows, …) int64, or (rows,) float32 for regression; for language modelling (rows, longest)
+            int64, the tokens themselves where the loss counts and -100 elsewhere.
         owners: (rows,) int64, non-decreasing: the example that each row belongs to; each of 0 … n-1 occurs. None: row i
             is example i.
         weights: (rows,) float32, what each row's loss counts in the loss of its example. None: the example's loss is

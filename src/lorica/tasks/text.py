@@ -63,19 +63,20 @@ class TextRecords(Records):
         columns = np.arange(sizes.max())
         mask = columns < sizes[:, None]
         places = (self.starts[indices][:, None] + columns)[mask]
-        inputs = {"input_ids": _padded(self.tokens, places, mask, self.pad)}
+        inputs = {"input_ids": padded(self.tokens, places, mask, self.pad)}
         if self.token_types is not None:
-            inputs["token_type_ids"] = _padded(self.token_types, places, mask, self.pad_type)
+            inputs["token_type_ids"] = padded(self.token_types, places, mask, self.pad_type)
         inputs["attention_mask"] = mask.astype(np.int64)
         return Batch(
             {name: torch.from_numpy(array) for name, array in inputs.items()}, torch.from_numpy(self.labels[indices])
         )
 
 
-def _padded(flat: np.ndarray, places: np.ndarray, mask: np.ndarray, pad: int) -> np.ndarray:
-    padded = np.full(mask.shape, pad, dtype=np.int64)
-    padded[mask] = flat[places]
-    return padded
+def padded(flat: np.ndarray, places: np.ndarray, mask: np.ndarray, pad: int) -> np.ndarray:
+    """`flat[places]` where `mask (n, t)` is true, in its order, and `pad` elsewhere; int64."""
+    rows = np.full(mask.shape, pad, dtype=np.int64)
+    rows[mask] = flat[places]
+    return rows
 
 
 def load_tokenizer(base: str) -> Any:
@@ -118,7 +119,7 @@ def tokenise(
     Raises:
         UserError: a column holds no text, or a record has no tokens.
     """
-    texts = [_texts(source, column) for column in columns]
+    texts = [column_texts(source, column) for column in columns]
     digests = np.concatenate(
         [_digests(texts, label_texts, start) for start in range(0, len(labels), SLICE)], dtype=np.uint8
     )
@@ -171,7 +172,12 @@ def tokenizer_identity(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join([inner, *outer, *tokenizer.model_input_names]).encode()).hexdigest()
 
 
-def _texts(source: Source, column: str) -> pa.ChunkedArray:
+def column_texts(source: Source, column: str) -> pa.ChunkedArray:
+    """The texts of a column (large_string).
+
+    Raises:
+        UserError: it holds something else.
+    """
     import pyarrow as pa
 
     values = source.table.column(column)
