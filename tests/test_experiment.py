@@ -379,13 +379,13 @@ def test_the_ledger_lies_beside_the_data(tmp_path: Path) -> None:
     data.parent.mkdir()
     data.write_text("\n".join(json.dumps(row) for row in rows))
     embedded = lorica.Experiment.load(overrides=SMALL).config
-    task = prepare(embedded).task
+    dataset = prepare(embedded).dataset
     own = TaskConfig(type="text-classification", train=str(data), test=str(data))
     config = embedded.model_copy(update={"task": own})
-    assert _ledger_path(config, task) == tmp_path / "data" / "rows.jsonl.ledger.sqlite"
+    assert _ledger_path(config, dataset) == tmp_path / "data" / "rows.jsonl.ledger.sqlite"
     named = PrivacyConfig(ledger=str(tmp_path / "elsewhere"))
-    assert _ledger_path(config.model_copy(update={"privacy": named}), task) == tmp_path / "elsewhere"
-    assert _ledger_path(embedded, task).parent == Path(os.environ["LORICA_HOME"]) / "ledgers"
+    assert _ledger_path(config.model_copy(update={"privacy": named}), dataset) == tmp_path / "elsewhere"
+    assert _ledger_path(embedded, dataset).parent == Path(os.environ["LORICA_HOME"]) / "ledgers"
 
 
 def test_a_large_delta_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

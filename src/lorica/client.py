@@ -38,6 +38,7 @@ class Client:
         plan: what it agreed to; a request that goes beyond it is refused.
         ledger: charged before a reply leaves. Also keeps what stays with the client, so that a crash loses nothing.
         dataset: fingerprint of the data set that the records are part of.
+        unit: what one of `records` is, for the ledger.
         seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
         held: the server's tensors as last received.
         merged: what the server had merged into the frozen weights.
@@ -50,6 +51,7 @@ class Client:
     dataset: str
     seed: int
     micro_batch_tokens: int
+    unit: str = "record"
     held: dict[str, Tensor] = field(default_factory=dict)
     merged: dict[str, Pair] = field(default_factory=dict)
 
@@ -88,6 +90,7 @@ class Client:
             steps=steps,
             noise=self.plan.noise,
             request=digest,
+            unit=self.unit,
         )
         self.ledger.charge(release, reply, kept)
         return reply

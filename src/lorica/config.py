@@ -81,8 +81,10 @@ class LoraSection(Strict):
 class TaskConfig(Strict):
     """What is learned, and from which files."""
 
-    type: Literal["text-classification", "text-regression", "image-classification"]
-    """What a record is, and what is predicted: a label, or a number."""
+    type: Literal[
+        "text-classification", "text-regression", "image-classification", "question-answering", "language-modelling"
+    ]
+    """What a record is, and what is predicted: a label, a number, the place of an answer, or the next tokens."""
     train: str | list[str]
     """A CSV, JSONL or Parquet file, an image folder, a Hugging Face dataset id (`ID`, `ID:CONFIG`, `ID[SPLIT]`), or
     `lorica:digits/train`. Several of them: a list, a pattern (`hospitals/*.csv`) or a folder of such files, sorted by
@@ -91,7 +93,8 @@ class TaskConfig(Strict):
     """The public test set: the server evaluates on it after each round. Never private data. Several ones by name, such
     as `{matched: …, mismatched: …}`: the first one's main metric is that of the run."""
     text: list[str] = ["text"]
-    """Column or pair of columns that hold the text."""
+    """Column or pair of columns that hold the text. For language modelling: a column of texts, `[prompt, completion]`,
+    or a column of conversations (`{role, content}` messages); the loss counts completions and the assistant's turns."""
     image: str = "image"
     """Column that holds the image: encoded bytes, or a path relative to the file."""
     label: str = "label"
@@ -100,7 +103,27 @@ class TaskConfig(Strict):
     """What is reported of the test set, the main metric first. By default `[accuracy]`, for regression `[pearson,
     spearman]`. GLUE: MRPC and QQP `[f1, accuracy]`, CoLA `[matthews]`, STS-B the default."""
     max_length: int = Field(128, ge=4)
-    """Texts are cut at this many tokens; nothing is padded to it."""
+    """Texts are cut at this many tokens; nothing is padded to it. For question answering, tokens of a window."""
+    question: str = "question"
+    """Question answering: column of questions."""
+    context: str = "context"
+    """Question answering: column of the texts that hold the answers."""
+    answers: str = "answers"
+    """Question answering: column of answers, `{text: […], answer_start: […]}`, empty lists where there is none."""
+    stride: int = Field(128, ge=0)
+    """Question answering: tokens of context that consecutive windows share."""
+    max_question: int = Field(64, ge=1)
+    """Question answering: questions are cut at this many tokens."""
+    max_answer: int = Field(30, ge=1)
+    """Question answering: most tokens of an answer."""
+    null_threshold: float | None = None
+    """Question answering: answer nothing where that scores higher than the best answer by more than this; 0 for SQuAD
+    v2.0. By default every question is answered, as in v1.1."""
+    answer_tokens: int | None = Field(None, ge=1)
+    """Language modelling: also decode so many tokens greedily after each test prompt, and report how often the answer
+    is exactly the record's; this is then the main metric. By default it is the share of tokens predicted right."""
+    answer_format: Literal["text", "gsm8k"] = "text"
+    """Language modelling: compare answers as text, or the number after `####` with the last number of the answer."""
 
     @field_validator("text", mode="before")
     @classmethod
@@ -117,6 +140,8 @@ class TaskConfig(Strict):
     @model_validator(mode="after")
     def _metrics_fit(self) -> TaskConfig:
         of_numbers = {"pearson", "spearman"}
+        if self.metrics and not self.type.endswith(("classification", "regression")):
+            raise ValueError(f"task.metrics: {self.type} has metrics of its own")
         for name in self.metrics or []:
             if (name in of_numbers) != (self.type == "text-regression"):
                 raise ValueError(f"task.metrics: {name} is no metric of {self.type}")
@@ -250,8 +275,13 @@ class MethodConfig(BaseModel):
 class PrivacyConfig(Strict):
     """The guarantee that each owner gets."""
 
-    unit: Literal["record"] = "record"
-    """What is protected: one record of one client, added or removed."""
+    unit: Literal["record", "group"] = "record"
+    """What is protected, added or removed: one record of one client, or all records of one group, such as a patient or
+    a user."""
+    group: str | None = None
+    """For `unit: group`: the column that says whose record it is. A group is sampled, clipped and counted as one."""
+    group_records: int = Field(8, ge=1)
+    """For `unit: group`: most records of a group that are used, chosen by the public seed."""
     epsilon: float | None = Field(3.0, gt=0)
     """Target over the whole run, per client; the noise is calibrated to it."""
     noise_multiplier: float | None = Field(None, gt=0)
@@ -267,6 +297,12 @@ class PrivacyConfig(Strict):
     """SQLite file that records every release; by default beside the training data."""
     max_lifetime_epsilon: float | None = Field(None, gt=0)
     """The owner's limit over all runs on the same data; a run that would pass it is refused before it starts."""
+
+    @model_validator(mode="after")
+    def _a_group_has_a_column(self) -> PrivacyConfig:
+        if (self.unit == "group") != (self.group is not None):
+            raise ValueError("give unit: group and the column group together")
+        return self
 
     @model_validator(mode="after")
     def _one_target(self) -> PrivacyConfig:

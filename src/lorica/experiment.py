@@ -44,6 +44,7 @@ from lorica.reporting.run_folder import read_run
 from lorica.runs import claim_folder, keep_rounds, open_run
 from lorica.streams import stream_seed, torch_stream
 from lorica.tasks import load_task
+from lorica.tasks.groups import by_group
 from lorica.tasks.label_counts import label_counts
 from lorica.tasks.owners import first_source
 from lorica.tasks.partition import BY_LABELS, partition
@@ -59,6 +60,7 @@ class Prepared:
 
     config: ExperimentConfig
     task: Task
+    dataset: str
     model: AdaptedModel
     state: AdapterState
     method: Method
@@ -164,7 +166,12 @@ def prepare(config: ExperimentConfig) -> Prepared:
     Raises:
         UserError: names the key, the value and the remedy.
     """
-    task = load_task(config.task, resolve_base(config.model.base), config.federation.by)
+    group = None if config.privacy == "none" else config.privacy.group
+    task = load_task(config.task, resolve_base(config.model.base), config.federation.by, group)
+    dataset = task.train.fingerprint()
+    if config.privacy != "none" and group is not None:
+        divided = config.federation.partition in ("column", "files")
+        task = by_group(task, config.privacy.group_records, divided, stream_seed(config.seed, "groups"))
     device = resolve_device(config.model.device)
     if config.model.threads is not None:
         torch.set_num_threads(config.model.threads)
@@ -201,7 +208,8 @@ def prepare(config: ExperimentConfig) -> Prepared:
                 len(part),
                 client,
             )
-    prepared = Prepared(config, task, model, state, method, parts, schedule, plans, ranks, _ledger_path(config, task))
+    ledger_path = _ledger_path(config, dataset)
+    prepared = Prepared(config, task, dataset, model, state, method, parts, schedule, plans, ranks, ledger_path)
     _check_isolation(prepared)
     method.start(state, config.seed)
     return prepared
@@ -216,14 +224,14 @@ def read_result(folder: Path) -> Result:
 def _assemble(prepared: Prepared, run: str, checkpoint: Checkpoint | None) -> tuple[Federation, dict[int, Client]]:
     config = prepared.config
     ledger = Ledger(prepared.ledger_path)
-    dataset = prepared.task.train.fingerprint()
     clients = {
         number: Client(
             number=number,
             records=part,
             plan=prepared.plans[number],
             ledger=ledger,
-            dataset=dataset,
+            dataset=prepared.dataset,
+            unit=_unit(config),
             seed=config.seed,
             micro_batch_tokens=_micro_batch_tokens(prepared),
         )
@@ -341,9 +349,10 @@ def _finish(prepared: Prepared, federation: Federation, clients: dict[int, Clien
         prepared.plans,
         {number: client.records.fingerprint() for number, client in clients.items()},
         Ledger(prepared.ledger_path),
-        prepared.task.train.fingerprint(),
+        prepared.dataset,
         run,
         None if config.privacy == "none" else config.privacy.epsilon,
+        _unit(config),
     )
     write_atomically(folder / "privacy.json", json.dumps(statement, indent=2).encode())
     models = _models(prepared, federation, clients)
@@ -394,7 +403,11 @@ def _check_lifetime(prepared: Prepared, clients: dict[int, Client], run: str) ->
         plan = prepared.plans[number]
         remaining = plan.steps(plan.max_steps - client.ledger.steps(run, number))
         life = lifetime_epsilon(
-            client.ledger.releases(client.dataset), client.records.fingerprint(), privacy.delta, remaining
+            client.ledger.releases(client.dataset),
+            client.records.fingerprint(),
+            privacy.delta,
+            remaining,
+            client.unit,
         )
         if life > privacy.max_lifetime_epsilon:
             raise UserError(
@@ -405,7 +418,14 @@ def _check_lifetime(prepared: Prepared, clients: dict[int, Client], run: str) ->
             )
 
 
-def _ledger_path(config: ExperimentConfig, task: Task) -> Path:
+def _unit(config: ExperimentConfig) -> str:
+    privacy = config.privacy
+    if privacy == "none" or privacy.group is None:
+        return "record"
+    return f"group {privacy.group}, at most {privacy.group_records} records"
+
+
+def _ledger_path(config: ExperimentConfig, dataset: str) -> Path:
     """Beside the training data; for data without a place of its own, under Lorica's home."""
     if config.privacy != "none" and config.privacy.ledger is not None:
         return Path(config.privacy.ledger).expanduser()
@@ -413,4 +433,4 @@ def _ledger_path(config: ExperimentConfig, task: Task) -> Path:
     # A run without privacy has no budget to keep, so it may go on where the data's folder is read-only.
     if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
         return train.with_name(train.name + ".ledger.sqlite")
-    return home_folder() / "ledgers" / f"{task.train.fingerprint()[:16]}.sqlite"
+    return home_folder() / "ledgers" / f"{dataset[:16]}.sqlite"

@@ -33,11 +33,11 @@ from lorica.tasks.question_answering import (
     QuestionRecords,
     evaluate,
     losses,
-    read_squad_json,
     tokenise_questions,
 )
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch
+from lorica.tasks.squad_files import read_squad_json
 from lorica.tasks.squad_metrics import exact_match, f1
 from tests.models import TEXT
 from tests.tasks.conftest import WORDS, write_tokenizer

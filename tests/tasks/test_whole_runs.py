@@ -40,7 +40,7 @@ def experiment(folder: Path, task: dict[str, Any], **keys: Any) -> lorica.Experi
     content = {
         "name": "tiny",
         "output": str(folder / "runs"),
-        "model": {"base": tiny_bert(folder / "base"), "pooling": "mean", "threads": 1},
+        "model": {"base": tiny_bert(folder / "encoder"), "pooling": "mean", "threads": 1},
         "lora": {"r": 2},
         "task": task,
         "federation": {"clients": 2, "partition": "iid", "rounds": 2, "local_steps": 2, "batch_size": 8},
@@ -119,3 +119,126 @@ def test_numbers_are_read_from_text_and_named_by_index_where_they_are_none(tmp_p
     with pytest.raises(UserError, match=r"record 2 .* has no number in column 'label'") as error:
         experiment(tmp_path, task).run()
     assert "secret" not in str(error.value)
+
+
+def tiny_reader(folder: Path) -> str:
+    torch.manual_seed(0)
+    write_tokenizer(folder)
+    config = transformers.BertConfig(**({key: value for key, value in TEXT.items() if key != "num_labels"}))
+    transformers.BertForQuestionAnswering(config).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_writer(folder: Path) -> str:
+    torch.manual_seed(0)
+    write_tokenizer(folder, frame=False, eos_token="[SEP]")
+    config = transformers.LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        eos_token_id=3,
+        bos_token_id=2,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_questions_are_answered(tmp_path: Path) -> None:
+    """SQuAD's columns; long contexts make several windows, which share one clip and one place in a batch."""
+
+    def rows(count: int, seed: int) -> list[dict[str, Any]]:
+        draws = np.random.default_rng(seed)
+        found = []
+        for context in sentences(count, seed):
+            context = " ".join([context] * int(draws.integers(1, 6)))
+            words = context.split()
+            place = int(draws.integers(len(words)))
+            start = len(" ".join(words[:place])) + (place > 0)
+            known = draws.random() < 0.8
+            answers = {"text": [words[place]] if known else [], "answer_start": [start] if known else []}
+            found.append({"question": words[place], "context": context, "answers": answers})
+        return found
+
+    task = {"type": "question-answering", "max_length": 16, "stride": 4, "max_question": 4, "null_threshold": 0.0}
+    task |= {"train": write_rows(tmp_path / "train.jsonl", rows(60, 0))}
+    task |= {"test": write_rows(tmp_path / "test.jsonl", rows(30, 9))}
+    model = {"base": tiny_reader(tmp_path / "base"), "threads": 1}
+    result = experiment(tmp_path, task, model=model).run()
+    last = result.metrics[-1]
+    assert last["metric"] == "f1"
+    assert last["score"] == last["f1"] >= last["exact_match"]
+    assert sum(row["records"] for row in result.privacy["clients"]) == 60
+    page = (result.folder / "report.html").read_text(encoding="utf-8")
+    assert "Test F1" in page
+    assert not (result.folder / "partition.json").exists()
+    loaded = lorica.load_adapter(result.adapter)
+    assert loaded.base_model.model.qa_outputs.modules_to_save["default"].out_features == 2
+
+
+def test_conversations_are_continued(tmp_path: Path) -> None:
+    def rows(count: int, seed: int) -> list[dict[str, Any]]:
+        return [{"ask": text, "say": " ".join(reversed(text.split()))} for text in sentences(count, seed)]
+
+    task = {"type": "language-modelling", "text": ["ask", "say"], "max_length": 24, "answer_tokens": 4}
+    task |= {"train": write_rows(tmp_path / "train.jsonl", rows(60, 0))}
+    task |= {"test": write_rows(tmp_path / "test.jsonl", rows(20, 9))}
+    model = {"base": tiny_writer(tmp_path / "base"), "threads": 1, "head": "freeze"}
+    result = experiment(tmp_path, task, model=model).run()
+    last = result.metrics[-1]
+    assert last["metric"] == "exact_match"
+    assert last["perplexity"] == pytest.approx(np.exp(last["loss"]))
+    assert 0 <= last["token_accuracy"] <= 1
+    assert lorica.load_adapter(result.adapter).get_output_embeddings() is not None
+    shown = experiment(tmp_path, task | {"answer_tokens": None}, model=model, name="plain").run()
+    assert shown.metrics[-1]["metric"] == "token_accuracy"
+    with pytest.raises(UserError, match=r"model\.head"):
+        experiment(tmp_path, task, model=model | {"head": "train"}, name="head").run()
+
+
+def test_a_group_is_the_unit_of_everything(tmp_path: Path) -> None:
+    """Sampling rates, plans, the ledger and the statement count groups; no group is divided among clients."""
+
+    def rows(count: int, seed: int) -> list[dict[str, Any]]:
+        texts = sentences(count, seed)
+        return [{"text": text, "label": int("good" in text), "who": f"p{i % 40}"} for i, text in enumerate(texts)]
+
+    train = write_rows(tmp_path / "train.jsonl", rows(160, 0))
+    task = {"type": "text-classification", "train": train, "test": train}
+    privacy = {"epsilon": 8.0, "delta": 1e-2, "ledger": str(tmp_path / "ledger")}
+    groups = privacy | {"unit": "group", "group": "who", "group_records": 3}
+    result = experiment(tmp_path, task, privacy=groups).run()
+    rates = [row["sampling_rate"] for row in result.privacy["clients"]]
+    assert rates == [8 / 20, 8 / 20]
+    assert result.privacy["unit"] == "group who, at most 3 records"
+    assert "all records of one group" in result.privacy["relation"]
+    assert "each group" in result.privacy["clipping"]
+    card = (result.adapter / "README.md").read_text(encoding="utf-8")
+    assert "all records of one group" in card
+    # What protects a patient protects each record; a run for records alone leaves patients unprotected from then on.
+    records = experiment(tmp_path, task, privacy=privacy, name="records").run()
+    mine, theirs = (max(row["lifetime_epsilon"] for row in run.privacy["clients"]) for run in (result, records))
+    assert mine < theirs < np.inf
+    again = experiment(tmp_path, task, privacy=groups | {"max_lifetime_epsilon": 100.0}, name="again")
+    with pytest.raises(UserError, match=r"max_lifetime_epsilon.*inf"):
+        again.run()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unit": "group"}, "give unit: group and the column group together"),
+        ({"group": "who"}, "give unit: group and the column group together"),
+        ({"unit": "group", "group": "whose"}, r"privacy\.group = 'whose': no such column.*[Dd]id you mean 'who'"),
+    ],
+)
+def test_a_group_needs_its_column(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    rows = [{"text": text, "label": index % 2, "who": index} for index, text in enumerate(sentences(40, 0))]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    task = {"type": "text-classification", "train": train, "test": train}
+    with pytest.raises(UserError, match=message):
+        experiment(tmp_path, task, privacy={"epsilon": 8.0, "delta": 1e-2} | change).run()

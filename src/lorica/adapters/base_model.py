@@ -21,7 +21,7 @@ from lorica.streams import stream_seed
 
 EMBEDDED = "lorica:"
 # Every name under which a family has modules after its encoder; they stay whole where the base is quantised.
-HEADS = ["classifier", "score", "pre_classifier", "head", "pooler"]
+HEADS = ["classifier", "score", "qa_outputs", "pre_classifier", "head", "pooler"]
 
 
 @dataclass(frozen=True)
@@ -123,19 +123,20 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
                 "text-classification": transformers.AutoModelForSequenceClassification,
                 "text-regression": transformers.AutoModelForSequenceClassification,
                 "image-classification": transformers.AutoModelForImageClassification,
+                "question-answering": transformers.AutoModelForQuestionAnswering,
             }[task_type]
-            names = dict(enumerate(label_names))
+            spans = task_type == "question-answering"
+            # One score for an answer's first token and one for its last.
+            labels = 2 if spans else labels
+            names = {} if spans else dict(enumerate(label_names))
+            naming = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
             own_names = _checkpoint_labels(base, options)
             model, info = _from_pretrained(
-                automatic.from_pretrained,
-                base,
-                options
-                | {"id2label": names, "label2id": {name: index for index, name in names.items()}}
-                | {"ignore_mismatched_sizes": True},
+                automatic.from_pretrained, base, options | naming | {"ignore_mismatched_sizes": True}
             )
             fresh = {*info["missing_keys"], *(_key(entry) for entry in info["mismatched_keys"])}
             new_modules = sorted({name.rsplit(".", 1)[0] for name in fresh})
-            kept = own_names == label_names and _head_path(model, labels) not in new_modules
+            kept = (spans or own_names == label_names) and _head_path(model, labels) not in new_modules
     if task_type == "text-classification":
         _pad_as_configured(model)
     head = _vocabulary_path(model) if task_type == "language-modelling" else _head_path(model, labels)
@@ -264,13 +265,13 @@ def _head_path(model: nn.Module, labels: int) -> str:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and module.out_features == labels
-        and name.split(".")[0] in ("classifier", "score")
+        and name.split(".")[0] in ("classifier", "score", "qa_outputs")
     ]
     if not heads:
         raise UserError(
             "model.base",
             type(model).__name__,
-            "no linear map named classifier or score gives one output for each label",
+            "no linear map named classifier, score or qa_outputs gives as many numbers as the task needs",
             "for texts, try model.pooling=mean; else use a model with such a head",
         )
     return heads[-1]

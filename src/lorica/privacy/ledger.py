@@ -22,7 +22,7 @@ CREATE TABLE IF NOT EXISTS releases (
     time REAL NOT NULL,
     dataset TEXT NOT NULL, owner TEXT NOT NULL, run TEXT NOT NULL, client INTEGER NOT NULL, round INTEGER NOT NULL,
     sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, steps INTEGER NOT NULL,
-    noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB, kept BLOB
+    noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB, kept BLOB, unit TEXT NOT NULL DEFAULT 'record'
 )
 """
 
@@ -38,6 +38,7 @@ class Release:
         steps: noisy gradients that the reply is a function of.
         noise: `secure`, `reproducible` or `none`.
         request: digest of everything the server asked for; the same request gets the stored reply again.
+        unit: what was sampled and clipped as one: `record`, or `group COLUMN, at most N records`.
     """
 
     dataset: str
@@ -51,6 +52,7 @@ class Release:
     steps: int
     noise: str
     request: str
+    unit: str = "record"
 
     @property
     def cost(self) -> Steps:
@@ -78,9 +80,11 @@ class Ledger:
             with closing(self._connect()) as connection, connection:
                 connection.execute(_SCHEMA)
                 columns = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
+                # A ledger outlives the version of Lorica that made it.
                 if "kept" not in columns:
-                    # A ledger outlives the version of Lorica that made it.
                     connection.execute("ALTER TABLE releases ADD COLUMN kept BLOB")
+                if "unit" not in columns:
+                    connection.execute("ALTER TABLE releases ADD COLUMN unit TEXT NOT NULL DEFAULT 'record'")
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from error
 
@@ -151,8 +155,13 @@ class Ledger:
         )
 
 
-def lifetime_epsilon(releases: Iterable[Release], owner: str, delta: float, planned: Steps | None = None) -> float:
+def lifetime_epsilon(
+    releases: Iterable[Release], owner: str, delta: float, planned: Steps | None = None, unit: str = "record"
+) -> float:
     """ε of everything ever released about a record of `owner`, at `delta`, with `planned` steps still to come.
+
+    What protects a group protects each of its records, but not the other way round: for a group as the unit, one
+    earlier release with another unit makes it infinite.
 
     Releases of this owner's own partition compose by PLD. In a simulation, other runs may have split the same data set
     differently; a record of this owner then was with some client of that run, nobody knows which, and the bound takes
@@ -160,6 +169,8 @@ def lifetime_epsilon(releases: Iterable[Release], owner: str, delta: float, plan
     noise, are not private and are left out: `unprotected` counts them.
     """
     private = [release for release in releases if release.noise == "secure"]
+    if unit != "record" and any(release.unit != unit for release in private):
+        return float("inf")
     own = [release.cost for release in private if release.owner == owner]
     own_runs = {release.run for release in private if release.owner == owner}
     own += [planned] if planned else []

@@ -34,6 +34,7 @@ def privacy_statement(
     dataset: str,
     run: str,
     target_epsilon: float | None,
+    unit: str = "record",
 ) -> dict[str, Any]:
     """JSON-able statement of a run as far as its ledger has been charged.
 
@@ -42,9 +43,11 @@ def privacy_statement(
     Args:
         plans: client -> plan.
         owners: client -> fingerprint of its records.
+        unit: `record`, or `group COLUMN, at most N records`: what was sampled and clipped as one.
     """
     releases = ledger.releases(dataset)
     noise = next(iter(plans.values())).noise
+    noun = unit.split()[0]
     clients = []
     for client, plan in plans.items():
         charged = [release for release in releases if release.run == run and release.client == client]
@@ -67,14 +70,14 @@ def privacy_statement(
                 "epsilon_rdp": plan.epsilon_rdp(steps),
             }
             if noise == "secure":
-                row["lifetime_epsilon"] = lifetime_epsilon(releases, owners[client], plan.delta)
+                row["lifetime_epsilon"] = lifetime_epsilon(releases, owners[client], plan.delta, unit=unit)
         clients.append(row)
     statement: dict[str, Any] = {
         "private_release": noise == "secure",
         "noise": noise,
-        "unit": "record",
-        "relation": RELATION,
-        "sampler": "Poisson: each record enters each batch independently with probability q = batch size / records",
+        "unit": unit,
+        "relation": RELATION if unit == "record" else "add or remove all records of one group",
+        "sampler": f"Poisson: each {noun} enters each batch independently with probability q = batch size / {noun}s",
         "clients": clients,
         "assumptions": ASSUMPTIONS,
         "not_covered": [*([UNPROTECTED[noise]] if noise in UNPROTECTED else []), *NOT_COVERED],
@@ -82,7 +85,7 @@ def privacy_statement(
     }
     if noise != "none":
         statement |= {
-            "clipping": "flat: the gradient of each record over all trained tensors together, norm at most C",
+            "clipping": f"flat: the gradient of each {noun} over all trained tensors together, norm at most C",
             "mechanism": "Gaussian noise of standard deviation σC on the sum, divided by the expected batch size",
             "accountant": f"{ACCOUNTANT} (pessimistic, grid {DISCRETIZATION:g}); cross-check by RDP",
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),

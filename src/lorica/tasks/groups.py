@@ -9,7 +9,10 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from lorica.tasks.records import Batch, Records, digest, stack_digests
+from lorica.errors import UserError
+from lorica.tasks.labels import is_text
+from lorica.tasks.readers import Source
+from lorica.tasks.records import Batch, Records, Task, digest, stack_digests
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +24,8 @@ class GroupedRecords(Records):
     bite large groups harder.
 
     Attributes:
-        labels: (n,) int64, the most frequent label among the records that a group keeps; the least of equals.
+        labels: (n,) the most frequent label among the records that a group keeps, the least of equals; of numbers to
+            predict, the mean.
         digests: (n, 32) uint8, over the digests of all records of a group, kept or not.
         records: what the groups are made of; shared between subsets.
         members: int64 positions in `records`, group after group, each group's in the records' order.
@@ -84,6 +88,41 @@ class GroupedRecords(Records):
         return replace(inner, owners=group[record], weights=inner.row_weights() / sizes[group[record]])
 
 
+def group_keys(source: Source, column: str) -> np.ndarray:
+    """(n,) text: which group each record belongs to.
+
+    Raises:
+        UserError: the column holds neither text nor integers.
+    """
+    import pyarrow as pa
+
+    values = source.table.column(column)
+    if not (is_text(values.type) or pa.types.is_integer(values.type)):
+        problem = f"the column of {source.name} holds {values.type}, which names no groups"
+        raise UserError("privacy.group", column, problem, "name a column of text or integers")
+    keys: np.ndarray = values.cast(pa.large_string()).to_numpy()
+    return keys.astype(str)
+
+
+def by_group(task: Task, most: int, divided: bool, seed: int) -> Task:
+    """The task with every group of its training records as one record.
+
+    Args:
+        most: records of a group that are used.
+        divided: the data says which owner's the records are. A group with several owners then is one with each of them,
+            of that owner's records, and each owner's guarantee is about those.
+        seed: public.
+    """
+    assert task.groups is not None
+    keys = task.groups
+    if not divided or task.owners is None:
+        return replace(task, train=grouped(task.train, keys, most, seed), owners=None)
+    keys = np.array([f"{owner} {key}" for owner, key in zip(task.owners.of, keys, strict=True)])
+    firsts = np.sort(np.unique(keys, return_index=True)[1])
+    owners = replace(task.owners, of=task.owners.of[firsts])
+    return replace(task, train=grouped(task.train, keys, most, seed), owners=owners)
+
+
 def grouped(records: Records, keys: np.ndarray, most: int, seed: int) -> GroupedRecords:
     """Make each group of records one record, of at most `most` of its records.
 
@@ -112,13 +151,17 @@ def grouped(records: Records, keys: np.ndarray, most: int, seed: int) -> Grouped
     kept = [_chosen(records.digests, members, most, seed) for members in by_group]
     sizes = np.array([len(members) for members in kept], dtype=np.int64)
     return GroupedRecords(
-        labels=np.array([np.bincount(records.labels[members]).argmax() for members in kept], dtype=np.int64),
+        labels=np.array([_label(records.labels[members]) for members in kept], dtype=records.labels.dtype),
         digests=stack_digests([digest(bytes(row) for row in records.digests[members]) for members in by_group]),
         records=records,
         members=np.concatenate(kept),
         starts=np.cumsum(sizes) - sizes,
         sizes=sizes,
     )
+
+
+def _label(labels: np.ndarray) -> float:
+    return float(np.bincount(labels).argmax() if np.issubdtype(labels.dtype, np.integer) else labels.mean())
 
 
 def _chosen(digests: np.ndarray, members: np.ndarray, most: int, seed: int) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -15,13 +16,43 @@ from torch import Tensor
 
 from lorica.errors import UserError
 from lorica.tasks.causal import IGNORED, CausalRecords
-from lorica.tasks.records import Batch, cheapest_cuts
+from lorica.tasks.records import Batch, Records, cheapest_cuts
 from lorica.tasks.text import padded
 
 # A minus counts where it cannot be a subtraction.
 NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
 
 Answer = Literal["text", "gsm8k"]
+
+
+@dataclass(frozen=True)
+class LanguageModelling:
+    """The next tokens, of completions and the assistant's turns.
+
+    Attributes:
+        tokenizer: for decoding.
+        answer_tokens: decode so many tokens and compare answers (`exact_match`); None does not decode.
+        answer_format: how answers are compared.
+    """
+
+    tokenizer: Any
+    answer_tokens: int | None
+    answer_format: Answer
+
+    @property
+    def metric(self) -> str:
+        return "token_accuracy" if self.answer_tokens is None else "exact_match"
+
+    def losses(self, outputs: Any, batch: Batch) -> Tensor:
+        return losses(outputs, batch)
+
+    def evaluate(self, model: Any, records: Records, tokens: int, device: torch.device | str) -> dict[str, float]:
+        assert isinstance(records, CausalRecords)
+        found = evaluate(model, records, tokens, device)
+        if self.answer_tokens is None:
+            return found
+        settings = (self.tokenizer, self.answer_tokens, tokens, device, self.answer_format)
+        return found | {"exact_match": exact_match(model, records, *settings)}
 
 
 def losses(outputs: Any, batch: Batch) -> Tensor:
@@ -51,7 +82,8 @@ def _token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def evaluate(model: Any, records: CausalRecords, tokens: int, device: torch.device | str) -> dict[str, float]:
-    """Mean cross entropy of all learned tokens (nats; long records weigh more) and its exponential, the perplexity.
+    """Mean cross entropy of all learned tokens (nats; long records weigh more), its exponential, the perplexity, and
+    the share of these tokens that the model puts first.
 
     Every module is in evaluation mode meanwhile and gets its previous mode back, also after an error.
 
@@ -63,13 +95,16 @@ def evaluate(model: Any, records: CausalRecords, tokens: int, device: torch.devi
     with _evaluating(model):
         total = torch.zeros((), dtype=torch.float64, device=device)
         count = torch.zeros((), dtype=torch.int64, device=device)
+        right = torch.zeros((), dtype=torch.int64, device=device)
         for batch in records.micro_batches(np.arange(len(records)), tokens):
             batch = batch.to(device)
-            values, learned = _token_losses(model(**batch.inputs).logits, batch.labels)
+            logits = model(**batch.inputs).logits
+            values, learned = _token_losses(logits, batch.labels)
             total += values.sum(dtype=torch.float64)
             count += learned.sum()
+            right += (logits[:, :-1][learned].argmax(dim=-1) == batch.labels[:, 1:][learned]).sum()
     loss = total / count
-    return {"perplexity": loss.exp().item(), "loss": loss.item()}
+    return {"token_accuracy": (right / count).item(), "perplexity": loss.exp().item(), "loss": loss.item()}
 
 
 def exact_match(

@@ -19,19 +19,21 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def read_training(config: TaskConfig, by: str | None = None) -> tuple[Source, Owners]:
+def read_training(config: TaskConfig, by: str | None = None, group: str | None = None) -> tuple[Source, Owners]:
     """Read all sources that `task.train` names as one, and whose records are whose.
 
     Args:
         by: the column that says whose record it is; owners are its values, sorted, by value if all are integers. By
             default every source is an owner, in order.
+        group: one more column to read, `privacy.group`.
 
     Raises:
         UserError: as `read`, for each source; no source matches; a source is named twice; columns of the same name hold
             different types; the column `by` holds neither text, integers nor booleans.
     """
     names = source_names(config.train)
-    sources = [read(config, "task.train", name, by) for name in names]
+    also = {column: key for column, key in ((by, "federation.by"), (group, "privacy.group")) if column is not None}
+    sources = [read(config, "task.train", name, also) for name in names]
     joined = sources[0] if len(sources) == 1 else _join(sources, config)
     if by is not None:
         return joined, _owners_of(joined, by)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
+from lorica.tasks.squad_files import read_squad_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +44,7 @@ class Source:
         return UserError(self.key, self.name, problem, remedy)
 
 
-def read(config: TaskConfig, key: str, name: str, by: str | None = None) -> Source:
+def read(config: TaskConfig, key: str, name: str, also: Mapping[str, str] | None = None) -> Source:
     """Read the columns that the task needs from a source; rows keep the source's order.
 
     Local sources never reach for the network.
@@ -50,7 +52,7 @@ def read(config: TaskConfig, key: str, name: str, by: str | None = None) -> Sour
     Args:
         key: `task.train`, `task.test` or `task.test.NAME`, for errors.
         name: the source, as the configuration has it under `key`.
-        by: one more column, `federation.by`.
+        also: further columns, each with the configuration's key that names it.
 
     Raises:
         UserError: the source does not exist, is of no known kind, cannot be parsed or is empty; a column is missing;
@@ -58,7 +60,7 @@ def read(config: TaskConfig, key: str, name: str, by: str | None = None) -> Sour
     """
     path = Path(name).expanduser()
     folder = path.parent
-    wanted = _wanted(config) | ({} if by is None else {by: "federation.by"})
+    wanted = _wanted(config) | dict(also or {})
     if name.startswith("lorica:"):
         table = _read_embedded(name, key, config, wanted)
     elif path.is_dir():
@@ -67,7 +69,11 @@ def read(config: TaskConfig, key: str, name: str, by: str | None = None) -> Sour
     elif path.suffix.lower() in READERS:
         if not path.is_file():
             raise UserError(key, name, "no such file", f"give {FORMATS}")
-        table = READERS[path.suffix.lower()](path, key, wanted)
+        if config.type == "question-answering" and path.suffix.lower() == ".json":
+            table = read_squad_json(path, key)
+            table = table.select(_check_columns(table.column_names, path.name, wanted))
+        else:
+            table = READERS[path.suffix.lower()](path, key, wanted)
     elif path.is_file():
         raise UserError(key, name, f"files that end in {path.suffix!r} are not read", f"give {FORMATS}")
     elif match := HUB_ID.fullmatch(name):
@@ -81,6 +87,11 @@ def read(config: TaskConfig, key: str, name: str, by: str | None = None) -> Sour
 
 def _wanted(config: TaskConfig) -> dict[str, str]:
     """The columns that the task needs, each with the configuration's key that names it."""
+    if config.type == "question-answering":
+        columns = {config.question: "task.question", config.context: "task.context"}
+        return columns | {config.answers: "task.answers"}
+    if config.type == "language-modelling":
+        return dict.fromkeys(config.text, "task.text")
     if config.type.startswith("text-"):
         return {**dict.fromkeys(config.text, "task.text"), config.label: "task.label"}
     return {config.image: "task.image", config.label: "task.label"}

@@ -234,6 +234,7 @@ class Task:
         tests: name -> public records; the first set's metrics go by their own names, another's as `NAME_METRIC`.
         label_names: `label_names[i]` is the name of label i; one name for a number that is predicted, none for text.
         owners: whose the training records are, where the data says so.
+        groups: (n,) text, which privacy unit above the record each training record belongs to; None for the record.
     """
 
     train: Records
@@ -241,6 +242,7 @@ class Task:
     label_names: list[str]
     objective: Objective
     owners: Owners | None = None
+    groups: np.ndarray | None = None
 
     @property
     def has_classes(self) -> bool:
