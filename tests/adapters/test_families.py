@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,10 @@ def test_projecting_copied_positions_is_copying_projected_ones() -> None:
     assert {len(value) for value in seen} == {1, 5}
     seen.clear()
     separate_examples(model)
+    # A copy of the model has to use its own maps.
+    original, model = model, copy.deepcopy(model)
+    for parameter in original.parameters():
+        torch.nn.init.zeros_(parameter)
     torch.testing.assert_close(model(**examples.inputs).logits, logits)
     assert logits.shape == (5, LABELS)
     assert {len(value) for value in seen} == {5}
