@@ -44,8 +44,8 @@ class ModelConfig(Strict):
     """Precision of the frozen base. Everything that is trained, clipped or noised stays fp32. `int8` and `nf4` (4 bits)
     need bitsandbytes, and no method that adds to the frozen weights can use them."""
     gradient_checkpointing: bool = False
-    """Keep one activation a layer and compute the others again in the backward pass: less memory, about a third more
-    time, the same gradients."""
+    """Compute most activations of a layer again in the backward pass instead of keeping them: about half the memory,
+    about a third more time, the same gradients."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """`auto`: eager on CPU (faster on short sequences), sdpa elsewhere."""
     device: str = "auto"

@@ -232,6 +232,17 @@ def test_all_linear_takes_every_map_but_the_head() -> None:
     assert set(found) == {name for name in linear if not name.startswith("classifier.")}
 
 
+@pytest.mark.parametrize("family", ["deberta-v3", "modernbert", "distilbert"])
+def test_all_linear_leaves_out_what_the_checkpoint_lacks(tmp_path: Path, family: str) -> None:
+    """Such a module has no weights to adapt but random ones, and travels whole."""
+    config = ModelConfig(base=checkpoint(tmp_path, family, without_head=True))
+    base = load_base(config, "text-classification", NAMES, 0)
+    assert base.new_modules
+    model = adapt(base, LoraSection(r=2, target_modules="all-linear"), config, 0, CPU)
+    assert model.sites
+    assert not {site.name for site in model.sites} & set(base.new_modules)
+
+
 def test_layers_are_told_by_their_last_number() -> None:
     assert layer_of("bert.encoder.layer.3.attention.self.query") == "bert.encoder.layer.3"
     assert layer_of("swin.encoder.layers.0.blocks.1.attention.self.query") == "swin.encoder.layers.0.blocks.1"

@@ -201,7 +201,7 @@ def adapt(
         UserError: `lora.target_modules` matches nothing, the rank is larger than a map, or the model cannot do
             `model.gradient_checkpointing`.
     """
-    targets = match_targets(base.model, lora.target_modules, base.head)
+    targets = match_targets(base.model, lora.target_modules, base.head, base.new_modules)
     # The base may not know a head for these labels, so whatever no checkpoint holds travels with the adapter.
     carried = [base.head, *base.new_modules] if config.head == "train" or base.head_is_new else base.new_modules
     exact = {name: copy.deepcopy(base.model.get_submodule(name).state_dict()) for name in carried}

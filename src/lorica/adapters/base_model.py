@@ -189,8 +189,8 @@ def _quantisation(config: ModelConfig) -> dict[str, Any]:
 def _pad_as_configured(model: nn.Module) -> None:
     """Let masked places hold the model's own padding id, whatever the tokenizer pads with.
 
-    Decoder families read the logits at the last token that is not that id, and RoBERTa counts positions by it. A
-    checkpoint without one pads with its end-of-text token.
+    Decoder families read the logits at the last token that is not that id. A checkpoint without one pads with its
+    end-of-text token.
     """
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     if config.pad_token_id is None:

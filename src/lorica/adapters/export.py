@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,7 +71,10 @@ def load_adapter(folder: str | Path) -> nn.Module:
     description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
     base = load_base(config, description["task_type"], description["label_names"], description["seed"])
-    model: nn.Module = PeftModel.from_pretrained(base.model, folder).eval()
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks for a property that transformers 5 has renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        model: nn.Module = PeftModel.from_pretrained(base.model, folder).eval()
     return model
 
 

@@ -7,6 +7,7 @@ them apart. Copying first and projecting afterwards gives the same output with r
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,15 @@ def separate_examples(model: nn.Module) -> None:
     """Make every attention of DeBERTa that shares its maps with the positions copy before it projects."""
     for module in model.modules():
         if getattr(module, "share_att_key", False) and hasattr(module, "disentangled_attention_bias"):
-            module.disentangled_attention_bias = _Separate(module).bias  # type: ignore[assignment]
+            module.disentangled_attention_bias = partial(_bias, module)  # type: ignore[assignment]
+
+
+def _bias(attention: Any, query_layer: Tensor, *others: Any, **named: Any) -> Tensor:
+    """What the positions add to the attention scores, `(n heads, t, t)`."""
+    # Without gradients the one projection for all is the same and costs less.
+    seen = _Separate(attention, len(query_layer)) if torch.is_grad_enabled() else attention
+    found: Tensor = type(attention).disentangled_attention_bias(seen, query_layer, *others, **named)
+    return found
 
 
 class _Separate:
@@ -26,21 +35,13 @@ class _Separate:
     With that many heads the method makes `n heads / n heads = 1` copy of what it projects.
     """
 
-    def __init__(self, attention: Any, examples: int = 1) -> None:
-        self._attention, self._examples = attention, examples
-        self.num_attention_heads = examples * attention.num_attention_heads
+    def __init__(self, attention: Any, all_heads: int) -> None:
+        self._attention = attention
+        self._examples = all_heads // attention.num_attention_heads
+        self.num_attention_heads = all_heads
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._attention, name)
-
-    def bias(self, query_layer: Tensor, *others: Any, **named: Any) -> Tensor:
-        """What the positions add to the attention scores, `(n heads, t, t)`."""
-        attention = self._attention
-        examples = query_layer.shape[0] // attention.num_attention_heads
-        # Without gradients the one projection for all is the same and costs less.
-        seen = _Separate(attention, examples) if torch.is_grad_enabled() else attention
-        found: Tensor = type(attention).disentangled_attention_bias(seen, query_layer, *others, **named)
-        return found
 
     def query_proj(self, positions: Tensor) -> Tensor:
         found: Tensor = self._attention.query_proj(positions.expand(self._examples, -1, -1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -62,7 +63,9 @@ def layer_of(name: str) -> str:
     return ".".join(parts[: numbers[-1] + 1]) if numbers else name
 
 
-def match_targets(model: nn.Module, targets: list[str] | str, head: str) -> list[str]:
+def match_targets(
+    model: nn.Module, targets: list[str] | str, head: str, new_modules: Collection[str] = ()
+) -> list[str]:
     """Dotted names of the linear maps that `targets` selects, in the model's order, the head left out.
 
     Args:
@@ -70,6 +73,7 @@ def match_targets(model: nn.Module, targets: list[str] | str, head: str) -> list
             `auto`, which is query and value, or else what PEFT takes for this family. The roles query, key and value
             are found under each family's own names, and in the fused map where one makes them all.
         head: path of the head's linear map.
+        new_modules: paths of modules that no checkpoint holds; they travel whole, and are left out too.
 
     Raises:
         UserError: something in `targets` matches no linear map; names what there is.
@@ -77,7 +81,9 @@ def match_targets(model: nn.Module, targets: list[str] | str, head: str) -> list
     linear = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name != head and not name.startswith(head.split(".")[0] + ".")
+        if isinstance(module, nn.Linear | Conv1D)
+        and name not in (head, *new_modules)
+        and not name.startswith(head.split(".")[0] + ".")
     ]
     if targets == "all-linear":
         return linear
