@@ -97,11 +97,18 @@ def test_a_refused_piece_is_named_with_its_reason(name: str, piece: str) -> None
         (["server.optimizer=fedadam", "local.scaffold=true"], "local.scaffold"),
         (["server.optimizer=fedadam", "server.denoise=kalman"], "server.denoise"),
         (["local.scaffold=true", "optimizer.momentum=0.9"], "local.scaffold"),
+        (["model.precision=nf4", "local.flat_lora=0.05"], "model.precision"),
     ],
 )
 def test_pieces_that_do_not_fit_each_other_are_refused(overrides: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named.replace(".", r"\.")):
         check(config("ffa-lora", *overrides))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if registry()[name].merges])
+def test_quantised_weights_are_not_merged_into(name: str) -> None:
+    with pytest.raises(UserError, match=r"model\.precision = 'int8'"):
+        check(config(name, "model.precision=int8"))
 
 
 def test_fedadam_is_refused_where_the_noise_is_shaped() -> None:

@@ -123,6 +123,13 @@ def test_labels_are_places_in_each_window_or_cls(words: Any) -> None:
     assert records.batch(np.array([2])).labels.tolist() == [[0, 0]]
 
 
+def test_an_answer_beside_another_token_without_a_blank(words: Any) -> None:
+    context = "fine-plot,good"
+    content = table(("dull", context, [("plot", 5)]), ("dull", context, [("fine", 0)]), ("dull", context, [("lo", 6)]))
+    # After [CLS] dull [SEP]: fine - plot , good. The token that holds "lo" is the answer's.
+    assert tokenised(content, words, 20, 2, 4).batch(np.arange(3)).labels.tolist() == [[5, 5], [3, 3], [5, 5]]
+
+
 def test_a_long_question_is_cut(words: Any) -> None:
     record = tokenised(table(("a good plot not bad", "dull film", [])), words, 10, 2, 3)
     assert rows(record, 0) == [[CLS, *ids("a good plot"), SEP, *ids("dull film"), SEP]]
@@ -199,15 +206,26 @@ def test_micro_batches_stay_within_the_budget(words: Any, sizes: list[int], toke
 
 
 class Lookup(nn.Module):
-    """Logits of a token by its id alone."""
+    """Logits of a token by its id alone; those of [CLS] by all ids of its window."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         self.scores = torch.randn(VOCABULARY, 2, generator=torch.Generator().manual_seed(seed)) * 3
 
-    def forward(self, input_ids: Tensor, **_: Tensor) -> Any:
-        start, end = self.scores[input_ids].unbind(-1)
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(windows, longest, 2)."""
+        by_token = self.scores[input_ids]
+        by_window = (by_token * attention_mask[:, :, None]).sum(1, keepdim=True) / 4
+        return torch.cat([by_window, by_token[:, 1:]], 1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **_: Tensor) -> Any:
+        start, end = self.logits(input_ids, attention_mask).unbind(-1)
         return types.SimpleNamespace(start_logits=start, end_logits=end)
+
+
+def window_logits(model: Lookup, row: list[int]) -> Tensor:
+    """(tokens, 2), of one window alone."""
+    return model.logits(torch.tensor([row]), torch.ones(1, len(row)))[0]
 
 
 def test_losses_written_out(words: Any) -> None:
@@ -217,7 +235,7 @@ def test_losses_written_out(words: Any) -> None:
     for index in range(3):
         each = []
         for row, (start, end) in zip(rows(records, index), records.batch(np.array([index])).labels, strict=True):
-            scores = model.scores[row].double().numpy()
+            scores = window_logits(model, row).double().numpy()
             entropies = np.log(np.exp(scores).sum(0)) - scores[[start, end], [0, 1]]
             each.append(entropies.mean())
         assert found[index].item() == pytest.approx(np.mean(each), rel=1e-5)
@@ -360,7 +378,7 @@ def slow_answer(model: Lookup, windows: list[list[int]], place: int, threshold: 
     """Every span of every window tried; words are one token each, so a span of tokens is its words."""
     best, text, null = -math.inf, "", math.inf
     for row in windows:
-        start, end = model.scores[row].unbind(1)
+        start, end = window_logits(model, row).unbind(1)
         null = min(null, float(start[0] + end[0]))
         for first in range(place, len(row) - 1):
             for last in range(first, min(first + most, len(row) - 1)):
@@ -412,6 +430,16 @@ def test_answers_keep_the_contexts_own_writing(words: Any) -> None:
     records = tokenised(content, words, 30, 2, 4, keep_texts=True)
     assert evaluate(model, records, 100, "cpu", None)["exact_match"] == 1
     assert evaluate(model, records, 100, "cpu", None, max_answer=1)["exact_match"] == 0
+
+
+def test_the_least_score_of_no_answer_over_the_windows_counts(words: Any) -> None:
+    model = Lookup()
+    model.scores[:] = 0
+    model.scores[4 + WORDS.index("bad")], model.scores[4 + WORDS.index("plot")] = -8, 3
+    records = tokenised(table(("good", "bad a a plot", [("plot", 8)])), words, 6, 0, 1, keep_texts=True)
+    # "plot" scores 6; [CLS] scores (-8 - 8) / 4 in the window "bad a" and (3 + 3) / 4 in "a plot".
+    found = [evaluate(model, records, 100, "cpu", threshold)["exact_match"] for threshold in (-10.5, -9.5, -7.0)]
+    assert found == [0, 1, 1]
 
 
 def test_logits_that_are_not_finite_answer_nothing(words: Any) -> None:

@@ -126,3 +126,39 @@ def test_batch_moves_all_its_tensors():
     assert batch.labels.is_meta
     assert batch.inputs["input_ids"].is_meta
     assert len(batch) == 2
+
+
+def test_rows_of_several_examples_travel_and_part_together():
+    batch = Batch(
+        {"x": torch.arange(4)}, torch.arange(4), torch.tensor([0, 1, 1, 2]), torch.tensor([1.0, 0.5, 0.25, 3.0])
+    )
+    assert len(batch) == 3
+    moved = batch.to("meta")
+    assert {tensor.device.type for tensor in (*moved.inputs.values(), moved.labels, moved.owners, moved.weights)} == {
+        "meta"
+    }
+    one = batch.example(1)
+    assert len(one) == 1
+    assert one.inputs["x"].tolist() == one.labels.tolist() == [1, 2]
+    assert one.owners.tolist() == [0, 0]
+    assert one.weights.tolist() == [0.5, 0.25]
+    assert batch.by_example(torch.tensor([1.0, 2.0, 4.0, 5.0])).tolist() == [1.0, 2.0, 15.0]
+    assert one.by_example(torch.tensor([2.0, 4.0])).tolist() == [2.0]
+
+
+def test_a_loss_that_is_no_number_spoils_its_own_example_only():
+    batch = Batch({}, torch.arange(4), torch.tensor([0, 1, 1, 2]))
+    found = batch.by_example(torch.tensor([1.0, float("nan"), 4.0, float("inf")]))
+    assert found.isnan().tolist() == [False, True, False]
+    assert found[0] == 1
+    assert found[2].isinf()
+
+
+def test_without_owners_each_row_is_an_example():
+    batch = Batch({"x": torch.arange(3)}, torch.arange(3))
+    losses = torch.rand(3)
+    assert len(batch) == 3
+    assert batch.by_example(losses) is losses
+    assert batch.example(2).inputs["x"].tolist() == [2]
+    assert batch.example(2).owners is None
+    assert batch.row_weights().tolist() == [1, 1, 1]

@@ -237,12 +237,14 @@ class Method(ABC):
         refuses: composable piece (`lorica.methods.pieces.PIECES`) -> why the method cannot take it. A method that takes
             ranks that differ leaves `client_ranks` out and asks for `Train(ranks=server.ranks)`.
         personal: clients have models of their own, which are what is evaluated and exported.
+        merges: the frozen weights are added to (`AdapterState.merge`).
     """
 
     name: ClassVar[str]
     about: ClassVar[About]
     refuses: ClassVar[Mapping[str, str]] = {"client_ranks": "its rounds ask all clients for factors of one rank"}
     personal: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
 
     class Options(Strict):
         """Keys beside `method.name`."""

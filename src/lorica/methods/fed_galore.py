@@ -43,6 +43,7 @@ class FedGaLore(Method):
         privacy="sound; noise linear, in the span of a released projector",
     )
     refuses = SAME_RANKS | NEW_BASIS | MERGES
+    merges = True
 
     class Options(Strict):
         refresh: int = Field(5, ge=1)

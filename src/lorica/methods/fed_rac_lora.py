@@ -37,6 +37,7 @@ class FedRACLoRA(Method):
         privacy="sound; noise linear, in a new subspace each round",
     )
     refuses = NEW_BASIS | MERGES
+    merges = True
 
     class Options(Strict):
         trains: Literal["A", "B", "coin"] = "A"

@@ -32,6 +32,7 @@ class FedExLoRA(Method):
         privacy="sound; noise quadratic",
     )
     refuses = SAME_RANKS | OWN_AGGREGATION | MERGES
+    merges = True
 
     def round(self, server: Server) -> Round:
         replies = yield Train("AB")

@@ -38,6 +38,7 @@ class FLoRA(Method):
         privacy="sound; noise quadratic",
     )
     refuses = OWN_AGGREGATION | NEW_BASIS | MERGES
+    merges = True
 
     def round(self, server: Server) -> Round:
         replies = yield Train("AB", ranks=server.ranks)

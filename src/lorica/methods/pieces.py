@@ -55,6 +55,9 @@ def check_pieces(config: ExperimentConfig, method: Method) -> None:
                 f"{method.name} cannot take {what}: {method.refuses[piece]}",
                 f"drop {key}, or choose another method",
             )
+    if config.model.precision in ("int8", "nf4") and (method.merges or config.local.flat_lora):
+        reason = "the frozen weights are added to, and quantised ones cannot be"
+        raise UserError("model.precision", config.model.precision, reason, "set model.precision=bf16")
     if config.server.optimizer == "fedadam" and "shrinkage" in method.refuses:
         raise UserError("server.optimizer", "fedadam", method.refuses["shrinkage"], "use fedavgm or average")
     sgd = config.optimizer.name == "sgd"
