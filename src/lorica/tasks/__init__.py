@@ -52,9 +52,10 @@ def load_task(config: TaskConfig, base: str, by: str | None = None, group: str |
         names = label_names(train, config.label)
         prepare = _texts(config, base, names) if config.type == "text-classification" else _images(config, base, names)
         objective = Classification(tuple(config.metrics or ("accuracy",)))
+    records = prepare(train)
     prepared = {name: prepare(source) for name, source in tests.items()}
     groups = None if group is None else group_keys(train, group)
-    return Task(prepare(train), prepared, names, objective, owners, groups)
+    return Task(records, prepared, names, objective, owners, groups)
 
 
 def _texts(config: TaskConfig, base: str, names: list[str]) -> Callable[[Source], Records]:
