@@ -1,7 +1,8 @@
-"""Image classification records: decoded, resized and normalised once."""
+"""Image classification records: decoded and resized once, kept as bytes on disk, normalised in each batch."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lorica.errors import UserError
+from lorica.tasks.cache import Arrays, cached_arrays
 from lorica.tasks.labels import is_text
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch, Records, digest, stack_digests
@@ -25,17 +27,23 @@ DEFAULT_PATCH = 16
 
 @dataclass(frozen=True, eq=False)
 class ImageRecords(Records):
-    """Images as the model takes them; record i is `pixels[rows[i]]`.
+    """Images of the model's size; record i is `pixels[rows[i]]`.
 
     Attributes:
-        pixels: (m, channels, height, width) float32, shared between subsets.
+        pixels: (m, channels, height, width) uint8 before normalisation, or float32 after it; memory-mapped, shared
+            between subsets.
         rows: (n,) int64.
         patches: patches per image.
+        scale, mean, deviation: a byte x becomes `(scale · x - mean) / deviation`, the last two (channels, 1, 1)
+            float32; float pixels stay as they are.
     """
 
-    pixels: Tensor
+    pixels: np.ndarray
     rows: np.ndarray
     patches: int
+    scale: float
+    mean: Tensor
+    deviation: Tensor
 
     @property
     def lengths(self) -> np.ndarray:
@@ -45,7 +53,9 @@ class ImageRecords(Records):
         return replace(self, labels=self.labels[indices], digests=self.digests[indices], rows=self.rows[indices])
 
     def batch(self, indices: np.ndarray) -> Batch:
-        pixels = self.pixels[torch.from_numpy(self.rows[indices])]
+        pixels = torch.from_numpy(self.pixels[self.rows[indices]])
+        if pixels.dtype == torch.uint8:
+            pixels = (self.scale * pixels.float() - self.mean) / self.deviation
         return Batch({"pixel_values": pixels}, torch.from_numpy(self.labels[indices]))
 
 
@@ -100,7 +110,7 @@ def load_preprocessing(base: str) -> Preprocessing:
 def process(
     source: Source, column: str, labels: np.ndarray, label_names: list[str], preprocessing: Preprocessing
 ) -> ImageRecords:
-    """Decode, resize and normalise a column of images.
+    """Decode and resize a column of images, once for the same content and processor.
 
     The column holds encoded bytes, `{bytes, path}` as Hugging Face datasets store images, or paths relative to the
     source. Images are turned as their EXIF orientation says and converted to the model's number of channels.
@@ -117,26 +127,35 @@ def process(
     _check_type(source, column, values.type)
     mode = "L" if preprocessing.channels == 1 else "RGB"
     names = [name.encode() for name in label_names]
-    pixels, digests = torch.empty(0), []
-    for start in range(0, len(labels), SLICE):
-        encoded = [
-            _encoded(source, column, start + offset, value)
-            for offset, value in enumerate(values.slice(start, SLICE).to_pylist())
+
+    def encoded(start: int) -> list[bytes]:
+        slice_ = values.slice(start, SLICE).to_pylist()
+        return [_encoded(source, column, start + offset, value) for offset, value in enumerate(slice_)]
+
+    digests = stack_digests(
+        [
+            digest([content, names[labels[start + offset]]])
+            for start in range(0, len(labels), SLICE)
+            for offset, content in enumerate(encoded(start))
         ]
-        digests += [
-            digest([content, names[label]])
-            for content, label in zip(encoded, labels[start : start + SLICE], strict=True)
-        ]
-        images = [_decode(source, column, start + offset, content, mode) for offset, content in enumerate(encoded)]
-        processed = _normalise(images, preprocessing)
-        if start == 0:
-            pixels = torch.empty(len(labels), *processed.shape[1:])
-        if processed.shape[1:] != pixels.shape[1:]:
-            raise _not_one_size(preprocessing)
-        pixels[start : start + SLICE] = processed
+    )
+
+    def make(arrays: Arrays) -> None:
+        shape = None
+        for start in range(0, len(labels), SLICE):
+            contents = enumerate(encoded(start), start)
+            pixels = _resized([_decode(source, column, index, c, mode) for index, c in contents], preprocessing)
+            shape = shape or pixels.shape[1:]
+            if pixels.shape[1:] != shape:
+                raise _not_one_size(preprocessing)
+            arrays.append("pixels", pixels)
+
+    processor = preprocessing.processor
+    content = hashlib.sha256(digests.tobytes()).hexdigest()
+    pixels = cached_arrays(["images", content, processor.to_json_string(), mode], make)["pixels"]
     height, width = pixels.shape[-2:]
     patches = math.ceil(height / preprocessing.patch[0]) * math.ceil(width / preprocessing.patch[1])
-    return ImageRecords(labels, stack_digests(digests), pixels, np.arange(len(labels)), patches)
+    return ImageRecords(labels, digests, pixels, np.arange(len(labels)), patches, *_normalisation(preprocessing))
 
 
 def _check_type(source: Source, column: str, kind: Any) -> None:
@@ -179,12 +198,35 @@ def _decode(source: Source, column: str, index: int, content: bytes, mode: str) 
     return converted
 
 
-def _normalise(images: list[Any], preprocessing: Preprocessing) -> Tensor:
+def _normalisation(preprocessing: Preprocessing) -> tuple[float, Tensor, Tensor]:
+    """Scale, mean and deviation of the processor's last steps, as far as it takes them."""
+    processor, channels = preprocessing.processor, preprocessing.channels
+    scale = float(processor.rescale_factor) if getattr(processor, "do_rescale", False) else 1.0
+    normalises = getattr(processor, "do_normalize", False)
+    mean = processor.image_mean if normalises else [0.0] * channels
+    deviation = processor.image_std if normalises else [1.0] * channels
+    if not len(mean) == len(deviation) == channels:
+        raise _not_one_size(preprocessing)
+    return scale, torch.tensor(mean)[:, None, None], torch.tensor(deviation)[:, None, None]
+
+
+def _resized(images: list[Any], preprocessing: Preprocessing) -> np.ndarray:
+    """(n, channels, height, width): uint8 where the processor's last steps are those of `_normalisation`, which take a
+    quarter of the room; else float32, wholly processed.
+    """
     try:
-        pixels = preprocessing.processor(images=images, return_tensors="np")["pixel_values"]
+        found = preprocessing.processor(images=images, return_tensors="np", do_rescale=False, do_normalize=False)
+        whole = preprocessing.processor(images=images[:1], return_tensors="np")["pixel_values"]
     except ValueError:
         raise _not_one_size(preprocessing) from None
-    return torch.from_numpy(np.ascontiguousarray(pixels, dtype=np.float32))
+    pixels: np.ndarray = np.asarray(found["pixel_values"])
+    as_bytes: np.ndarray = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    scale, mean, deviation = _normalisation(preprocessing)
+    first = (scale * torch.from_numpy(as_bytes[:1]).float() - mean) / deviation
+    if np.array_equal(as_bytes, pixels) and np.allclose(first.numpy(), whole, atol=1e-5):
+        return as_bytes
+    whole = preprocessing.processor(images=images, return_tensors="np")["pixel_values"]
+    return np.ascontiguousarray(whole, dtype=np.float32)
 
 
 def _not_one_size(preprocessing: Preprocessing) -> UserError:
