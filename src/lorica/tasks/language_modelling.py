@@ -20,7 +20,7 @@ from lorica.tasks.records import Batch, Records, cheapest_cuts
 from lorica.tasks.text import padded
 
 # A minus counts where it cannot be a subtraction.
-NUMBER = re.compile(r"(?<![\d.])-?\d[\d,]*(?:\.\d+)?|\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"(?:(?<![\d.])-)?\d[\d,]*(?:\.\d+)?")
 
 Answer = Literal["text", "gsm8k"]
 
@@ -135,7 +135,7 @@ def exact_match(
     """
     questions = [records.question(index) for index in range(len(records))]
     references = tokenizer.batch_decode([reference for _, reference in questions], skip_special_tokens=True)
-    wanted = [_normal(text, answer, index) for index, text in enumerate(references)]
+    wanted = [_reference(text, answer, index) for index, text in enumerate(references)]
     settings = _greedy(model, tokenizer, [reference for _, reference in questions], max_new_tokens, records.pad)
     lengths = np.array([len(prompt) for prompt, _ in questions])
     order = np.argsort(lengths, kind="stable")
@@ -148,7 +148,7 @@ def exact_match(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, use_cache=True
             )
             texts = tokenizer.batch_decode(given[:, ids.shape[1] :], skip_special_tokens=True)
-            matches += sum(_answer(text, answer) == wanted[row] for row, text in zip(rows, texts, strict=True))
+            matches += sum(_given(text, answer) == wanted[row] for row, text in zip(rows, texts, strict=True))
             start = end
     return matches / len(records)
 
@@ -157,14 +157,10 @@ def _greedy(model: Any, tokenizer: Any, references: list[np.ndarray], max_new_to
     """Plain greedy decoding, without what the model's own generation settings add to it."""
     from transformers import GenerationConfig
 
-    special = set(tokenizer.all_special_ids)
-    closing = ([token for token in reference.tolist() if token in special][-1:] for reference in references)
     own = model.generation_config.eos_token_id
-    stops = {
-        tokenizer.eos_token_id,
-        *(own if isinstance(own, list) else [own]),
-        *(token for end in closing for token in end),
-    }
+    stops = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    for reference in references:
+        stops.update([token for token in reference.tolist() if token in tokenizer.all_special_ids][-1:])
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -172,7 +168,7 @@ def _greedy(model: Any, tokenizer: Any, references: list[np.ndarray], max_new_to
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
         pad_token_id=pad,
-        eos_token_id=sorted(stops - {None}) or None,
+        eos_token_id=sorted(stops) or None,
     )
 
 
@@ -184,7 +180,7 @@ def _left_padded(prompts: list[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
-def _normal(reference: str, answer: Answer, index: int) -> str | Decimal:
+def _reference(reference: str, answer: Answer, index: int) -> str | Decimal:
     if answer == "text":
         return reference.strip()
     number = _last_number(reference.rpartition("####")[2]) if "####" in reference else None
@@ -194,7 +190,7 @@ def _normal(reference: str, answer: Answer, index: int) -> str | Decimal:
     return number
 
 
-def _answer(text: str, answer: Answer) -> str | Decimal | None:
+def _given(text: str, answer: Answer) -> str | Decimal | None:
     return text.strip() if answer == "text" else _last_number(text)
 
 
