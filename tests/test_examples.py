@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +23,7 @@ from pyarrow import parquet
 import lorica
 from lorica.config import DEFAULT_CONFIG, ExperimentConfig, PrivacyConfig, load
 from lorica.federation import participation_schedule
+from lorica.methods.base import registry
 from lorica.privacy.accounting import epsilon
 from lorica.privacy.plan import plan_client
 from lorica.streams import stream_seed
@@ -91,6 +94,7 @@ DATA = {
     "snli_train.parquet": DataSet(549_367, 3, INFERENCE),
     "rajpurkar/squad[train]": DataSet(87_599, 0, _question(False)),
     "rajpurkar/squad_v2[train]": DataSet(130_319, 0, _question(True)),
+    # About as many as the commands in the example leave.
     "dolly_train.parquet": DataSet(14_000, 0, _instruction),
     "uoft-cs/cifar100[train]": DataSet(50_000, 100, CIFAR),
     "uoft-cs/cifar100[train[:7000]]": DataSet(7_000, 100, CIFAR),
@@ -112,6 +116,17 @@ def test_valid(path: Path) -> None:
     assert f"lorica run examples/{path.name}" in text
     assert max(map(len, text.splitlines())) <= 120
     assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", [*PATHS, EXAMPLES / "README.md"], ids=lambda path: path.stem)
+def test_the_commands_in_comments_are_valid(path: Path) -> None:
+    lines = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    commands = re.findall(r"^lorica run (.*)$", "\n".join(lines).replace("\\\n", " "), flags=re.M)
+    assert commands
+    for command in commands:
+        example, *overrides = shlex.split(command)
+        config = load(EXAMPLES.parent / example, overrides)
+        registry()[config.method.name].Options(**config.method.options)
 
 
 def test_the_digits_are_those_of_the_default() -> None:
