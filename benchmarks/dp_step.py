@@ -299,7 +299,7 @@ def _images(workload: Workload) -> Records:
     return ImageRecords(
         labels=np.random.default_rng(0).integers(0, 10, n),
         digests=np.zeros((n, 32), dtype=np.uint8),
-        pixels=torch.randn(n, 3, 32, 32),
+        pixels=torch.randn(n, 3, 32, 32).numpy(),
         rows=np.arange(n),
         patches=65,
     )

@@ -61,6 +61,17 @@ def test_nothing_half_made_stays_and_nobody_else_can_read() -> None:
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
+def test_of_two_runs_that_make_the_same_one_is_kept() -> None:
+    """The other run finishes while this one is at it."""
+
+    def late(arrays: Arrays) -> None:
+        cached_arrays(["a"], make)
+        make(arrays)
+
+    np.testing.assert_array_equal(cached_arrays(["a"], late)["tokens"], np.arange(7))
+    assert len(list((cache_folder() / "records").iterdir())) == 1
+
+
 def test_rows_of_one_kind_only(tmp_path: Path) -> None:
     arrays = Arrays(tmp_path)
     arrays.append("x", np.zeros((1, 2)))

@@ -37,7 +37,7 @@ def image_records(count: int, patches: int = 4) -> ImageRecords:
     return ImageRecords(
         labels=np.arange(count),
         digests=stack_digests([digest([bytes([i])]) for i in range(count)]),
-        pixels=torch.arange(count, dtype=torch.float32).reshape(count, 1, 1, 1),
+        pixels=np.arange(count, dtype=np.float32).reshape(count, 1, 1, 1),
         rows=np.arange(count),
         patches=patches,
     )

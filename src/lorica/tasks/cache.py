@@ -63,11 +63,12 @@ def cached_arrays(key: Iterable[str], make: Callable[[Arrays], None]) -> dict[st
                 arrays = Arrays(temporary)
                 make(arrays)
                 arrays.finish()
-                if not final.exists():
+                try:
                     os.replace(temporary, final)
-            except FileExistsError:
-                # Another run was faster; what it made is the same.
-                pass
+                except OSError:
+                    # Another run was faster; what it made is the same.
+                    if not (final / LAYOUT).is_file():
+                        raise
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
         layout = json.loads((final / LAYOUT).read_text())

@@ -14,7 +14,7 @@ import torch
 from lorica.errors import UserError
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch, Records, digest, stack_digests
-from lorica.tasks.text import SLICE, column_texts, padded
+from lorica.tasks.text import SLICE, column_texts, laid_out, padded
 
 # The value that transformers leaves out of a loss.
 IGNORED = -100
@@ -60,10 +60,7 @@ class CausalRecords(Records):
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Padded on the right; the labels are the tokens themselves where they are learned, and `IGNORED` elsewhere."""
-        sizes = self.sizes[indices]
-        columns = np.arange(sizes.max())
-        mask = columns < sizes[:, None]
-        places = (self.starts[indices][:, None] + columns)[mask]
+        mask, places = laid_out(self.starts[indices], self.sizes[indices])
         ids = padded(self.tokens, places, mask, self.pad)
         learned = padded(self.learned, places, mask, 0).astype(bool)
         inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask.astype(np.int64))}

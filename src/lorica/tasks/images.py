@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ class ImageRecords(Records):
     pixels: np.ndarray
     rows: np.ndarray
     patches: int
-    scale: float
-    mean: Tensor
-    deviation: Tensor
+    scale: float = 1.0
+    mean: Tensor = field(default_factory=lambda: torch.zeros(1))
+    deviation: Tensor = field(default_factory=lambda: torch.ones(1))
 
     @property
     def lengths(self) -> np.ndarray:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from lorica.errors import UserError
 from lorica.tasks.causal import IGNORED, CausalRecords
-from lorica.tasks.records import Batch, Records, cheapest_cuts
+from lorica.tasks.records import Batch, Records, cheapest_cuts, evaluating
 from lorica.tasks.text import padded
 
 # A minus counts where it cannot be a subtraction.
@@ -92,7 +90,7 @@ def evaluate(model: Any, records: CausalRecords, tokens: int, device: torch.devi
         records: at least one.
         tokens: padded tokens in one forward pass.
     """
-    with _evaluating(model):
+    with evaluating(model):
         total = torch.zeros((), dtype=torch.float64, device=device)
         count = torch.zeros((), dtype=torch.int64, device=device)
         right = torch.zeros((), dtype=torch.int64, device=device)
@@ -140,7 +138,7 @@ def exact_match(
     lengths = np.array([len(prompt) for prompt, _ in questions])
     order = np.argsort(lengths, kind="stable")
     matches = start = 0
-    with _evaluating(model):
+    with evaluating(model):
         for end in cheapest_cuts(lengths[order] + max_new_tokens, tokens):
             rows = order[start:end]
             ids, mask = _left_padded([questions[row][0] for row in rows], records.pad)
@@ -197,15 +195,3 @@ def _given(text: str, answer: Answer) -> str | Decimal | None:
 def _last_number(text: str) -> Decimal | None:
     numbers = NUMBER.findall(text)
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,9 @@ from torch import Tensor
 from lorica.errors import UserError
 from lorica.tasks.labels import is_text
 from lorica.tasks.readers import Source
-from lorica.tasks.records import Batch, Records, digest, stack_digests
+from lorica.tasks.records import Batch, Records, digest, evaluating, stack_digests
 from lorica.tasks.squad_metrics import exact_match, f1
-from lorica.tasks.text import SLICE, padded
-
-if TYPE_CHECKING:
-    pass
+from lorica.tasks.text import SLICE, laid_out, padded
 
 
 @dataclass(frozen=True)
@@ -110,10 +107,7 @@ class QuestionRecords(Records):
 
     def batch(self, indices: np.ndarray) -> Batch:
         windows = self.windows(indices)
-        sizes = self.sizes[windows]
-        columns = np.arange(sizes.max())
-        mask = columns < sizes[:, None]
-        places = (self.starts[windows][:, None] + columns)[mask]
+        mask, places = laid_out(self.starts[windows], self.sizes[windows])
         inputs = {"input_ids": padded(self.tokens, places, mask, self.pad)}
         if self.token_types is not None:
             inputs["token_type_ids"] = padded(self.token_types, places, mask, self.pad_type)
@@ -193,24 +187,18 @@ def evaluate(
     """
     if records.texts is None:
         raise ValueError("records made to train on keep no texts to evaluate with")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     total = dict.fromkeys(("exact_match", "f1"), 0.0)
-    try:
-        with torch.inference_mode():
-            loss = torch.zeros((), dtype=torch.float64, device=device)
-            for indices in records.micro_batch_indices(np.arange(len(records)), tokens):
-                batch = records.batch(indices).to(device)
-                outputs = model(**batch.inputs)
-                loss += losses(outputs, batch).sum(dtype=torch.float64)
-                predictions = _predictions(outputs, records, records.texts, indices, null_threshold, max_answer)
-                for index, prediction in zip(indices, predictions, strict=True):
-                    answers = records.texts.answers[records.questions[index]]
-                    total["exact_match"] += exact_match(prediction, answers)
-                    total["f1"] += f1(prediction, answers)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model):
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for indices in records.micro_batch_indices(np.arange(len(records)), tokens):
+            batch = records.batch(indices).to(device)
+            outputs = model(**batch.inputs)
+            loss += losses(outputs, batch).sum(dtype=torch.float64)
+            predictions = _predictions(outputs, records, records.texts, indices, null_threshold, max_answer)
+            for index, prediction in zip(indices, predictions, strict=True):
+                answers = records.texts.answers[records.questions[index]]
+                total["exact_match"] += exact_match(prediction, answers)
+                total["f1"] += f1(prediction, answers)
     return {name: value / len(records) for name, value in (total | {"loss": loss.item()}).items()}
 
 

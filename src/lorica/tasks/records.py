@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -256,15 +257,24 @@ class Task:
 
     def evaluate(self, model: Any, tokens: int, device: torch.device | str) -> dict[str, float]:
         """Metrics on all test sets, every module in evaluation mode meanwhile and in its own mode afterwards."""
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with torch.inference_mode():
-                found: dict[str, float] = {}
-                for index, (name, records) in enumerate(self.tests.items()):
-                    metrics = self.objective.evaluate(model, records, tokens, device)
-                    found |= metrics if index == 0 else {f"{name}_{key}": value for key, value in metrics.items()}
-                return found
-        finally:
-            for module, training in modes:
-                module.training = training
+        found: dict[str, float] = {}
+        with evaluating(model):
+            for index, (name, records) in enumerate(self.tests.items()):
+                metrics = self.objective.evaluate(model, records, tokens, device)
+                found |= metrics if index == 0 else {f"{name}_{key}": value for key, value in metrics.items()}
+        return found
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Within it, every module is in evaluation mode and nothing is recorded for gradients; afterwards, also after an
+    error, every module has its own mode back.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

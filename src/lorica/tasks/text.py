@@ -59,10 +59,7 @@ class TextRecords(Records):
         )
 
     def batch(self, indices: np.ndarray) -> Batch:
-        sizes = self.sizes[indices]
-        columns = np.arange(sizes.max())
-        mask = columns < sizes[:, None]
-        places = (self.starts[indices][:, None] + columns)[mask]
+        mask, places = laid_out(self.starts[indices], self.sizes[indices])
         inputs = {"input_ids": padded(self.tokens, places, mask, self.pad)}
         if self.token_types is not None:
             inputs["token_type_ids"] = padded(self.token_types, places, mask, self.pad_type)
@@ -70,6 +67,17 @@ class TextRecords(Records):
         return Batch(
             {name: torch.from_numpy(array) for name, array in inputs.items()}, torch.from_numpy(self.labels[indices])
         )
+
+
+def laid_out(starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where tokens that are stored without padding go in a padded batch, and where they come from.
+
+    Returns:
+        mask (n, longest) bool, and the offsets of the tokens that fill it, row after row.
+    """
+    columns = np.arange(sizes.max())
+    mask = columns < sizes[:, None]
+    return mask, (starts[:, None] + columns)[mask]
 
 
 def padded(flat: np.ndarray, places: np.ndarray, mask: np.ndarray, pad: int) -> np.ndarray:
