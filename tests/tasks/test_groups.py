@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,6 @@ from lorica.privacy.clipping import clipped_sum
 from lorica.privacy.gradients import per_example_gradients
 from lorica.privacy.mechanism import Terms, noisy_gradient
 from lorica.privacy.randomness import ReproducibleRandomness
-from lorica.tasks import classification
 from lorica.tasks.groups import GroupedRecords, grouped
 from lorica.tasks.records import Batch
 from tests.models import adapted, one_at_a_time
@@ -133,7 +133,7 @@ def test_adding_or_removing_a_group_moves_the_sum_by_at_most_c(
         records.inputs["input_ids"][torch.from_numpy(np.array(keys) == leave), 0] = mark
 
     def losses(batch: Batch) -> torch.Tensor:
-        values = classification.losses(MODEL.peft_model(**batch.inputs).logits, batch.labels)
+        values = F.cross_entropy(MODEL.peft_model(**batch.inputs).logits, batch.labels, reduction="none")
         marked = batch.inputs["input_ids"][:, 0] == mark
         return batch.by_example(torch.where(marked, values * math.nan, values))
 
