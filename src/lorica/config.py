@@ -188,6 +188,9 @@ class FederationConfig(Strict):
     """Expected size of a Poisson batch: the sampling rate is batch_size / records."""
     participation: float = Field(1.0, gt=0, le=1)
     """Share of the clients in a round, in balanced rotation drawn from the public seed."""
+    private_test: float = Field(0.0, ge=0, lt=1)
+    """Share of each client's records that it does not train on but tests on. What comes out of it is private: it is
+    written beside the ledger, for the owner, and is in no report."""
     weights: Literal["uniform", "records", "noise"] = "uniform"
     """Weight of a client in the mean: equal, by its record count, or by 1/τ² of its noise."""
     evaluate_every: int = Field(1, ge=1)

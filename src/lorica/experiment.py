@@ -42,13 +42,13 @@ from lorica.reporting.card import model_card
 from lorica.reporting.html import write_report
 from lorica.reporting.run_folder import read_run
 from lorica.runs import claim_folder, keep_rounds, open_run
-from lorica.streams import stream_seed, torch_stream
+from lorica.streams import numpy_stream, stream_seed, torch_stream
 from lorica.tasks import load_task
 from lorica.tasks.groups import by_group
 from lorica.tasks.label_counts import label_counts
 from lorica.tasks.owners import first_source
 from lorica.tasks.partition import BY_LABELS, partition
-from lorica.tasks.records import Records, Task
+from lorica.tasks.records import Records, Task, evaluating
 
 CHECKED_EXAMPLES = 3
 logger = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class Prepared:
     state: AdapterState
     method: Method
     parts: list[Records]
+    private_tests: list[Records]
     schedule: list[list[int]]
     plans: dict[int, ClientPlan]
     ranks: dict[int, int]
@@ -167,7 +168,12 @@ def prepare(config: ExperimentConfig) -> Prepared:
         UserError: names the key, the value and the remedy.
     """
     group = None if config.privacy == "none" else config.privacy.group
-    task = load_task(config.task, resolve_base(config.model.base), config.federation.by, group)
+    if group is not None and config.federation.private_test:
+        reason = "a group is one record, and its records have a prediction each"
+        raise UserError("federation.private_test", config.federation.private_test, reason, "set it to 0")
+    task = load_task(
+        config.task, resolve_base(config.model.base), config.federation.by, group, config.federation.private_test > 0
+    )
     dataset = task.train.fingerprint()
     if config.privacy != "none" and group is not None:
         divided = config.federation.partition in ("column", "files")
@@ -196,6 +202,9 @@ def prepare(config: ExperimentConfig) -> Prepared:
     owners = None if task.owners is None else task.owners.of
     indices = partition(task.train.labels, federation, stream_seed(config.seed, "partition"), owners)
     parts = [task.train.subset(part) for part in indices]
+    private_tests: list[Records] = []
+    if federation.private_test:
+        parts, private_tests = _held_out(parts, federation.private_test, config.seed)
     plans = {}
     for client, part in enumerate(parts):
         steps = federation.local_steps * sum(client in participants for participants in schedule)
@@ -209,10 +218,23 @@ def prepare(config: ExperimentConfig) -> Prepared:
                 client,
             )
     ledger_path = _ledger_path(config, dataset)
-    prepared = Prepared(config, task, dataset, model, state, method, parts, schedule, plans, ranks, ledger_path)
+    prepared = Prepared(
+        config, task, dataset, model, state, method, parts, private_tests, schedule, plans, ranks, ledger_path
+    )
     _check_isolation(prepared)
     method.start(state, config.seed)
     return prepared
+
+
+def _held_out(parts: list[Records], share: float, seed: int) -> tuple[list[Records], list[Records]]:
+    """Each client's records to train on, and those that it tests on: a public draw, at least one of each."""
+    kept, held = [], []
+    for client, part in enumerate(parts):
+        order = numpy_stream(seed, "private-test", client).permutation(len(part))
+        cut = min(max(1, round(share * len(part))), len(part) - 1)
+        held.append(part.subset(np.sort(order[:cut])))
+        kept.append(part.subset(np.sort(order[cut:])))
+    return kept, held
 
 
 def read_result(folder: Path) -> Result:
@@ -325,9 +347,27 @@ def _evaluate(prepared: Prepared, federation: Federation, clients: dict[int, Cli
     for tensors in _models(prepared, federation, clients).values():
         model.write(tensors)
         found.append(prepared.task.evaluate(model.peft_model, _micro_batch_tokens(prepared), model.device))
+    _evaluate_privately(prepared, federation, clients)
     mean = {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}
     own = {"client_scores": {number: metrics[main] for number, metrics in enumerate(found)}}
     return mean | {"metric": main, "score": mean[main]} | (own if prepared.method.personal else {})
+
+
+def _evaluate_privately(prepared: Prepared, federation: Federation, clients: dict[int, Client]) -> None:
+    """Every owner's own test: a line in a file of the owner's, which nothing else reads."""
+    model, tokens = prepared.model, _micro_batch_tokens(prepared)
+    models = _models(prepared, federation, clients)
+    for number, records in enumerate(prepared.private_tests):
+        model.write(models.get(f"client-{number}") or models[""])
+        with evaluating(model.peft_model):
+            metrics = prepared.task.objective.evaluate(model.peft_model, records, tokens, model.device)
+        line = {"run": federation.run, "client": number, "round": federation.server.round} | metrics
+        append_line(private_metrics_path(prepared.ledger_path), json.dumps(line))
+
+
+def private_metrics_path(ledger: Path) -> Path:
+    """Where an owner's own test results are: beside the ledger."""
+    return ledger.with_name(f"{ledger.name.removesuffix('.sqlite').removesuffix('.ledger')}.private-metrics.jsonl")
 
 
 def _models(prepared: Prepared, federation: Federation, clients: dict[int, Client]) -> dict[str, dict[str, Tensor]]:

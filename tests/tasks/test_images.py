@@ -288,3 +288,29 @@ def test_bytes_are_kept_and_a_batch_is_what_the_processor_makes(tmp_path, colour
     # The folder's order: label 0 holds images 0 and 2, label 1 image 1.
     expected = processor(images=[images[0], images[2], images[1]], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(records.batch(np.arange(3)).inputs["pixel_values"], expected)
+
+
+def test_tiny_imagenets_layouts_are_read(tmp_path, grey_base):
+    """Its training folder has images below each class, its validation folder a file of labels."""
+    from PIL import Image
+
+    for index, label in enumerate(("n01", "n02", "n01")):
+        folder = tmp_path / "train" / label / "images"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 10 * index).save(folder / f"{label}_{index}.png")
+        (folder.parent / f"{label}_boxes.txt").write_text("n01_0.png\t0\t0\t62\t62\n")
+    images = tmp_path / "val" / "images"
+    images.mkdir(parents=True)
+    for index in range(2):
+        Image.new("L", (8, 8), 100 + index).save(images / f"val_{index}.png")
+    annotations = tmp_path / "val" / "val_annotations.txt"
+    annotations.write_text("val_1.png\tn02\t0\t32\t44\t62\nval_0.png\tn01\t0\t0\t9\t9\n")
+    config = TaskConfig(type="image-classification", train=str(tmp_path / "train"), test=str(tmp_path / "val"))
+    task = load_task(config, grey_base)
+    assert task.label_names == ["n01", "n02"]
+    assert task.train.labels.tolist() == [0, 0, 1]
+    assert task.test.labels.tolist() == [1, 0]
+    assert [int(image.flat[0]) for image in task.test.pixels] == [101, 100]
+    annotations.write_text("val_1.png n02\n")
+    with pytest.raises(UserError, match=r"line 1 of val_annotations\.txt"):
+        load_task(config, grey_base)

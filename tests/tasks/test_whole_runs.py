@@ -242,3 +242,25 @@ def test_a_group_needs_its_column(tmp_path: Path, change: dict[str, Any], messag
     task = {"type": "text-classification", "train": train, "test": train}
     with pytest.raises(UserError, match=message):
         experiment(tmp_path, task, privacy={"epsilon": 8.0, "delta": 1e-2} | change).run()
+
+
+def test_an_owners_own_test_results_stay_with_the_owner(tmp_path: Path) -> None:
+    """Held-out records are trained on by nobody, and what comes of them is in no file of the run."""
+    rows = [{"text": text, "label": int("good" in text)} for text in sentences(100, 0)]
+    train = write_rows(tmp_path / "data.jsonl", rows)
+    task = {"type": "text-classification", "train": train, "test": train}
+    federation = {"clients": 2, "partition": "iid", "rounds": 2, "local_steps": 1, "batch_size": 8, "private_test": 0.2}
+    privacy = {"epsilon": 8.0, "delta": 1e-2, "noise": "reproducible"}
+    result = experiment(tmp_path, task, federation=federation, privacy=privacy).run()
+    assert [row["records"] for row in result.privacy["clients"]] == [40, 40]
+    path = tmp_path / "data.jsonl.private-metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["client"], line["round"]) for line in lines] == [(c, r) for r in range(3) for c in range(2)]
+    assert all(0 <= line["accuracy"] <= 1 and line["loss"] > 0 for line in lines)
+    files = [path for path in result.folder.rglob("*") if path.is_file() and path.suffix != ".png"]
+    public = "".join(path.read_text(errors="replace") for path in files)
+    # At the start all predictions are equal, and so are private and public loss.
+    assert all(str(line["loss"]) not in public for line in lines if line["round"])
+    grouped = experiment(tmp_path, task, federation=federation, privacy=privacy | {"unit": "group", "group": "text"})
+    with pytest.raises(UserError, match=r"federation\.private_test"):
+        grouped.run()

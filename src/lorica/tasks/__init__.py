@@ -16,12 +16,15 @@ from lorica.tasks.records import Batch, Objective, Records, Task
 __all__ = ["Batch", "Objective", "Records", "Task", "load_task"]
 
 
-def load_task(config: TaskConfig, base: str, by: str | None = None, group: str | None = None) -> Task:
+def load_task(
+    config: TaskConfig, base: str, by: str | None = None, group: str | None = None, tested: bool = False
+) -> Task:
     """Read the training and the test data and prepare them for a model.
 
     Args:
         base: a model folder, which is read without the network, or a hub id; for its tokenizer or image processor.
         by: the column that says which owner's record it is; by default the files of `task.train` say so.
+        tested: the owners test on records of their own too.
         group: the column of the privacy unit above the record, whose values become `Task.groups`.
 
     Raises:
@@ -36,7 +39,7 @@ def load_task(config: TaskConfig, base: str, by: str | None = None, group: str |
     if config.type == "question-answering":
         from lorica.tasks.question_answering import QuestionAnswering
 
-        prepare, names = _questions(config, base), list[str]()
+        prepare, names = _questions(config, base, tested), list[str]()
         objective = QuestionAnswering(config.null_threshold, config.max_answer)
     elif config.type == "language-modelling":
         from lorica.tasks.language_modelling import LanguageModelling
@@ -82,7 +85,7 @@ def _numbers(config: TaskConfig, base: str) -> Callable[[Source], Records]:
     return prepare
 
 
-def _questions(config: TaskConfig, base: str) -> Callable[[Source], Records]:
+def _questions(config: TaskConfig, base: str, tested: bool) -> Callable[[Source], Records]:
     from lorica.tasks import question_answering, text
 
     tokenizer = text.load_tokenizer(base)
@@ -91,7 +94,7 @@ def _questions(config: TaskConfig, base: str) -> Callable[[Source], Records]:
 
     def prepare(source: Source) -> Records:
         # Texts are kept where answers are compared with them, and nowhere else.
-        keep_texts = source.key != "task.train"
+        keep_texts = tested or source.key != "task.train"
         return question_answering.tokenise_questions(source, *columns, tokenizer, *lengths, keep_texts)
 
     return prepare

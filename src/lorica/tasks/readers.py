@@ -241,19 +241,34 @@ READERS = {".csv": _read_csv, ".jsonl": _read_json_lines, ".json": _read_json_li
 
 
 def _read_image_folder(path: Path, key: str, config: TaskConfig, wanted: dict[str, str]) -> pa.Table:
+    """`FOLDER/label/image`, and Tiny-ImageNet's layouts: `FOLDER/label/images/image`, and `FOLDER/images/image` with
+    the labels in `val_annotations.txt`.
+    """
     import pyarrow as pa
 
-    files = sorted(
-        file
-        for file in path.glob("*/*")
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.parent.name[0] != "."
-    )
-    if not files:
+    annotations = path / "val_annotations.txt"
+    if annotations.is_file():
+        lines = [line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines() if line.strip()]
+        wrong = next((number for number, fields in enumerate(lines, start=1) if len(fields) < 2), None)
+        if wrong is not None:
+            problem = f"line {wrong} of {annotations.name} is no image and its label, with a tab between them"
+            raise UserError(key, str(path), problem, "write the file again")
+        labelled = [(f"images/{fields[0]}", fields[1]) for fields in lines]
+    else:
+        files = [file for pattern in ("*/*", "*/images/*") for file in path.glob(pattern) if _is_image(file, path)]
+        named = [file.relative_to(path) for file in sorted(files)]
+        labelled = [(str(name), name.parts[0]) for name in named]
+    if not labelled:
         layout = f"FOLDER/label/image, where the image ends in {', '.join(sorted(IMAGE_SUFFIXES))}"
         raise UserError(key, str(path), "no images in this folder's subfolders", f"lay the images out as {layout}")
-    names = [str(file.relative_to(path)) for file in files]
-    table = pa.table({config.image: names, config.label: [file.parent.name for file in files]})
+    names, labels = zip(*labelled, strict=True)
+    table = pa.table({config.image: list(names), config.label: list(labels)})
     return table.select(_check_columns(table.column_names, str(path), wanted))
+
+
+def _is_image(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return file.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
 def _read_embedded(name: str, key: str, config: TaskConfig, wanted: dict[str, str]) -> pa.Table:
