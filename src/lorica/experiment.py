@@ -168,12 +168,11 @@ def prepare(config: ExperimentConfig) -> Prepared:
         UserError: names the key, the value and the remedy.
     """
     group = None if config.privacy == "none" else config.privacy.group
-    if group is not None and config.federation.private_test:
+    held_out = config.federation.private_test
+    if group is not None and held_out:
         reason = "a group is one record, and its records have a prediction each"
-        raise UserError("federation.private_test", config.federation.private_test, reason, "set it to 0")
-    task = load_task(
-        config.task, resolve_base(config.model.base), config.federation.by, group, config.federation.private_test > 0
-    )
+        raise UserError("federation.private_test", held_out, reason, "set it to 0")
+    task = load_task(config.task, resolve_base(config.model.base), config.federation.by, group, held_out > 0)
     dataset = task.train.fingerprint()
     if config.privacy != "none" and group is not None:
         divided = config.federation.partition in ("column", "files")

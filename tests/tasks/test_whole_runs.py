@@ -261,6 +261,7 @@ def test_an_owners_own_test_results_stay_with_the_owner(tmp_path: Path) -> None:
     public = "".join(path.read_text(errors="replace") for path in files)
     # At the start all predictions are equal, and so are private and public loss.
     assert all(str(line["loss"]) not in public for line in lines if line["round"])
-    grouped = experiment(tmp_path, task, federation=federation, privacy=privacy | {"unit": "group", "group": "text"})
+    groups = privacy | {"unit": "group", "group": "text"}
+    grouped = experiment(tmp_path, task, federation=federation, privacy=groups, name="grouped")
     with pytest.raises(UserError, match=r"federation\.private_test"):
         grouped.run()
