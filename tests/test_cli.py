@@ -120,6 +120,26 @@ def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: st
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_ctrl_c_that_python_drops_still_ends_the_run() -> None:
+    """An interrupt that falls into an object's deletion is reported and forgotten; the round's end remembers it."""
+    from lorica.cli import _Rounds
+
+    with _Rounds() as rounds:
+
+        class Deleted:
+            def __del__(self) -> None:
+                signal.raise_signal(signal.SIGINT)
+
+        deleted = Deleted()
+        rounds._task = rounds._progress.add_task("rounds", total=2)
+        rounds.round({"round": 1})
+        del deleted
+        with pytest.raises(KeyboardInterrupt):
+            rounds.round({"round": 2})
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_ctrl_c_keeps_finished_rounds(tmp_path: Path) -> None:
     arguments = [COMMAND, "run", *SMALL, "federation.rounds=500", "federation.evaluate_every=100"]
     process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True)

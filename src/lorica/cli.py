@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,10 +141,11 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, such as ru
 
 
 class _Rounds:
-    """Shows a run as it goes: what was planned, a line a round, a bar."""
+    """Shows a run as it goes: what was planned, a line a round, a bar. Ctrl-C ends it after the round at the latest."""
 
     def __init__(self) -> None:
         self.started = False
+        self._interrupted = False
         self._progress = Progress(
             TextColumn("rounds"),
             BarColumn(),
@@ -157,10 +159,17 @@ class _Rounds:
         handler = RichHandler(console=console, show_path=False, show_time=False)
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         self._progress.start()
+        self._handler = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._handler)
         self._progress.stop()
+
+    def _interrupt(self, *_: object) -> None:
+        # Python drops an exception that arises while an object is being deleted, so it is noted too.
+        self._interrupted = True
+        raise KeyboardInterrupt
 
     def start(self, prepared: Prepared, finished: int) -> None:
         self.started = True
@@ -197,6 +206,8 @@ class _Rounds:
             parts.append(f"{metrics['seconds']:.1f} s")
         console.print("   ".join(parts), highlight=False)
         self._progress.update(self._task, completed=metrics["round"])
+        if self._interrupted:
+            raise KeyboardInterrupt
 
 
 @contextmanager
