@@ -251,6 +251,8 @@ def test_a_stopped_secure_run_resumes_without_exceeding_its_budget(tmp_path: Pat
     assert [row["round"] for row in result.metrics] == [0, 1, 2, 3, 4]
     assert [row["steps"] for row in result.privacy["clients"]] == [4, 4]
     assert result.privacy["private_release"] is True
+    # A private release's folder holds no counts of private labels.
+    assert not (result.folder / "partition.json").exists()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_resumes(tmp_path: Path, whole_run: dict[str, Any]) -> None:

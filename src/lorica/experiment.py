@@ -296,8 +296,9 @@ def _assemble(prepared: Prepared, run: str, checkpoint: Checkpoint | None) -> tu
 
 
 def _write_partition(prepared: Prepared, folder: Path) -> None:
-    task = prepared.task
-    if not task.has_classes:
+    """Who has what, for research only: a private release must not carry counts that no noise covers."""
+    task, privacy = prepared.task, prepared.config.privacy
+    if not task.has_classes or (privacy != "none" and privacy.noise == "secure"):
         return
     named = task.owners if prepared.config.federation.partition in ("column", "files") else None
     counts = label_counts(prepared.parts, task.label_names, None if named is None else named.names)

@@ -1,7 +1,7 @@
 """Who has what: records of each label that each client holds. Only for simulations.
 
-These counts are facts about private records that no noise covers. They are written where one machine holds the data of
-all clients (the local engine), whose experimenter knows them anyway; nothing is sent, and a real federation has none.
+These counts are facts about private records that no noise covers. They are written for research runs only, where one
+machine holds the data of all clients (the local engine); a run with secure noise, whose folder may be shared, has none.
 """
 
 from __future__ import annotations
