@@ -125,6 +125,8 @@ def test_a_ctrl_c_that_python_drops_still_ends_the_run() -> None:
     """An interrupt that falls into an object's deletion is reported and forgotten; the round's end remembers it."""
     from lorica.cli import _Rounds
 
+    # Where tests run in the background, SIGINT is ignored.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     with _Rounds() as rounds:
 
         class Deleted:
@@ -137,12 +139,19 @@ def test_a_ctrl_c_that_python_drops_still_ends_the_run() -> None:
         del deleted
         with pytest.raises(KeyboardInterrupt):
             rounds.round({"round": 2})
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, inherited) is signal.default_int_handler
 
 
 def test_ctrl_c_keeps_finished_rounds(tmp_path: Path) -> None:
     arguments = [COMMAND, "run", *SMALL, "federation.rounds=500", "federation.evaluate_every=100"]
-    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Where tests run in the background, children would ignore SIGINT too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     checkpoints = tmp_path / "runs/digits-as-lora/checkpoint"
     for _ in range(600):
         if list(checkpoints.glob("round-*")):

@@ -159,7 +159,10 @@ class _Rounds:
         handler = RichHandler(console=console, show_path=False, show_time=False)
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         self._progress.start()
-        self._handler = signal.signal(signal.SIGINT, self._interrupt)
+        self._handler = signal.getsignal(signal.SIGINT)
+        # A job in the background ignores Ctrl-C, and goes on doing so.
+        if self._handler is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
