@@ -9,7 +9,7 @@ from typing import cast
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from lorica.adapters.algebra import weighted_sum
+from lorica.adapters.algebra import padded, weighted_sum
 from lorica.adapters.sites import Site
 from lorica.adapters.state import Pair
 from lorica.config import Strict
@@ -72,7 +72,7 @@ class HetLoRA(Method):
             a = weighted_sum([(weights[client], pair[1]) for client, pair in pairs.items()])
             start_b, start_a = before[site]
             # Where every client has pruned, the trailing ranks are nobody's.
-            server.model.assign({site.b: _filled(b, start_b), site.a: _filled(a, start_a)})
+            server.model.assign({site.b: padded(b, start_b.shape), site.a: padded(a, start_a.shape)})
         for client in replies.updates:
             self.ranks[client] = self._next_rank(client, ranks[client], factors, before)
         server.step_head(replies)
@@ -107,9 +107,3 @@ class HetLoRA(Method):
 def _energy(b: Tensor, a: Tensor) -> float:
     """`‖B A‖_F²` in factor space: `tr(BᵀB · A Aᵀ)`."""
     return float(((b.T @ b) * (a @ a.T)).sum())
-
-
-def _filled(value: Tensor, like: Tensor) -> Tensor:
-    filled = like.new_zeros(like.shape)
-    filled[tuple(slice(size) for size in value.shape)] = value
-    return filled

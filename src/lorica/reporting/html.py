@@ -32,7 +32,7 @@ from lorica.reporting.run_folder import (
     score_of,
     seconds_per_round,
 )
-from lorica.reporting.style import RC, duration, percent, points, rounded_up
+from lorica.reporting.style import RC, capital, duration, percent, points, rounded_up
 from lorica.reporting.tables import (
     PRIVACY_TERMS,
     comparison_markdown,
@@ -162,6 +162,7 @@ def _run_view(run: Run) -> dict[str, Any]:
     return {
         "title": run.name,
         "metric": metric_name(run.metrics),
+        "metric_heading": capital(metric_name(run.metrics)),
         "further": further_metrics(run),
         "subtitle": _subtitle(run),
         "reason": not_private(run),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
@@ -13,8 +13,8 @@ import torch
 
 from lorica.errors import UserError
 from lorica.tasks.readers import Source
-from lorica.tasks.records import Batch, Records, digest, stack_digests
-from lorica.tasks.text import SLICE, column_texts, laid_out, padded
+from lorica.tasks.records import Batch, digest, stack_digests
+from lorica.tasks.text import SLICE, TokenRecords, column_texts, laid_out, padded
 
 # The value that transformers leaves out of a loss.
 IGNORED = -100
@@ -25,38 +25,17 @@ Message = dict[str, str]
 
 
 @dataclass(frozen=True, eq=False)
-class CausalRecords(Records):
-    """Tokenised texts and which tokens are learned; record i is `tokens[starts[i] : starts[i] + sizes[i]]`.
+class CausalRecords(TokenRecords):
+    """Tokenised texts and which of their tokens are learned.
 
     `labels` is zero everywhere: there are no classes.
 
     Attributes:
-        tokens: int32, the tokens of all records one after another.
         learned: bool, parallel to `tokens`: the tokens that the loss counts. Never a record's first, which nothing
             predicts, and at least one of each record.
-        starts: (n,) int64 offsets into `tokens`.
-        sizes: (n,) int64 tokens of each record.
-        pad: the token id that stands in padded, masked places.
     """
 
-    tokens: np.ndarray
     learned: np.ndarray
-    starts: np.ndarray
-    sizes: np.ndarray
-    pad: int
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.sizes
-
-    def subset(self, indices: np.ndarray) -> CausalRecords:
-        return replace(
-            self,
-            labels=self.labels[indices],
-            digests=self.digests[indices],
-            starts=self.starts[indices],
-            sizes=self.sizes[indices],
-        )
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Padded on the right; the labels are the tokens themselves where they are learned, and `IGNORED` elsewhere."""

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -26,30 +26,26 @@ SLICE = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class TextRecords(Records):
-    """Tokenised texts; record i is `tokens[starts[i] : starts[i] + sizes[i]]`.
+class TokenRecords(Records):
+    """Tokenised texts without padding; record i is `tokens[starts[i] : starts[i] + sizes[i]]`.
 
     Attributes:
         tokens: int32, the tokens of all records one after another.
-        token_types: int8, parallel to `tokens`; None where the tokenizer makes none.
         starts: (n,) int64 offsets into `tokens`.
         sizes: (n,) int64 tokens of each record.
         pad: the token id that stands in padded, masked places.
-        pad_type: the token type that stands there.
     """
 
     tokens: np.ndarray
-    token_types: np.ndarray | None
     starts: np.ndarray
     sizes: np.ndarray
     pad: int
-    pad_type: int
 
     @property
     def lengths(self) -> np.ndarray:
         return self.sizes
 
-    def subset(self, indices: np.ndarray) -> TextRecords:
+    def subset(self, indices: np.ndarray) -> Self:
         return replace(
             self,
             labels=self.labels[indices],
@@ -57,6 +53,19 @@ class TextRecords(Records):
             starts=self.starts[indices],
             sizes=self.sizes[indices],
         )
+
+
+@dataclass(frozen=True, eq=False)
+class TextRecords(TokenRecords):
+    """Texts to classify, or to predict a number of.
+
+    Attributes:
+        token_types: int8, parallel to `tokens`; None where the tokenizer makes none.
+        pad_type: the token type that stands in padded, masked places.
+    """
+
+    token_types: np.ndarray | None
+    pad_type: int
 
     def batch(self, indices: np.ndarray) -> Batch:
         mask, places = laid_out(self.starts[indices], self.sizes[indices])
