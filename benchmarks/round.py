@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lorica.experiment import Experiment, Prepared
+from lorica.federation import Federation
 from lorica.tasks.records import Records
 
 CLIENTS, RECORDS, TEST_RECORDS = 6, 12_000, 8
@@ -155,9 +156,9 @@ class Comparison:
         self.lorica = Measured()
         self.others = {name: Measured() for name in (STRAIGHTFORWARD, *ablations)}
 
-    def on_start(self, prepared: Prepared, finished_rounds: int) -> None:
+    def on_start(self, prepared: Prepared, federation: Federation, finished_rounds: int) -> None:
         """Take over the records of every client, and count what Lorica trains on."""
-        self._clients = [_padded(part) for part in prepared.parts]
+        self._clients = [_padded(client.records) for client in federation.engine.clients.values()]
 
         def hook(model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             # The server evaluates the same model, in evaluation mode.

@@ -25,8 +25,9 @@ import lorica
 from lorica.adapters.base_model import resolve_base
 from lorica.config import PrivacyConfig, TaskConfig
 from lorica.errors import UserError
-from lorica.experiment import Result, _ledger_path, prepare
+from lorica.experiment import Result, prepare_local
 from lorica.methods.base import registry
+from lorica.owners import ledger_path
 from lorica.privacy.accounting import Steps, epsilon
 from lorica.privacy.ledger import Ledger
 from lorica.tasks import digits
@@ -91,7 +92,7 @@ def test_the_statement_is_what_the_ledger_says(finished: Result) -> None:
 
 
 def _releases(result: Result) -> list[Any]:
-    task = prepare(lorica.Experiment.load(result.folder / "config.yaml").config).task
+    task = prepare_local(lorica.Experiment.load(result.folder / "config.yaml").config)[0].task
     return Ledger(Path(result.privacy["ledger"])).releases(task.train.fingerprint())
 
 
@@ -106,7 +107,7 @@ def test_bytes_are_those_of_the_tensors_that_travelled(finished: Result) -> None
 
 
 def test_the_adapter_loads_with_peft_and_gives_the_same_logits(finished: Result) -> None:
-    prepared = prepare(lorica.Experiment.load(finished.folder / "config.yaml").config)
+    prepared = prepare_local(lorica.Experiment.load(finished.folder / "config.yaml").config)[0]
     batch = prepared.task.test.batch(np.arange(32))
     base = AutoModelForImageClassification.from_pretrained(resolve_base("lorica:glyph-vit"))
     untouched = base(**batch.inputs).logits
@@ -203,7 +204,7 @@ def test_every_method_exports_what_it_was_evaluated_with(tmp_path: Path, method:
     """The PEFT folder (of each client, where models are personal) gives the last round's metrics on the test set."""
     steps = ["federation.local_steps=2", "federation.rounds=2"]
     result = experiment(tmp_path, f"method.name={method}", *steps).run()
-    records = prepare(lorica.Experiment.load(result.folder / "config.yaml").config).task.test
+    records = prepare_local(lorica.Experiment.load(result.folder / "config.yaml").config)[0].task.test
     folders = sorted(path.parent for path in result.adapter.rglob("adapter_config.json"))
     assert len(folders) == (2 if registry()[method].personal else 1)
     base = AutoModelForImageClassification.from_pretrained
@@ -228,7 +229,8 @@ def test_the_average_over_rounds_is_what_is_exported(tmp_path: Path) -> None:
     averaged = experiment(tmp_path / "averaged", *overrides, "server.average=0.5").run()
     mine, theirs = adapter_of(averaged), adapter_of(plain)
     assert any(not torch.equal(value, theirs[name]) for name, value in mine.items())
-    records = prepare(averaged_config := lorica.Experiment.load(averaged.folder / "config.yaml").config).task.test
+    averaged_config = lorica.Experiment.load(averaged.folder / "config.yaml").config
+    records = prepare_local(averaged_config)[0].task.test
     assert averaged_config.server.average == 0.5
     found = Classification().evaluate(lorica.load_adapter(averaged.adapter), records, 4096, "cpu")
     assert found["loss"] == pytest.approx(averaged.metrics[-1]["loss"], rel=1e-4)
@@ -381,25 +383,25 @@ def test_the_ledger_lies_beside_the_data(tmp_path: Path) -> None:
     data.parent.mkdir()
     data.write_text("\n".join(json.dumps(row) for row in rows))
     embedded = lorica.Experiment.load(overrides=SMALL).config
-    dataset = prepare(embedded).dataset
+    dataset = prepare_local(embedded)[0].task.train.fingerprint()
     own = TaskConfig(type="text-classification", train=str(data), test=str(data))
     config = embedded.model_copy(update={"task": own})
-    assert _ledger_path(config, dataset) == tmp_path / "data" / "rows.jsonl.ledger.sqlite"
+    assert ledger_path(config, dataset) == tmp_path / "data" / "rows.jsonl.ledger.sqlite"
     named = PrivacyConfig(ledger=str(tmp_path / "elsewhere"))
-    assert _ledger_path(config.model_copy(update={"privacy": named}), dataset) == tmp_path / "elsewhere"
-    assert _ledger_path(embedded, dataset).parent == Path(os.environ["LORICA_HOME"]) / "ledgers"
+    assert ledger_path(config.model_copy(update={"privacy": named}), dataset) == tmp_path / "elsewhere"
+    assert ledger_path(embedded, dataset).parent == Path(os.environ["LORICA_HOME"]) / "ledgers"
 
 
 def test_a_large_delta_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="lorica"):
-        prepare(experiment(tmp_path, "privacy.delta=0.1").config)
+        prepare_local(experiment(tmp_path, "privacy.delta=0.1").config)
     assert "privacy.delta = 0.1 is not below 1/" in caplog.text
 
 
 def test_query_and_value_are_found_under_their_new_names(tmp_path: Path) -> None:
-    prepared = prepare(experiment(tmp_path, "lora.target_modules=[query, value]").config)
+    prepared = prepare_local(experiment(tmp_path, "lora.target_modules=[query, value]").config)[0]
     assert {site.name.rsplit(".", 1)[-1] for site in prepared.model.sites} == {"q_proj", "v_proj"}
-    everything = prepare(experiment(tmp_path, "lora.target_modules=all-linear").config)
+    everything = prepare_local(experiment(tmp_path, "lora.target_modules=all-linear").config)[0]
     assert len(everything.model.sites) == 4 * 6
-    some = prepare(experiment(tmp_path, r"lora.target_modules=.*layers\.[01]\..*q_proj").config)
+    some = prepare_local(experiment(tmp_path, r"lora.target_modules=.*layers\.[01]\..*q_proj").config)[0]
     assert len(some.model.sites) == 2

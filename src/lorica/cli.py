@@ -21,6 +21,7 @@ from lorica.errors import UserError
 
 if TYPE_CHECKING:
     from lorica.experiment import Prepared
+    from lorica.federation import Federation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -174,12 +175,12 @@ class _Rounds:
         self._interrupted = True
         raise KeyboardInterrupt
 
-    def start(self, prepared: Prepared, finished: int) -> None:
+    def start(self, prepared: Prepared, federation: Federation, finished: int) -> None:
         self.started = True
         config = prepared.config
         modules = sorted({site.name.rsplit(".", 1)[-1] for site in prepared.model.sites})
-        noise = [plan.terms.noise_multiplier for plan in prepared.plans.values()]
-        sizes = [len(part) for part in prepared.parts]
+        noise = [plan.terms.noise_multiplier for plan in federation.plans.values()]
+        sizes = [plan.records for plan in federation.plans.values()]
         console.print(
             f"[bold]{config.name}[/bold]: {config.method.name}, {len(sizes)} clients with {min(sizes)} to {max(sizes)} "
             f"records, {config.federation.rounds} rounds of {config.federation.local_steps} steps"
@@ -193,7 +194,7 @@ class _Rounds:
         else:
             console.print(
                 f"Record-level DP: C = {config.privacy.clip_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
-                f"δ = {config.privacy.delta:g}, ledger {prepared.ledger_path}"
+                f"δ = {config.privacy.delta:g}, ledger {federation.engine.ledger}"
             )
         if finished:
             console.print(f"Resumed after round {finished}.")

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.state import Pair, leading, stack_pairs
+from lorica.files import append_line
 from lorica.local.perturbation import strength
 from lorica.local.sketches import project, sketch
 from lorica.local.step import shape
-from lorica.messages import ENERGY, Reply, Request, Training
+from lorica.messages import ENERGY, Delivery, Reply, Request, Training
 from lorica.optimizers import make_optimizer
 from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.mechanism import noisy_gradient
-from lorica.privacy.plan import ClientPlan
+from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.randomness import Randomness, ReproducibleRandomness, SecureRandomness
 from lorica.privacy.released import Released, post_process
 from lorica.streams import stream_seed, torch_stream
-from lorica.tasks.records import Records
+from lorica.tasks.records import Records, evaluating
 
 Answer = tuple[dict[str, Released], dict[str, Released] | None]
 """What is sent, and what stays with the client for later (None: nothing new)."""
@@ -40,8 +43,10 @@ class Client:
         dataset: fingerprint of the data set that the records are part of.
         unit: what one of `records` is, for the ledger.
         seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
+        private_test: records that the owner tests on; the results stay with it.
         held: the server's tensors as last received.
         merged: what the server had merged into the frozen weights.
+        sequence: number of the request that they came with; None before the first.
     """
 
     number: int
@@ -52,8 +57,10 @@ class Client:
     seed: int
     micro_batch_tokens: int
     unit: str = "record"
+    private_test: Records | None = None
     held: dict[str, Tensor] = field(default_factory=dict)
     merged: dict[str, Pair] = field(default_factory=dict)
+    sequence: int | None = None
 
     def answer(self, model: AdaptedModel, request: Request) -> bytes:
         """Do the work and return the encoded reply.
@@ -62,8 +69,14 @@ class Client:
         stored reply: the same release, at no further cost.
 
         Raises:
-            Refused: the request goes beyond the owner's plan.
+            Refused: the request goes beyond the owner's plan, belongs to a round that is over, or builds on a request
+                that did not arrive.
         """
+        if isinstance(request.work, Delivery):
+            self._test_privately(model, request, request.work)
+            return Reply(self.number, {}).encode()
+        if request.round < self.ledger.last_round(request.run, self.number):
+            raise Refused(f"client {self.number}: round {request.round} is over; its releases are not made again")
         self._receive(request)
         digest = request.digest(self.held, self.merged)
         stored = self.ledger.recall(request.run, self.number, digest)
@@ -100,11 +113,26 @@ class Client:
         return {name: released.tensor for name, released in self.ledger.kept(run, self.number).items()}
 
     def _receive(self, request: Request) -> None:
-        self.held.update(request.tensors)
-        if request.restart:
-            self.merged = {}
-        for name, pair in request.increments.items():
-            self.merged[name] = stack_pairs(self.merged.get(name), pair)
+        if request.sequence not in (0, self.sequence) and self.sequence != request.sequence - 1:
+            raise Refused(f"client {self.number}: a request before this one did not arrive; send the whole adapter")
+        if request.sequence != self.sequence or request.sequence == 0:
+            self.held = dict(request.tensors) if request.sequence == 0 else self.held | dict(request.tensors)
+            self.merged = {} if request.restart or request.sequence == 0 else dict(self.merged)
+            for name, pair in request.increments.items():
+                self.merged[name] = stack_pairs(self.merged.get(name), pair)
+            self.sequence = request.sequence
+
+    def _test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:
+        if self.private_test is None:
+            return
+        model.merge(work.merged)
+        model.write(dict(work.model) | self.personal(request.run))
+        with evaluating(model.peft_model):
+            metrics = model.objective.evaluate(
+                model.peft_model, self.private_test, self.micro_batch_tokens, model.device
+            )
+        line = {"run": request.run, "client": self.number, "round": request.round} | metrics
+        append_line(private_metrics_path(self.ledger.path), json.dumps(line))
 
     def _train(self, model: AdaptedModel, request: Request, work: Training, own: Mapping[str, Released]) -> Answer:
         """`steps` noisy steps from the global adapter; each trained tensor's update is `θ_E - θ_0`."""
@@ -169,6 +197,11 @@ class Client:
         if self.plan.noise == "reproducible":
             return ReproducibleRandomness(self.seed, request.round, request.exchange, self.number)
         return SecureRandomness()
+
+
+def private_metrics_path(ledger: Path) -> Path:
+    """Where an owner's own test results are: beside the ledger."""
+    return ledger.with_name(f"{ledger.name.removesuffix('.sqlite').removesuffix('.ledger')}.private-metrics.jsonl")
 
 
 def _after(start: Tensor, update: Released, before: Released | None) -> Released:

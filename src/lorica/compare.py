@@ -12,7 +12,7 @@ import yaml
 
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
-from lorica.experiment import Experiment, Prepared
+from lorica.experiment import Experiment, OnStart
 from lorica.experiment import Result as RunResult
 from lorica.files import write_atomically
 from lorica.methods.base import registry
@@ -63,7 +63,7 @@ def compare(
     labels: list[str],
     seeds: list[int],
     on_run: Callable[[str, int, int, int], None] = lambda label, seed, index, count: None,
-    on_start: Callable[[Prepared, int], None] = lambda prepared, finished_rounds: None,
+    on_start: OnStart = lambda prepared, federation, finished_rounds: None,
     on_round: Callable[[dict[str, Any]], None] = lambda metrics: None,
 ) -> tuple[Path, list[Result]]:
     """Run every method with every seed; finished runs are kept, an interrupted one is resumed.

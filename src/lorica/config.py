@@ -99,6 +99,9 @@ class TaskConfig(Strict):
     """Column that holds the image: encoded bytes, or a path relative to the file."""
     label: str = "label"
     """Column that holds the label: text or whole numbers; any number for regression."""
+    labels: list[str] | None = Field(None, min_length=2)
+    """Names of all labels, in order. By default those of the training data, or, where that is with its owners, of the
+    first test set."""
     metrics: list[Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]] | None = None
     """What is reported of the test set, the main metric first. By default `[accuracy]`, for regression `[pearson,
     spearman]`. GLUE: MRPC and QQP `[f1, accuracy]`, CoLA `[matthews]`, STS-B the default."""
@@ -198,6 +201,10 @@ class FederationConfig(Strict):
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Padded tokens (text) or patches (images) in one forward pass; by default 1,024 on a CPU, where small passes over
     texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes the result by rounding only."""
+
+    def pass_tokens(self, device: str) -> int:
+        """`micro_batch_tokens`, or its default on a type of device."""
+        return self.micro_batch_tokens or (1024 if device == "cpu" else 32768)
 
     @field_validator("by")
     @classmethod

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,48 +26,42 @@ from lorica.client import Client
 from lorica.config import ExperimentConfig, load
 from lorica.engines.local import LocalEngine
 from lorica.errors import UserError
-from lorica.federation import Federation, client_ranks, participation_schedule
-from lorica.files import append_line, home_folder, replaced_folder, write_atomically
+from lorica.federation import Engine, Federation, client_ranks, participation_schedule
+from lorica.files import append_line, replaced_folder, write_atomically
 from lorica.local.step import LocalStep
 from lorica.methods.base import Method, Server, make_method
 from lorica.methods.pieces import check_pieces
 from lorica.optimizers import learning_rates
+from lorica.owners import by_privacy_unit, divide, hold_out, ledger_path, planned, privacy_unit
 from lorica.privacy.isolation import check_isolation
-from lorica.privacy.ledger import Ledger, lifetime_epsilon
-from lorica.privacy.plan import ClientPlan, plan_client
+from lorica.privacy.ledger import Ledger
 from lorica.privacy.statement import privacy_statement
 from lorica.reporting.card import model_card
 from lorica.reporting.html import write_report
 from lorica.reporting.run_folder import read_run
 from lorica.runs import claim_folder, keep_rounds, open_run
-from lorica.streams import numpy_stream, stream_seed, torch_stream
+from lorica.streams import torch_stream
 from lorica.tasks import load_task
-from lorica.tasks.groups import by_group
 from lorica.tasks.label_counts import label_counts
-from lorica.tasks.owners import first_source
-from lorica.tasks.partition import BY_LABELS, partition
-from lorica.tasks.records import Records, Task, evaluating
+from lorica.tasks.records import Records, Task
 
 CHECKED_EXAMPLES = 3
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a run needs, checked; nothing has been released and no file written."""
+    """The server's side of a run, checked; nothing has been released and no file written."""
 
     config: ExperimentConfig
     task: Task
-    dataset: str
     model: AdaptedModel
     state: AdapterState
     method: Method
-    parts: list[Records]
-    private_tests: list[Records]
     schedule: list[list[int]]
-    plans: dict[int, ClientPlan]
     ranks: dict[int, int]
-    ledger_path: Path
+
+
+OnStart = Callable[[Prepared, Federation, int], None]
 
 
 @dataclass(frozen=True)
@@ -125,13 +117,14 @@ class Experiment:
 
     def run(
         self,
-        on_start: Callable[[Prepared, int], None] = lambda prepared, finished_rounds: None,
+        on_start: OnStart = lambda prepared, federation, finished_rounds: None,
         on_round: Callable[[dict[str, Any]], None] = lambda metrics: None,
     ) -> Result:
         """Run to the end, resuming where an earlier run of the same configuration and name stopped.
 
         Args:
-            on_start: called once everything is checked, with the number of rounds that are already finished.
+            on_start: called once everything is checked and the clients have joined, with the number of rounds that are
+                already finished.
             on_round: called with each round's metrics, the starting model's (round 0) first.
 
         Raises:
@@ -139,49 +132,55 @@ class Experiment:
         """
         folder = self.config.folder
         claim_folder(folder, self.config)
-        if (folder / "adapter").is_dir() and (folder / "privacy.json").is_file():
+        if _is_finished(folder):
             return read_result(folder)
-        prepared = prepare(self.config)
-        run = open_run(folder, self.config, str(prepared.model.device))
-        _write_partition(prepared, folder)
-        checkpoint = load_checkpoint(folder / "checkpoint")
-        federation, clients = _assemble(prepared, run, checkpoint)
-        _check_lifetime(prepared, clients, run)
-        on_start(prepared, federation.server.round)
-        keep_rounds(folder / "metrics.jsonl", federation.server.round)
-        keep_rounds(folder / "decisions.jsonl", federation.server.round)
-        if checkpoint is None:
-            keep_rounds(folder / "metrics.jsonl", -1)
-            metrics = {"round": 0} | _evaluate(prepared, federation, clients)
-            append_line(folder / "metrics.jsonl", json.dumps(metrics))
-            on_round(metrics)
-        while federation.server.round < self.config.federation.rounds:
-            metrics = _one_round(prepared, federation, clients, folder)
-            on_round(metrics)
-        return _finish(prepared, federation, clients, folder, run)
+        prepared, engine = prepare_local(self.config)
+        return conduct(prepared, engine, on_start, on_round)
 
 
-def prepare(config: ExperimentConfig) -> Prepared:
-    """Load and check everything that can be checked without training.
+def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
+    """Load and check everything that can be checked without training, for a federation in this process.
 
     Raises:
         UserError: names the key, the value and the remedy.
     """
     group = None if config.privacy == "none" else config.privacy.group
-    held_out = config.federation.private_test
-    if group is not None and held_out:
-        reason = "a group is one record, and its records have a prediction each"
-        raise UserError("federation.private_test", held_out, reason, "set it to 0")
-    task = load_task(config.task, resolve_base(config.model.base), config.federation.by, group, held_out > 0)
+    tested = config.federation.private_test > 0
+    task = load_task(config.task, resolve_base(config.model.base), config.federation.by, group, tested)
+    task = by_privacy_unit(config, task)
+    prepared = prepare(config, task)
+    parts = [hold_out(config, client, part) for client, part in enumerate(divide(config, task))]
+    plans = [planned(config, client, len(records)) for client, (records, _) in enumerate(parts)]
     dataset = task.train.fingerprint()
-    if config.privacy != "none" and group is not None:
-        divided = config.federation.partition in ("column", "files")
-        task = by_group(task, config.privacy.group_records, divided, stream_seed(config.seed, "groups"))
-    device = resolve_device(config.model.device)
-    if config.model.threads is not None:
-        torch.set_num_threads(config.model.threads)
-    base = load_base(config.model, config.task.type, task.label_names, config.seed)
-    model = adapt(base, config.lora, config.model, config.seed, device, task.objective)
+    ledger = Ledger(ledger_path(config, dataset))
+    clients = {
+        plan.client: Client(
+            number=plan.client,
+            records=records,
+            plan=plan,
+            ledger=ledger,
+            dataset=dataset,
+            unit=privacy_unit(config),
+            seed=config.seed,
+            micro_batch_tokens=config.federation.pass_tokens(prepared.model.device.type),
+            private_test=private_test,
+        )
+        for plan, (records, private_test) in zip(plans, parts, strict=True)
+    }
+    limit = None if config.privacy == "none" else config.privacy.max_lifetime_epsilon
+    return prepared, LocalEngine(prepared.model, clients, limit)
+
+
+def prepare(config: ExperimentConfig, task: Task) -> Prepared:
+    """Load and check the server's side.
+
+    Args:
+        task: of its records the server needs the public test sets only.
+
+    Raises:
+        UserError: names the key, the value and the remedy.
+    """
+    model = load_model(config, task)
     state = AdapterState(model.sites, model.read())
     method = make_method(config.method, model.sites)
     federation = config.federation
@@ -191,49 +190,66 @@ def prepare(config: ExperimentConfig) -> Prepared:
     check_pieces(config, method)
     if federation.weights == "noise" and config.privacy == "none":
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
-    if federation.partition in BY_LABELS and not task.has_classes:
-        raise UserError(
-            "federation.partition",
-            federation.partition,
-            f"it goes by labels, and {config.task.type} has none",
-            "choose iid or quantity",
-        )
-    owners = None if task.owners is None else task.owners.of
-    indices = partition(task.train.labels, federation, stream_seed(config.seed, "partition"), owners)
-    parts = [task.train.subset(part) for part in indices]
-    private_tests: list[Records] = []
-    if federation.private_test:
-        parts, private_tests = _held_out(parts, federation.private_test, config.seed)
-    plans = {}
-    for client, part in enumerate(parts):
-        steps = federation.local_steps * sum(client in participants for participants in schedule)
-        plans[client] = plan_client(client, len(part), federation.batch_size, steps, config.privacy)
-        if config.privacy != "none" and config.privacy.delta >= 1 / len(part):
-            logger.warning(
-                "privacy.delta = %g is not below 1/%d, the inverse of client %d's records: publishing a random record "
-                "would satisfy it. Choose a smaller privacy.delta.",
-                config.privacy.delta,
-                len(part),
-                client,
-            )
-    ledger_path = _ledger_path(config, dataset)
-    prepared = Prepared(
-        config, task, dataset, model, state, method, parts, private_tests, schedule, plans, ranks, ledger_path
-    )
-    _check_isolation(prepared)
+    check_isolated(config, model, task.test)
     method.start(state, config.seed)
-    return prepared
+    return Prepared(config, task, model, state, method, schedule, ranks)
 
 
-def _held_out(parts: list[Records], share: float, seed: int) -> tuple[list[Records], list[Records]]:
-    """Each client's records to train on, and those that it tests on: a public draw, at least one of each."""
-    kept, held = [], []
-    for client, part in enumerate(parts):
-        order = numpy_stream(seed, "private-test", client).permutation(len(part))
-        cut = min(max(1, round(share * len(part))), len(part) - 1)
-        held.append(part.subset(np.sort(order[:cut])))
-        kept.append(part.subset(np.sort(order[cut:])))
-    return kept, held
+def load_model(config: ExperimentConfig, task: Task) -> AdaptedModel:
+    """The base model with fresh factors, on its device: the same on every machine.
+
+    Raises:
+        UserError: names the key, the value and the remedy.
+    """
+    device = resolve_device(config.model.device)
+    if config.model.threads is not None:
+        torch.set_num_threads(config.model.threads)
+    base = load_base(config.model, config.task.type, task.label_names, config.seed)
+    return adapt(base, config.lora, config.model, config.seed, device, task.objective)
+
+
+def check_isolated(config: ExperimentConfig, model: AdaptedModel, records: Records) -> None:
+    """Per-example gradients of a few examples, at random factors: at `B = 0`, `A` would have no gradient.
+
+    Whether it passes depends on the model alone.
+    """
+    draws = torch_stream(config.seed, "isolation")
+    model.write({name: 0.1 * torch.randn(value.shape, generator=draws) for name, value in model.read().items()})
+    indices = np.arange(min(CHECKED_EXAMPLES, len(records)))
+    batch = next(iter(records.micro_batches(indices, 10**9))).to(model.device)
+    tolerance = 1e-3 if config.model.precision == "fp32" else 0.2
+    check_isolation(model.peft_model, model.losses, model.tensors, batch, tolerance)
+
+
+def conduct(
+    prepared: Prepared,
+    engine: Engine,
+    on_start: OnStart,
+    on_round: Callable[[dict[str, Any]], None],
+) -> Result:
+    """Run the rounds that are left, whatever moves the messages, and write everything into the run folder.
+
+    Raises:
+        UserError: a client's budget does not allow the run, or too few clients take part.
+    """
+    config, folder = prepared.config, prepared.config.folder
+    run = open_run(folder, config, str(prepared.model.device))
+    if isinstance(engine, LocalEngine):
+        _write_partition(prepared, engine, folder)
+    checkpoint = load_checkpoint(folder / "checkpoint")
+    federation = _assemble(prepared, engine, run, checkpoint)
+    federation.join()
+    on_start(prepared, federation, federation.server.round)
+    keep_rounds(folder / "metrics.jsonl", federation.server.round)
+    keep_rounds(folder / "decisions.jsonl", federation.server.round)
+    if checkpoint is None:
+        keep_rounds(folder / "metrics.jsonl", -1)
+        metrics = {"round": 0} | _evaluate(prepared, federation)
+        append_line(folder / "metrics.jsonl", json.dumps(metrics))
+        on_round(metrics)
+    while federation.server.round < config.federation.rounds:
+        on_round(_one_round(prepared, federation))
+    return _finish(prepared, federation)
 
 
 def read_result(folder: Path) -> Result:
@@ -242,26 +258,16 @@ def read_result(folder: Path) -> Result:
     return Result(folder, folder / "adapter", run.metrics, run.privacy or {})
 
 
-def _assemble(prepared: Prepared, run: str, checkpoint: Checkpoint | None) -> tuple[Federation, dict[int, Client]]:
+def _is_finished(folder: Path) -> bool:
+    return (folder / "adapter").is_dir() and (folder / "privacy.json").is_file()
+
+
+def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoint | None) -> Federation:
     config = prepared.config
-    ledger = Ledger(prepared.ledger_path)
-    clients = {
-        number: Client(
-            number=number,
-            records=part,
-            plan=prepared.plans[number],
-            ledger=ledger,
-            dataset=prepared.dataset,
-            unit=_unit(config),
-            seed=config.seed,
-            micro_batch_tokens=_micro_batch_tokens(prepared),
-        )
-        for number, part in enumerate(prepared.parts)
-    }
     server = Server(
         model=prepared.state,
         rounds=config.federation.rounds,
-        terms={number: plan.terms for number, plan in prepared.plans.items()},
+        terms={},
         optimizer=config.optimizer,
         local_steps=config.federation.local_steps,
         rates=learning_rates(config.optimizer, list(prepared.state.tensors)),
@@ -283,39 +289,40 @@ def _assemble(prepared: Prepared, run: str, checkpoint: Checkpoint | None) -> tu
         server.model.merge(checkpoint.merged)
         server.recall(checkpoint.server_numbers, checkpoint.server_tensors)
         prepared.method.restore(checkpoint.method_numbers, checkpoint.method_tensors)
-    federation = Federation(
+    return Federation(
         run=run,
         method=prepared.method,
         server=server,
-        engine=LocalEngine(prepared.model, clients),
-        plans=prepared.plans,
+        engine=engine,
+        plans={},
         schedule=prepared.schedule,
         weighting=config.federation.weights,
     )
-    return federation, clients
 
 
-def _write_partition(prepared: Prepared, folder: Path) -> None:
+def _write_partition(prepared: Prepared, engine: LocalEngine, folder: Path) -> None:
     """Who has what, for research only: a private release must not carry counts that no noise covers."""
     task, privacy = prepared.task, prepared.config.privacy
     if not task.has_classes or (privacy != "none" and privacy.noise == "secure"):
         return
     named = task.owners if prepared.config.federation.partition in ("column", "files") else None
-    counts = label_counts(prepared.parts, task.label_names, None if named is None else named.names)
+    parts = [client.records for client in engine.clients.values()]
+    counts = label_counts(parts, task.label_names, None if named is None else named.names)
     write_atomically(folder / "partition.json", json.dumps(counts, ensure_ascii=False).encode())
 
 
-def _one_round(prepared: Prepared, federation: Federation, clients: dict[int, Client], folder: Path) -> dict[str, Any]:
+def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
+    folder = prepared.config.folder
     started = time.perf_counter()
     traffic = federation.round()
     server = federation.server
     metrics: dict[str, Any] = {"round": server.round}
     last = server.round == server.rounds
     if last or server.round % prepared.config.federation.evaluate_every == 0:
-        metrics |= _evaluate(prepared, federation, clients)
+        metrics |= _evaluate(prepared, federation)
     spent = [
         plan.epsilon(server.local_steps * sum(number in who for who in prepared.schedule[: server.round]))
-        for number, plan in prepared.plans.items()
+        for number, plan in federation.plans.items()
         if plan.delta is not None
     ]
     metrics |= {"epsilon": max(spent)} if spent else {}
@@ -338,64 +345,53 @@ def _one_round(prepared: Prepared, federation: Federation, clients: dict[int, Cl
     return metrics
 
 
-def _evaluate(prepared: Prepared, federation: Federation, clients: dict[int, Client]) -> dict[str, Any]:
-    """On the public test set: of the global model, or of every client's own and their mean."""
-    model = prepared.model
-    model.merge(federation.server.model.merged)
+def _evaluate(prepared: Prepared, federation: Federation) -> dict[str, Any]:
+    """On the public test set: of the global model, or of every client's own and their mean.
+
+    Clients' own models that are not in this process are not evaluated.
+    """
+    config, model, server = prepared.config, prepared.model, federation.server
+    if config.federation.private_test or server.round == server.rounds:
+        federation.deliver(final=server.round == server.rounds)
+    models = _models(prepared, federation)
+    if not models:
+        return {}
+    model.merge(server.model.merged)
     found = []
     main = prepared.task.objective.metric
-    for tensors in _models(prepared, federation, clients).values():
+    for tensors in models.values():
         model.write(tensors)
-        found.append(prepared.task.evaluate(model.peft_model, _micro_batch_tokens(prepared), model.device))
-    _evaluate_privately(prepared, federation, clients)
+        found.append(
+            prepared.task.evaluate(model.peft_model, config.federation.pass_tokens(model.device.type), model.device)
+        )
     mean = {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}
     own = {"client_scores": {number: metrics[main] for number, metrics in enumerate(found)}}
     return mean | {"metric": main, "score": mean[main]} | (own if prepared.method.personal else {})
 
 
-def _evaluate_privately(prepared: Prepared, federation: Federation, clients: dict[int, Client]) -> None:
-    """Every owner's own test: a line in a file of the owner's, which nothing else reads."""
-    model, tokens = prepared.model, _micro_batch_tokens(prepared)
-    models = _models(prepared, federation, clients)
-    for number, records in enumerate(prepared.private_tests):
-        model.write(models.get(f"client-{number}") or models[""])
-        with evaluating(model.peft_model):
-            metrics = prepared.task.objective.evaluate(model.peft_model, records, tokens, model.device)
-        line = {"run": federation.run, "client": number, "round": federation.server.round} | metrics
-        append_line(private_metrics_path(prepared.ledger_path), json.dumps(line))
+def _models(prepared: Prepared, federation: Federation) -> dict[str, dict[str, Tensor]]:
+    """Name -> tensors of every model that the method ends with and the server has.
 
-
-def private_metrics_path(ledger: Path) -> Path:
-    """Where an owner's own test results are: beside the ledger."""
-    return ledger.with_name(f"{ledger.name.removesuffix('.sqlite').removesuffix('.ledger')}.private-metrics.jsonl")
-
-
-def _models(prepared: Prepared, federation: Federation, clients: dict[int, Client]) -> dict[str, dict[str, Tensor]]:
-    """Name -> tensors of every model that the method ends with: one, named "", or one for each client."""
+    One, named "", or one for each client of this process.
+    """
     tensors = federation.server.evaluated
     if not prepared.method.personal:
         return {"": tensors}
-    return {f"client-{number}": tensors | client.personal(federation.run) for number, client in clients.items()}
+    personal = federation.engine.personal(federation.run)
+    return {f"client-{number}": tensors | dict(own) for number, own in personal.items()}
 
 
-def _micro_batch_tokens(prepared: Prepared) -> int:
-    configured = prepared.config.federation.micro_batch_tokens
-    return configured or (1024 if prepared.model.device.type == "cpu" else 32768)
-
-
-def _finish(prepared: Prepared, federation: Federation, clients: dict[int, Client], folder: Path, run: str) -> Result:
-    config = prepared.config
+def _finish(prepared: Prepared, federation: Federation) -> Result:
+    config, folder = prepared.config, prepared.config.folder
     statement = privacy_statement(
-        prepared.plans,
-        {number: client.records.fingerprint() for number, client in clients.items()},
-        Ledger(prepared.ledger_path),
-        prepared.dataset,
-        run,
+        federation.plans,
+        federation.engine.accounts(federation.run),
         None if config.privacy == "none" else config.privacy.epsilon,
-        _unit(config),
+        privacy_unit(config),
     )
     write_atomically(folder / "privacy.json", json.dumps(statement, indent=2).encode())
-    models = _models(prepared, federation, clients)
+    # What every client has in common, where the rest of a model is with its client.
+    models = _models(prepared, federation) or {"": federation.server.evaluated}
     export = Export(config.model, config.task.type, prepared.task.label_names, config.seed)
     with replaced_folder(folder / "adapter") as target:
         for name, tensors in models.items():
@@ -420,57 +416,3 @@ def _client_ranks(config: ExperimentConfig) -> dict[int, int]:
         if not all(1 <= rank <= config.lora.r for rank in own):
             raise UserError("lora.client_ranks", own, f"not all between 1 and lora.r = {config.lora.r}", "change them")
     return client_ranks(own, federation.clients, config.lora.r, config.seed)
-
-
-def _check_isolation(prepared: Prepared) -> None:
-    """Per-example gradients of a few public examples, at random factors: at `B = 0`, `A` would have no gradient."""
-    model, config = prepared.model, prepared.config
-    draws = torch_stream(config.seed, "isolation")
-    model.write(
-        {name: 0.1 * torch.randn(value.shape, generator=draws) for name, value in prepared.state.tensors.items()}
-    )
-    indices = np.arange(min(CHECKED_EXAMPLES, len(prepared.task.test)))
-    batch = next(iter(prepared.task.test.micro_batches(indices, 10**9))).to(model.device)
-    tolerance = 1e-3 if config.model.precision == "fp32" else 0.2
-    check_isolation(model.peft_model, model.losses, model.tensors, batch, tolerance)
-
-
-def _check_lifetime(prepared: Prepared, clients: dict[int, Client], run: str) -> None:
-    privacy = prepared.config.privacy
-    if privacy == "none" or privacy.max_lifetime_epsilon is None or privacy.noise != "secure":
-        return
-    for number, client in clients.items():
-        plan = prepared.plans[number]
-        remaining = plan.steps(plan.max_steps - client.ledger.steps(run, number))
-        life = lifetime_epsilon(
-            client.ledger.releases(client.dataset),
-            client.records.fingerprint(),
-            privacy.delta,
-            remaining,
-            client.unit,
-        )
-        if life > privacy.max_lifetime_epsilon:
-            raise UserError(
-                "privacy.max_lifetime_epsilon",
-                privacy.max_lifetime_epsilon,
-                f"with this run, client {number} would have released ε = {life:.3f} in all",
-                "lower privacy.epsilon, run fewer rounds, or raise the limit",
-            )
-
-
-def _unit(config: ExperimentConfig) -> str:
-    privacy = config.privacy
-    if privacy == "none" or privacy.group is None:
-        return "record"
-    return f"group {privacy.group}, at most {privacy.group_records} records"
-
-
-def _ledger_path(config: ExperimentConfig, dataset: str) -> Path:
-    """Beside the training data; for data without a place of its own, under Lorica's home."""
-    if config.privacy != "none" and config.privacy.ledger is not None:
-        return Path(config.privacy.ledger).expanduser()
-    train = first_source(config.task.train)
-    # A run without privacy has no budget to keep, so it may go on where the data's folder is read-only.
-    if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
-        return train.with_name(train.name + ".ledger.sqlite")
-    return home_folder() / "ledgers" / f"{dataset[:16]}.sqlite"

@@ -11,19 +11,33 @@ import numpy as np
 from torch import Tensor
 
 from lorica.adapters.state import AdapterState, Factors, Pair, leading
-from lorica.messages import ENERGY, SKETCH, Projection, Request, Training, size
+from lorica.messages import ENERGY, SKETCH, Delivery, Projection, Request, Training, size
 from lorica.methods.base import Method, Project, Replies, Server, Train
 from lorica.privacy.plan import ClientPlan
+from lorica.privacy.statement import Account
 from lorica.streams import numpy_stream
 
 Weighting = Literal["uniform", "records", "noise"]
 
 
 class Engine(Protocol):
-    """Moves one exchange's messages."""
+    """Moves messages between the server and the clients."""
+
+    @property
+    def ledger(self) -> str:
+        """Where releases are recorded."""
+
+    def join(self, run: str) -> Mapping[int, ClientPlan]:
+        """Client -> what it agreed to for this run; of the clients that have joined since the last call, or of all."""
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         """Client -> the tensors that it released."""
+
+    def accounts(self, run: str) -> Mapping[int, Account]:
+        """Client -> what it was charged for in this run."""
+
+    def personal(self, run: str) -> Mapping[int, Mapping[str, Tensor]]:
+        """Client -> tensors of its own model (`Method.personal`), of the clients in this process."""
 
 
 @dataclass
@@ -39,8 +53,13 @@ class Traffic:
 
 @dataclass
 class Known:
-    """What a client has of the global adapter: a version of each tensor, and so many merged ranks of each site."""
+    """What a client has of the global adapter: a version of each tensor, and so many merged ranks of each site.
 
+    Attributes:
+        requests: how many requests it has been sent.
+    """
+
+    requests: int = 0
     rank: int | None = None
     versions: dict[str, int] = field(default_factory=dict)
     epoch: int | None = None
@@ -53,6 +72,7 @@ class Federation:
 
     Attributes:
         run: identity of the run.
+        plans: client -> what it agreed to, of all that have joined.
         schedule: participants of each round, index 0 for round 1.
         weighting: how clients are weighted in a mean.
     """
@@ -61,10 +81,22 @@ class Federation:
     method: Method
     server: Server
     engine: Engine
-    plans: Mapping[int, ClientPlan]
+    plans: dict[int, ClientPlan]
     schedule: list[list[int]]
     weighting: Weighting
     _known: dict[int, Known] = field(default_factory=dict)
+
+    def join(self) -> None:
+        """Take in the clients that have joined since the last call."""
+        self.plans |= self.engine.join(self.run)
+        self.server.terms = {client: plan.terms for client, plan in self.plans.items()}
+
+    def deliver(self, final: bool) -> None:
+        """Send the model that is evaluated and exported to all clients."""
+        work = Delivery(self.server.evaluated, self.server.model.merged, final)
+        self.engine.exchange(
+            {client: Request(self.run, client, self.server.round, 0, {}, work) for client in self.plans}
+        )
 
     def round(self) -> Traffic:
         """Run the next round: drive the method's generator, one exchange for each request that it yields."""
@@ -82,7 +114,7 @@ class Federation:
             traffic.server_seconds += time.perf_counter() - started
             released = self.engine.exchange(requests)
             for client in participants:
-                traffic.bytes_down[client] += requests[client].bytes
+                traffic.bytes_down[client] += requests[client].nbytes
                 traffic.bytes_up[client] += size(released[client])
             if isinstance(asked, Train):
                 traffic.factors = _united(traffic.factors, _per_site(asked, self.server))
@@ -111,7 +143,10 @@ class Federation:
                 work = replace(work, terms=server.terms[client], rank=rank, corrections=corrections)
             tensors = self._changed(known, rank)
             restart, increments = self._new_increments(known)
-            requests[client] = Request(self.run, client, server.round, exchange, tensors, work, increments, restart)
+            requests[client] = Request(
+                self.run, client, server.round, exchange, tensors, work, increments, restart, known.requests
+            )
+            known.requests += 1
         return requests
 
     def _training(self, train: Train, client: int) -> Training:

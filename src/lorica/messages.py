@@ -6,8 +6,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
+import safetensors
 import safetensors.torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from lorica.adapters.state import Pair
@@ -51,6 +54,8 @@ class Training:
     sketch_columns: int | None = None
     last_step_energy: bool = False
 
+    __pydantic_config__: ClassVar = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -67,6 +72,21 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Delivery:
+    """Work: take this model; nothing comes back. The client tests it on private records of its own, if it holds any.
+
+    Attributes:
+        model: every tensor of the adapter, after averaging over rounds where that is done.
+        merged: site name -> `(B, A)`, all that is merged into the frozen weight.
+        final: it is the run's result.
+    """
+
+    model: Mapping[str, Tensor]
+    merged: Mapping[str, Pair]
+    final: bool
+
+
+@dataclass(frozen=True)
 class Request:
     """Server to client.
 
@@ -76,6 +96,7 @@ class Request:
         tensors: every global tensor that changed since this client last took part.
         increments: site name -> `(B, A)`, ranks merged into the frozen weight since then.
         restart: `increments` holds all that was ever merged; what the client has is void.
+        sequence: 0 if the request brings all tensors and all increments; otherwise it builds on the one before.
         work: what to do.
     """
 
@@ -84,9 +105,10 @@ class Request:
     round: int
     exchange: int
     tensors: Mapping[str, Tensor]
-    work: Training | Projection
+    work: Training | Projection | Delivery
     increments: Mapping[str, Pair] = field(default_factory=dict)
     restart: bool = False
+    sequence: int = 0
 
     def digest(self, adapter: Mapping[str, Tensor], merged: Mapping[str, Pair]) -> str:
         """SHA-256 of what the request asks for and of the adapter that it starts from.
@@ -110,7 +132,7 @@ class Request:
             work |= {"optimizer": self.work.optimizer.model_dump(), "rates": dict(self.work.rates)}
             content["training"] = work
             tensors |= {f"correction:{name}": value for name, value in self.work.corrections.items()}
-        else:
+        elif isinstance(self.work, Projection):
             content["projection"] = sorted(self.work.bases)
             tensors |= {f"basis:{name}": value for name, value in self.work.bases.items()}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
@@ -118,10 +140,74 @@ class Request:
         return digest.hexdigest()
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Size of the tensors on the wire."""
-        extra = self.work.corrections if isinstance(self.work, Training) else self.work.bases
-        return size(self.tensors) + size(extra) + sum(part.nbytes for pair in self.increments.values() for part in pair)
+        return size(self._tensors())
+
+    def encode(self) -> bytes:
+        """One safetensors blob: all tensors, and the rest as JSON in its metadata."""
+        plain: dict[str, Any] = {key: getattr(self, key) for key in _PLAIN}
+        if isinstance(self.work, Training):
+            work = {key: value for key, value in vars(self.work).items() if key != "corrections"}
+            plain["work"] = work | {
+                "kind": "training",
+                "terms": asdict(self.work.terms),
+                "local": asdict(self.work.local),
+                "optimizer": self.work.optimizer.model_dump(),
+                "rates": dict(self.work.rates),
+            }
+        elif isinstance(self.work, Delivery):
+            plain["work"] = {"kind": "delivery", "final": self.work.final}
+        else:
+            plain["work"] = {"kind": "projection"}
+        tensors = {name: value.contiguous().cpu() for name, value in self._tensors().items()}
+        content: bytes = safetensors.torch.save(tensors, metadata={"request": json.dumps(plain)})
+        return content
+
+    @classmethod
+    def decode(cls, content: bytes) -> Request:
+        """The inverse of `encode`.
+
+        Raises:
+            ValueError: not a request. What the server wrote may be quoted in the message: it holds nothing private.
+        """
+        try:
+            plain = json.loads(_metadata(content)["request"])
+            tensors = decode(content)
+            asked = dict(plain["work"])
+            kind = asked.pop("kind")
+            work: Training | Projection | Delivery
+            if kind == "training":
+                work = TypeAdapter(Training).validate_python(asked | {"corrections": _part(tensors, "correction:")})
+            elif kind == "projection":
+                work = Projection(_part(tensors, "basis:"))
+            elif kind == "delivery":
+                work = Delivery(_part(tensors, "model:"), _pairs(tensors, "model-merged:"), bool(asked["final"]))
+            else:
+                raise ValueError(f"no work is called {kind!r}")
+            return cls(
+                **{key: convert(plain[key]) for key, convert in _PLAIN.items()},
+                tensors=_part(tensors, "tensor:"),
+                work=work,
+                increments=_pairs(tensors, "merged:"),
+            )
+        except (safetensors.SafetensorError, ValidationError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not a request of this version of Lorica: {type(error).__name__}: {error}") from error
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = {f"tensor:{name}": value for name, value in self.tensors.items()}
+        named |= _flat("merged:", self.increments)
+        if isinstance(self.work, Training):
+            named |= {f"correction:{name}": value for name, value in self.work.corrections.items()}
+        elif isinstance(self.work, Projection):
+            named |= {f"basis:{name}": value for name, value in self.work.bases.items()}
+        else:
+            named |= {f"model:{name}": value for name, value in self.work.model.items()}
+            named |= _flat("model-merged:", self.work.merged)
+        return named
+
+
+_PLAIN: dict[str, Any] = {"run": str, "client": int, "round": int, "exchange": int, "restart": bool, "sequence": int}
 
 
 @dataclass(frozen=True)
@@ -160,3 +246,27 @@ def decode(content: bytes) -> dict[str, Tensor]:
 def size(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of tensors on the wire."""
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors blob: its header is JSON, after 8 bytes with the header's length."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata: dict[str, str] = header["__metadata__"]
+    return metadata
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _flat(prefix: str, pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
+    return {
+        f"{prefix}{factor}:{name}": part
+        for name, pair in pairs.items()
+        for factor, part in zip("BA", pair, strict=True)
+    }
+
+
+def _pairs(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Pair]:
+    a = _part(tensors, f"{prefix}A:")
+    return {name: (b, a[name]) for name, b in _part(tensors, f"{prefix}B:").items()}

@@ -167,7 +167,7 @@ def test_a_client_changes_nothing_but_what_it_trains(name: str, tmp_path: Path) 
                 replies |= engine.exchange({number: requests[number]})
                 work = requests[number].work
                 if isinstance(work, Training):
-                    held, now = engine._clients[number].held, engine._model.read()
+                    held, now = engine.clients[number].held, engine._model.read()
                     trained = {key.replace(".R", ".B") for key in work.trained}
                     for key in set(now) - trained:
                         middle = held.get(f"{key[:-2]}.R") if key.endswith(".B") else None
@@ -203,7 +203,7 @@ def test_replies_are_released_tensors(name: str, tmp_path: Path, monkeypatch: py
     assert seen
     assert all(isinstance(value, Released) for reply in seen for value in reply.tensors.values())
     other = federation(name, tmp_path / "b", seed=0)
-    for client in other.engine.engine._clients.values():
+    for client in other.engine.engine.clients.values():
         client.seed = 1  # Another noise and other batches; the sketch matrix is the server's business.
     run(other, 1)
     for mine, theirs in zip(quiet.engine.replies[0].values(), other.engine.replies[0].values(), strict=True):
@@ -251,7 +251,7 @@ def test_resuming_equals_never_having_stopped(name: str, participation: float, t
 def test_partial_participation_sends_what_changed_meanwhile(name: str, tmp_path: Path) -> None:
     """Whoever takes part starts from the server's model: all tensors, and all that was ever merged."""
     some = federation(name, tmp_path, clients=3, participation=0.34)
-    clients = some.engine.engine._clients
+    clients = some.engine.engine.clients
     for _ in range(ROUNDS):
         sent: list[tuple[dict[str, Tensor], dict[str, Any]]] = []
         exchange = some.engine.engine.exchange
@@ -365,7 +365,7 @@ def _clients(some: Federation) -> dict[int, Client]:
     engine = some.engine
     while not isinstance(engine, LocalEngine):
         engine = engine.engine
-    return engine._clients
+    return engine.clients
 
 
 def test_averaging_both_factors_has_the_known_error(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_halves_of_a_deer_round_share_its_steps(tmp_path: Path) -> None:
 def test_fedask_costs_nothing_in_its_second_exchange(tmp_path: Path) -> None:
     some = federation("fedask", tmp_path)
     some.round()
-    releases = some.engine.engine._clients[0].ledger.releases("data")
+    releases = some.engine.engine.clients[0].ledger.releases("data")
     assert [release.steps for release in releases if release.client == 0] == [2, 0]
 
 
@@ -187,7 +187,7 @@ def test_fedask_survives_a_crash_between_its_exchanges(tmp_path: Path) -> None:
     again.round()
     for key, value in whole.server.model.tensors.items():
         assert torch.equal(value, again.server.model.tensors[key])
-    assert again.engine.engine._clients[0].ledger.steps("run", 0) == 2
+    assert again.engine.engine.clients[0].ledger.steps("run", 0) == 2
 
 
 def test_fedsa_clients_keep_their_own_b_and_head_over_rounds(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_fedsa_clients_keep_their_own_b_and_head_over_rounds(tmp_path: Path) -> 
     for _ in range(4):
         some.round()
         for number in some.schedule[some.server.round - 1]:
-            now = some.engine.engine._clients[number].personal("run")
+            now = some.engine.engine.clients[number].personal("run")
             assert set(now) == {*first, "head.weight", "head.bias"}
             assert all(not torch.equal(now[key], kept.get(number, {}).get(key, torch.zeros(()))) for key in now)
             kept[number] = now

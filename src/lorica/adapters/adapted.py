@@ -40,6 +40,7 @@ class AdaptedModel:
     Attributes:
         peft_model: the PEFT model, in evaluation mode between rounds.
         sites: the adapted linear maps in the model's order.
+        objective: what the model is trained for.
         tensors: name -> where it sits. Head tensors only if the head is trained.
         device: where the model is.
     """
@@ -53,7 +54,7 @@ class AdaptedModel:
         device: torch.device,
     ) -> None:
         self.peft_model = peft_model
-        self._objective = objective
+        self.objective = objective
         self.sites = sites
         self.device = device
         self.tensors: dict[str, TrainedTensor] = {}
@@ -138,7 +139,7 @@ class AdaptedModel:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """One loss per example, `(n,)`."""
-        return self._objective.losses(model(**batch.inputs), batch)
+        return self.objective.losses(model(**batch.inputs), batch)
 
     def assert_frozen(self) -> None:
         """Raise RuntimeError if a parameter would receive a batch gradient from autograd.

@@ -134,6 +134,12 @@ class Ledger:
             query = "SELECT COALESCE(SUM(steps), 0) FROM releases WHERE run = ? AND client = ?"
             return int(connection.execute(query, (run, client)).fetchone()[0])
 
+    def last_round(self, run: str, client: int) -> int:
+        """The latest round that a client was charged for in a run; 0 if there is none."""
+        with closing(self._connect()) as connection:
+            query = "SELECT COALESCE(MAX(round), 0) FROM releases WHERE run = ? AND client = ?"
+            return int(connection.execute(query, (run, client)).fetchone()[0])
+
     def releases(self, dataset: str) -> list[Release]:
         """All releases of a data set, oldest first."""
         with closing(self._connect()) as connection:

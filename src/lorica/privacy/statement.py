@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION, RELATION
@@ -27,51 +28,77 @@ UNPROTECTED = {
 }
 
 
+@dataclass(frozen=True)
+class Account:
+    """What one client was charged for in a run. Function of public numbers.
+
+    Attributes:
+        steps, releases: every release that may have left counts, whether or not it arrived.
+        lifetime_epsilon: of everything ever released about its records; None where the owner keeps that to itself, or
+            where it has no meaning.
+        unprotected: earlier releases of the same data that no noise of unknown value protects.
+        ledger: where it is recorded; None if with the owner.
+    """
+
+    steps: int
+    releases: int
+    lifetime_epsilon: float | None = None
+    unprotected: int = 0
+    ledger: str | None = None
+
+
+def account(ledger: Ledger, dataset: str, owner: str, run: str, plan: ClientPlan, unit: str) -> Account:
+    """One client's account, from its ledger."""
+    releases = ledger.releases(dataset)
+    charged = [release for release in releases if release.run == run and release.client == plan.client]
+    life = None
+    if plan.noise == "secure" and plan.delta is not None:
+        life = lifetime_epsilon(releases, owner, plan.delta, unit=unit)
+    steps = sum(release.steps for release in charged)
+    return Account(steps, len(charged), life, unprotected(releases), str(ledger.path))
+
+
 def privacy_statement(
     plans: Mapping[int, ClientPlan],
-    owners: Mapping[int, str],
-    ledger: Ledger,
-    dataset: str,
-    run: str,
+    accounts: Mapping[int, Account],
     target_epsilon: float | None,
     unit: str = "record",
 ) -> dict[str, Any]:
-    """JSON-able statement of a run as far as its ledger has been charged.
+    """JSON-able statement of a run as far as the clients' ledgers have been charged.
 
     `steps` and `epsilon` are those of the ledger, not of the plan: they count every release that may have left.
 
     Args:
         plans: client -> plan.
-        owners: client -> fingerprint of its records.
+        accounts: client -> account.
         unit: `record`, or `group COLUMN, at most N records`: what was sampled and clipped as one.
     """
-    releases = ledger.releases(dataset)
     noise = next(iter(plans.values())).noise
     noun = unit.split()[0]
     clients = []
-    for client, plan in plans.items():
-        charged = [release for release in releases if release.run == run and release.client == client]
-        steps = sum(release.steps for release in charged)
+    for client, plan in sorted(plans.items()):
+        own = accounts[client]
         row: dict[str, Any] = {
             "client": client,
             "records": plan.records,
             "sampling_rate": plan.terms.sampling_rate,
             "batch_size": plan.terms.batch_size,
-            "steps": steps,
+            "steps": own.steps,
             "planned_steps": plan.max_steps,
-            "releases": len(charged),
+            "releases": own.releases,
         }
         if plan.delta is not None:
             row |= {
                 "noise_multiplier": plan.terms.noise_multiplier,
                 "clip_norm": plan.terms.clip_norm,
                 "delta": plan.delta,
-                "epsilon": plan.epsilon(steps),
-                "epsilon_rdp": plan.epsilon_rdp(steps),
+                "epsilon": plan.epsilon(own.steps),
+                "epsilon_rdp": plan.epsilon_rdp(own.steps),
             }
-            if noise == "secure":
-                row["lifetime_epsilon"] = lifetime_epsilon(releases, owners[client], plan.delta, unit=unit)
+            if own.lifetime_epsilon is not None:
+                row["lifetime_epsilon"] = own.lifetime_epsilon
         clients.append(row)
+    ledgers = {own.ledger for own in accounts.values() if own.ledger is not None}
     statement: dict[str, Any] = {
         "private_release": noise == "secure",
         "noise": noise,
@@ -81,7 +108,7 @@ def privacy_statement(
         "clients": clients,
         "assumptions": ASSUMPTIONS,
         "not_covered": [*([UNPROTECTED[noise]] if noise in UNPROTECTED else []), *NOT_COVERED],
-        "ledger": str(ledger.path),
+        "ledger": ", ".join(sorted(ledgers)) or "with each owner",
     }
     if noise != "none":
         statement |= {
@@ -91,7 +118,7 @@ def privacy_statement(
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),
             "target_epsilon": target_epsilon,
         }
-    bare = unprotected(releases)
+    bare = max(own.unprotected for own in accounts.values())
     if noise == "secure" and bare:
         statement["not_covered"].append(
             f"{bare} earlier releases of the same data with reproducible or no noise, which the ledger lists."

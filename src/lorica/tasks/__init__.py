@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from lorica.config import TaskConfig
 from lorica.tasks.classification import Classification, Regression
 from lorica.tasks.groups import group_keys
@@ -13,7 +15,10 @@ from lorica.tasks.owners import read_training
 from lorica.tasks.readers import Source, read
 from lorica.tasks.records import Batch, Objective, Records, Task
 
-__all__ = ["Batch", "Objective", "Records", "Task", "load_task"]
+__all__ = ["Batch", "Objective", "Records", "Task", "load_task", "load_tests", "load_training"]
+
+
+Prepare = Callable[[Source], Records]
 
 
 def load_task(
@@ -33,35 +38,82 @@ def load_task(
             training data lacks.
     """
     train, owners = read_training(config, by, group)
-    test = config.test if isinstance(config.test, dict) else {"": config.test}
-    tests = {name: read(config, f"task.test.{name}".rstrip("."), source) for name, source in test.items()}
-    objective: Objective
-    if config.type == "question-answering":
-        from lorica.tasks.question_answering import QuestionAnswering
-
-        prepare, names = _questions(config, base, tested), list[str]()
-        objective = QuestionAnswering(config.null_threshold, config.max_answer)
-    elif config.type == "language-modelling":
-        from lorica.tasks.language_modelling import LanguageModelling
-        from lorica.tasks.text import load_tokenizer
-
-        tokenizer = load_tokenizer(base)
-        prepare, names = _conversations(config, tokenizer), []
-        objective = LanguageModelling(tokenizer, config.answer_tokens, config.answer_format)
-    elif config.type == "text-regression":
-        prepare, names = _numbers(config, base), [config.label]
-        objective = Regression(tuple(config.metrics or ("pearson", "spearman")))
-    else:
-        names = label_names(train, config.label)
-        prepare = _texts(config, base, names) if config.type == "text-classification" else _images(config, base, names)
-        objective = Classification(tuple(config.metrics or ("accuracy",)))
+    tests = _read_tests(config)
+    names = names_of_labels(config, train)
+    prepare, objective = _preparation(config, base, names, tested)
     records = prepare(train)
     prepared = {name: prepare(source) for name, source in tests.items()}
     groups = None if group is None else group_keys(train, group)
     return Task(records, prepared, names, objective, owners, groups)
 
 
-def _texts(config: TaskConfig, base: str, names: list[str]) -> Callable[[Source], Records]:
+def load_tests(config: TaskConfig, base: str) -> Task:
+    """The side of a task that a server has whose clients are elsewhere: the public test sets, and no training records.
+
+    Labels are those of `task.labels`, or else of the first test set.
+
+    Raises:
+        UserError: as `load_task`.
+    """
+    tests = _read_tests(config)
+    names = names_of_labels(config, next(iter(tests.values())))
+    prepare, objective = _preparation(config, base, names, tested=False)
+    prepared = {name: prepare(source) for name, source in tests.items()}
+    nothing = next(iter(prepared.values())).subset(np.arange(0))
+    return Task(nothing, prepared, names, objective)
+
+
+def load_training(config: TaskConfig, base: str, group: str | None = None, tested: bool = False) -> Task:
+    """The side of a task that an owner has on its own machine: its records, and no public test set.
+
+    Args:
+        config: names the labels, since the owner's records need not have all of them.
+        group, tested: as for `load_task`.
+
+    Raises:
+        UserError: as `load_task`.
+    """
+    train, owners = read_training(config, group=group)
+    names = names_of_labels(config, train)
+    prepare, objective = _preparation(config, base, names, tested)
+    groups = None if group is None else group_keys(train, group)
+    return Task(prepare(train), {}, names, objective, owners, groups)
+
+
+def names_of_labels(config: TaskConfig, source: Source) -> list[str]:
+    """`task.labels`, or what a source's labels are called; of a number that is predicted its column; else nothing."""
+    if config.type in ("question-answering", "language-modelling"):
+        return []
+    if config.type == "text-regression":
+        return [config.label]
+    return config.labels or label_names(source, config.label)
+
+
+def _read_tests(config: TaskConfig) -> dict[str, Source]:
+    test = config.test if isinstance(config.test, dict) else {"": config.test}
+    return {name: read(config, f"task.test.{name}".rstrip("."), source) for name, source in test.items()}
+
+
+def _preparation(config: TaskConfig, base: str, names: list[str], tested: bool) -> tuple[Prepare, Objective]:
+    """How a source becomes records, and what is minimised on them."""
+    if config.type == "question-answering":
+        from lorica.tasks.question_answering import QuestionAnswering
+
+        return _questions(config, base, tested), QuestionAnswering(config.null_threshold, config.max_answer)
+    if config.type == "language-modelling":
+        from lorica.tasks.language_modelling import LanguageModelling
+        from lorica.tasks.text import load_tokenizer
+
+        tokenizer = load_tokenizer(base)
+        objective = LanguageModelling(tokenizer, config.answer_tokens, config.answer_format)
+        return _conversations(config, tokenizer), objective
+    if config.type == "text-regression":
+        return _numbers(config, base), Regression(tuple(config.metrics or ("pearson", "spearman")))
+    prepare = _texts(config, base, names) if config.type == "text-classification" else _images(config, base, names)
+    return prepare, Classification(tuple(config.metrics or ("accuracy",)))
+
+
+def _texts(config: TaskConfig, base: str, names: list[str]) -> Prepare:
     from lorica.tasks import text
 
     tokenizer = text.load_tokenizer(base)
@@ -73,7 +125,7 @@ def _texts(config: TaskConfig, base: str, names: list[str]) -> Callable[[Source]
     return prepare
 
 
-def _numbers(config: TaskConfig, base: str) -> Callable[[Source], Records]:
+def _numbers(config: TaskConfig, base: str) -> Prepare:
     from lorica.tasks import text
 
     tokenizer = text.load_tokenizer(base)
@@ -85,7 +137,7 @@ def _numbers(config: TaskConfig, base: str) -> Callable[[Source], Records]:
     return prepare
 
 
-def _questions(config: TaskConfig, base: str, tested: bool) -> Callable[[Source], Records]:
+def _questions(config: TaskConfig, base: str, tested: bool) -> Prepare:
     from lorica.tasks import question_answering, text
 
     tokenizer = text.load_tokenizer(base)
@@ -100,13 +152,13 @@ def _questions(config: TaskConfig, base: str, tested: bool) -> Callable[[Source]
     return prepare
 
 
-def _conversations(config: TaskConfig, tokenizer: Any) -> Callable[[Source], Records]:
+def _conversations(config: TaskConfig, tokenizer: Any) -> Prepare:
     from lorica.tasks.causal import tokenise_causal
 
     return lambda source: tokenise_causal(source, config.text, tokenizer, config.max_length)
 
 
-def _images(config: TaskConfig, base: str, names: list[str]) -> Callable[[Source], Records]:
+def _images(config: TaskConfig, base: str, names: list[str]) -> Prepare:
     from lorica.tasks import images
 
     preprocessing = images.load_preprocessing(base)

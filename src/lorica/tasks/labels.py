@@ -57,8 +57,8 @@ def label_indices(source: Source, column: str, names: list[str]) -> np.ndarray:
     unknown = sorted(set(texts.filter(compute.is_null(indices)).unique().to_pylist()))
     if unknown:
         raise source.error(
-            f"the training data has no label {unknown[0]!r}",
-            f"remove the records with this label or add such records to task.train, whose labels are {_listed(names)}",
+            f"{unknown[0]!r} is no label of the task",
+            f"remove the records with this label, or add it to task.labels or task.train; they have {_listed(names)}",
         )
     found: np.ndarray = indices.to_numpy().astype(np.int64)
     return found

@@ -232,7 +232,8 @@ class Task:
     """What is learned: records to train on, public ones to test on, and what counts.
 
     Attributes:
-        tests: name -> public records; the first set's metrics go by their own names, another's as `NAME_METRIC`.
+        train: none at a server whose clients are elsewhere.
+        tests: none at an owner; name -> public records; the first set's metrics go by their own names, another's as `NAME_METRIC`.
         label_names: `label_names[i]` is the name of label i; one name for a number that is predicted, none for text.
         owners: whose the training records are, where the data says so.
         groups: (n,) text, which privacy unit above the record each training record belongs to; None for the record.

@@ -1,0 +1,108 @@
+"""What an owner brings to a federation: its records, those it tests on, and the plan that it agrees to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import numpy as np
+
+from lorica.config import ExperimentConfig
+from lorica.errors import UserError
+from lorica.federation import participation_schedule
+from lorica.files import home_folder
+from lorica.privacy.plan import ClientPlan, plan_client
+from lorica.streams import numpy_stream, stream_seed
+from lorica.tasks.groups import by_group
+from lorica.tasks.owners import first_source
+from lorica.tasks.partition import BY_LABELS, partition
+from lorica.tasks.records import Records, Task
+
+logger = logging.getLogger(__name__)
+
+
+def by_privacy_unit(config: ExperimentConfig, task: Task) -> Task:
+    """The task with its training records grouped as `privacy.group` says, or as it is."""
+    if config.privacy == "none" or config.privacy.group is None:
+        return task
+    divided = config.federation.partition in ("column", "files")
+    return by_group(task, config.privacy.group_records, divided, stream_seed(config.seed, "groups"))
+
+
+def privacy_unit(config: ExperimentConfig) -> str:
+    """What is sampled and clipped as one: `record`, or `group COLUMN, at most N records`."""
+    privacy = config.privacy
+    if privacy == "none" or privacy.group is None:
+        return "record"
+    return f"group {privacy.group}, at most {privacy.group_records} records"
+
+
+def divide(config: ExperimentConfig, task: Task) -> list[Records]:
+    """The training records of each simulated client, as `federation.partition` says.
+
+    Raises:
+        UserError: there are too few records, or no labels to divide them by.
+    """
+    federation = config.federation
+    if federation.partition in BY_LABELS and not task.has_classes:
+        raise UserError(
+            "federation.partition",
+            federation.partition,
+            f"it goes by labels, and {config.task.type} has none",
+            "choose iid or quantity",
+        )
+    owners = None if task.owners is None else task.owners.of
+    parts = partition(task.train.labels, federation, stream_seed(config.seed, "partition"), owners)
+    return [task.train.subset(part) for part in parts]
+
+
+def hold_out(config: ExperimentConfig, client: int, records: Records) -> tuple[Records, Records | None]:
+    """A client's records to train on, and those that it tests on: a public draw, at least one of each.
+
+    None if `federation.private_test` is 0.
+    """
+    share = config.federation.private_test
+    if share == 0:
+        return records, None
+    if privacy_unit(config) != "record":
+        reason = "a group is one record, and its records have a prediction each"
+        raise UserError("federation.private_test", share, reason, "set it to 0")
+    order = numpy_stream(config.seed, "private-test", client).permutation(len(records))
+    cut = min(max(1, round(share * len(records))), len(records) - 1)
+    return records.subset(np.sort(order[cut:])), records.subset(np.sort(order[:cut]))
+
+
+def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
+    """What a client agrees to: noise for the steps that the schedule asks of it.
+
+    Args:
+        records: `n`, declared public.
+
+    Raises:
+        UserError: the batch size is above the client's records.
+    """
+    federation = config.federation
+    schedule = participation_schedule(federation.clients, federation.rounds, federation.participation, config.seed)
+    steps = federation.local_steps * sum(client in participants for participants in schedule)
+    plan = plan_client(client, records, federation.batch_size, steps, config.privacy)
+    if plan.delta is not None and plan.delta >= 1 / records:
+        logger.warning(
+            "privacy.delta = %g is not below 1/%d, the inverse of client %d's records: publishing a random record "
+            "would satisfy it. Choose a smaller privacy.delta.",
+            plan.delta,
+            records,
+            client,
+        )
+    return plan
+
+
+def ledger_path(config: ExperimentConfig, dataset: str) -> Path:
+    """`privacy.ledger`, or beside the training data; for data without a place of its own, under Lorica's home."""
+    if config.privacy != "none" and config.privacy.ledger is not None:
+        return Path(config.privacy.ledger).expanduser()
+    train = first_source(config.task.train)
+    # A run without privacy has no budget to keep, so it may go on where the data's folder is read-only.
+    if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
+        return train.with_name(train.name + ".ledger.sqlite")
+    return home_folder() / "ledgers" / f"{dataset[:16]}.sqlite"
