@@ -52,7 +52,7 @@ def test_any_other_request_is_a_new_release(tmp_path: Path) -> None:
     client, model, request = owner(tmp_path)
     first = client.answer(model, request)
     moved = {name: value + 1 for name, value in request.tensors.items() if name == request.work.trained[0]}
-    second = client.answer(model, replace(request, tensors=moved))
+    second = client.answer(model, replace(request, tensors=moved, sequence=1))
     assert second != first
     assert client.ledger.steps("run", 0) == 4
 

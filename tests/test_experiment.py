@@ -248,7 +248,9 @@ def test_a_stopped_secure_run_resumes_without_exceeding_its_budget(tmp_path: Pat
     with pytest.raises(Stop):
         some.run(on_round=stop)
     seen: list[int] = []
-    result = some.run(lambda prepared, finished: seen.append(finished), lambda metrics: seen.append(metrics["round"]))
+    result = some.run(
+        lambda prepared, federation, finished: seen.append(finished), lambda metrics: seen.append(metrics["round"])
+    )
     assert seen == [2, 3, 4]
     assert [row["round"] for row in result.metrics] == [0, 1, 2, 3, 4]
     assert [row["steps"] for row in result.privacy["clients"]] == [4, 4]

@@ -321,6 +321,18 @@ class PrivacyConfig(Strict):
         return self
 
 
+class FlowerConfig(Strict):
+    """For `engine: flower`: which SuperLink, and how long the server waits."""
+
+    superlink: str | None = None
+    """Name of a SuperLink connection in Flower's `config.toml`, with a SuperNode for each client. By default Flower
+    simulates the clients on this machine."""
+    wait: float = Field(600.0, gt=0)
+    """Seconds that the server waits for the clients before it starts."""
+    timeout: float = Field(3600.0, gt=0)
+    """Seconds that a client has for an answer; then the round goes on without it."""
+
+
 class ExperimentConfig(Strict):
     """A whole experiment."""
 
@@ -330,6 +342,8 @@ class ExperimentConfig(Strict):
     """Public: client sampling, partition, initialisation. Never the source of secure noise."""
     output: str = "runs"
     """Folder in which the run folder `NAME` is made."""
+    engine: Literal["local", "flower"] = "local"
+    """What runs the clients: this process, or nodes that Flower connects."""
     model: ModelConfig
     lora: LoraSection = LoraSection()
     task: TaskConfig
@@ -340,6 +354,7 @@ class ExperimentConfig(Strict):
     method: MethodConfig = MethodConfig()
     privacy: PrivacyConfig | Literal["none"] = PrivacyConfig()
     """A section, or `none` for a run without differential privacy."""
+    flower: FlowerConfig = FlowerConfig()
 
     @property
     def folder(self) -> Path:

@@ -130,12 +130,29 @@ class Experiment:
         Raises:
             UserError: before any budget is spent, for everything that the configuration or the data can get wrong.
         """
-        folder = self.config.folder
-        claim_folder(folder, self.config)
-        if _is_finished(folder):
-            return read_result(folder)
+        finished = finished_result(self.config)
+        if finished is not None:
+            return finished
+        if self.config.engine == "flower":
+            from lorica.engines.flower.launch import launch, with_absolute_paths
+
+            launch(with_absolute_paths(self.config))
+            return read_result(self.config.folder)
         prepared, engine = prepare_local(self.config)
         return conduct(prepared, engine, on_start, on_round)
+
+
+def finished_result(config: ExperimentConfig) -> Result | None:
+    """The result of this experiment's run if it has ended before.
+
+    Raises:
+        UserError: the run folder holds another experiment.
+    """
+    folder = config.folder
+    claim_folder(folder, config)
+    if (folder / "adapter").is_dir() and (folder / "privacy.json").is_file():
+        return read_result(folder)
+    return None
 
 
 def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
@@ -256,10 +273,6 @@ def read_result(folder: Path) -> Result:
     """The result of a finished run, from its folder."""
     run = read_run(folder)
     return Result(folder, folder / "adapter", run.metrics, run.privacy or {})
-
-
-def _is_finished(folder: Path) -> bool:
-    return (folder / "adapter").is_dir() and (folder / "privacy.json").is_file()
 
 
 def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoint | None) -> Federation:

@@ -100,8 +100,9 @@ class Federation:
 
     def round(self) -> Traffic:
         """Run the next round: drive the method's generator, one exchange for each request that it yields."""
+        self.join()
         self.server.round += 1
-        participants = self.schedule[self.server.round - 1]
+        participants = [client for client in self.schedule[self.server.round - 1] if client in self.plans]
         traffic = Traffic(participants, dict.fromkeys(participants, 0), dict.fromkeys(participants, 0))
         weights = client_weights(self.weighting, [self.plans[client] for client in participants])
         started = time.perf_counter()

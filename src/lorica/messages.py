@@ -19,6 +19,8 @@ from lorica.local.step import LocalStep
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.released import Released
 
+OWNER = "owner"
+"""Stands for `task.train` in what a server sends: the data are with the owner, who names them."""
 ENERGY = "energy:"
 SKETCH = "sketch:"
 

@@ -1,0 +1,188 @@
+"""Requests and replies as Flower messages, over whatever `Grid` Flower gives the server."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lorica.config import ExperimentConfig
+from lorica.errors import UserError
+from lorica.messages import Request, decode
+from lorica.node import Invitation
+from lorica.privacy.plan import ClientPlan
+from lorica.privacy.statement import Account
+
+RECORD = "lorica"
+POLL_SECONDS = 0.2
+logger = logging.getLogger(__name__)
+
+
+class FlowerEngine:
+    """Sends each client's requests to the node that it is on. No reply is trusted: what cannot be read is left out.
+
+    Args:
+        config: what the nodes get.
+        base: hash of the server's base model.
+    """
+
+    ledger = "with each owner"
+
+    def __init__(self, grid: Grid, config: ExperimentConfig, base: str) -> None:
+        self._grid, self._config, self._base = grid, config, base
+        self._nodes: dict[int, int] = {}
+        self._plans: dict[int, ClientPlan] = {}
+        self._accounts: dict[int, Account] = {}
+        self._invited: dict[str, int] = {}
+        self._refusals: dict[int, str] = {}
+
+    def join(self, run: str) -> dict[int, ClientPlan]:
+        """Invite the nodes that have no part yet and take in those that have accepted.
+
+        The first call waits until all `federation.clients` are there, at most `flower.wait` seconds. Later ones do not
+        wait: a node that comes late takes part from the round after its answer.
+
+        Raises:
+            UserError: fewer than `federation.min_clients` (by default all) are there after `flower.wait` seconds.
+        """
+        first, deadline = not self._plans, time.monotonic() + self._config.flower.wait
+        tried: set[int] = set()
+        while True:
+            tried |= self._invite(run, tried)
+            self._take_in()
+            if not first or len(self._plans) == self._config.federation.clients or time.monotonic() > deadline:
+                break
+            time.sleep(POLL_SECONDS)
+        needed = self._config.federation.min_clients or self._config.federation.clients
+        if first and len(self._plans) < needed:
+            raise UserError(
+                "federation.min_clients",
+                needed,
+                f"{len(self._plans)} clients have joined after {self._config.flower.wait:g} seconds",
+                "start more nodes (the log says why one refuses), or lower federation.min_clients",
+            )
+        return self._plans
+
+    def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
+        """Replies of the clients that answered within `flower.timeout`; the others are logged and left out."""
+        connected = set(self._grid.get_node_ids())
+        sent: dict[str, int] = {}
+        for client in sorted(requests):
+            if self._nodes.get(client) not in connected:
+                logger.warning("client %d is not connected", client)
+                continue
+            request = requests[client]
+            message = self._message(request.run, self._nodes[client], MessageType.TRAIN, {"request": request.encode()})
+            sent |= dict.fromkeys(self._grid.push_messages([message]), client)
+        replies: dict[int, dict[str, Tensor]] = {}
+        deadline = time.monotonic() + self._config.flower.timeout
+        while sent and time.monotonic() < deadline:
+            for message in self._grid.pull_messages(list(sent)):
+                client = sent.pop(message.metadata.reply_to_message_id)
+                content = self._content(message, f"client {client}")
+                if content is None:
+                    continue
+                try:
+                    replies[client] = decode(bytes(content["reply"]))
+                    self._accounts[client] = TypeAdapter(Account).validate_json(str(content["account"]))
+                except (KeyError, TypeError, ValueError, SafetensorError) as error:
+                    replies.pop(client, None)
+                    logger.warning("client %d: its reply cannot be read (%s)", client, type(error).__name__)
+            time.sleep(POLL_SECONDS if sent else 0)
+        for client in sent.values():
+            logger.warning("client %d has not answered within %g seconds", client, self._config.flower.timeout)
+        return replies
+
+    def accounts(self, run: str) -> dict[int, Account]:
+        """What the clients say that their ledgers hold of this run."""
+        return {client: self._accounts.get(client, Account(0, 0)) for client in self._plans}
+
+    def spent(self) -> dict[int, float]:
+        """Client -> ε that its ledger holds of this run."""
+        return {
+            client: plan.epsilon(self._accounts[client].steps)
+            for client, plan in sorted(self._plans.items())
+            if client in self._accounts
+        }
+
+    def personal(self, run: str) -> dict[int, dict[str, Tensor]]:
+        """None: they stay with the owners."""
+        return {}
+
+    def _invite(self, run: str, tried: set[int]) -> set[int]:
+        """Send invitations to connected nodes without a part; returns their ids."""
+        busy = {*self._nodes.values(), *self._invited.values(), *tried}
+        free = sorted(set(self._grid.get_node_ids()) - busy)
+        for node in free:
+            message = self._message(run, node, MessageType.QUERY, {})
+            self._invited |= dict.fromkeys(self._grid.push_messages([message]), node)
+        return set(free)
+
+    def _take_in(self) -> None:
+        """Read the answers to invitations that have arrived."""
+        if not self._invited:
+            return
+        connected = set(self._grid.get_node_ids())
+        for message in self._grid.pull_messages(list(self._invited)):
+            node = self._invited.pop(message.metadata.reply_to_message_id)
+            content = self._content(message, f"node {node}", known=self._refusals.get(node))
+            if content is None:
+                continue
+            try:
+                plan = TypeAdapter(ClientPlan).validate_json(str(content["plan"]))
+                problem = self._problem(plan, connected)
+            except (KeyError, ValueError):
+                problem = "its answer cannot be read"
+            if problem is not None:
+                logger.warning("node %d is not taken in: %s", node, problem)
+                continue
+            self._nodes[plan.client], self._plans[plan.client] = node, plan
+            logger.info("client %d has joined: ε = %.3f planned for this run", plan.client, plan.epsilon())
+        self._invited = {message: node for message, node in self._invited.items() if node in connected}
+
+    def _problem(self, plan: ClientPlan, connected: set[int]) -> str | None:
+        """Why a plan is none that the server can work with."""
+        config = self._config
+        clip_norm = float("inf") if config.privacy == "none" else config.privacy.clip_norm
+        noise = "none" if config.privacy == "none" else config.privacy.noise
+        if not 0 <= plan.client < config.federation.clients:
+            return f"there is no client {plan.client}"
+        if self._nodes.get(plan.client) in connected:
+            return f"client {plan.client} is on another node"
+        asked = (config.federation.batch_size, clip_norm, noise)
+        if (plan.terms.batch_size, plan.terms.clip_norm, plan.noise) != asked:
+            return "its plan is for another batch size, clip norm or kind of noise"
+        if plan.records < 1 or plan.terms.sampling_rate != plan.terms.batch_size / plan.records:
+            return "its plan contradicts itself"
+        if plan.client in self._plans and plan != self._plans[plan.client]:
+            return f"client {plan.client} agreed to another plan before"
+        return None
+
+    def _message(self, run: str, node: int, kind: str, content: Mapping[str, bytes]) -> Message:
+        invitation = Invitation(run, self._config.model_dump_json(), self._base).encode()
+        record = ConfigRecord({"invitation": invitation, **content})
+        return Message(RecordDict({RECORD: record}), node, kind, ttl=self._config.flower.timeout)
+
+    def _content(self, message: Message, sender: str, known: str | None = None) -> Mapping[str, Any] | None:
+        """What a node answered; None for errors and refusals, which are logged unless they are `known`."""
+        if message.has_error():
+            logger.warning("%s: Flower reports error %d (%s)", sender, message.error.code, message.error.reason)
+            return None
+        content = message.content.get(RECORD)
+        if not isinstance(content, ConfigRecord):
+            logger.warning("%s: its message holds no %r", sender, RECORD)
+            return None
+        if "refused" in content:
+            refusal = str(content["refused"])
+            if refusal != known:
+                logger.warning("%s refuses: %s", sender, refusal)
+            self._refusals[message.metadata.src_node_id] = refusal
+            return None
+        return dict(content)

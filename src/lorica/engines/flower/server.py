@@ -1,0 +1,83 @@
+"""The `ServerApp`: the rounds of an experiment, run where the SuperLink is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from lorica.adapters.base_model import base_identity, resolve_base
+from lorica.config import ExperimentConfig, load
+from lorica.engines.flower.engine import FlowerEngine
+from lorica.errors import UserError
+from lorica.experiment import Result, conduct, finished_result, prepare
+from lorica.messages import OWNER
+from lorica.tasks import load_tests
+from lorica.tasks.records import Task
+
+app = ServerApp()
+logger = logging.getLogger(__name__)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the experiment in the app's configuration, or resume it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        result = serve(load(json.loads(str(context.run_config["experiment"]))), grid)
+    except UserError as error:
+        logger.error("%s", error)
+        raise
+    logger.info("finished: %s", result.folder)
+
+
+def serve(config: ExperimentConfig, grid: Grid) -> Result:
+    """Run to the end over whatever nodes the grid connects, resuming where an earlier run stopped.
+
+    Raises:
+        UserError: names the key, the value and the remedy.
+    """
+    finished = finished_result(config)
+    if finished is not None:
+        return finished
+    base = resolve_base(config.model.base)
+    task = load_tests(config.task, base)
+    prepared = prepare(config, task)
+    engine = FlowerEngine(grid, for_nodes(config, task), base_identity(base))
+
+    def report(metrics: dict[str, Any]) -> None:
+        logger.info("%s", progress(metrics, engine))
+
+    return conduct(prepared, engine, lambda prepared, federation, finished_rounds: None, report)
+
+
+def for_nodes(config: ExperimentConfig, task: Task) -> ExperimentConfig:
+    """The experiment as the nodes get it: without the server's paths, and with the labels that all must agree on.
+
+    A simulation has but one machine, and its clients share out `task.train`.
+    """
+    known: dict[str, Any] = {"labels": task.label_names} if task.has_classes else {}
+    if config.flower.superlink is None:
+        return config.model_copy(update={"task": config.task.model_copy(update=known)})
+    changes: dict[str, Any] = {"task": config.task.model_copy(update=known | {"train": OWNER, "test": "server"})}
+    if config.privacy != "none":
+        changes["privacy"] = config.privacy.model_copy(update={"ledger": None})
+    return config.model_copy(update=changes | {"output": "runs"})
+
+
+def progress(metrics: dict[str, Any], engine: FlowerEngine) -> str:
+    """A line a round: score, clients, what each has spent by its ledger, traffic."""
+    parts = [f"round {metrics['round']:>3}"]
+    if "score" in metrics:
+        parts.append(f"{metrics['metric']} {100 * metrics['score']:5.1f} %   loss {metrics['loss']:.3f}")
+    if "participants" in metrics:
+        parts.append(f"{len(metrics['participants'])} clients")
+        parts.append(f"ε {'  '.join(f'{client}: {spent:.3f}' for client, spent in engine.spent().items())}")
+        up, down = (sum(metrics[key].values()) / 1e6 for key in ("bytes_up", "bytes_down"))
+        parts.append(f"{up:.2f} MB up, {down:.2f} MB down")
+        parts.append(f"{metrics['seconds']:.1f} s")
+    return "   ".join(parts)

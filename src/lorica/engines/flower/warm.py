@@ -1,0 +1,146 @@
+"""A process at the node that stays between messages, with the base model and the data in memory.
+
+Flower starts a process for every message. Importing PyTorch and loading the model there takes longer than a small
+round, so the message goes on to a worker, over a Unix socket in a folder that only the owner's account can enter.
+The worker ends after `worker_idle` seconds without a message.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from lorica.errors import UserError
+from lorica.node_settings import NodeSettings
+
+START_SECONDS = 120.0
+logger = logging.getLogger(__name__)
+
+
+def ask(node_config: Mapping[str, Any], invitation: str, request: bytes | None) -> dict[str, str | bytes]:
+    """The node's answer (`lorica.node.respond`), from the worker if `worker` is set, else from this process."""
+    try:
+        settings = NodeSettings.of(node_config)
+        if settings.worker:
+            return _ask_worker(settings, invitation, request)
+    except UserError as error:
+        logger.error("%s", error)
+        return {"refused": f"the node cannot take part because of its {error.key}; its log has the rest"}
+    except (OSError, EOFError):
+        logger.exception("the worker ended before it answered")
+        return {"refused": "an error at the node; its log has it"}
+    from lorica.node import respond
+
+    return respond(settings, invitation, request)
+
+
+def serve(settings: NodeSettings, address: Path) -> None:
+    """Answer messages, one after another, until none has come for `worker_idle` seconds."""
+    from lorica.node import respond
+
+    listener = socket.socket(socket.AF_UNIX)
+    # Bound under another name first: whoever finds the socket can connect to it.
+    temporary = address.with_suffix(f".{os.getpid()}")
+    listener.bind(str(temporary))
+    listener.listen()
+    os.replace(temporary, address)
+    listener.settimeout(settings.worker_idle)
+    inode = address.stat().st_ino
+    while True:
+        try:
+            accepted, _ = listener.accept()
+        except TimeoutError:
+            break
+        accepted.settimeout(None)
+        with Connection(accepted.detach()) as connection:
+            try:
+                invitation = connection.recv_bytes().decode()
+                content = connection.recv_bytes()
+                answer = respond(settings, invitation, content or None)
+                reply = answer.pop("reply", b"")
+                connection.send_bytes(json.dumps(answer).encode())
+                connection.send_bytes(bytes(reply) if isinstance(reply, bytes) else b"")
+            except (OSError, EOFError):
+                logger.warning("the process that brought a message is gone; the ledger keeps what was released")
+    if address.exists() and address.stat().st_ino == inode:
+        address.unlink()
+
+
+def runtime_folder() -> Path:
+    """Where the sockets are: a folder that nobody but this account can enter.
+
+    Raises:
+        UserError: the folder exists and is open to others.
+    """
+    folder = Path(tempfile.gettempdir()) / f"lorica-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
+        raise UserError("worker", str(folder), "others can enter it", "delete it, or set TMPDIR, or worker=false")
+    return folder
+
+
+def _ask_worker(settings: NodeSettings, invitation: str, request: bytes | None) -> dict[str, str | bytes]:
+    with _connect(settings) as connection:
+        connection.send_bytes(invitation.encode())
+        connection.send_bytes(request or b"")
+        answer: dict[str, str | bytes] = json.loads(connection.recv_bytes())
+        reply = connection.recv_bytes()
+        return answer | ({"reply": reply} if "account" in answer else {})
+
+
+def _connect(settings: NodeSettings) -> Connection:
+    identity = [settings.model_dump_json(), version("lorica"), sys.executable, os.environ.get("LORICA_HOME", "")]
+    address = runtime_folder() / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.sock"
+    with address.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        connected = _try(address)
+        if connected is not None:
+            return connected
+        process = _start(settings, address)
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline and process.poll() is None:
+            connected = _try(address)
+            if connected is not None:
+                return connected
+            time.sleep(0.05)
+    log = settings.place / "worker.log"
+    raise UserError("worker", str(address), "the worker does not start", f"read {log}, or set worker=false")
+
+
+def _try(address: Path) -> Connection | None:
+    connecting = socket.socket(socket.AF_UNIX)
+    try:
+        connecting.connect(str(address))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connecting.close()
+        return None
+    return Connection(connecting.detach())
+
+
+def _start(settings: NodeSettings, address: Path) -> subprocess.Popen[bytes]:
+    settings.place.mkdir(parents=True, exist_ok=True)
+    # What an earlier worker left; nobody answers there.
+    address.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "lorica.engines.flower.warm", settings.model_dump_json(), str(address)]
+    with (settings.place / "worker.log").open("ab") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    serve(NodeSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]))

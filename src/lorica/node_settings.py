@@ -1,0 +1,57 @@
+"""What an owner configures at its own machine; the server has no say in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lorica.config import Strict, validate
+from lorica.files import home_folder
+
+
+class NodeSettings(Strict):
+    """The node configuration of a SuperNode (`--node-config`)."""
+
+    client: int
+    """Number of this client, from 0, as agreed between the organisations."""
+    data: str | None = None
+    """The training data: a file, an image folder, or a folder of files. Only a simulation does without: its clients
+    share out the server's `task.train`."""
+    base: str | None = None
+    """Folder of the base model; by default `model.base` of the experiment, if that is embedded or a hub id."""
+    policy: str | None = None
+    """The owner's policy file; needed with `data`."""
+    ledger: str | None = None
+    """SQLite file that records every release; by default beside the data."""
+    folder: str | None = None
+    """Where the node keeps the adapter between messages, its log and the final adapter; by default `DATA.lorica`."""
+    device: str | None = None
+    """In place of `model.device` of the experiment."""
+    worker: bool = True
+    """Keep a process alive between messages that holds the base model and the data."""
+    worker_idle: float = 900.0
+    """Seconds without a message after which that process ends."""
+
+    @classmethod
+    def of(cls, node_config: Mapping[str, Any]) -> NodeSettings:
+        """From Flower's node configuration; `partition-id` stands for `client`, as in a simulation.
+
+        Raises:
+            UserError: a key is unknown or has a wrong value.
+        """
+        given = {key: value for key, value in node_config.items() if key not in ("partition-id", "num-partitions")}
+        if "partition-id" in node_config:
+            # The processes of simulated clients stay anyway.
+            given = {"client": node_config["partition-id"], "worker": "data" in given} | given
+        return validate(cls, given, prefix="node-config")
+
+    @property
+    def place(self) -> Path:
+        """The node's folder."""
+        if self.folder is not None:
+            return Path(self.folder).expanduser()
+        if self.data is not None:
+            data = Path(self.data).expanduser()
+            return data.with_name(f"{data.name}.lorica")
+        return home_folder() / "nodes" / str(self.client)
