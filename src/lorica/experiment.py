@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel, adapt
-from lorica.adapters.base_model import load_base, resolve_base, resolve_device
+from lorica.adapters.base_files import resolve_base
+from lorica.adapters.base_model import load_base, resolve_device
 from lorica.adapters.export import Export, export_adapter
 from lorica.adapters.state import AdapterState
 from lorica.aggregation.averaging import RoundAverage
@@ -35,7 +36,7 @@ from lorica.methods.base import Method, Server, make_method
 from lorica.methods.pieces import check_pieces
 from lorica.optimizers import learning_rates
 from lorica.privacy.isolation import check_isolation
-from lorica.privacy.ledger import Ledger, lifetime_epsilon
+from lorica.privacy.ledger import Ledger, ledger_beside, lifetime_above
 from lorica.privacy.plan import ClientPlan, plan_client
 from lorica.privacy.statement import privacy_statement
 from lorica.reporting.card import model_card
@@ -441,15 +442,16 @@ def _check_lifetime(prepared: Prepared, clients: dict[int, Client], run: str) ->
         return
     for number, client in clients.items():
         plan = prepared.plans[number]
-        remaining = plan.steps(plan.max_steps - client.ledger.steps(run, number))
-        life = lifetime_epsilon(
+        remaining = plan.remaining(client.ledger.steps(run, number))
+        life = lifetime_above(
+            privacy.max_lifetime_epsilon,
             client.ledger.releases(client.dataset),
             client.records.fingerprint(),
             privacy.delta,
             remaining,
             client.unit,
         )
-        if life > privacy.max_lifetime_epsilon:
+        if life is not None:
             raise UserError(
                 "privacy.max_lifetime_epsilon",
                 privacy.max_lifetime_epsilon,
@@ -472,5 +474,5 @@ def _ledger_path(config: ExperimentConfig, dataset: str) -> Path:
     train = first_source(config.task.train)
     # A run without privacy has no budget to keep, so it may go on where the data's folder is read-only.
     if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
-        return train.with_name(train.name + ".ledger.sqlite")
+        return ledger_beside(train)
     return home_folder() / "ledgers" / f"{dataset[:16]}.sqlite"
