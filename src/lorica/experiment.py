@@ -442,7 +442,7 @@ def _check_lifetime(prepared: Prepared, clients: dict[int, Client], run: str) ->
         return
     for number, client in clients.items():
         plan = prepared.plans[number]
-        remaining = plan.remaining(client.ledger.steps(run, number))
+        remaining = plan.steps(plan.max_steps - client.ledger.steps(run, number))
         life = lifetime_above(
             privacy.max_lifetime_epsilon,
             client.ledger.releases(client.dataset),

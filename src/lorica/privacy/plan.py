@@ -37,10 +37,6 @@ class ClientPlan:
     def steps(self, count: int) -> Steps:
         return Steps(self.terms.sampling_rate, self.terms.noise_multiplier, count)
 
-    def remaining(self, charged: int) -> Steps:
-        """What the schedule can still ask for after `charged` steps."""
-        return self.steps(self.max_steps - charged)
-
     def epsilon(self, count: int | None = None) -> float:
         """ε after `count` steps, by default after all of them; infinite without privacy."""
         if self.delta is None:
