@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant
 
+from lorica.adapters.base_files import hash_of_base
 from lorica.config import ExperimentConfig, PrivacyConfig, load
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, epsilon_rdp
@@ -232,7 +234,7 @@ def test_a_policy_is_read_from_its_file(tmp_path: Path) -> None:
     policy = load_policy(path)
     assert policy.records == 5000
     assert policy.noise == ["secure"]
-    assert policy.metrics == ()
+    assert policy.metrics == []
     assert math.isclose(policy.delta, 1e-5)
     assert policy == Policy(**OWNER, records=5000)
 
@@ -267,6 +269,14 @@ def test_mistakes_in_a_policy_are_named(change: dict[str, Any], message: str, tm
     path.write_text(yaml.safe_dump(OWNER | change))
     with pytest.raises(UserError, match=message):
         load_policy(path)
+
+
+def test_the_documented_policy_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "privacy.md").read_text(encoding="utf-8")
+    content = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", page, flags=re.S)[0])
+    policy = Policy(**content)
+    assert policy.base_models == [hash_of_base("lorica:glyph-vit")]
+    assert policy.records == 5000
 
 
 def test_a_policy_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class Policy(Strict):
     """Kinds of noise that a run may use. `reproducible` and `none` protect nothing: no ε holds for data that was
     released with them, so that nothing more is released from it unless they are listed here. `max_epsilon` then bounds
     only what was released with secure noise."""
-    metrics: tuple[str, ...] = ()
+    metrics: list[str] = Field([])
     """Metrics that a test on the owner's own held-out records (`federation.private_test`) may compute, its `loss`
     included, such as `[loss, accuracy]`. They stay with the owner. By default there is no such test."""
     records: int | None = Field(None, ge=1)
@@ -187,7 +187,7 @@ class Policy(Strict):
         computed = [name for name in _tested(config.task) if name not in self.metrics]
         if config.federation.private_test and computed:
             proposed = f"federation.private_test = {config.federation.private_test:g}, which computes {computed}"
-            _refuse("metrics", proposed, f"allowed are {list(self.metrics)}")
+            _refuse("metrics", proposed, f"allowed are {self.metrics}")
 
     def _review_unit(self, config: ExperimentConfig) -> None:
         privacy = config.privacy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,14 @@ def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[
     ledger = find_ledger(path)
     entries = read_ledger(ledger)
     releases = [release for _, release in entries]
+    runs: dict[tuple[str | int, ...], list[tuple[float, Release]]] = {}
+    for entry in entries:
+        runs.setdefault(_of_run(entry[1]), []).append(entry)
     delta = delta if policy is None else policy.delta
     return {
         "ledger": str(ledger),
         "delta": delta,
-        "runs": [_run_row(list(group), delta) for _, group in groupby(sorted(entries, key=_of_run), key=_of_run)],
+        "runs": [_run_row(rows, delta) for rows in runs.values()],
         "owners": [_owner_row(releases, *key, delta) for key in dict.fromkeys(map(_of_owner, releases))],
         "policy": None if policy is None else _policy_row(releases, policy),
     }
@@ -71,8 +73,7 @@ def budget_table(budget: dict[str, Any]) -> Group:
     return Group(*parts)
 
 
-def _of_run(entry: tuple[float, Release]) -> tuple[str, int, str, str, str, str]:
-    release = entry[1]
+def _of_run(release: Release) -> tuple[str, int, str, str, str, str]:
     return release.run, release.client, release.dataset, release.owner, release.noise, release.unit
 
 
@@ -83,7 +84,7 @@ def _of_owner(release: Release) -> tuple[str, str, str]:
 def _run_row(entries: list[tuple[float, Release]], delta: float) -> dict[str, Any]:
     times = [time for time, _ in entries]
     releases = [release for _, release in entries]
-    run, client, dataset, owner, noise, unit = _of_run(entries[0])
+    run, client, dataset, owner, noise, unit = _of_run(releases[0])
     terms = sorted({(release.sampling_rate, release.noise_multiplier, release.clip_norm) for release in releases})
     cost = epsilon([release.cost for release in releases], delta) if noise == "secure" else math.inf
     return {
