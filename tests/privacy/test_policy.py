@@ -222,6 +222,14 @@ def test_units_do_not_mix(units: tuple[str, str]) -> None:
     Policy(**OWNER).review_release([release(unit=units[0], steps=1)], units[0], plan, 1)
 
 
+@pytest.mark.parametrize("overrides", ["privacy=none", "privacy.noise=reproducible"])
+def test_each_release_is_asked_for_its_noise(overrides: str) -> None:
+    """Not only the run: a node may have been started anew in between."""
+    _, plan = proposal(overrides)
+    with pytest.raises(Refused, match=r"policy\.noise: the server proposes noise = "):
+        Policy(**OWNER).review_release([], "record", plan, 1)
+
+
 def test_a_noiseless_row_that_calls_itself_secure_costs_everything() -> None:
     _, plan = proposal()
     with pytest.raises(Refused, match=r"ε = inf"):

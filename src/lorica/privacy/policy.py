@@ -104,8 +104,7 @@ class Policy(Strict):
         """
         self._review_learned(config, base)
         self._review_unit(config)
-        if plan.noise not in self.noise:
-            _refuse("noise", f"noise = {plan.noise}", f"allowed are {', '.join(self.noise)}")
+        self._review_noise(plan)
         rate = plan.terms.sampling_rate
         if not rate <= self.max_sampling_rate:
             _refuse("max_sampling_rate", f"a sampling rate of {rate:g}", f"the limit is {self.max_sampling_rate:g}")
@@ -140,6 +139,7 @@ class Policy(Strict):
         Raises:
             Refused: names the key of the policy, what would be spent and the limit.
         """
+        self._review_noise(plan)
         releases = list(releases)
         kinds = self._voiding(releases)
         if kinds:
@@ -199,6 +199,10 @@ class Policy(Strict):
         if self.unit == "group" and privacy.group_records > self.max_group_records:
             proposed = f"privacy.group_records = {privacy.group_records}"
             _refuse("max_group_records", proposed, f"the limit is {self.max_group_records}")
+
+    def _review_noise(self, plan: ClientPlan) -> None:
+        if plan.noise not in self.noise:
+            _refuse("noise", f"noise = {plan.noise}", f"allowed are {', '.join(self.noise)}")
 
 
 def load_policy(path: Path) -> Policy:
