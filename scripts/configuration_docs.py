@@ -11,12 +11,16 @@ from pydantic_core import PydanticUndefined
 
 from lorica.config import ExperimentConfig
 from lorica.methods.base import registry
+from lorica.privacy.policy import Policy
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
 
 Made by `python scripts/configuration_docs.py` from `src/lorica/config.py`; do not edit. On the command line any key can
 be set as `section.key=value`. An unknown key is an error that names the nearest one.
+"""
+POLICY = """A file of its own, which stays with the owner: see [privacy.md](privacy.md#the-owners-policy). From
+`src/lorica/privacy/policy.py`.
 """
 
 
@@ -28,6 +32,7 @@ def render() -> str:
         if section is not None:
             note = f"\n{_text(field.description)}\n" if field.description else ""
             parts += [f"## `{name}`\n", f"{_text(section.__doc__)}\n{note}", _table(section)]
+    parts += ["## An owner's policy\n", POLICY, _table(Policy)]
     parts.append("## Options of methods\n\nBeside `method.name`.\n")
     for name, method in registry().items():
         if method.Options.model_fields:
@@ -54,7 +59,7 @@ def _type(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " \\| ".join(f"`{_value(value)}`" for value in get_args(annotation))
     name = annotation.__name__ if annotation in (str, int, float, bool) else str(annotation)
-    return name.replace("None", "null").replace("|", "\\|")
+    return name.replace("typing.", "").replace("None", "null").replace("|", "\\|")
 
 
 def _value(value: Any) -> str:

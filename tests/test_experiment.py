@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
 import lorica
-from lorica.adapters.base_model import resolve_base
+from lorica.adapters.base_files import resolve_base
 from lorica.config import PrivacyConfig, TaskConfig
 from lorica.errors import UserError
 from lorica.experiment import Result, prepare_local

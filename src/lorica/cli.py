@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import signal
@@ -139,6 +140,38 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, such as ru
         from lorica.reporting.html import write_report
 
         console.print(f"Report: {write_report(folder)}")
+
+
+@app.command("hash")
+def hash_base(folder: Annotated[str, typer.Argument(help="A model's folder, or lorica:glyph-vit.")]) -> None:
+    """Print the hash of a base model, for `base_models` of an owner's policy."""
+    with _errors():
+        from lorica.adapters.base_files import hash_of_base
+
+        console.print(hash_of_base(folder), soft_wrap=True, highlight=False)
+
+
+@app.command()
+def budget(
+    path: Annotated[Path, typer.Argument(help="A ledger, or the data that it lies beside.")],
+    delta: Annotated[float | None, typer.Option(help="δ of every ε; by default the policy's, or 1e-5.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="The owner's policy (YAML): shows what is left under it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what was released from an owner's data: when, to which run, at what ε. Reads only."""
+    with _errors():
+        if delta is not None and not 0 < delta < 1:
+            raise UserError("--delta", delta, "not between 0 and 1", "choose it below 1/records")
+        if delta is not None and policy is not None:
+            raise UserError("--delta", delta, "the policy has a δ of its own", "leave --delta or --policy out")
+        from lorica.privacy.policy import load_policy
+        from lorica.reporting.budget import budget_table, read_budget
+
+        found = read_budget(path, delta or 1e-5, None if policy is None else load_policy(policy))
+        if as_json:
+            typer.echo(json.dumps(found, indent=2))
+        else:
+            console.print(budget_table(found))
 
 
 class _Rounds:

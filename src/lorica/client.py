@@ -22,6 +22,7 @@ from lorica.optimizers import make_optimizer
 from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.mechanism import noisy_gradient
 from lorica.privacy.plan import ClientPlan, Refused
+from lorica.privacy.policy import Policy
 from lorica.privacy.randomness import Randomness, ReproducibleRandomness, SecureRandomness
 from lorica.privacy.released import Released, post_process
 from lorica.streams import stream_seed, torch_stream
@@ -44,6 +45,7 @@ class Client:
         unit: what one of `records` is, for the ledger.
         seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
         private_test: records that the owner tests on; the results stay with it.
+        policy: the owner's limits over all runs; None where one process plays all owners.
         held: the server's tensors as last received.
         merged: what the server had merged into the frozen weights.
         sequence: number of the request that they came with; None before the first.
@@ -58,6 +60,7 @@ class Client:
     micro_batch_tokens: int
     unit: str = "record"
     private_test: Records | None = None
+    policy: Policy | None = None
     held: dict[str, Tensor] = field(default_factory=dict)
     merged: dict[str, Pair] = field(default_factory=dict)
     sequence: int | None = None
@@ -69,7 +72,7 @@ class Client:
         stored reply: the same release, at no further cost.
 
         Raises:
-            Refused: the request goes beyond the owner's plan, belongs to a round that is over, or builds on a request
+            Refused: the request goes beyond the owner's plan or policy, belongs to a round that is over, or builds on a request
                 that did not arrive.
         """
         if isinstance(request.work, Delivery):
@@ -86,6 +89,8 @@ class Client:
         steps = 0
         if isinstance(request.work, Training):
             steps = request.work.steps
+            if self.policy is not None:
+                self.policy.review_release(self.ledger.releases(), self.unit, self.plan, steps)
             self.plan.check(request.work.terms, self.ledger.steps(request.run, self.number) + steps)
             released, kept = self._train(model, request, request.work, own)
         else:

@@ -194,6 +194,8 @@ class FederationConfig(Strict):
     private_test: float = Field(0.0, ge=0, lt=1)
     """Share of each client's records that it does not train on but tests on. What comes out of it is private: it is
     written beside the ledger, for the owner, and is in no report."""
+    min_clients: int | None = Field(None, ge=1)
+    """Fewest."""
     weights: Literal["uniform", "records", "noise"] = "uniform"
     """Weight of a client in the mean: equal, by its record count, or by 1/τ² of its noise."""
     evaluate_every: int = Field(1, ge=1)
@@ -375,7 +377,7 @@ def load(source: str | Path | dict[str, Any] | None = None, overrides: list[str]
         UserError: the file is missing or is not YAML, a key is unknown (the nearest known one is named), a value has
             the wrong type or is out of bounds.
     """
-    content = dict(source) if isinstance(source, dict) else _read_yaml(Path(source or DEFAULT_CONFIG))
+    content = dict(source) if isinstance(source, dict) else read_mapping(Path(source or DEFAULT_CONFIG))
     for override in overrides or []:
         _apply_override(content, override)
     return validate(ExperimentConfig, content)
@@ -423,15 +425,23 @@ def _nearest_key(model: type[BaseModel], path: list[str]) -> str:
     return f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}"
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path, key: str = "config") -> dict[str, Any]:
+    """A YAML file's content.
+
+    Args:
+        key: what the file is, for the error.
+
+    Raises:
+        UserError: no such file, no YAML, or no mapping of keys to values.
+    """
     if not path.is_file():
-        raise UserError("config", str(path), "no such file", "give the path of an experiment's YAML file")
+        raise UserError(key, str(path), "no such file", "give the path of a YAML file")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError("config", str(path), f"not valid YAML ({error})", "mend the file") from None
+        raise UserError(key, str(path), f"not valid YAML ({error})", "mend the file") from None
     if not isinstance(content, dict):
-        raise UserError("config", str(path), "not a mapping of keys to values", "start from a file in examples/")
+        raise UserError(key, str(path), "not a mapping of keys to values", "start from an example in the documentation")
     return content
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel, adapt
-from lorica.adapters.base_model import load_base, resolve_base, resolve_device
+from lorica.adapters.base_files import resolve_base
+from lorica.adapters.base_model import load_base, resolve_device
 from lorica.adapters.export import Export, export_adapter
 from lorica.adapters.state import AdapterState
 from lorica.aggregation.averaging import RoundAverage

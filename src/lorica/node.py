@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter
 
 from lorica.adapters.adapted import AdaptedModel
-from lorica.adapters.base_model import EMBEDDED, base_identity, resolve_base
+from lorica.adapters.base_files import EMBEDDED, base_identity, resolve_base
 from lorica.adapters.export import Export, export_adapter
 from lorica.client import Client
 from lorica.config import ExperimentConfig, load
@@ -160,9 +160,13 @@ class Node:
         return None
 
     def _review(self) -> None:
-        self._client.policy = self._policy()
-        if self._client.policy is not None:
-            self._client.policy.review(self._config, self.plan, self._base)
+        """The owner's say on the run and on all its steps that are still to come."""
+        client, policy = self._client, self._policy()
+        client.policy = policy
+        if policy is not None:
+            policy.review(self._config, self.plan, self._base)
+            left = self.plan.max_steps - client.ledger.steps(self._invitation.run, client.number)
+            policy.review_release(client.ledger.releases(), client.unit, self.plan, left)
 
     def _pin(self) -> None:
         """A run is one experiment: what it costs was agreed once."""

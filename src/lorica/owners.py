@@ -12,6 +12,7 @@ from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.federation import participation_schedule
 from lorica.files import home_folder
+from lorica.privacy.ledger import ledger_beside
 from lorica.privacy.plan import ClientPlan, plan_client
 from lorica.streams import numpy_stream, stream_seed
 from lorica.tasks.groups import by_group
@@ -104,5 +105,5 @@ def ledger_path(config: ExperimentConfig, dataset: str) -> Path:
     train = first_source(config.task.train)
     # A run without privacy has no budget to keep, so it may go on where the data's folder is read-only.
     if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
-        return train.with_name(train.name + ".ledger.sqlite")
+        return ledger_beside(train)
     return home_folder() / "ledgers" / f"{dataset[:16]}.sqlite"

@@ -14,7 +14,8 @@ from peft import PeftModel
 from torch import nn
 
 from lorica.adapters.adapted import adapt
-from lorica.adapters.base_model import load_base, resolve_base
+from lorica.adapters.base_files import resolve_base
+from lorica.adapters.base_model import load_base
 from lorica.adapters.export import Export, export_adapter, load_adapter
 from lorica.adapters.sites import layer_of, match_targets
 from lorica.config import LoraSection, ModelConfig

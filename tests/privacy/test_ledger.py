@@ -1,6 +1,7 @@
 """The ledger never forgets, never under-counts, and answers a repeated request with the stored reply."""
 
 import sqlite3
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,16 @@ import torch
 
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, epsilon, epsilon_from_rdp, total_rdp
-from lorica.privacy.ledger import Ledger, Release, lifetime_epsilon, unprotected
+from lorica.privacy.ledger import (
+    Ledger,
+    Release,
+    find_ledger,
+    ledger_beside,
+    lifetime_above,
+    lifetime_epsilon,
+    read_ledger,
+    unprotected,
+)
 from lorica.privacy.released import _release
 
 RELEASE = Release(
@@ -141,8 +151,62 @@ def test_a_ledger_of_an_earlier_version_is_used_on(tmp_path: Path) -> None:
             "INSERT INTO releases VALUES "
             "(1, 0.0, 'data', 'alice', 'one', 0, 1, 0.1, 1.2, 1.0, 5, 'secure', 'first', X'00')"
         )
+    assert read_ledger(path) == [(0.0, RELEASE)]
     ledger = Ledger(path)
     assert ledger.releases("data") == [RELEASE]
     ledger.charge(replace(RELEASE, round=2, request="second"), b"next", {"x": _release(torch.ones(1))})
     assert ledger.steps("one", 0) == 10
     assert set(ledger.kept("one", 0)) == {"x"}
+
+
+def test_where_a_server_names_clients_every_release_counts() -> None:
+    rows = [
+        RELEASE,
+        replace(RELEASE, client=1, owner="the same records in another order"),
+        replace(RELEASE, run="two", dataset="other columns of the same records"),
+    ]
+    assert lifetime_epsilon(rows, None, 1e-5) == epsilon([Steps(0.1, 1.2, 15)], 1e-5)
+    assert lifetime_epsilon(rows, None, 1e-5, Steps(0.1, 1.2, 5)) == epsilon([Steps(0.1, 1.2, 20)], 1e-5)
+
+
+@pytest.mark.parametrize("owner", ["alice", None])
+@pytest.mark.parametrize("factor", [0.5, 0.999, 1.001, 2.0, 100.0])
+def test_a_limit_is_passed_exactly_where_the_epsilon_is_above_it(owner: str | None, factor: float) -> None:
+    """Below the Rényi bound too, which alone would refuse more."""
+    rows = [RELEASE, replace(RELEASE, run="two", owner="carol", noise_multiplier=2.0)]
+    for planned in (None, Steps(0.2, 0.9, 30)):
+        life = lifetime_epsilon(rows, owner, 1e-5, planned)
+        above = lifetime_above(life * factor, rows, owner, 1e-5, planned)
+        assert above == (life if factor < 1 else None)
+
+
+def test_reading_a_ledger_changes_nothing_and_gives_times(tmp_path: Path) -> None:
+    data = tmp_path / "data.csv"
+    data.touch()
+    path = ledger_beside(data)
+    before = time.time()
+    Ledger(path).charge(RELEASE, b"reply")
+    Ledger(path).charge(replace(RELEASE, dataset="more"), b"reply")
+    content = path.read_bytes()
+    assert find_ledger(data) == find_ledger(path) == path
+    (first, one), (second, two) = read_ledger(path)
+    assert (one, two) == (RELEASE, replace(RELEASE, dataset="more"))
+    assert before <= first <= second <= time.time()
+    assert Ledger(path).releases() == [one, two]
+    assert path.read_bytes() == content
+
+
+def test_reading_makes_no_ledger(tmp_path: Path) -> None:
+    data = tmp_path / "data.csv"
+    for problem in ("no such file", "none lies beside it"):
+        with pytest.raises(UserError, match=rf"ledger = .*data\.csv.*{problem}"):
+            find_ledger(data)
+        data.touch()
+    other = tmp_path / "other.sqlite"
+    with sqlite3.connect(other) as connection:
+        connection.execute("CREATE TABLE notes (id INTEGER)")
+    with pytest.raises(UserError, match=r"other\.sqlite.*cannot be read as a ledger"):
+        read_ledger(find_ledger(other))
+    with pytest.raises(UserError, match="cannot be read"):
+        read_ledger(tmp_path / "absent.sqlite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "lorica-home", "other.sqlite"]

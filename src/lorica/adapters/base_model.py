@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -15,11 +14,11 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from lorica.adapters.base_files import resolve_base
 from lorica.config import ModelConfig
 from lorica.errors import UserError
 from lorica.streams import stream_seed
 
-EMBEDDED = "lorica:"
 # Every name under which a family has modules after its encoder; they stay whole where the base is quantised.
 HEADS = ["classifier", "score", "qa_outputs", "pre_classifier", "head", "pooler"]
 
@@ -60,26 +59,6 @@ class MeanPooledClassifier(nn.Module):
         mask = attention_mask.unsqueeze(-1)
         mean = (hidden * mask).sum(1) / mask.sum(1)
         return SequenceClassifierOutput(logits=self.classifier(mean))
-
-
-def resolve_base(base: str) -> str:
-    """The folder of an embedded model (`lorica:NAME`), else `base` itself: a folder or a hub id.
-
-    Raises:
-        UserError: looks like a path but is no folder with a config.json, or names no embedded model.
-    """
-    if base.startswith(EMBEDDED):
-        folder = Path(str(importlib.resources.files("lorica") / "defaults" / base.removeprefix(EMBEDDED)))
-        if not (folder / "config.json").is_file():
-            raise UserError("model.base", base, "no such embedded model", "use lorica:glyph-vit")
-        return str(folder)
-    if Path(base).is_dir():
-        if not (Path(base) / "config.json").is_file():
-            raise UserError("model.base", base, "the folder holds no config.json", "give a Hugging Face model folder")
-        return base
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
-        raise UserError("model.base", base, "no such folder", "give the path of a model folder, or a hub id")
-    return base
 
 
 def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed: int) -> BaseModel:

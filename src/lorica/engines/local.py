@@ -10,7 +10,7 @@ from lorica.adapters.adapted import AdaptedModel
 from lorica.client import Client
 from lorica.errors import UserError
 from lorica.messages import Request, decode
-from lorica.privacy.ledger import lifetime_epsilon
+from lorica.privacy.ledger import lifetime_above
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account, account
 
@@ -67,8 +67,8 @@ class LocalEngine:
             return
         remaining = plan.steps(plan.max_steps - client.ledger.steps(run, client.number))
         releases = client.ledger.releases(client.dataset)
-        life = lifetime_epsilon(releases, client.records.fingerprint(), plan.delta, remaining, client.unit)
-        if life > limit:
+        life = lifetime_above(limit, releases, client.records.fingerprint(), plan.delta, remaining, client.unit)
+        if life is not None:
             raise UserError(
                 "privacy.max_lifetime_epsilon",
                 limit,

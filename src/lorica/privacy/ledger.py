@@ -13,7 +13,7 @@ import numpy as np
 import safetensors.torch
 
 from lorica.errors import UserError
-from lorica.privacy.accounting import Steps, epsilon, epsilon_from_rdp, total_rdp
+from lorica.privacy.accounting import Steps, epsilon, epsilon_above, epsilon_from_rdp, total_rdp
 from lorica.privacy.released import Released, _release
 
 _SCHEMA = """
@@ -140,11 +140,11 @@ class Ledger:
             query = "SELECT COALESCE(MAX(round), 0) FROM releases WHERE run = ? AND client = ?"
             return int(connection.execute(query, (run, client)).fetchone()[0])
 
-    def releases(self, dataset: str) -> list[Release]:
-        """All releases of a data set, oldest first."""
+    def releases(self, dataset: str | None = None) -> list[Release]:
+        """All releases of a data set, oldest first; by default of all data sets in the file."""
         with closing(self._connect()) as connection:
-            rows = connection.execute(f"SELECT {_COLUMNS} FROM releases WHERE dataset = ? ORDER BY id", (dataset,))
-            return [Release(*row) for row in rows]
+            query = f"SELECT {_COLUMNS} FROM releases WHERE dataset = COALESCE(?, dataset) ORDER BY id"
+            return [Release(*row) for row in connection.execute(query, (dataset,))]
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=60)
@@ -161,8 +161,55 @@ class Ledger:
         )
 
 
+def ledger_beside(data: Path) -> Path:
+    """Where the ledger of a data file or folder is."""
+    return data.parent / f"{data.name}.ledger.sqlite"
+
+
+def find_ledger(path: Path) -> Path:
+    """The ledger of a data file or folder, or the ledger itself.
+
+    Raises:
+        UserError: there is no such file, or no ledger beside it.
+    """
+    path = path.expanduser().absolute()
+    beside = ledger_beside(path)
+    if beside.is_file():
+        return beside
+    if not path.exists():
+        raise UserError("ledger", str(path), "no such file", "give a ledger, or the data that it lies beside")
+    if path.is_dir() or not _is_database(path):
+        problem = f"no ledger, and none lies beside it ({beside.name})"
+        raise UserError("ledger", str(path), problem, "give the ledger's own path")
+    return path
+
+
+def read_ledger(path: Path) -> list[tuple[float, Release]]:
+    """Time (seconds since 1970) and content of every release, oldest first. Writes nothing, and makes no file.
+
+    Raises:
+        UserError: it is no ledger.
+    """
+    try:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, timeout=60)) as connection:
+            known = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
+            # A ledger outlives the version of Lorica that made it.
+            columns = _COLUMNS if "unit" in known else _COLUMNS.replace("unit", "'record'")
+            rows = connection.execute(f"SELECT time, {columns} FROM releases ORDER BY id").fetchall()
+    except sqlite3.Error as error:
+        problem = f"it cannot be read as a ledger ({error})"
+        raise UserError("ledger", str(path), problem, "give the path of a ledger") from error
+    return [(row[0], Release(*row[1:])) for row in rows]
+
+
+def _is_database(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+
+
 def lifetime_epsilon(
-    releases: Iterable[Release], owner: str, delta: float, planned: Steps | None = None, unit: str = "record"
+    releases: Iterable[Release], owner: str | None, delta: float, planned: Steps | None = None, unit: str = "record"
 ) -> float:
     """ε of everything ever released about a record of `owner`, at `delta`, with `planned` steps still to come.
 
@@ -173,23 +220,48 @@ def lifetime_epsilon(
     differently; a record of this owner then was with some client of that run, nobody knows which, and the bound takes
     at each Rényi order the most expensive client: `max_k RDP_k(α)`. Releases without noise, or with reproducible
     noise, are not private and are left out: `unprotected` counts them.
+
+    Args:
+        owner: fingerprint of a client's records, where this process dealt the records to the clients. None where a
+            server did: then no client's number says who has a record, and all releases compose by PLD.
     """
+    own, foreign = _composed(releases, owner, planned, unit)
+    return epsilon_from_rdp(total_rdp(own) + foreign, delta) if np.any(foreign) else epsilon(own, delta)
+
+
+def lifetime_above(
+    limit: float,
+    releases: Iterable[Release],
+    owner: str | None,
+    delta: float,
+    planned: Steps | None = None,
+    unit: str = "record",
+) -> float | None:
+    """`lifetime_epsilon` if it is above `limit`, else None; as cheap as `epsilon_above`."""
+    own, foreign = _composed(releases, owner, planned, unit)
+    if not np.any(foreign):
+        return epsilon_above(limit, own, delta)
+    life = epsilon_from_rdp(total_rdp(own) + foreign, delta)
+    return life if life > limit else None
+
+
+def _composed(
+    releases: Iterable[Release], owner: str | None, planned: Steps | None, unit: str
+) -> tuple[list[Steps], np.ndarray]:
+    """Steps that surely saw the owner's records, and the RDP curve of other partitions' worst clients."""
     private = [release for release in releases if release.noise == "secure"]
-    if unit != "record" and any(release.unit != unit for release in private):
-        return float("inf")
-    own = [release.cost for release in private if release.owner == owner]
-    own_runs = {release.run for release in private if release.owner == owner}
+    own = [release.cost for release in private if owner in (None, release.owner)]
+    own_runs = {release.run for release in private if owner in (None, release.owner)}
     own += [planned] if planned else []
     foreign: dict[str, dict[int, list[Steps]]] = {}
     for release in private:
         if release.run not in own_runs:
             foreign.setdefault(release.run, {}).setdefault(release.client, []).append(release.cost)
-    if not foreign:
-        return epsilon(own, delta)
-    curve = total_rdp(own)
+    unlike = unit != "record" and any(release.unit != unit for release in private)
+    curve = total_rdp([]) + (float("inf") if unlike else 0.0)
     for clients in foreign.values():
         curve = curve + np.max([total_rdp(steps) for steps in clients.values()], axis=0)
-    return epsilon_from_rdp(curve, delta)
+    return own, curve
 
 
 def unprotected(releases: Iterable[Release]) -> int:

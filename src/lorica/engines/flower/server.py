@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from lorica.adapters.base_model import base_identity, resolve_base
+from lorica.adapters.base_files import base_identity, resolve_base
 from lorica.config import ExperimentConfig, load
 from lorica.engines.flower.engine import FlowerEngine
 from lorica.errors import UserError

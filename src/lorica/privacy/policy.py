@@ -1,0 +1,229 @@
+"""What an owner allows, whatever a server proposes: asked before a run and before each release."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from lorica.config import ExperimentConfig, Strict, TaskConfig, read_mapping, validate
+from lorica.privacy.accounting import epsilon_above
+from lorica.privacy.ledger import Release, lifetime_above, lifetime_epsilon
+from lorica.privacy.plan import ClientPlan, Refused
+
+# What decides which of a record's columns are learned. Where an entry of `tasks` leaves one out, its default is meant.
+COLUMNS = ("text", "image", "label", "question", "context", "answers")
+# What a private test of each task computes beside its loss; classification and regression can be told otherwise.
+TESTED = {
+    "text-classification": ["accuracy"],
+    "image-classification": ["accuracy"],
+    "text-regression": ["pearson", "spearman"],
+    "question-answering": ["exact_match", "f1"],
+    "language-modelling": ["token_accuracy", "perplexity"],
+}
+
+
+class Policy(Strict):
+    """Limits on what leaves an owner's data over its whole life. A server cannot change them."""
+
+    max_epsilon: float = Field(gt=0, allow_inf_nan=False)
+    """Largest ε at `delta` of everything that is ever released from the data: all runs in its ledger together."""
+    delta: float = Field(gt=0, lt=1)
+    """δ at which the owner counts, whatever δ the server proposes. Choose it below 1/records."""
+    base_models: list[str] | None
+    """Base models that may be trained on the data, as `lorica hash FOLDER` prints them. `null` allows any, which is a
+    risk: what a model's author hid in it then runs on private records, with no one at the owner having looked at it."""
+    tasks: list[dict[str, Any]] = Field(min_length=1)
+    """What may be learned. Each entry lists keys of the section `task` that must equal the server's. The columns
+    (`text`, `image`, `label`, `question`, `context`, `answers`) must equal their defaults where the entry leaves them
+    out."""
+    unit: Literal["record", "group"] = "record"
+    """What a run has to protect; another unit is refused, as it would not add up with what the ledger holds."""
+    group: str | None = None
+    """For `unit: group`: the column that says whose record it is."""
+    max_group_records: int = Field(8, ge=1)
+    """For `unit: group`: most records of a group that may be used."""
+    min_noise_multiplier: float = Field(0.5, gt=0)
+    """Smallest noise multiplier σ of a step."""
+    max_clip_norm: float = Field(10.0, gt=0, allow_inf_nan=False)
+    """Largest norm C to which one record's gradient is clipped."""
+    max_sampling_rate: float = Field(0.5, gt=0, le=1)
+    """Largest probability with which a record enters a batch."""
+    max_steps: int = Field(100_000, ge=1)
+    """Most noisy steps of one run."""
+    noise: list[Literal["secure", "reproducible", "none"]] = Field(["secure"], min_length=1)
+    """Kinds of noise that a run may use. `reproducible` and `none` protect nothing: no ε holds for data that was
+    released with them, so that nothing more is released from it unless they are listed here. `max_epsilon` then bounds
+    only what was released with secure noise."""
+    metrics: list[str] = Field([])
+    """Metrics that a test on the owner's own held-out records (`federation.private_test`) may compute, its `loss`
+    included, such as `[loss, accuracy]`. They stay with the owner. By default there is no such test."""
+    records: int | None = Field(None, ge=1)
+    """Number of records to declare to the server, which decides the sampling rate; by default the true one."""
+
+    @field_validator("base_models")
+    @classmethod
+    def _hashes(cls, value: list[str] | None) -> list[str] | None:
+        if not all(re.fullmatch("sha256:[0-9a-f]{64}", name) for name in value or []):
+            raise ValueError("each is a hash as `lorica hash FOLDER` prints it, sha256:…")
+        return value
+
+    @field_validator("tasks")
+    @classmethod
+    def _as_the_task_section_reads_them(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        entries = []
+        for entry in value:
+            task = validate(TaskConfig, {"train": "", "test": ""} | entry, prefix="policy.tasks")
+            entries.append({key: getattr(task, key) for key in ("type", *COLUMNS, *entry)})
+        return entries
+
+    @field_validator("group")
+    @classmethod
+    def _a_group_has_a_column(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if (info.data.get("unit") == "group") != (value is not None):
+            raise ValueError("give unit: group and the column group together")
+        return value
+
+    def review(self, config: ExperimentConfig, plan: ClientPlan, base: str) -> None:
+        """Refuse a run that the owner does not allow, before anything of it is done.
+
+        ε is recomputed from the terms that the server proposes, for all steps that it plans, at the owner's δ. Of
+        `model`, only the base counts: every other key changes what is computed from clipped gradients, not what they
+        give away.
+
+        Args:
+            config: the server's proposal.
+            plan: this owner's plan under it.
+            base: `hash_of_base` of the model that would be loaded.
+
+        Raises:
+            Refused: names the key of the policy, the value proposed and the limit. Holds public information alone.
+        """
+        self._review_learned(config, base)
+        self._review_unit(config)
+        self._review_noise(plan)
+        rate = plan.terms.sampling_rate
+        if not rate <= self.max_sampling_rate:
+            _refuse("max_sampling_rate", f"a sampling rate of {rate:g}", f"the limit is {self.max_sampling_rate:g}")
+        if plan.max_steps > self.max_steps:
+            _refuse("max_steps", f"{plan.max_steps} steps", f"the limit is {self.max_steps}")
+        if plan.noise == "none":
+            return
+        sigma, clip = plan.terms.noise_multiplier, plan.terms.clip_norm
+        if not sigma >= self.min_noise_multiplier:
+            least = f"the least is {self.min_noise_multiplier:g}"
+            _refuse("min_noise_multiplier", f"a noise multiplier of {sigma:g}", least)
+        if not clip <= self.max_clip_norm:
+            _refuse("max_clip_norm", f"a clip norm of {clip:g}", f"the limit is {self.max_clip_norm:g}")
+        cost = epsilon_above(self.max_epsilon, [plan.steps(plan.max_steps)], self.delta)
+        if cost is not None:
+            steps = f"{plan.max_steps} steps that cost ε = {cost:.4g} at δ = {self.delta:g}"
+            _refuse("max_epsilon", steps, f"the limit is {self.max_epsilon:g}")
+
+    def review_release(self, releases: Iterable[Release], unit: str, plan: ClientPlan, steps: int) -> None:
+        """Refuse steps with which everything released so far would cost more than the owner allows.
+
+        Asked before a run with all the steps that it may still take, and before each release with its own. All releases
+        of the ledger compose, whichever run, client or records they name: at a node the server chooses those, and the
+        columns that the records' fingerprint depends on.
+
+        Args:
+            releases: all of the ledger, `Ledger.releases()`.
+            unit: what the steps would protect: `record`, or `group COLUMN, at most N records`.
+            plan: whose terms the steps have.
+            steps: how many of them are to come.
+
+        Raises:
+            Refused: names the key of the policy, what would be spent and the limit.
+        """
+        self._review_noise(plan)
+        releases = list(releases)
+        kinds = self._voiding(releases)
+        if kinds:
+            raise Refused(
+                f"policy.noise: the ledger holds releases with noise = {', '.join(sorted(kinds))}, after which no ε "
+                f"holds for this data; allowed are {', '.join(self.noise)}"
+            )
+        if plan.noise != "secure":
+            return
+        others = _units(releases) - {unit}
+        if others:
+            raise Refused(
+                f"policy.unit: the ledger holds releases with unit = {min(others)!r}, which do not add up with {unit!r}"
+            )
+        life = lifetime_above(self.max_epsilon, releases, None, self.delta, plan.steps(steps), unit)
+        if life is not None:
+            total = f"ε = {life:.4g} at δ = {self.delta:g}"
+            proposed = f"{steps} steps with which all that was ever released from this data would cost {total}"
+            _refuse("max_epsilon", proposed, f"the limit is {self.max_epsilon:g}")
+
+    def spent(self, releases: Iterable[Release]) -> float:
+        """ε at the owner's δ of all that a ledger holds.
+
+        Infinite where a release has noise that the policy does not list, or where units differ: nothing more may leave.
+        """
+        releases = list(releases)
+        if self._voiding(releases) or len(_units(releases)) > 1:
+            return float("inf")
+        return lifetime_epsilon(releases, None, self.delta)
+
+    def _voiding(self, releases: list[Release]) -> set[str]:
+        """Kinds of noise after which the policy lets nothing more leave."""
+        return {release.noise for release in releases} - {"secure", *self.noise}
+
+    def _review_learned(self, config: ExperimentConfig, base: str) -> None:
+        if self.base_models is not None and base not in self.base_models:
+            _refuse("base_models", f"the base model {base}", f"allowed are {', '.join(self.base_models) or 'none'}")
+        differences = [
+            {key: value for key, value in entry.items() if getattr(config.task, key) != value} for entry in self.tasks
+        ]
+        nearest = min(differences, key=lambda keys: ("type" in keys, len(keys)))
+        if nearest:
+            key, allowed = next(iter(nearest.items()))
+            _refuse("tasks", f"task.{key} = {getattr(config.task, key)!r}", f"the nearest entry has {allowed!r}")
+        computed = [name for name in _tested(config.task) if name not in self.metrics]
+        if config.federation.private_test and computed:
+            proposed = f"federation.private_test = {config.federation.private_test:g}, which computes {computed}"
+            _refuse("metrics", proposed, f"allowed are {self.metrics}")
+
+    def _review_unit(self, config: ExperimentConfig) -> None:
+        privacy = config.privacy
+        if privacy == "none":
+            return
+        if (privacy.unit, privacy.group) != (self.unit, self.group):
+            proposed = f"privacy.unit = {privacy.unit!r} with privacy.group = {privacy.group!r}"
+            _refuse("unit", proposed, f"the policy has {self.unit!r} with {self.group!r}")
+        if self.unit == "group" and privacy.group_records > self.max_group_records:
+            proposed = f"privacy.group_records = {privacy.group_records}"
+            _refuse("max_group_records", proposed, f"the limit is {self.max_group_records}")
+
+    def _review_noise(self, plan: ClientPlan) -> None:
+        if plan.noise not in self.noise:
+            _refuse("noise", f"noise = {plan.noise}", f"allowed are {', '.join(self.noise)}")
+
+
+def load_policy(path: Path) -> Policy:
+    """Read an owner's policy.
+
+    Raises:
+        UserError: no such file, no YAML, an unknown key, a value of the wrong type or out of bounds; names
+            `policy.KEY`.
+    """
+    return validate(Policy, read_mapping(path, "policy"), prefix="policy")
+
+
+def _units(releases: list[Release]) -> set[str]:
+    return {release.unit for release in releases if release.noise == "secure"}
+
+
+def _tested(task: TaskConfig) -> list[str]:
+    """Names of all that a private test computes."""
+    decoded = ["exact_match"] if task.answer_tokens is not None else []
+    return ["loss", *(task.metrics or TESTED[task.type]), *decoded]
+
+
+def _refuse(key: str, proposed: str, limit: str) -> NoReturn:
+    raise Refused(f"policy.{key}: the server proposes {proposed}; {limit}")

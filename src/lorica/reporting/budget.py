@@ -1,0 +1,179 @@
+"""What a ledger says of an owner's data: what left, when, to which run, at what ε, and what a policy leaves."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lorica.privacy.accounting import epsilon
+from lorica.privacy.ledger import Release, find_ledger, lifetime_epsilon, read_ledger, unprotected
+from lorica.privacy.policy import Policy
+from lorica.reporting.style import rounded_up
+
+SHOWN_OF_A_DIGEST = 8
+
+
+def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[str, Any]:
+    """JSON-able account of a ledger. Every ε is by PLD at one δ; null stands for infinity.
+
+    `runs` has a row for each run, client and kind of noise, with the ε of that run alone. `owners` has a row for each
+    set of records, with the ε of all runs that they may have been in. `policy` composes everything in the ledger, as
+    `Policy.review_release` does.
+
+    Args:
+        path: a ledger, or the data that it lies beside.
+        delta: where there is no policy; the policy has its own.
+
+    Raises:
+        UserError: no ledger there.
+    """
+    ledger = find_ledger(path)
+    entries = read_ledger(ledger)
+    releases = [release for _, release in entries]
+    runs: dict[tuple[str | int, ...], list[tuple[float, Release]]] = {}
+    for entry in entries:
+        runs.setdefault(_of_run(entry[1]), []).append(entry)
+    delta = delta if policy is None else policy.delta
+    return {
+        "ledger": str(ledger),
+        "delta": delta,
+        "runs": [_run_row(rows, delta) for rows in runs.values()],
+        "owners": [_owner_row(releases, *key, delta) for key in dict.fromkeys(map(_of_owner, releases))],
+        "policy": None if policy is None else _policy_row(releases, policy),
+    }
+
+
+def budget_table(budget: dict[str, Any]) -> Group:
+    """The same for the terminal; what no noise protects is red, identifiers are cut to 8 characters."""
+    parts: list[RenderableType] = [
+        Text(f"Ledger {budget['ledger']}"),
+        _table(
+            f"Releases (ε of each run alone, at δ = {budget['delta']:g}; times in UTC)",
+            ["Run", "Client", "Records of", "First", "Last", "Rounds", "Steps", "q", "σ", "C", "Noise", "Unit", "ε"],
+            [(_run_cells(row), row["noise"] != "secure") for row in budget["runs"]],
+        ),
+        _table(
+            f"Life of the data (ε of all runs, at δ = {budget['delta']:g})",
+            ["Data set", "Records of", "Unit", "Runs", "Releases", "Unprotected", "ε"],
+            [(_owner_cells(row), row["unprotected"] > 0) for row in budget["owners"]],
+        ),
+    ]
+    policy = budget["policy"]
+    if policy is not None:
+        text = f"Policy: ε = {rounded_up(_number(policy['spent']))} of {policy['max_epsilon']:g} is spent"
+        left = f"{math.floor(policy['left'] * 100) / 100:.2f} is left" if policy["left"] else "nothing is left"
+        parts.append(Text(f"{text}, {left}.", style="bold" if policy["left"] else "bold red"))
+    return Group(*parts)
+
+
+def _of_run(release: Release) -> tuple[str, int, str, str, str, str]:
+    return release.run, release.client, release.dataset, release.owner, release.noise, release.unit
+
+
+def _of_owner(release: Release) -> tuple[str, str, str]:
+    return release.dataset, release.owner, release.unit
+
+
+def _run_row(entries: list[tuple[float, Release]], delta: float) -> dict[str, Any]:
+    times = [time for time, _ in entries]
+    releases = [release for _, release in entries]
+    run, client, dataset, owner, noise, unit = _of_run(releases[0])
+    terms = sorted({(release.sampling_rate, release.noise_multiplier, release.clip_norm) for release in releases})
+    cost = epsilon([release.cost for release in releases], delta) if noise == "secure" else math.inf
+    return {
+        "run": run,
+        "client": client,
+        "dataset": dataset,
+        "owner": owner,
+        "unit": unit,
+        "noise": noise,
+        "first": datetime.fromtimestamp(min(times), UTC).isoformat(timespec="seconds"),
+        "last": datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds"),
+        "rounds": len({release.round for release in releases}),
+        "releases": len(releases),
+        "steps": sum(release.steps for release in releases),
+        "sampling_rates": sorted({rate for rate, _, _ in terms}),
+        "noise_multipliers": sorted({sigma for _, sigma, _ in terms}),
+        "clip_norms": sorted({clip for _, _, clip in terms if math.isfinite(clip)}),
+        "epsilon": _finite(cost),
+    }
+
+
+def _owner_row(releases: list[Release], dataset: str, owner: str, unit: str, delta: float) -> dict[str, Any]:
+    of_dataset = [release for release in releases if release.dataset == dataset]
+    own = [release for release in of_dataset if release.owner == owner]
+    runs = {release.run for release in own}
+    # Another partition of the same data set: who had these records then, nobody knows.
+    bare = unprotected(own + [release for release in of_dataset if release.run not in runs])
+    life = math.inf if bare else lifetime_epsilon(of_dataset, owner, delta, unit=unit)
+    return {
+        "dataset": dataset,
+        "owner": owner,
+        "unit": unit,
+        "runs": len(runs),
+        "releases": len(own),
+        "unprotected": bare,
+        "lifetime_epsilon": _finite(life),
+    }
+
+
+def _policy_row(releases: list[Release], policy: Policy) -> dict[str, Any]:
+    spent = policy.spent(releases)
+    return {
+        "max_epsilon": policy.max_epsilon,
+        "delta": policy.delta,
+        "spent": _finite(spent),
+        "left": max(0.0, policy.max_epsilon - spent),
+    }
+
+
+def _run_cells(row: dict[str, Any]) -> list[str]:
+    return [
+        row["run"][:SHOWN_OF_A_DIGEST],
+        str(row["client"]),
+        row["owner"][:SHOWN_OF_A_DIGEST],
+        row["first"][:16].replace("T", " "),
+        row["last"][:16].replace("T", " "),
+        str(row["rounds"]),
+        str(row["steps"]),
+        _numbers(row["sampling_rates"]),
+        _numbers(row["noise_multipliers"]),
+        _numbers(row["clip_norms"]),
+        row["noise"],
+        row["unit"],
+        rounded_up(_number(row["epsilon"])),
+    ]
+
+
+def _owner_cells(row: dict[str, Any]) -> list[str]:
+    digests = [row["dataset"][:SHOWN_OF_A_DIGEST], row["owner"][:SHOWN_OF_A_DIGEST]]
+    counts = [str(row[name]) for name in ("runs", "releases", "unprotected")]
+    return [*digests, row["unit"], *counts, rounded_up(_number(row["lifetime_epsilon"]))]
+
+
+def _table(title: str, headings: list[str], rows: list[tuple[list[str], bool]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for cells, bare in rows:
+        table.add_row(*map(Text, cells), style="red" if bare else None)
+    return table
+
+
+def _numbers(values: list[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
