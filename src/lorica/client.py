@@ -72,8 +72,8 @@ class Client:
         stored reply: the same release, at no further cost.
 
         Raises:
-            Refused: the request goes beyond the owner's plan or policy, belongs to a round that is over, or builds on a request
-                that did not arrive.
+            Refused: the request goes beyond the owner's plan or policy, belongs to a round that is over, or builds on a
+                request that did not arrive.
         """
         if isinstance(request.work, Delivery):
             self._test_privately(model, request, request.work)

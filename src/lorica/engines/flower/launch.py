@@ -118,9 +118,8 @@ def _simulation(folder: Path) -> Iterator[dict[str, str]]:
         port = probe.getsockname()[1]
     home = folder / "flwr"
     home.mkdir()
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "simulation"\n\n[superlink.simulation]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
+    connection = f'[superlink.simulation]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    (home / "config.toml").write_text(f'[superlink]\ndefault = "simulation"\n\n{connection}')
     environment = os.environ | OFFLINE | {"FLWR_HOME": str(home)}
     command = [_command("flower-superlink"), "--simulation", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
     log = folder / "superlink.log"
