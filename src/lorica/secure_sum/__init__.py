@@ -6,7 +6,7 @@ One summation of the clients `u` with threshold `t`:
 
 | stage | client | server |
 |---|---|---|
-| 1 keys | `advertise`: two fresh X25519 key pairs, `c_u` to encrypt, `s_u` to mask; sends the public ones | `check_keys` |
+| 1 keys | `advertise`: fresh X25519 keys `c_u` (encryption) and `s_u` (masks); sends the public halves | `check_keys` |
 | 2 shares | `share`: draws a seed `b_u`; sends each client a Shamir share of `b_u` and of `s_u`, encrypted | `route` |
 | 3 masked input | `mask`: `y_u = q_u + G(b_u) + Σ_{v>u} G(s_uv) − Σ_{v<u} G(s_uv)  mod 2^k` | `check_masked` |
 | 4 reveal | `reveal`: for each client, a share of `b` if its `y` arrived, else one of `s`; never both | `unmask` |

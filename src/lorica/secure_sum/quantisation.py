@@ -1,8 +1,9 @@
 """Tensors as integers modulo 2^k, and back.
 
-A coordinate `x` becomes `round(clip(x, ±bound) / step)`, in two's complement. The step is such that a sum of all clients
-never wraps. The dequantised sum of `n` clients differs from the sum of the clipped values by at most `n · step / 2` a
-coordinate (rounding is to nearest, ties to even), and by its own rounding to fp32. Values beyond the bound are clipped.
+A coordinate `x` becomes `round(clip(x, ±bound) / step)`, in two's complement. The step is such that a sum of all
+clients never wraps. The dequantised sum of `n` clients differs from the sum of the clipped values by at most
+`n · step / 2` a coordinate (rounding is to nearest, ties to even), and by its own rounding to fp32. Values beyond the
+bound are clipped.
 That is post-processing of a release, so it costs no privacy, but it biases the sum: choose the bound from public
 numbers, such that it is rarely reached.
 """
