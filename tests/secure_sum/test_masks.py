@@ -11,8 +11,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from lorica.secure_sum.messages import DIGEST_BYTES
-from lorica.secure_sum.primitives import keystream
+from lorica.secure_sum.messages import DIGEST_BYTES, pair_seed
+from lorica.secure_sum.primitives import keystream, private_key, public_key
 from lorica.secure_sum.quantisation import quantise
 from lorica.secure_sum.setup import Setup
 from tests.secure_sum.parties import masked, setup_for, shared
@@ -79,6 +79,14 @@ def test_either_kind_of_mask_hides_the_input_alone(known: str) -> None:
     # The inputs are zeros: what is left of client 0 under its pairwise mask is minus what is left of client 1.
     other = reply_words(setup, replies[1]) - keystream(parties.states[1].seed, COUNT, setup.word)
     assert np.array_equal(words - self_mask, np.negative(other))
+
+
+def test_each_pair_has_a_mask_of_its_own_whatever_keys_it_uses() -> None:
+    """X25519 knows several spellings of one public key, so a check for equal bytes does not find a copied one."""
+    setup, private, public = setup_for(3), private_key(), public_key(private_key())
+    other = public[:31] + bytes([public[31] ^ 0x80])
+    assert pair_seed(setup, 0, private, 1, public) != pair_seed(setup, 0, private, 2, other)
+    assert pair_seed(setup, 0, private, 1, public) == pair_seed(setup, 0, private, 1, other)
 
 
 def test_two_summations_never_share_a_mask() -> None:

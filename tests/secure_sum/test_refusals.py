@@ -124,6 +124,12 @@ def test_shares_that_are_not_for_exactly_the_others_are_not_routed() -> None:
     refused("sent shares but no keys", 9, server.route, setup, keys, sent | {9: sent[2]})
 
 
+def test_the_shares_of_too_few_clients_are_not_routed() -> None:
+    setup, keys, sent = sent_shares()
+    few = {own: sent[own] for own in (0, 1)}
+    refused("2 clients shared their secrets, the threshold is 3", None, server.route, setup, keys, few)
+
+
 @pytest.mark.parametrize("length", [0, SEALED_BYTES - 1, SEALED_BYTES + 1])
 def test_shares_of_the_wrong_length_are_not_routed(length: int) -> None:
     setup, keys, sent = sent_shares()

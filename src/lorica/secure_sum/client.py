@@ -37,8 +37,8 @@ class State:
         seed: of the self mask; empty before `share`.
         shares: client -> its seed's share and its mask key's share for this client. Before `mask` only its own, then
             of all clients that shared.
-        masked: digest of what `mask` was given; empty before.
-        survivors: what `reveal` was given; empty before.
+        masked: SHA-256 of the quantised tensors and of whom they were masked with; empty before `mask`.
+        survivors: what `reveal` was told; empty before.
     """
 
     setup: Setup
@@ -114,16 +114,16 @@ def share(state: State, keys: Mapping[int, bytes]) -> tuple[State, dict[int, byt
 def mask(state: State, shares: Mapping[int, bytes], tensors: Mapping[str, Tensor]) -> tuple[State, bytes]:
     """Stage 3: the quantised tensors under the self mask and one mask with each client that shared.
 
-    Called again with the very same arguments it gives the same bytes, for a reply that got lost.
+    Called again with the same tensors and senders it gives the same bytes, for a reply that got lost.
 
     Args:
         shares: sender -> encrypted shares for this client, from each other client that shared.
         tensors: name -> what to sum, released and already multiplied by this client's public weight.
 
     Raises:
-        SummationError: called before `share`; called a second time with other shares or tensors; unknown senders; fewer
-            clients than the threshold; shares that were altered, or are another client's or summation's; a tensor that
-            is not finite.
+        SummationError: called before `share`; called a second time with other tensors or senders; unknown senders;
+            fewer clients than the threshold; shares that were altered, or are another client's or summation's; a tensor
+            that is not finite.
     """
     setup, own = state.setup, state.own
     if not state.seed:
@@ -136,8 +136,8 @@ def mask(state: State, shares: Mapping[int, bytes], tensors: Mapping[str, Tensor
     words = quantise(setup, tensors)
     keys = {client: state.keys[client] for client in sorted({own, *shares})}
     belongs_to = context(setup, keys, {name: tensor.shape for name, tensor in tensors.items()})
-    digest = hashlib.sha256(belongs_to + words.tobytes() + b"".join(shares[sender] for sender in sorted(shares)))
-    if state.masked not in (b"", digest.digest()):
+    digest = hashlib.sha256(belongs_to + words.tobytes()).digest()
+    if state.masked not in (b"", digest):
         raise SummationError("the server asks for a second input under the same masks")
     received = {own: state.shares[own]}
     for sender in sorted(shares):
@@ -149,7 +149,7 @@ def mask(state: State, shares: Mapping[int, bytes], tensors: Mapping[str, Tensor
         stream = primitives.keystream(seed, len(words), setup.word)
         words += stream if own < other else np.negative(stream)
     reply = belongs_to + commitment(setup, state.seed) + words.tobytes()
-    return replace(state, shares=received, masked=digest.digest()), reply
+    return replace(state, shares=received, masked=digest), reply
 
 
 def reveal(state: State, survivors: Collection[int]) -> tuple[State, bytes]:

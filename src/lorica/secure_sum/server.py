@@ -2,7 +2,7 @@
 
 No function keeps state. Where an error names a client, the server can leave that client's bytes out and call again,
 until fewer than the threshold are left. Once the survivors were announced to the clients, only answers to that can be
-left out, no masked input: hence `check_masked` as each one comes in.
+left out, no masked input: hence `check_masked` as each one comes in. Stage 1 needs `messages.check_keys` only.
 """
 
 from __future__ import annotations
@@ -94,12 +94,11 @@ def unmask(
         name -> fp32 sum.
 
     Raises:
-        SummationError: fewer masked inputs or answers than the threshold; one of the wrong length or out of range, or
-            from a client that is not a survivor; shares that do not give the secrets back.
+        SummationError: fewer answers than the threshold; a masked input that `check_masked` refuses; an answer of the
+            wrong length or out of range, or from a client that is no survivor; shares that give no secrets back.
     """
     for client, reply in masked.items():
         check_masked(setup, keys, client, reply, shapes)
-    check_threshold(setup, len(masked), "survived")
     shares = {client: _shares(keys, masked, client, reply) for client, reply in revealed.items()}
     check_threshold(setup, len(shares), "revealed their shares")
     helpers = sorted(shares)[: setup.threshold]

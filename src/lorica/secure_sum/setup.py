@@ -66,10 +66,9 @@ class Setup:
     def step(self) -> float:
         """The quantisation step: the power of two above `bound / levels`, with `levels = ⌊(2^(k-1) − 1) / n⌋`.
 
-        Hence `n · round(bound / step) < 2^(k-1)`. A power of two makes the division by it exact; `levels` is at most
-        2^53, up to which a float64 holds every integer.
+        Hence `n · round(bound / step) < 2^(k-1)`. Division by a power of two is exact.
         """
-        levels = min((2 ** (self.bits - 1) - 1) // self.clients, 2**53)
+        levels = (2 ** (self.bits - 1) - 1) // self.clients
         return math.ldexp(1.0, math.frexp(self.bound / levels)[1])
 
     @property
