@@ -188,6 +188,9 @@ class FederationConfig(Strict):
     """Expected size of a Poisson batch: the sampling rate is batch_size / records."""
     participation: float = Field(1.0, gt=0, le=1)
     """Share of the clients in a round, in balanced rotation drawn from the public seed."""
+    min_clients: int | None = Field(None, ge=1)
+    """Fewest replies with which a round goes on, when clients fail, are late or send what cannot be right. By default
+    all of a round's participants must reply, or the run stops, to be resumed at that round."""
     private_test: float = Field(0.0, ge=0, lt=1)
     """Share of each client's records that it does not train on but tests on. What comes out of it is private: it is
     written beside the ledger, for the owner, and is in no report."""

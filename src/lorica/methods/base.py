@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel
@@ -28,6 +28,8 @@ from lorica.errors import UserError
 from lorica.local.step import LocalStep
 from lorica.privacy.mechanism import Terms
 from lorica.streams import numpy_stream
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,20 @@ class Replies:
     def mean_sketch(self) -> Mapping[str, Tensor]:
         """Site name -> `Σ_k w_k` sketch."""
         return self._mean(self.sketches)
+
+    def only(self, later: Replies) -> Replies:
+        """The replies of those clients that also replied to a later exchange, with its weights."""
+
+        def kept(values: Mapping[int, Value]) -> dict[int, Value]:
+            return {client: value for client, value in values.items() if client in later.weights}
+
+        return replace(
+            self,
+            updates=kept(self.updates),
+            weights=later.weights,
+            energies=kept(self.energies),
+            sketches=kept(self.sketches),
+        )
 
     def _mean(self, tensors: Mapping[int, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         clients = sorted(tensors)
@@ -257,7 +273,7 @@ class Method(ABC):
         """Refuse, before the run, a setting that the method cannot work with (`UserError`).
 
         Args:
-            clients: that take part in a round.
+            clients: how many replies a round has at least.
         """
 
     def start(self, model: AdapterState, seed: int) -> None:  # noqa: B027 - most methods start from what PEFT gives
