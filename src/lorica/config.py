@@ -245,8 +245,16 @@ class LocalConfig(Strict):
 
 
 class ServerConfig(Strict):
-    """What the server does with the mean update of a round: post-processing of releases."""
+    """How the server makes one update of a round's, and what it does with it: post-processing of releases."""
 
+    aggregate: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
+    """`mean`: weighted by `federation.weights`. The others bear with a few bad clients and ignore weights; they act on
+    what clients released. `median`, `trimmed-mean`: of each coordinate. `krum`: the one update nearest to its
+    neighbours."""
+    trim: float = Field(0.2, gt=0, lt=0.5)
+    """Of `trimmed-mean`: the share of the values that is cut at each end."""
+    byzantine: int = Field(1, ge=0)
+    """Of `krum`: how many clients `f` may be bad; a round needs `2f + 3` replies."""
     optimizer: Literal["average", "fedavgm", "fedadam"] = "average"
     """`average`: add it. `fedavgm`: with momentum. `fedadam`: Adam, with the known noise taken off its second
     moment."""

@@ -21,6 +21,7 @@ from lorica.adapters.export import Export, export_adapter
 from lorica.adapters.state import AdapterState
 from lorica.aggregation.averaging import RoundAverage
 from lorica.aggregation.kalman import KalmanFilter
+from lorica.aggregation.robust import check_aggregate, make_aggregate
 from lorica.aggregation.scaffold import Scaffold
 from lorica.aggregation.server_optimizers import make_server_optimizer
 from lorica.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -190,6 +191,7 @@ def prepare(config: ExperimentConfig) -> Prepared:
     fewest = _fewest_replies(federation, len(schedule[0]))
     method.check(config.optimizer, fewest, federation.local_steps)
     check_pieces(config, method)
+    check_aggregate(config.server, fewest)
     if federation.weights == "noise" and config.privacy == "none":
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
     if federation.partition in BY_LABELS and not task.has_classes:
@@ -273,6 +275,7 @@ def _assemble(prepared: Prepared, run: str, checkpoint: Checkpoint | None) -> tu
             perturbation=config.local.flat_lora,
         ),
         ranks=prepared.ranks,
+        aggregate=make_aggregate(config.server),
         optimize=make_server_optimizer(config.server),
         denoise={"none": None, "shrinkage": "shrinkage", "kalman": KalmanFilter()}[config.server.denoise],
         average=RoundAverage(config.server.average) if config.server.average else None,

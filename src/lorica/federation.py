@@ -111,7 +111,7 @@ class Federation:
             if isinstance(asked, Train):
                 traffic.factors = _united(traffic.factors, _per_site(asked, self.server))
             weights = client_weights(self.weighting, [self.plans[client] for client in traffic.participants])
-            replies = _replies(released, weights)
+            replies = replace(_replies(released, weights), aggregate=self.server.aggregate)
             if isinstance(asked, Train) and self.server.scaffold is not None:
                 self.server.scaffold.learn(replies, self.server)
             try:

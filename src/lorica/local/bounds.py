@@ -4,7 +4,7 @@ It knows the terms of every step. With `m ~ Binomial(n, q)` records in a batch, 
 `‖s‖ ≤ C m` over all tensors trained in the step and `ξ ~ N(0, τ² I)`, `τ = σC/b`. Each of these events fails with
 probability at most `p = 1e-12`:
 
-    m ≤ m_p, the (1 - p)-quantile of Binomial(n, q)
+    m_1 + … + m_k ≤ M_k, the (1 - p)-quantile of Binomial(k n, q), over any k given steps
     ‖Σ_e h_e ξ_e‖ ≤ τ (√(Σ_i v_i) + √(2 max_i v_i ln(1/p))),  v_i = Σ_e h_e² of coordinate i
 
 The second is the concentration of a Lipschitz function of Gaussians around a mean of at most `τ √(Σ_i v_i)` (Boucheron,
@@ -19,11 +19,12 @@ response of
 to `x = 1` in one step. `ρ` is 1, or `√0.273` where the smoothing is a rescaling (the filter has norm 1); `κ` is the
 norm of scaled gradient descent's `(F Fᵀ + δI)⁻¹`: that of the factor `F` where it is public and rests, else `1/δ`. Then
 
-    ‖U‖ ≤ Σ_e h_e C m_p/b + (noise, as above) + (Σ_e h_e/ρ) (‖c - c_k‖ + λ‖θ_0‖/κ)
+    ‖U‖ ≤ (C/b) Σ_k (h_(k) - h_(k+1)) M_k + (noise, as above) + (Σ_e h_e/ρ) (‖c - c_k‖ + λ‖θ_0‖/κ)
 
-and the same for all updates together, each divided by its rate. Where a step's map depends on earlier noise (scaled GD
-on both factors of a site, HetLoRA's tail penalty) noises are bounded step by step, with `Σ_e h_e` for `√(Σ_e h_e²)`;
-the penalty's gradient is bounded by `λ_t (‖other_0‖ + ‖U_other‖)`.
+with `h_(1) ≥ h_(2) ≥ …` (summation by parts; for plain SGD the first term is `η C M_E/b`), and the same for all updates
+together, each divided by its rate. Where a step's map depends on earlier noise (scaled GD on both factors of a site,
+HetLoRA's tail penalty) noises are bounded step by step, with `Σ_e h_e` for `√(Σ_e h_e²)`; the penalty's gradient is
+bounded by `λ_t (‖other_0‖ + ‖U_other‖)`.
 
 AdamW needs no probability. By Cauchy and Schwarz no coordinate of `m̂/√v̂` exceeds
 
@@ -38,6 +39,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
@@ -83,12 +85,12 @@ def update_bounds(work: Training, records: int, model: Mapping[str, Tensor]) -> 
     if work.optimizer.name == "adamw":
         coordinates = _adamw(work, tensors, active)
         return Bounds({name: norm(value) for name, value in coordinates.items()}, coordinates=coordinates)
-    return _sgd(work, tensors, active, clipped_norm(work.terms, records))
+    return _sgd(work, records, tensors, active)
 
 
 def gradient_bound(terms: Terms, records: int, size: int) -> float:
-    """`C m_p/b + τ (√d + √(2 ln(1/p)))`: of one noisy gradient with `size` coordinates."""
-    return (1 + ROUNDING) * (clipped_norm(terms, records) + gaussian_norm([(terms.noise_std, size)]))
+    """`C M_1/b + τ (√d + √(2 ln(1/p)))`: of one noisy gradient with `size` coordinates."""
+    return (1 + ROUNDING) * (clipped_norm(terms, records, [1.0]) + gaussian_norm([(terms.noise_std, size)]))
 
 
 def active_steps(work: Training) -> dict[str, list[int]]:
@@ -100,10 +102,13 @@ def active_steps(work: Training) -> dict[str, list[int]]:
     return found
 
 
-def clipped_norm(terms: Terms, records: int) -> float:
-    """`C m_p/b`."""
-    most = float(stats.binom.isf(FAILURE, records, terms.sampling_rate))
-    return terms.clip_norm * most / terms.batch_size
+def clipped_norm(terms: Terms, records: int, gains: Sequence[float]) -> float:
+    """What `Σ_e h_e C m_e/b` stays below: `(C/b) Σ_k (h_(k) - h_(k+1)) M_k`, gains `h_e` in descending order."""
+    ordered = np.sort(gains)[::-1]
+    falls = ordered - np.append(ordered[1:], 0.0)
+    counts = np.flatnonzero(falls) + 1
+    most = stats.binom.isf(FAILURE, counts * records, terms.sampling_rate)
+    return terms.clip_norm / terms.batch_size * float(falls[counts - 1] @ most)
 
 
 def gaussian_norm(parts: Sequence[tuple[float, int]]) -> float:
@@ -121,7 +126,7 @@ def norm(value: Tensor) -> float:
     return float(torch.linalg.vector_norm(value.double()))
 
 
-def _sgd(work: Training, tensors: Mapping[str, Tensor], active: Mapping[str, list[int]], clipped: float) -> Bounds:
+def _sgd(work: Training, records: int, tensors: Mapping[str, Tensor], active: Mapping[str, list[int]]) -> Bounds:
     local, decay = work.local, work.optimizer.weight_decay
     drifts, tails, gains = {}, {}, {}
     for name, steps in active.items():
@@ -150,16 +155,18 @@ def _sgd(work: Training, tensors: Mapping[str, Tensor], active: Mapping[str, lis
             sum(gains[n]) * gaussian_norm([(deviation, tensors[n].numel())]) for n, deviation in deviations.items()
         )
 
-    alone = {name: clipped * sum(gains[name]) + noise({name: 1.0}) + drifts[name] for name in active}
+    alone = {
+        name: clipped_norm(work.terms, records, gains[name]) + noise({name: 1.0}) + drifts[name] for name in active
+    }
     norms = {name: (1 + ROUNDING) * _with_tail(name, alone, tails, tensors, work) for name in active}
     scales = {name: 1 / work.rates[name] for name in active if name not in work.personal}
     if any(tails.values()) or not scales:
         return Bounds(norms)
     scaled = {name: dict(zip(active[name], gains[name], strict=True)) for name in scales}
     # One clip norm for all tensors of a step: the largest gain among them bounds the whole.
-    shared = sum(max(scales[name] * scaled[name].get(step, 0.0) for name in scales) for step in range(work.steps))
+    shared = [max(scales[name] * scaled[name].get(step, 0.0) for name in scales) for step in range(work.steps)]
     drift = math.sqrt(sum((scale * drifts[name]) ** 2 for name, scale in scales.items()))
-    return Bounds(norms, (1 + ROUNDING) * (clipped * shared + noise(scales) + drift))
+    return Bounds(norms, (1 + ROUNDING) * (clipped_norm(work.terms, records, shared) + noise(scales) + drift))
 
 
 def _adamw(work: Training, tensors: Mapping[str, Tensor], active: Mapping[str, list[int]]) -> dict[str, Tensor]:
