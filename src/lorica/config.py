@@ -191,11 +191,12 @@ class FederationConfig(Strict):
     """Expected size of a Poisson batch: the sampling rate is batch_size / records."""
     participation: float = Field(1.0, gt=0, le=1)
     """Share of the clients in a round, in balanced rotation drawn from the public seed."""
+    min_clients: int | None = Field(None, ge=1)
+    """Fewest replies with which a round goes on, when clients fail, are late or send what cannot be right. By default
+    all of a round's participants must reply, or the run stops, to be resumed at that round."""
     private_test: float = Field(0.0, ge=0, lt=1)
     """Share of each client's records that it does not train on but tests on. What comes out of it is private: it is
     written beside the ledger, for the owner, and is in no report."""
-    min_clients: int | None = Field(None, ge=1)
-    """Fewest."""
     weights: Literal["uniform", "records", "noise"] = "uniform"
     """Weight of a client in the mean: equal, by its record count, or by 1/τ² of its noise."""
     evaluate_every: int = Field(1, ge=1)
@@ -251,8 +252,16 @@ class LocalConfig(Strict):
 
 
 class ServerConfig(Strict):
-    """What the server does with the mean update of a round: post-processing of releases."""
+    """How the server makes one update of a round's, and what it does with it: post-processing of releases."""
 
+    aggregate: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
+    """`mean`: weighted by `federation.weights`. The others bear with a few bad clients and ignore weights; they act on
+    what clients released. `median`, `trimmed-mean`: of each coordinate. `krum`: the one update nearest to its
+    neighbours."""
+    trim: float = Field(0.2, gt=0, lt=0.5)
+    """Of `trimmed-mean`: the share of the values that is cut at each end."""
+    byzantine: int = Field(1, ge=0)
+    """Of `krum`: how many clients `f` may be bad; a round needs `2f + 3` replies."""
     optimizer: Literal["average", "fedavgm", "fedadam"] = "average"
     """`average`: add it. `fedavgm`: with momentum. `fedadam`: Adam, with the known noise taken off its second
     moment."""

@@ -20,11 +20,12 @@ from lorica.adapters.export import Export, export_adapter
 from lorica.adapters.state import AdapterState
 from lorica.aggregation.averaging import RoundAverage
 from lorica.aggregation.kalman import KalmanFilter
+from lorica.aggregation.robust import check_aggregate, make_aggregate
 from lorica.aggregation.scaffold import Scaffold
 from lorica.aggregation.server_optimizers import make_server_optimizer
 from lorica.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lorica.client import Client
-from lorica.config import ExperimentConfig, load
+from lorica.config import ExperimentConfig, FederationConfig, load
 from lorica.engines.local import LocalEngine
 from lorica.errors import UserError
 from lorica.federation import Engine, Federation, client_ranks, participation_schedule
@@ -204,8 +205,10 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     federation = config.federation
     schedule = participation_schedule(federation.clients, federation.rounds, federation.participation, config.seed)
     ranks = _client_ranks(config)
-    method.check(config.optimizer, len(schedule[0]), federation.local_steps)
+    fewest = _fewest_replies(federation, len(schedule[0]))
+    method.check(config.optimizer, fewest, federation.local_steps)
     check_pieces(config, method)
+    check_aggregate(config.server, fewest)
     if federation.weights == "noise" and config.privacy == "none":
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
     check_isolated(config, model, task.test)
@@ -292,6 +295,7 @@ def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoi
             perturbation=config.local.flat_lora,
         ),
         ranks=prepared.ranks,
+        aggregate=make_aggregate(config.server),
         optimize=make_server_optimizer(config.server),
         denoise={"none": None, "shrinkage": "shrinkage", "kalman": KalmanFilter()}[config.server.denoise],
         average=RoundAverage(config.server.average) if config.server.average else None,
@@ -311,6 +315,7 @@ def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoi
         plans={},
         schedule=prepared.schedule,
         weighting=config.federation.weights,
+        min_clients=config.federation.min_clients,
     )
 
 
@@ -344,6 +349,7 @@ def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "server_seconds": traffic.server_seconds,
         "participants": traffic.participants,
+        "missing": traffic.missing,
         "bytes_up": traffic.bytes_up,
         "bytes_down": traffic.bytes_down,
     }
@@ -415,6 +421,20 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
             export_adapter(prepared.model, federation.server.model.merged, target / name, export, card)
     write_report(folder)
     return read_result(folder)
+
+
+def _fewest_replies(federation: FederationConfig, participants: int) -> int:
+    """How many clients' replies a round has at least."""
+    if federation.min_clients is None:
+        return participants
+    if federation.min_clients > participants:
+        raise UserError(
+            "federation.min_clients",
+            federation.min_clients,
+            f"only {participants} clients take part in a round",
+            f"choose at most {participants}",
+        )
+    return federation.min_clients
 
 
 def _client_ranks(config: ExperimentConfig) -> dict[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -11,13 +12,20 @@ import numpy as np
 from torch import Tensor
 
 from lorica.adapters.state import AdapterState, Factors, Pair, leading
+from lorica.errors import UserError
 from lorica.messages import ENERGY, SKETCH, Delivery, Projection, Request, Training, size
 from lorica.methods.base import Method, Project, Replies, Server, Train
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account
 from lorica.streams import numpy_stream
+from lorica.validation import Expected, expected_reply, problem
 
 Weighting = Literal["uniform", "records", "noise"]
+logger = logging.getLogger(__name__)
+
+
+class TooFewReplies(UserError):
+    """A round that cannot go on. Finished rounds are kept; run again, clients give the replies that they stored."""
 
 
 class Engine(Protocol):
@@ -31,7 +39,7 @@ class Engine(Protocol):
         """Client -> what it agreed to for this run; of the clients that have joined since the last call, or of all."""
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
-        """Client -> the tensors that it released."""
+        """Client -> the tensors that it released; without those whose reply did not come."""
 
     def accounts(self, run: str) -> Mapping[int, Account]:
         """Client -> what it was charged for in this run."""
@@ -42,11 +50,18 @@ class Engine(Protocol):
 
 @dataclass
 class Traffic:
-    """What one round moved and how long the server's own work took."""
+    """What one round moved and how long the server's own work took.
+
+    Attributes:
+        participants: clients that replied to every request of the round.
+        missing: clients that were asked and at some point did not reply, or not as was asked; out from there on.
+        bytes_up, bytes_down: client -> what it sent, refused replies included, and what it was sent.
+    """
 
     participants: list[int]
     bytes_up: dict[int, int]
     bytes_down: dict[int, int]
+    missing: list[int] = field(default_factory=list)
     server_seconds: float = 0.0
     factors: dict[str, Factors] = field(default_factory=dict)
 
@@ -75,6 +90,7 @@ class Federation:
         plans: client -> what it agreed to, of all that have joined.
         schedule: participants of each round, index 0 for round 1.
         weighting: how clients are weighted in a mean.
+        min_clients: fewest replies with which a round goes on; None for those of all its participants.
     """
 
     run: str
@@ -84,6 +100,7 @@ class Federation:
     plans: dict[int, ClientPlan]
     schedule: list[list[int]]
     weighting: Weighting
+    min_clients: int | None = None
     _known: dict[int, Known] = field(default_factory=dict)
 
     def join(self) -> None:
@@ -99,28 +116,38 @@ class Federation:
         )
 
     def round(self) -> Traffic:
-        """Run the next round: drive the method's generator, one exchange for each request that it yields."""
+        """Run the next round: drive the method's generator, one exchange for each request that it yields.
+
+        A client that does not reply leaves the round: what it replied to before counts, later exchanges go to the rest,
+        and weights are those of the clients that replied.
+
+        Raises:
+            TooFewReplies: fewer than `min_clients` replied. This object is of no more use; a new one, from the last
+                checkpoint, repeats the round, and clients that had replied give the same replies from their ledgers.
+        """
         self.join()
         self.server.round += 1
-        participants = [client for client in self.schedule[self.server.round - 1] if client in self.plans]
-        traffic = Traffic(participants, dict.fromkeys(participants, 0), dict.fromkeys(participants, 0))
-        weights = client_weights(self.weighting, [self.plans[client] for client in participants])
+        scheduled = self.schedule[self.server.round - 1]
+        absent = {client: "it has not joined" for client in scheduled if client not in self.plans}
+        present = [client for client in scheduled if client in self.plans]
+        traffic = Traffic(present, dict.fromkeys(present, 0), dict.fromkeys(present, 0), sorted(absent))
+        self._check_enough(traffic, absent)
         started = time.perf_counter()
         steps = self.method.round(self.server)
         asked = next(steps, None)
+        expected: dict[int, Expected] = {}
         exchange = 0
         while asked is not None:
             exchange += 1
-            requests = self._requests(asked, participants, exchange)
+            requests = self._requests(asked, traffic.participants, exchange)
             traffic.server_seconds += time.perf_counter() - started
-            released = self.engine.exchange(requests)
-            for client in participants:
-                traffic.bytes_down[client] += requests[client].nbytes
-                traffic.bytes_up[client] += size(released[client])
+            arrived = self.engine.exchange(requests)
+            started = time.perf_counter()
+            released = self._accepted(requests, arrived, expected, traffic)
             if isinstance(asked, Train):
                 traffic.factors = _united(traffic.factors, _per_site(asked, self.server))
-            started = time.perf_counter()
-            replies = _replies(released, weights)
+            weights = client_weights(self.weighting, [self.plans[client] for client in traffic.participants])
+            replies = replace(_replies(released, weights), aggregate=self.server.aggregate)
             if isinstance(asked, Train) and self.server.scaffold is not None:
                 self.server.scaffold.learn(replies, self.server)
             try:
@@ -130,6 +157,59 @@ class Federation:
         self.server.finish_round()
         traffic.server_seconds += time.perf_counter() - started
         return traffic
+
+    def _accepted(
+        self,
+        requests: Mapping[int, Request],
+        replies: Mapping[int, Mapping[str, Tensor]],
+        expected: dict[int, Expected],
+        traffic: Traffic,
+    ) -> dict[int, Mapping[str, Tensor]]:
+        """The replies that count; clients that gave none are moved from the round's participants to the missing.
+
+        Args:
+            expected: client -> what it had to reply to its last request of this round; taken in and brought up to date.
+        """
+        accepted, reasons = {}, {}
+        for client, request in requests.items():
+            traffic.bytes_down[client] += request.nbytes
+            if client not in replies:
+                reasons[client] = "no reply"
+                continue
+            traffic.bytes_up[client] += size(replies[client])
+            expected[client] = expected_reply(
+                request,
+                self.plans[client].records,
+                self.server.model.tensors,
+                self.server.seed,
+                expected.get(client),
+            )
+            wrong = problem(replies[client], expected[client])
+            if wrong is None:
+                accepted[client] = replies[client]
+            else:
+                reasons[client] = f"its reply is refused, {wrong}"
+        for client, reason in reasons.items():
+            logger.warning("round %d goes on without client %d: %s", self.server.round, client, reason)
+            # It may or may not have taken in what it was sent.
+            self._known.pop(client, None)
+        traffic.participants = list(accepted)
+        traffic.missing = sorted([*traffic.missing, *reasons])
+        self._check_enough(traffic, reasons)
+        return accepted
+
+    def _check_enough(self, traffic: Traffic, reasons: Mapping[int, str]) -> None:
+        replied = len(traffic.participants)
+        needed = replied + len(traffic.missing) if self.min_clients is None else self.min_clients
+        if replied < needed:
+            why = "; ".join(f"client {client}: {reason}" for client, reason in sorted(reasons.items()))
+            raise TooFewReplies(
+                "federation.min_clients",
+                self.min_clients,
+                f"round {self.server.round} needs {needed} replies and has {replied} ({why})",
+                "mend what stopped these clients and run the same command again: finished rounds are kept, and a reply "
+                "that a client has given is not charged twice",
+            )
 
     def _requests(self, asked: Train | Project, participants: list[int], exchange: int) -> dict[int, Request]:
         server, scaffold = self.server, self.server.scaffold

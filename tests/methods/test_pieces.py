@@ -10,6 +10,7 @@ import torch
 
 from lorica.aggregation.averaging import RoundAverage
 from lorica.aggregation.kalman import KalmanFilter
+from lorica.aggregation.robust import median
 from lorica.aggregation.scaffold import Scaffold
 from lorica.aggregation.server_optimizers import FedAdam, FedAvgM, ServerAverage
 from lorica.config import ExperimentConfig, load
@@ -25,6 +26,7 @@ PIECE: dict[str, tuple[list[str], Any]] = {
     "scaffold": (["local.scaffold=true"], lambda: {"scaffold": Scaffold(3)}),
     "scaled_gd": (["local.scaled_gd=true"], lambda: {"local": LocalStep(damping=0.1)}),
     "flat_lora": (["local.flat_lora=0.05"], lambda: {"local": LocalStep(perturbation=0.05)}),
+    "robust": (["server.aggregate=median"], lambda: {"aggregate": median}),
     "server_optimizer": (["server.optimizer=fedavgm"], lambda: {"optimize": FedAvgM(1.0, 0.9)}),
     "server_lr": (["server.lr=0.5"], lambda: {"optimize": ServerAverage(0.5)}),
     "shrinkage": (["server.denoise=shrinkage"], lambda: {"denoise": "shrinkage"}),
@@ -98,11 +100,19 @@ def test_a_refused_piece_is_named_with_its_reason(name: str, piece: str) -> None
         (["server.optimizer=fedadam", "server.denoise=kalman"], "server.denoise"),
         (["local.scaffold=true", "optimizer.momentum=0.9"], "local.scaffold"),
         (["model.precision=nf4", "local.flat_lora=0.05"], "model.precision"),
+        (["server.aggregate=median", "server.denoise=kalman"], "server.denoise"),
+        (["server.aggregate=krum", "server.optimizer=fedadam"], "server.optimizer"),
+        (["server.aggregate=median", "local.scaffold=true"], "local.scaffold"),
     ],
 )
 def test_pieces_that_do_not_fit_each_other_are_refused(overrides: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named.replace(".", r"\.")):
         check(config("ffa-lora", *overrides))
+
+
+def test_a_robust_aggregate_needs_all_ranks_of_all_clients() -> None:
+    with pytest.raises(UserError, match=r"lora\.client_ranks"):
+        check(config("fed-rac-lora", "server.aggregate=median", "lora.client_ranks=halving"))
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if registry()[name].merges])

@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel
@@ -20,6 +20,7 @@ from lorica.adapters.state import AdapterState, Factors, Pair, leading
 from lorica.aggregation.averaging import RoundAverage
 from lorica.aggregation.kalman import KalmanFilter
 from lorica.aggregation.noise import update_noise_variance
+from lorica.aggregation.robust import Aggregate
 from lorica.aggregation.scaffold import Scaffold
 from lorica.aggregation.server_optimizers import ServerAverage, ServerOptimizer
 from lorica.aggregation.shrinkage import shrink_singular_values
@@ -28,6 +29,8 @@ from lorica.errors import UserError
 from lorica.local.step import LocalStep
 from lorica.privacy.mechanism import Terms
 from lorica.streams import numpy_stream
+
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -90,22 +93,43 @@ class Replies:
         weights: client -> `w_k`, summing to 1.
         energies: client -> tensor name -> `‖ĝ‖²` of the last noisy gradient, if it was asked for.
         sketches: client -> site name -> sketch, if it was asked for.
+        aggregate: what takes the place of the weighted mean of updates; None for nothing.
     """
 
     updates: Mapping[int, Mapping[str, Tensor]]
     weights: Mapping[int, float]
     energies: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     sketches: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
+    aggregate: Aggregate | None = None
 
     @cached_property
     def mean(self) -> Mapping[str, Tensor]:
-        """`Σ_k w_k U_k`, summed in the order of client ids; updates of a smaller rank are filled up with zeros."""
+        """`Σ_k w_k U_k`, summed in the order of client ids; updates of a smaller rank are filled up with zeros.
+
+        Or the configured robust aggregate of the updates.
+        """
+        if self.aggregate is not None:
+            return self.aggregate([self.updates[client] for client in sorted(self.updates)])
         return self._mean(self.updates)
 
     @cached_property
     def mean_sketch(self) -> Mapping[str, Tensor]:
         """Site name -> `Σ_k w_k` sketch."""
         return self._mean(self.sketches)
+
+    def only(self, later: Replies) -> Replies:
+        """The replies of those clients that also replied to a later exchange, with its weights."""
+
+        def kept(values: Mapping[int, Value]) -> dict[int, Value]:
+            return {client: value for client, value in values.items() if client in later.weights}
+
+        return replace(
+            self,
+            updates=kept(self.updates),
+            weights=later.weights,
+            energies=kept(self.energies),
+            sketches=kept(self.sketches),
+        )
 
     def _mean(self, tensors: Mapping[int, Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
         clients = sorted(tensors)
@@ -128,6 +152,7 @@ class Server:
         seed: public.
         local: what clients do with the noisy gradient before the optimiser, as configured.
         ranks: client -> rank of its factors; empty if all have the whole one.
+        aggregate: what takes the place of the weighted mean; None for nothing.
         optimize: the server optimiser.
         denoise: what is done to a mean update before it.
         average: the average over rounds that is evaluated and exported.
@@ -144,6 +169,7 @@ class Server:
     round: int = 0
     local: LocalStep = field(default_factory=LocalStep)
     ranks: Mapping[int, int] = field(default_factory=dict)
+    aggregate: Aggregate | None = None
     optimize: ServerOptimizer = field(default_factory=lambda: ServerAverage(1.0))
     denoise: Literal["shrinkage"] | KalmanFilter | None = None
     average: RoundAverage | None = None
@@ -257,7 +283,7 @@ class Method(ABC):
         """Refuse, before the run, a setting that the method cannot work with (`UserError`).
 
         Args:
-            clients: that take part in a round.
+            clients: how many replies a round has at least.
         """
 
     def start(self, model: AdapterState, seed: int) -> None:  # noqa: B027 - most methods start from what PEFT gives

@@ -63,8 +63,10 @@ class FedRACLoRA(Method):
         replies = yield Train(trains, ranks=server.ranks)
         update = server.refined(replies)
         tensors = server.model.tensors
+        # Where no client of the whole rank replied, the trailing ranks are nobody's.
         if trains == "A":
-            server.model.merge({site.name: (tensors[site.b], update[site.a]) for site in self.sites})
+            pairs = {site.name: (update[site.a].shape[0], tensors[site.b], update[site.a]) for site in self.sites}
         else:
-            server.model.merge({site.name: (update[site.b], tensors[site.a]) for site in self.sites})
+            pairs = {site.name: (update[site.b].shape[1], update[site.b], tensors[site.a]) for site in self.sites}
+        server.model.merge({name: (b[:, :rank], a[:rank]) for name, (rank, b, a) in pairs.items()})
         server.model.add({name: update[name] for name in server.model.head})

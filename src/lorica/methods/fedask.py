@@ -21,7 +21,8 @@ class FedASK(Method):
     2. clients get Q and send `Z_k = A_kᵀ (B_kᵀ Q)`; with `(Σ w_k Z_k)ᵀ = U S Vᵀ`, `B ← Q U_r S_r^½`, `A ← S_r^½ V_rᵀ`.
 
     `Q Qᵀ M = M` if `r + p` is at least the rank of M, so aggregation is then exact up to the truncation to rank r.
-    Travels: `(r + p)(d_in + d_out)` up; Q, A and B down; two exchanges a round.
+    Travels: `(r + p)(d_in + d_out)` up; Q, A and B down; two exchanges a round, one more when a client fails between
+    them.
     DP: sound. With noise only B is trained, A is public, and the sketches are functions of noisy factors, free; M then
     has rank r. Without noise A and B are trained and M has up to `K r`.
 
@@ -56,10 +57,15 @@ class FedASK(Method):
         narrowest = min(min(site.d_in, site.d_out) for site in self.sites)
         columns = min(self.sites[0].rank + self.options.oversampling, narrowest)
         trained = yield Train("B" if server.private else "AB", ranks=server.ranks, sketch_columns=columns)
-        bases = {name: torch.linalg.qr(sketch.double()).Q.float() for name, sketch in trained.mean_sketch.items()}
-        projected = (yield Project(bases)).mean_sketch
+        while True:
+            bases = {name: torch.linalg.qr(sketch.double()).Q.float() for name, sketch in trained.mean_sketch.items()}
+            projected = yield Project(bases)
+            if projected.sketches.keys() == trained.sketches.keys():
+                break
+            # A basis of the mean of all does not span the mean of those that are left.
+            trained = trained.only(projected)
         for site in self.sites:
-            product = (bases[site.name], projected[site.name].T)
+            product = (bases[site.name], projected.mean_sketch[site.name].T)
             b, a = truncated(product, site.rank, self.options.balanced)
             server.model.assign({site.b: b, site.a: a})
         server.step_head(trained)

@@ -12,6 +12,7 @@ PIECES = {
     "scaffold": ("local.scaffold", "control variates"),
     "scaled_gd": ("local.scaled_gd", "preconditioning by the other factor"),
     "flat_lora": ("local.flat_lora", "noise on the frozen weights"),
+    "robust": ("server.aggregate", "a robust aggregate in place of the weighted mean"),
     "server_optimizer": ("server.optimizer", "momentum or Adam on the mean update"),
     "server_lr": ("server.lr", "a server learning rate"),
     "shrinkage": ("server.denoise", "singular-value shrinkage of the mean update"),
@@ -31,10 +32,11 @@ SCORED: dict[str, str] = SAME_RANKS | {
     "scaffold": "its scores need noise that is independent between clients and rounds, and control variates share it",
     "scaled_gd": "its scores need noise of one known variance in all coordinates, and preconditioning shapes it",
     "fedprox": "its scores read the mean gradient from the update, and the pull is in it too",
+    "robust": "its scores are statistics of a weighted mean with a known noise",
 }
 SHAPED: dict[str, str] = SAME_RANKS | dict.fromkeys(("shrinkage", "kalman"), _SHAPED_NOISE)
 OWN_AGGREGATION: dict[str, str] = dict.fromkeys(
-    ("server_optimizer", "server_lr", "shrinkage", "kalman", "scaffold"), _OWN_AGGREGATION
+    ("robust", "server_optimizer", "server_lr", "shrinkage", "kalman", "scaffold"), _OWN_AGGREGATION
 )
 NEW_BASIS: dict[str, str] = dict.fromkeys(("server_optimizer", "kalman", "scaffold", "average"), _NEW_BASIS)
 MERGES: dict[str, str] = {"average": _MERGES}
@@ -60,6 +62,8 @@ def check_pieces(config: ExperimentConfig, method: Method) -> None:
         raise UserError("model.precision", config.model.precision, reason, "set model.precision=bf16")
     if config.server.optimizer == "fedadam" and "shrinkage" in method.refuses:
         raise UserError("server.optimizer", "fedadam", method.refuses["shrinkage"], "use fedavgm or average")
+    if config.server.aggregate != "mean":
+        _check_robust(config)
     sgd = config.optimizer.name == "sgd"
     known_noise = config.server.denoise != "none" or config.server.optimizer == "fedadam"
     shaping = {"local.scaled_gd": config.local.scaled_gd, "local.scaffold": config.local.scaffold}
@@ -89,6 +93,26 @@ def check_pieces(config: ExperimentConfig, method: Method) -> None:
         raise UserError("local.scaffold", True, "control variates need factors of one rank", "drop lora.client_ranks")
 
 
+def _check_robust(config: ExperimentConfig) -> None:
+    server, unknown = config.server, "the noise in an update is known for the weighted mean only"
+    clashes = [
+        ("server.denoise", server.denoise, server.denoise != "none", unknown),
+        ("server.optimizer", server.optimizer, server.optimizer == "fedadam", unknown),
+        ("local.scaffold", True, config.local.scaffold, "control variates take every client's update in"),
+        (
+            "lora.client_ranks",
+            config.lora.client_ranks,
+            bool(config.lora.client_ranks),
+            "not all clients have all ranks",
+        ),
+    ]
+    for key, value, on, reason in clashes:
+        if on:
+            raise UserError(
+                key, value, f"server.aggregate = {server.aggregate} cannot take it: {reason}", f"drop {key}"
+            )
+
+
 def chosen_pieces(config: ExperimentConfig) -> dict[str, object]:
     """Piece -> its configured value, for those that are on."""
     values: dict[str, object] = {
@@ -97,6 +121,7 @@ def chosen_pieces(config: ExperimentConfig) -> dict[str, object]:
         "scaffold": config.local.scaffold or None,
         "scaled_gd": config.local.scaled_gd or None,
         "flat_lora": config.local.flat_lora or None,
+        "robust": config.server.aggregate if config.server.aggregate != "mean" else None,
         "server_optimizer": config.server.optimizer if config.server.optimizer != "average" else None,
         "server_lr": config.server.lr if config.server.lr != 1 else None,
         config.server.denoise: config.server.denoise,

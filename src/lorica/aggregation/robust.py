@@ -1,0 +1,73 @@
+"""Aggregates that a few bad updates cannot move far, in place of the weighted mean. All of them ignore weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+
+from lorica.config import ServerConfig
+from lorica.errors import UserError
+
+Update = Mapping[str, Tensor]
+Aggregate = Callable[[Sequence[Update]], dict[str, Tensor]]
+
+
+def median(updates: Sequence[Update]) -> dict[str, Tensor]:
+    """The median of each coordinate; of an even number, the mean of the middle two.
+
+    It lies in the range of the honest values as long as they are more than half. Yin et al., arXiv 1803.01498.
+    """
+    return {name: torch.from_numpy(np.median(_stack(updates, name), axis=0)) for name in updates[0]}
+
+
+def trimmed_mean(updates: Sequence[Update], trim: float) -> dict[str, Tensor]:
+    """The mean of each coordinate without its `⌊trim · n⌋` largest and as many smallest values.
+
+    It lies in the range of the honest values as long as no more than that are bad. Yin et al., arXiv 1803.01498.
+    """
+    return {
+        name: torch.from_numpy(np.asarray(stats.trim_mean(_stack(updates, name), trim, axis=0))) for name in updates[0]
+    }
+
+
+def krum(updates: Sequence[Update], byzantine: int) -> dict[str, Tensor]:
+    """The one update with the least sum of squared distances to its `n - f - 2` nearest others.
+
+    Distances are over all tensors together, in fp64; of equal sums the first wins. Blanchard et al., NeurIPS 2017.
+
+    Args:
+        updates: `n ≥ 2f + 3` of them.
+        byzantine: `f`.
+    """
+    flat = torch.stack([torch.cat([update[name].flatten() for name in updates[0]]).double() for update in updates])
+    distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
+    nearest = distances.fill_diagonal_(torch.inf).sort(dim=1).values[:, : len(updates) - byzantine - 2]
+    return dict(updates[int(nearest.sum(dim=1).argmin())])
+
+
+def make_aggregate(config: ServerConfig) -> Aggregate | None:
+    """The configured one; None for the weighted mean."""
+    if config.aggregate == "median":
+        return median
+    if config.aggregate == "trimmed-mean":
+        return partial(trimmed_mean, trim=config.trim)
+    return partial(krum, byzantine=config.byzantine) if config.aggregate == "krum" else None
+
+
+def check_aggregate(config: ServerConfig, replies: int) -> None:
+    """Refuse an aggregate that means nothing for the number of replies that a round has at least (`UserError`)."""
+    if config.aggregate == "krum" and replies < 2 * config.byzantine + 3:
+        problem = f"Krum needs at least 2f + 3 = {2 * config.byzantine + 3} replies, and a round may have {replies}"
+        raise UserError("server.byzantine", config.byzantine, problem, "lower it, or raise federation.min_clients")
+    if config.aggregate == "trimmed-mean" and int(config.trim * replies) == 0:
+        problem = f"of {replies} replies, which a round may have, it cuts none"
+        raise UserError("server.trim", config.trim, problem, f"choose at least {1 / replies:.2g}, or aggregate: median")
+
+
+def _stack(updates: Sequence[Update], name: str) -> np.ndarray:
+    return np.stack([update[name].numpy() for update in updates])

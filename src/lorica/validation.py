@@ -1,0 +1,145 @@
+"""What a server accepts as a reply: the tensors that it asked for, finite, and no larger than the steps allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorica.adapters.state import leading
+from lorica.local.bounds import FACTORS, ROUNDING, active_steps, gradient_bound, norm, update_bounds
+from lorica.local.sketches import sketch_matrix
+from lorica.messages import ENERGY, SKETCH, Projection, Request, Training
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a reply must look like.
+
+    Attributes:
+        shapes: name -> shape; exactly these names.
+        norms: name -> largest L2 norm.
+        coordinates: name -> largest absolute value of each coordinate, where one is known.
+        rates, joint: `√(Σ_n ‖U_n‖²/rates_n²) ≤ joint` over the updates.
+        kept: name -> largest L2 norm of a factor that stays with the client for a projection.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    norms: Mapping[str, float] = field(default_factory=dict)
+    coordinates: Mapping[str, Tensor] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    joint: float = math.inf
+    kept: Mapping[str, float] = field(default_factory=dict)
+
+
+def problem(reply: Mapping[str, Tensor], expected: Expected) -> str | None:
+    """What is wrong with a reply, with the tensor's name; None if nothing is."""
+    missing, extra = expected.shapes.keys() - reply.keys(), reply.keys() - expected.shapes.keys()
+    if missing:
+        return f"it lacks {_some(missing)}"
+    if extra:
+        return f"it has {_some(extra)}, not asked for"
+    for name, shape in expected.shapes.items():
+        value = reply[name]
+        if tuple(value.shape) != shape:
+            return f"{name} has shape {tuple(value.shape)}, not {shape}"
+        if value.dtype != torch.float32:
+            return f"{name} is {value.dtype}, not torch.float32"
+        if not bool(torch.isfinite(value).all()):
+            return f"{name} is not finite"
+        if name.startswith(ENERGY) and float(value) < 0:
+            return f"{name} is negative"
+    norms = {name: norm(reply[name]) for name in expected.shapes}
+    for name, bound in expected.norms.items():
+        if norms[name] > bound:
+            return f"{name} has norm {norms[name]:.4g}, and its steps allow {bound:.4g}"
+    for name, largest in expected.coordinates.items():
+        if bool((reply[name].abs() > largest).any()):
+            return f"{name} has coordinates that AdamW cannot reach in its steps"
+    joint = math.sqrt(sum((norms[name] / rate) ** 2 for name, rate in expected.rates.items()))
+    if joint > expected.joint:
+        return f"its updates, each over its rate, have norm {joint:.4g}, and its steps allow {expected.joint:.4g}"
+    return None
+
+
+def expected_reply(
+    request: Request, records: int, model: Mapping[str, Tensor], seed: int, earlier: Expected | None
+) -> Expected:
+    """What an honest client can reply.
+
+    Exactly the tensors asked for, fp32 and finite; with privacy also the bounds of `lorica.local.bounds`. Of sketches:
+    `‖B_k A_k Ω‖ ≤ ‖B_0 A_0 Ω‖ + ‖U_B‖ ‖A_0 Ω‖₂ + ‖B_k‖ ‖U_A‖ ‖Ω‖₂` and `‖A_kᵀ B_kᵀ Q‖ ≤ ‖A_k‖ ‖B_k‖ ‖Q‖₂`.
+
+    Args:
+        records: `n` of the client, public.
+        model: all global tensors.
+        seed: public, of the sketches.
+        earlier: what was expected of the client before in this round, for a `Projection`.
+    """
+    if isinstance(request.work, Projection):
+        return _projection(request.work, model, earlier)
+    return _training(request.work, records, model, seed, request.round)
+
+
+def _training(work: Training, records: int, model: Mapping[str, Tensor], seed: int, round_number: int) -> Expected:
+    tensors = {name: leading(name, value, work.rank) for name, value in model.items()}
+    active = active_steps(work)
+    sent = [name for name in active if name not in work.personal]
+    sketched = []
+    if work.sketch_columns is not None:
+        sent = [name for name in sent if not name.endswith(FACTORS)]
+        sketched = [name[:-2] for name in active if name.endswith(".B")]
+    energies = [name for name, steps in active.items() if work.last_step_energy and steps[-1] == work.steps - 1]
+    shapes = {name: tuple(tensors[name].shape) for name in sent}
+    shapes |= {f"{SKETCH}{site}": (tensors[f"{site}.B"].shape[0], work.sketch_columns or 0) for site in sketched}
+    shapes |= {f"{ENERGY}{name}": () for name in energies}
+    if not work.terms.private:
+        return Expected(shapes)
+    bounds = update_bounds(work, records, model)
+    norms = {name: bounds.norms[name] for name in sent}
+    for name in energies:
+        norms[f"{ENERGY}{name}"] = gradient_bound(work.terms, records, tensors[name].numel()) ** 2
+    ends = {name: norm(tensors[name]) + bounds.norms[name] for name in active if name.endswith(FACTORS)}
+    for site in sketched:
+        a, b = tensors[f"{site}.A"], tensors[f"{site}.B"]
+        omega = sketch_matrix(seed, round_number, site, a.shape[1], work.sketch_columns or 0)
+        bound = norm(b @ (a @ omega)) + bounds.norms[f"{site}.B"] * _spectral(a @ omega)
+        if f"{site}.A" in active:
+            bound += ends[f"{site}.B"] * bounds.norms[f"{site}.A"] * _spectral(omega)
+        norms[f"{SKETCH}{site}"] = (1 + ROUNDING) * bound
+    return Expected(
+        shapes,
+        norms,
+        {name: value for name, value in bounds.coordinates.items() if name in sent},
+        {name: work.rates[name] for name in sent},
+        bounds.joint,
+        ends if sketched else {},
+    )
+
+
+def _projection(work: Projection, model: Mapping[str, Tensor], earlier: Expected | None) -> Expected:
+    kept = {} if earlier is None else earlier.kept
+    shapes, norms = {}, {}
+    for site, basis in work.bases.items():
+        a, name = model[f"{site}.A"], f"{SKETCH}{site}"
+        shapes[name] = (a.shape[1], basis.shape[1])
+        if f"{site}.B" in kept:
+            norms[name] = (1 + ROUNDING) * kept.get(f"{site}.A", _spectral(a)) * kept[f"{site}.B"] * _spectral(basis)
+    return Expected(shapes, norms, kept=kept)
+
+
+def _spectral(value: Tensor) -> float:
+    """The largest singular value, through the Gram matrix of the short side: these matrices are long and thin."""
+    matrix = value.double()
+    gram = matrix.T @ matrix if matrix.shape[0] > matrix.shape[1] else matrix @ matrix.T
+    return float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt())
+
+
+def _some(names: Iterable[str]) -> str:
+    """A few names, quoted and cut: they may come from a reply, so they may hold anything."""
+    listed = sorted(names)
+    more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
+    return ", ".join(repr(name[:60]) for name in listed[:3]) + more
