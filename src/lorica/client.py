@@ -89,8 +89,7 @@ class Client:
         steps = 0
         if isinstance(request.work, Training):
             steps = request.work.steps
-            if self.policy is not None:
-                self.policy.review_release(self.ledger.releases(), self.unit, self.plan, steps)
+            self._review(self.ledger.releases(), steps)
             self.plan.check(request.work.terms, self.ledger.steps(request.run, self.number) + steps)
             released, kept = self._train(model, request, request.work, own)
         else:
@@ -110,12 +109,17 @@ class Client:
             request=digest,
             unit=self.unit,
         )
-        self.ledger.charge(release, reply, kept)
+        # Asked again under the ledger's lock: another run on the same data may have been charged meanwhile.
+        self.ledger.charge(release, reply, kept, lambda earlier: self._review(earlier, steps))
         return reply
 
     def personal(self, run: str) -> dict[str, Tensor]:
         """Tensors of this client's own model, noisy ones: those that it trained and did not send."""
         return {name: released.tensor for name, released in self.ledger.kept(run, self.number).items()}
+
+    def _review(self, releases: list[Release], steps: int) -> None:
+        if self.policy is not None and steps:
+            self.policy.review_release(releases, self.unit, self.plan, steps)
 
     def _receive(self, request: Request) -> None:
         if request.sequence not in (0, self.sequence) and self.sequence != request.sequence - 1:

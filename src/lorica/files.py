@@ -20,8 +20,8 @@ def cache_folder() -> Path:
     return home_folder() / "cache"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write, sync, rename: a crash leaves the old file or the new one.
+def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write, sync, rename: a crash leaves the old file or the new one, with these permissions.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -34,7 +34,7 @@ def write_atomically(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, mode)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
