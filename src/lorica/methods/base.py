@@ -269,8 +269,9 @@ class Method(ABC):
     """A federated LoRA method.
 
     A subclass sets `name` and `about`, describes its options, and writes its round. Each `yield Train(...)` is one
-    exchange with the sampled clients and gives back their `Replies`. A method sees released tensors and public numbers
-    only; it has no way to a raw gradient.
+    exchange with the sampled clients and gives back their `Replies`, those of fewer clients where some did not reply:
+    they are out for the rest of the round (see `Replies.only`). A method sees released tensors and public numbers only;
+    it has no way to a raw gradient.
 
     Attributes:
         refuses: composable piece (`lorica.methods.pieces.PIECES`) -> why the method cannot take it. A method that takes
