@@ -218,10 +218,13 @@ class _Rounds:
         # A job in the background ignores Ctrl-C, and goes on doing so.
         if self._handler is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._interrupt)
+        # Otherwise Python ends at once and leaves running what it has started.
+        self._terminated = signal.signal(signal.SIGTERM, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._handler)
+        signal.signal(signal.SIGTERM, self._terminated)
         self._progress.stop()
 
     def _interrupt(self, *_: object) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from lorica.config import ExperimentConfig
 from lorica.engines.flower.processes import connect, environment, free_port, run_app, start, stop
@@ -27,7 +29,8 @@ def write_app(config: ExperimentConfig, folder: Path) -> None:
         raise UserError("DIR", str(folder), "is not empty", "name a new folder")
     app = {
         "project": {
-            "name": f"lorica-{config.name}".lower(),
+            # Flower takes letters, digits and hyphens, 32 at most.
+            "name": re.sub("[^a-z0-9]+", "-", f"lorica-{config.name}".lower())[:32].strip("-"),
             "version": "1.0.0",
             "description": f"Federated LoRA fine-tuning with Lorica: {config.name}",
             "license": {"file": "LICENSE"},
@@ -41,7 +44,7 @@ def write_app(config: ExperimentConfig, folder: Path) -> None:
                         "serverapp": "lorica.engines.flower.server:app",
                         "clientapp": "lorica.engines.flower.client:app",
                     },
-                    "config": {"experiment": config.model_dump_json()},
+                    "config": {"experiment": config.model_copy(update={"engine": "flower"}).model_dump_json()},
                 }
             }
         },
@@ -64,18 +67,24 @@ def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     task, model = config.task, config.model
     train = absolute(task.train) if isinstance(task.train, str) else [absolute(source) for source in task.train]
     test = absolute(task.test) if isinstance(task.test, str) else {key: absolute(of) for key, of in task.test.items()}
-    changes = {
+    changes: dict[str, Any] = {
         "output": str(Path(config.output).expanduser().absolute()),
         "task": task.model_copy(update={"train": train, "test": test}),
         "model": model.model_copy(update={"base": absolute(model.base)}),
     }
+    if config.privacy != "none" and config.privacy.ledger is not None:
+        ledger = str(Path(config.privacy.ledger).expanduser().absolute())
+        changes["privacy"] = config.privacy.model_copy(update={"ledger": ledger})
     return config.model_copy(update=changes)
 
 
-def launch(config: ExperimentConfig) -> None:
+def launch(config: ExperimentConfig, home: Path | None = None) -> None:
     """Run an experiment as a Flower app and show its log, until it ends.
 
     Without `flower.superlink` it is simulated: a SuperLink of its own, gone when this function returns.
+
+    Args:
+        home: in place of `FLWR_HOME`, whose `config.toml` knows `flower.superlink`.
 
     Raises:
         UserError: Flower is not installed, or the run ended with an error.
@@ -84,7 +93,7 @@ def launch(config: ExperimentConfig) -> None:
         app = Path(temporary) / "app"
         write_app(config, app)
         if config.flower.superlink is not None:
-            run_app(app, config.flower.superlink, environment())
+            run_app(app, config.flower.superlink, environment(home))
         else:
             with _simulation(Path(temporary)) as around:
                 run_app(app, "simulation", around, config.federation.clients)
