@@ -23,7 +23,8 @@ be set as `section.key=value`. An unknown key is an error that names the nearest
 POLICY = """A file of its own, which stays with the owner: see [privacy.md](privacy.md#the-owners-policy). From
 `src/lorica/privacy/policy.py`.
 """
-NODE = """The `--node-config` of an owner's SuperNode: see [federation.md](federation.md). From `src/lorica/node_settings.py`.
+NODE = """The `--node-config` of an owner's SuperNode: see [federation.md](federation.md). From
+`src/lorica/node_settings.py`.
 """
 
 

@@ -121,7 +121,7 @@ class Loopback:
         ask_flwr(environment(self.home), "supernode", "register", str(public), "loopback")
         given = {"client": owner, "data": str(place / "digits.parquet"), "policy": str(place / "policy.yaml")}
         port = free_port()
-        command = ["flower-supernode", "--superlink", f"127.0.0.1:{self.port}", "--port", str(port)]
+        command = ["lorica", "flower", "node", "--superlink", f"127.0.0.1:{self.port}", "--port", str(port)]
         command += ["--root-certificates", str(self.authority), "--auth-supernode-private-key", str(place / "node.key")]
         command += ["--node-config", " ".join(f"{key}={toml(value)}" for key, value in {**given, **settings}.items())]
         own = environment(place / "flwr") | {"LORICA_HOME": str(place / "lorica")}
@@ -161,7 +161,7 @@ def write_certificates(folder: Path) -> None:
 
 
 def write_node_key(path: Path) -> Path:
-    """The key by which the SuperLink knows a node, as `ssh-keygen -t ecdsa -b 384` makes it; returns its public half."""
+    """A key to know a node by, as `ssh-keygen -t ecdsa -b 384` makes it; returns the path of its public half."""
     key = ec.generate_private_key(ec.SECP384R1())
     write_private(path, key, serialization.PrivateFormat.OpenSSH)
     public = path.with_suffix(".key.pub")
@@ -181,4 +181,7 @@ def toml(value: str | int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped. Finished rounds are kept: the same command resumes.")

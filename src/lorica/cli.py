@@ -196,6 +196,15 @@ def flower_init(
         console.print(f"All commands are in {folder / 'README.md'}.", soft_wrap=True)
 
 
+@flower.command("node", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def flower_node(context: typer.Context) -> None:
+    """Start an owner's node: `flower-supernode` with its options, running this Lorica and no code from the server."""
+    with _errors():
+        from lorica.engines.flower.sealed import become_node
+
+        become_node(context.args)
+
+
 class _Rounds:
     """Shows a run as it goes: what was planned, a line a round, a bar. Ctrl-C ends it after the round at the latest."""
 

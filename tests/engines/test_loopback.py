@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 
 from lorica.config import load
-from lorica.engines.flower.launch import launch, with_absolute_paths
-from lorica.engines.flower.processes import environment
+from lorica.engines.flower.launch import launch, with_absolute_paths, write_app
+from lorica.engines.flower.processes import environment, run_app
 from lorica.errors import UserError
 from lorica.experiment import Experiment
 from lorica.privacy.ledger import Ledger, ledger_beside
@@ -130,3 +130,18 @@ def test_the_owners_refusal_and_the_servers_error_reach_the_one_who_started_the_
     with pytest.raises(UserError, match=r"0 clients have joined after 20 seconds"):
         launch(with_absolute_paths(load(None, asked)), home)
     assert capfd.readouterr().out.count("refuses: policy.") == 3
+
+
+def test_a_node_runs_no_code_that_the_server_sends(federation: tuple[Path, Path, list[Path]], tmp_path: Path) -> None:
+    folder, home, _ = federation
+    config = load(None, ["name=code", "engine=flower", "flower.superlink=loopback", "task.train=owner"])
+    asked = ["federation.clients=3", "federation.rounds=1", "privacy.noise=reproducible", f"output={folder}"]
+    write_app(load(json.loads(config.model_dump_json()), asked), tmp_path / "app")
+    app = (tmp_path / "app" / "pyproject.toml").read_text()
+    (tmp_path / "app" / "pyproject.toml").write_text(app.replace("lorica.engines.flower.client:app", "sent:app"))
+    leak = f"import os\nopen({str(tmp_path)!r} + f'/leak-{{os.getpid()}}', 'w').write('x')\n"
+    (tmp_path / "app" / "sent.py").write_text(leak + "from lorica.engines.flower import client\n\napp = client.app\n")
+    run_app(tmp_path / "app", "loopback", environment(home))
+    assert (folder / "code" / "adapter").is_dir()
+    assert not list(tmp_path.glob("leak-*"))
+    assert not list(folder.glob("owner-*/flwr/apps/*"))

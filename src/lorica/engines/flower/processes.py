@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,11 @@ def stop(*processes: subprocess.Popen[bytes]) -> None:
     # What a SuperLink leaves: a simulation goes on without it.
     left = [member for family in families.values() for member in family if member.is_running()]
     for member in left:
-        _signal(member.terminate)
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
     for member in psutil.wait_procs(left, STOP_SECONDS)[1]:
-        _signal(member.kill)
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
 
 
 def run_app(app: Path, superlink: str, environment: Mapping[str, str], nodes: int | None = None) -> None:
@@ -155,16 +158,9 @@ def _status(run: str, superlink: str, environment: Mapping[str, str]) -> tuple[s
 
 def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     try:
-        return psutil.Process(process.pid).children(recursive=True)
+        return list(psutil.Process(process.pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
-
-
-def _signal(send: Any) -> None:
-    try:
-        send()
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _listens(port: int) -> bool:
