@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,10 @@ def budget_table(budget: dict[str, Any]) -> Group:
         Text(f"Ledger {budget['ledger']}"),
         _table(
             f"Releases (ε of each run alone, at δ = {budget['delta']:g}; times in UTC)",
-            ["Run", "Client", "Records of", "First", "Last", "Rounds", "Steps", "q", "σ", "C", "Noise", "Unit", "ε"],
+            ["Run", "Client", "Records of", "Released", "Rounds", "Steps", "q", "σ", "C", "Noise", "Unit", "ε"],
             [(_run_cells(row), row["noise"] != "secure") for row in budget["runs"]],
+            # They are in the other table, too.
+            foldable={"Records of", "Unit"},
         ),
         _table(
             f"Life of the data (ε of all runs, at δ = {budget['delta']:g})",
@@ -139,8 +142,7 @@ def _run_cells(row: dict[str, Any]) -> list[str]:
         row["run"][:SHOWN_OF_A_DIGEST],
         str(row["client"]),
         row["owner"][:SHOWN_OF_A_DIGEST],
-        row["first"][:16].replace("T", " "),
-        row["last"][:16].replace("T", " "),
+        _period(row["first"], row["last"]),
         str(row["rounds"]),
         str(row["steps"]),
         _numbers(row["sampling_rates"]),
@@ -158,12 +160,28 @@ def _owner_cells(row: dict[str, Any]) -> list[str]:
     return [*digests, row["unit"], *counts, rounded_up(_number(row["lifetime_epsilon"]))]
 
 
-def _table(title: str, headings: list[str], rows: list[tuple[list[str], bool]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+def _period(first: str, last: str) -> str:
+    """From one minute to another; a day that is the same is said once."""
+    start, end = first[:16].replace("T", " "), last[:16].replace("T", " ")
+    if start == end:
+        return start
+    return f"{start} to {end[11:] if start[:10] == end[:10] else end}"
+
+
+def _table(
+    title: str, headings: list[str], rows: list[tuple[list[str], bool]], foldable: Collection[str] = ()
+) -> Table:
+    """A row is red where the flag beside it says so; a foldable column is left out where all its cells are equal."""
+    kept = [
+        place
+        for place, heading in enumerate(headings)
+        if heading not in foldable or len({cells[place] for cells, _ in rows}) > 1
+    ]
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left", padding=(0, 1, 0, 0))
+    for place in kept:
+        table.add_column(headings[place], overflow="fold")
     for cells, bare in rows:
-        table.add_row(*map(Text, cells), style="red" if bare else None)
+        table.add_row(*(Text(cells[place]) for place in kept), style="red" if bare else None)
     return table
 
 
