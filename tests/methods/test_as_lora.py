@@ -16,7 +16,7 @@ from lorica.errors import UserError
 from lorica.methods.as_lora import ASLoRA
 from lorica.methods.base import Replies, Server, Train
 from lorica.privacy.mechanism import Terms
-from tests.methods.test_every_method import federation, run
+from tests.methods.test_every_method import Wrapped, federation, run
 
 SITES = [
     Site(f"model.layers.{layer}.{name}", f"model.layers.{layer}", 6, 5, 2, 1.0)
@@ -162,8 +162,9 @@ def test_choices_depend_on_uploads_and_public_numbers_alone(tmp_path: Path) -> N
     some = run(federation("as-lora", tmp_path / "a"), 3)
     replies = [dict(exchange) for exchange in some.engine.replies]
 
-    class Replay:
-        def __init__(self) -> None:
+    class Replay(Wrapped):
+        def __init__(self, engine: Any) -> None:
+            super().__init__(engine)
             self.asked: list[Any] = []
 
         def exchange(self, requests: Any) -> Any:
@@ -171,7 +172,7 @@ def test_choices_depend_on_uploads_and_public_numbers_alone(tmp_path: Path) -> N
             return replies[len(self.asked) - 1]
 
     other = federation("as-lora", tmp_path / "b")
-    other.engine = Replay()
+    other.engine = Replay(other.engine)
     run(other, 3)
     asked = [
         {client: request.work.trained for client, request in exchange.items()} for exchange in some.engine.requests

@@ -36,14 +36,22 @@ TRAIN_BOTH = {
 }
 
 
-class Recorder:
-    """An engine that keeps what passes, and may relabel clients."""
+class Wrapped:
+    """An engine around another one; what it does not do itself, that one does."""
 
-    def __init__(self, engine: LocalEngine) -> None:
-        self.engine, self.requests, self.replies = engine, [], []
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
+
+
+class Recorder(Wrapped):
+    """An engine that keeps what passes, and may relabel clients."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        super().__init__(engine)
+        self.requests, self.replies = [], []
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         replies = self.engine.exchange(requests)
@@ -163,7 +171,7 @@ def test_a_client_changes_nothing_but_what_it_trains(name: str, tmp_path: Path) 
     engine = some.engine.engine
     checked = []
 
-    class Inspecting:
+    class Inspecting(Wrapped):
         def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
             replies = {}
             for number in sorted(requests):
@@ -178,7 +186,7 @@ def test_a_client_changes_nothing_but_what_it_trains(name: str, tmp_path: Path) 
                         checked.append(key)
             return replies
 
-    some.engine = Inspecting()
+    some.engine = Inspecting(engine)
     run(some)
     assert bool(checked) != (name in TRAIN_BOTH)
 
@@ -284,7 +292,7 @@ def test_exact_methods_aggregate_the_weighted_mean_of_the_clients_models(name: s
     engine = some.engine.engine
     finals: dict[int, dict[str, Tensor]] = {}
 
-    class Reading:
+    class Reading(Wrapped):
         def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
             replies = {}
             for number in sorted(requests):
@@ -293,7 +301,7 @@ def test_exact_methods_aggregate_the_weighted_mean_of_the_clients_models(name: s
                     finals[number] = {site.name: weight_of(engine._model, site) for site in engine._model.sites}
             return replies
 
-    some.engine = Reading()
+    some.engine = Reading(engine)
     original = {site.name: weight_of(adapted("bert", 0, randomise=False), site) for site in engine._model.sites}
     for _ in range(ROUNDS):
         some.round()

@@ -14,18 +14,19 @@ from lorica.federation import Federation, TooFewReplies
 from lorica.messages import Request
 from lorica.methods.base import registry
 from lorica.privacy.ledger import Ledger
-from tests.methods.test_every_method import METHODS, ROUNDS, assert_same_model, federation, run
+from tests.methods.test_every_method import METHODS, ROUNDS, Wrapped, assert_same_model, federation, run
 from tests.methods.test_pieces import ACCEPTED, PIECE
 
 SEVERAL_EXCHANGES = {"deer", "fedask"}
 REMEMBERING = {"client_ranks", "scaffold", "server_optimizer", "kalman", "average"}
 
 
-class Losing:
+class Losing(Wrapped):
     """An engine that loses some messages, given as (round, exchange, client): on the way out, or on the way back."""
 
     def __init__(self, engine: Any, lost: set[tuple[int, int, int]], late: bool = False) -> None:
-        self.engine, self.lost, self.late = engine, lost, late
+        super().__init__(engine)
+        self.lost, self.late = lost, late
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         gone = {client for client, r in requests.items() if (r.round, r.exchange, client) in self.lost}
@@ -178,12 +179,12 @@ def test_replies_that_nobody_asked_for_are_left_alone(tmp_path: Path) -> None:
     some = federation("ffa-lora", tmp_path / "a")
     inner = some.engine
 
-    class Talkative:
+    class Talkative(Wrapped):
         def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
             replies = inner.exchange(requests)
             return replies | {7: replies[0]}
 
-    some.engine = Talkative()
+    some.engine = Talkative(inner)
     run(some)
     some.engine = inner
     assert_same_model(some, run(federation("ffa-lora", tmp_path / "b")))

@@ -15,18 +15,19 @@ from lorica.config import OptimizerConfig
 from lorica.errors import UserError
 from lorica.federation import Federation, Traffic
 from lorica.messages import Request
-from tests.methods.test_every_method import METHODS, federation, run
+from tests.methods.test_every_method import METHODS, Wrapped, federation, run
 from tests.methods.test_missing_replies import without
 from tests.methods.test_pieces import ACCEPTED, PIECE
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
-class Tampering:
+class Tampering(Wrapped):
     """An engine that changes client 1's reply in one exchange of one round."""
 
     def __init__(self, engine: Any, change: Change, round_number: int = 1, exchange: int = 1) -> None:
-        self.engine, self.change, self.when = engine, change, (round_number, exchange)
+        super().__init__(engine)
+        self.change, self.when = change, (round_number, exchange)
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         replies = self.engine.exchange(requests)
