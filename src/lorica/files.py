@@ -63,6 +63,24 @@ def append_line(path: Path, line: str) -> None:
 
 
 @contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Wait until no other process is within this context for the same file; a process that dies leaves it.
+
+    Raises:
+        UserError: the lock file beside it cannot be written.
+    """
+    import fcntl
+
+    try:
+        lock = path.with_name(f"{path.name}.lock").open("a")
+    except OSError as error:
+        raise UserError("file", str(path), f"cannot be locked ({error.strerror})", "free the disk") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A new empty folder to write into, which takes the place of `folder` once the context ends without an error."""
     temporary = folder.with_name(f".{folder.name}.incomplete")
