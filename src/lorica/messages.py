@@ -189,7 +189,7 @@ class Request:
             raise ValueError(f"not a request of this version of Lorica: {type(error).__name__}: {error}") from error
         except RecursionError:
             raise ValueError("not a request of this version of Lorica: it is nested too deeply") from None
-        # Whatever validation passed over or converted, such as a key it does not know or NaN, is not understood.
+        # What validation passed over or converted, such as a key that a part of it does not know, is not understood.
         if json.loads(json.dumps(request._plain())) != plain or request._tensors().keys() != tensors.keys():
             raise ValueError("not a request of this version of Lorica: it says more than this version understands")
         return request
