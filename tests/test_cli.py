@@ -53,6 +53,10 @@ def test_run_shows_progress_and_ends_with_what_was_reached(tmp_path: Path) -> No
     assert (tmp_path / "runs/digits-as-lora/report.html").is_file()
 
 
+def test_an_error_may_quote_what_looks_like_markup(tmp_path: Path) -> None:
+    assert "'[/bold] [query].yaml': no such file" in lorica("run", "[/bold] [query].yaml", folder=tmp_path, code=2)
+
+
 def test_compare_is_resumable_and_writes_its_plots(tmp_path: Path) -> None:
     sweep = [
         "compare",

@@ -24,6 +24,7 @@ from transformers import AutoModelForImageClassification
 import lorica
 from lorica.adapters.base_files import resolve_base
 from lorica.config import PrivacyConfig, TaskConfig
+from lorica.engines.local import LocalEngine
 from lorica.errors import UserError
 from lorica.experiment import Result, prepare_local
 from lorica.methods.base import registry
@@ -257,6 +258,30 @@ def test_a_stopped_secure_run_resumes_without_exceeding_its_budget(tmp_path: Pat
     assert result.privacy["private_release"] is True
     # A private release's folder holds no counts of private labels.
     assert not (result.folder / "partition.json").exists()
+
+
+def test_a_run_goes_on_without_a_client_or_stops_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Client 1's reply of round 2 is lost, once; its ledger has it."""
+    exchange = LocalEngine.exchange
+
+    def lose(self: LocalEngine, requests: Any) -> Any:
+        replies = exchange(self, requests)
+        return {client: reply for client, reply in replies.items() if (requests[client].round, client) != (2, 1)}
+
+    whole = experiment(tmp_path / "whole", "federation.rounds=3").run()
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalEngine, "exchange", lose)
+        result = experiment(tmp_path / "on", "federation.rounds=3", "federation.min_clients=1").run()
+        assert [row.get("missing") for row in result.metrics] == [None, [], [1], []]
+        assert [row.get("participants") for row in result.metrics] == [None, [0, 1], [0], [0, 1]]
+        stopping = experiment(tmp_path / "stopped", "federation.rounds=3")
+        with pytest.raises(UserError, match=r"round 2 needs 2 replies and has 1 \(client 1: no reply\)"):
+            stopping.run()
+    resumed = stopping.run()
+    assert [row["round"] for row in resumed.metrics] == [0, 1, 2, 3]
+    assert [row["steps"] for row in resumed.privacy["clients"]] == [3, 3]
+    for name, value in adapter_of(whole).items():
+        assert torch.equal(adapter_of(resumed)[name], value), name
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_resumes(tmp_path: Path, whole_run: dict[str, Any]) -> None:

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica.config import PrivacyConfig
+from lorica.config import PrivacyConfig, load
+from lorica.errors import UserError
+from lorica.experiment import prepare
 from lorica.federation import client_weights, participation_schedule
 from lorica.privacy.plan import plan_client
 
@@ -45,3 +47,20 @@ def test_weights_follow_their_formula() -> None:
     assert client_weights("records", plans) == pytest.approx({0: 100 / 450, 1: 300 / 450, 2: 50 / 450})
     inverse = np.array([1 / plan.terms.noise_std**2 for plan in plans])
     assert list(client_weights("noise", plans).values()) == pytest.approx(list(inverse / inverse.sum()))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["federation.min_clients=7"], r"federation\.min_clients = 7: only 6 clients"),
+        (["federation.min_clients=3", "federation.participation=0.3"], "only 2 clients take part in a round"),
+        (["federation.min_clients=0"], r"federation\.min_clients = 0"),
+        (["method.name=ro-lora", "server.aggregate=krum", "federation.min_clients=4"], r"server\.byzantine = 1"),
+        (["optimizer.name=adamw", "federation.min_clients=1"], r"optimizer\.name = 'adamw'"),
+    ],
+)
+def test_what_a_round_needs_is_checked_for_the_fewest_replies_that_it_may_have(
+    overrides: list[str], named: str
+) -> None:
+    with pytest.raises(UserError, match=named):
+        prepare(load(None, overrides))

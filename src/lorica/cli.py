@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -253,7 +254,8 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        console.print(f"[bold red]error[/bold red] {error}", highlight=False, markup=True, soft_wrap=True)
+        # What is wrong may be quoted from a file or from a client's reply, and hold brackets.
+        console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         console.print("Stopped. Finished rounds are kept: the same command resumes.")

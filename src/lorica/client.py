@@ -90,9 +90,7 @@ class Client:
         steps = 0
         if isinstance(request.work, Training):
             steps = request.work.steps
-            if self.policy is not None:
-                self.policy.review_release(self.ledger.releases(), self.unit, self.plan, steps)
-            self.plan.check(request.work.terms, self.ledger.steps(request.run, self.number) + steps)
+            self._review(self.ledger.releases(), request)
         release = Release(
             dataset=self.dataset,
             owner=self.records.fingerprint(),
@@ -118,12 +116,23 @@ class Client:
             self.ledger.charge(release, None)
             raise
         reply = Reply(self.number, released).encode()
-        self.ledger.charge(release, reply, kept)
+        # Asked again under the ledger's lock: another request on the same data may have been charged meanwhile.
+        self.ledger.charge(release, reply, kept, lambda earlier: self._review(earlier, request))
         return reply
 
     def personal(self, run: str) -> dict[str, Tensor]:
         """Tensors of this client's own model, noisy ones: those that it trained and did not send."""
         return {name: released.tensor for name, released in self.ledger.kept(run, self.number).items()}
+
+    def _review(self, releases: list[Release], request: Request) -> None:
+        """Refuse steps beyond the policy or the plan; what does no step costs nothing."""
+        if not isinstance(request.work, Training):
+            return
+        steps = request.work.steps
+        if self.policy is not None:
+            self.policy.review_release(releases, self.unit, self.plan, steps)
+        charged = [release.steps for release in releases if (release.run, release.client) == (request.run, self.number)]
+        self.plan.check(request.work.terms, sum(charged) + steps)
 
     def _receive(self, request: Request) -> None:
         if request.sequence not in (0, self.sequence) and self.sequence != request.sequence - 1:

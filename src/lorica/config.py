@@ -194,6 +194,9 @@ class FederationConfig(Strict):
     min_clients: int | None = Field(None, ge=1)
     """Fewest replies with which a round goes on, when clients fail, are late or send what cannot be right. By default
     all of a round's participants must reply, or the run stops, to be resumed at that round."""
+    secure_sum: bool = False
+    """Add the clients' replies up under masks, so that the server sees their sum only (`lorica.secure_sum`). For at
+    least three clients a round, and methods that need sums alone. It does not change ε."""
     private_test: float = Field(0.0, ge=0, lt=1)
     """Share of each client's records that it does not train on but tests on. What comes out of it is private: it is
     written beside the ledger, for the owner, and is in no report."""
@@ -204,6 +207,11 @@ class FederationConfig(Strict):
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Padded tokens (text) or patches (images) in one forward pass; by default 1,024 on a CPU, where small passes over
     texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes the result by rounding only."""
+
+    @property
+    def participants(self) -> int:
+        """Clients in a round."""
+        return max(1, round(self.participation * self.clients))
 
     def pass_tokens(self, device: str) -> int:
         """`micro_batch_tokens`, or its default on a type of device."""

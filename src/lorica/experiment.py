@@ -166,11 +166,12 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
     group = None if config.privacy == "none" else config.privacy.group
     tested = config.federation.private_test > 0
     task = load_task(config.task, resolve_base(config.model.base), config.federation.by, group, tested)
+    # The ledger knows data by their records, whatever the unit.
+    dataset = task.train.fingerprint()
     task = by_privacy_unit(config, task)
     prepared = prepare(config, task)
     parts = [hold_out(config, client, part) for client, part in enumerate(divide(config, task))]
     plans = [planned(config, client, len(records)) for client, (records, _) in enumerate(parts)]
-    dataset = task.train.fingerprint()
     ledger = Ledger(ledger_path(config, dataset))
     clients = {
         plan.client: Client(
@@ -206,7 +207,8 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     schedule = participation_schedule(federation.clients, federation.rounds, federation.participation, config.seed)
     ranks = _client_ranks(config)
     fewest = _fewest_replies(federation, len(schedule[0]))
-    method.check(config.optimizer, fewest, federation.local_steps)
+    # Of a secure sum the server sees as much as of one client's reply.
+    method.check(config.optimizer, 1 if federation.secure_sum else fewest, federation.local_steps)
     check_pieces(config, method)
     check_aggregate(config.server, fewest)
     if federation.weights == "noise" and config.privacy == "none":
@@ -316,6 +318,7 @@ def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoi
         schedule=prepared.schedule,
         weighting=config.federation.weights,
         min_clients=config.federation.min_clients,
+        secure_sum=config.federation.secure_sum,
     )
 
 

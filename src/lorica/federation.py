@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
@@ -17,10 +18,13 @@ from lorica.messages import ENERGY, SKETCH, Delivery, Projection, Request, Train
 from lorica.methods.base import Method, Project, Replies, Server, Train
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account
+from lorica.secure_sum.quantisation import Shapes, coordinates
+from lorica.secure_sum.setup import Setup
 from lorica.streams import numpy_stream
 from lorica.validation import Expected, expected_reply, problem
 
 Weighting = Literal["uniform", "records", "noise"]
+WORD_BITS = 32
 logger = logging.getLogger(__name__)
 
 
@@ -40,6 +44,18 @@ class Engine(Protocol):
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         """Client -> the tensors that it released; without those whose reply did not come."""
+
+    def sum(
+        self, requests: Mapping[int, Request], weights: Mapping[int, float], shapes: Shapes, setup: Setup
+    ) -> tuple[list[int], dict[str, Tensor]]:
+        """The weighted sum of the replies (`lorica.secure_sum.stages.add_up`), and nothing of single ones.
+
+        Args:
+            shapes: name -> shape of each tensor of a reply.
+
+        Returns:
+            The clients in it, and the sum; both empty if there were too few.
+        """
 
     def accounts(self, run: str) -> Mapping[int, Account]:
         """Client -> what it was charged for in this run."""
@@ -90,6 +106,7 @@ class Federation:
         plans: client -> what it agreed to, of all that have joined.
         schedule: participants of each round, index 0 for round 1.
         weighting: how clients are weighted in a mean.
+        secure_sum: replies are added up under masks.
         min_clients: fewest replies with which a round goes on; None for those of all its participants.
     """
 
@@ -101,6 +118,7 @@ class Federation:
     schedule: list[list[int]]
     weighting: Weighting
     min_clients: int | None = None
+    secure_sum: bool = False
     _known: dict[int, Known] = field(default_factory=dict)
 
     def join(self) -> None:
@@ -141,13 +159,16 @@ class Federation:
             exchange += 1
             requests = self._requests(asked, traffic.participants, exchange)
             traffic.server_seconds += time.perf_counter() - started
-            arrived = self.engine.exchange(requests)
-            started = time.perf_counter()
-            released = self._accepted(requests, arrived, expected, traffic)
+            if self.secure_sum:
+                replies = self._summed(requests, expected, traffic)
+                started = time.perf_counter()
+            else:
+                arrived = self.engine.exchange(requests)
+                started = time.perf_counter()
+                released = self._accepted(requests, arrived, expected, traffic)
+                replies = replace(_replies(released, self._weights(traffic)), aggregate=self.server.aggregate)
             if isinstance(asked, Train):
                 traffic.factors = _united(traffic.factors, _per_site(asked, self.server))
-            weights = client_weights(self.weighting, [self.plans[client] for client in traffic.participants])
-            replies = replace(_replies(released, weights), aggregate=self.server.aggregate)
             if isinstance(asked, Train) and self.server.scaffold is not None:
                 self.server.scaffold.learn(replies, self.server)
             try:
@@ -157,6 +178,40 @@ class Federation:
         self.server.finish_round()
         traffic.server_seconds += time.perf_counter() - started
         return traffic
+
+    def _weights(self, traffic: Traffic) -> dict[int, float]:
+        return client_weights(self.weighting, [self.plans[client] for client in traffic.participants])
+
+    def _summed(self, requests: Mapping[int, Request], expected: dict[int, Expected], traffic: Traffic) -> Replies:
+        """One exchange of which the server sees the weighted sum over the clients that stayed to its end.
+
+        No coordinate of a weighted update is larger than its norm bound, so nothing honest is clipped.
+        """
+        weights = self._weights(traffic)
+        for client, request in requests.items():
+            expected[client] = self._expected(request, expected)
+            traffic.bytes_down[client] += request.nbytes
+        bound = max(weights[client] * max(expected[client].norms.values()) for client in requests)
+        shapes = expected[next(iter(requests))].shapes
+        needed = len(requests) if self.min_clients is None else self.min_clients
+        threshold = max(needed, len(requests) // 2 + 1)
+        setup = Setup(f"{self.run} {uuid.uuid4().hex}", len(requests), threshold, WORD_BITS, bound)
+        clients, total = self.engine.sum(requests, weights, shapes, setup)
+        for client in clients:
+            traffic.bytes_up[client] += coordinates(shapes) * setup.word.itemsize
+        self._leave_out({client: "it has no part in the sum" for client in requests if client not in clients}, traffic)
+        share = sum(weights[client] for client in clients)
+        means = {name: value / share for name, value in total.items()}
+        return Replies(
+            {},
+            self._weights(traffic),
+            means={name: value for name, value in means.items() if not name.startswith(SKETCH)},
+            mean_sketches=named(means, SKETCH),
+        )
+
+    def _expected(self, request: Request, expected: Mapping[int, Expected]) -> Expected:
+        records, earlier = self.plans[request.client].records, expected.get(request.client)
+        return expected_reply(request, records, self.server.model.tensors, self.server.seed, earlier)
 
     def _accepted(
         self,
@@ -177,26 +232,23 @@ class Federation:
                 reasons[client] = "no reply"
                 continue
             traffic.bytes_up[client] += size(replies[client])
-            expected[client] = expected_reply(
-                request,
-                self.plans[client].records,
-                self.server.model.tensors,
-                self.server.seed,
-                expected.get(client),
-            )
+            expected[client] = self._expected(request, expected)
             wrong = problem(replies[client], expected[client])
             if wrong is None:
                 accepted[client] = replies[client]
             else:
                 reasons[client] = f"its reply is refused, {wrong}"
+        self._leave_out(reasons, traffic)
+        return accepted
+
+    def _leave_out(self, reasons: Mapping[int, str], traffic: Traffic) -> None:
         for client, reason in reasons.items():
             logger.warning("round %d goes on without client %d: %s", self.server.round, client, reason)
             # It may or may not have taken in what it was sent.
             self._known.pop(client, None)
-        traffic.participants = list(accepted)
+        traffic.participants = [client for client in traffic.participants if client not in reasons]
         traffic.missing = sorted([*traffic.missing, *reasons])
         self._check_enough(traffic, reasons)
-        return accepted
 
     def _check_enough(self, traffic: Traffic, reasons: Mapping[int, str]) -> None:
         replied = len(traffic.participants)
@@ -340,10 +392,12 @@ def _grown(before: int | None, now: int | None) -> bool:
     return before is not None and (now is None or now > before)
 
 
-def _replies(released: Mapping[int, Mapping[str, Tensor]], weights: dict[int, float]) -> Replies:
-    def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start so, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
+
+def _replies(released: Mapping[int, Mapping[str, Tensor]], weights: dict[int, float]) -> Replies:
     return Replies(
         updates={
             client: {name: value for name, value in tensors.items() if not name.startswith((ENERGY, SKETCH))}

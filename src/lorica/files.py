@@ -20,8 +20,8 @@ def cache_folder() -> Path:
     return home_folder() / "cache"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write, sync, rename: a crash leaves the old file or the new one.
+def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write, sync, rename: a crash leaves the old file or the new one, with these permissions.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.
@@ -34,7 +34,7 @@ def write_atomically(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, mode)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -60,24 +60,6 @@ def append_line(path: Path, line: str) -> None:
         raise UserError(
             "file", str(path), f"cannot be written ({error.strerror})", "free the disk or choose another output folder"
         ) from error
-
-
-@contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Wait until no other process is within this context for the same file; a process that dies leaves it.
-
-    Raises:
-        UserError: the lock file beside it cannot be written.
-    """
-    import fcntl
-
-    try:
-        lock = path.with_name(f"{path.name}.lock").open("a")
-    except OSError as error:
-        raise UserError("file", str(path), f"cannot be locked ({error.strerror})", "free the disk") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 @contextmanager

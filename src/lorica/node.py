@@ -21,7 +21,7 @@ from lorica.client import Client
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.experiment import check_isolated, load_model
-from lorica.files import alone, replaced_folder, write_atomically
+from lorica.files import replaced_folder, write_atomically
 from lorica.messages import OWNER, Delivery, Request, decode, encode
 from lorica.node_settings import NodeSettings
 from lorica.owners import by_privacy_unit, divide, hold_out, ledger_path, planned, privacy_unit
@@ -30,6 +30,8 @@ from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.statement import Account, account
 from lorica.request_checks import mistake
+from lorica.secure_sum.setup import SummationError
+from lorica.secure_sum.stages import Part, answer
 from lorica.tasks import load_training
 from lorica.tasks.records import Records, Task
 
@@ -128,8 +130,29 @@ class Node:
         """The encoded reply to an encoded request (`Client.answer`).
 
         Raises:
-            Refused: the request is not one of the agreed run, or goes beyond the plan or the policy.
+            Refused: the request is not one of the agreed run, goes beyond the plan or the policy, or asks for a reply
+                where the run was agreed to be one of sums.
         """
+        request = self._request(content)
+        if self._config.federation.secure_sum and not isinstance(request.work, Delivery):
+            raise Refused("this run was agreed to show the server sums only (federation.secure_sum)")
+        return self._answer(request)
+
+    def answer_in_sum(self, content: bytes, question: str) -> bytes:
+        """The answer to one stage of a secure sum over the replies to a request.
+
+        Raises:
+            Refused: as `answer`.
+            SummationError: the question is none that an honest server asks.
+        """
+        request = self._request(content)
+        path = self._folder / "sum.json"
+        part = Part.from_bytes(path.read_bytes()) if path.is_file() else Part()
+        part, reply = answer(part, self._client.number, question, lambda: decode(self._answer(request)))
+        write_atomically(path, part.to_bytes(), mode=0o600)
+        return reply
+
+    def _request(self, content: bytes) -> Request:
         try:
             request = Request.decode(content)
         except ValueError as error:
@@ -141,15 +164,18 @@ class Node:
         wrong = mistake(request, self._shapes)
         if wrong is not None:
             raise Refused(f"the request cannot be carried out: {wrong}")
+        if not isinstance(request.work, Delivery):
+            # The owner may have changed the policy since.
+            self._review()
+        return request
+
+    def _answer(self, request: Request) -> bytes:
         if isinstance(request.work, Delivery):
             self._take(request, request.work)
             return encode({})
-        with alone(self._client.ledger.path):
-            # The owner may have changed the policy since, and other runs may have used the data.
-            self._review()
-            reply = self._client.answer(self._model, request)
-            self._save()
-            spent = self.account
+        reply = self._client.answer(self._model, request)
+        self._save()
+        spent = self.account
         logger.info(
             "round %d: released %d tensors, %d bytes; ε = %.3f of %.3f planned for this run",
             request.round,
@@ -301,21 +327,24 @@ def agreed(settings: NodeSettings, invitation: Invitation) -> Node:
     return Node(settings, invitation)
 
 
-def respond(settings: NodeSettings, invitation: str, request: bytes | None) -> dict[str, str | bytes]:
+def respond(
+    settings: NodeSettings, invitation: str, request: bytes | None, question: str | None = None
+) -> dict[str, str | bytes]:
     """What goes back to the server: `plan`, or `reply` and `account`, or `refused`.
 
     Only a refusal's own words leave: any other error may quote what is private, and is logged at the node.
 
     Args:
         request: encoded; None for an invitation.
+        question: of a stage of the secure sum over the replies to this request.
     """
     try:
         node = agreed(settings, Invitation.decode(invitation))
         if request is None:
             return {"plan": TypeAdapter(ClientPlan).dump_json(node.plan).decode()}
-        reply = node.answer(request)
+        reply = node.answer(request) if question is None else node.answer_in_sum(request, question)
         return {"reply": reply, "account": TypeAdapter(Account).dump_json(node.account).decode()}
-    except Refused as refusal:
+    except (Refused, SummationError) as refusal:
         logger.warning("refused: %s", refusal)
         return {"refused": str(refusal)}
     except UserError as error:

@@ -81,6 +81,7 @@ def expected_reply(
     """
     if isinstance(request.work, Projection):
         return _projection(request.work, model, earlier)
+    assert isinstance(request.work, Training)
     return _training(request.work, records, model, seed, request.round)
 
 

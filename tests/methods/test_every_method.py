@@ -42,6 +42,9 @@ class Recorder:
     def __init__(self, engine: LocalEngine) -> None:
         self.engine, self.requests, self.replies = engine, [], []
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         replies = self.engine.exchange(requests)
         self.requests.append(dict(requests))

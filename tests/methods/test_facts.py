@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from lorica.aggregation.scaffold import Scaffold
 from lorica.config import OptimizerConfig
 from lorica.federation import Federation
 from lorica.local.step import LocalStep
-from lorica.messages import Training
+from lorica.messages import Request, Training
 from lorica.methods.base import Replies, Server
 from lorica.privacy.mechanism import Terms
 from tests.methods.test_every_method import dense, federation, run
@@ -142,9 +143,16 @@ def test_la_lora_moves_b_in_odd_steps_and_a_in_even_ones(tmp_path: Path) -> None
         steps.append({name[-1] for name in names if name.endswith((".A", ".B"))})
         return names
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalStep, "active", spy)
-        some.round()
+    exchange = some.engine.exchange
+
+    def spied(requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
+        # The server asks for the steps too, when it checks replies.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LocalStep, "active", spy)
+            return exchange(requests)
+
+    some.engine.exchange = spied
+    some.round()
     assert steps == [{"B"}, {"A"}, {"B"}] * 3
 
 

@@ -62,7 +62,10 @@ MALFORMED: dict[str, tuple[Change, str]] = {
     "inf": (first(with_one(float("-inf"))), "is not finite"),
     "missing": (lambda reply: dict(list(reply.items())[1:]), "it lacks "),
     "empty": (lambda reply: {}, "it lacks "),
-    "extra": (lambda reply: reply | {"loss\nround 9 was fine": torch.ones(1)}, r"it has 'loss\\nround 9 was fine'"),
+    "extra": (
+        lambda reply: reply | {"loss\nround 9 was fine": torch.ones(1)},
+        r"it has 'loss\nround 9 was fine', not asked for",
+    ),
     "shape": (first(lambda value: value.flatten()[:-1]), "has shape"),
     "transposed": (first(lambda value: value[None]), "has shape"),
     "float64": (first(lambda value: value.double()), "is torch.float64, not torch.float32"),
@@ -70,7 +73,7 @@ MALFORMED: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["as-lora", "fed-avg", "fedask", "fedsa-lora"])
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_a_malformed_reply_is_refused_and_named(
     name: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -84,7 +87,7 @@ def test_a_malformed_reply_is_refused_and_named(
         assert (traffic.participants, traffic.missing) == ([0, 2], [1])
         (message,) = caplog.messages
         assert message.startswith("round 1 goes on without client 1: its reply is refused, ")
-        assert reason in message.replace("\\n", "\\\\n") if kind == "extra" else reason in message
+        assert reason in message
         assert "\n" not in message
         assert all(torch.isfinite(value).all() for value in some.server.model.tensors.values())
 

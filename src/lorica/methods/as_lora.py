@@ -68,7 +68,7 @@ class ASLoRA(Method):
        - `curvature`: `S_t = (Q_t + X_t)/2`, the trapezoid rule of the directional derivative along the executed noisy
          step (`lorica.methods.scores`). `X_t` needs the block's next activation, so a score completes one
          activation late; at first, `Q` alone.
-       - `energy`: `‖Ḡ‖² - d v`.
+       - `energy`: `‖Ḡ‖² - d v`, which also stands for `Q` where a secure sum hides single updates.
        - `last-step-energy`: `Σ_k w_k max(‖ĝ_k‖² - d τ_k², 0)` of the last local step, the released code's score in
          most rounds, from the privatised gradient.
     4. `gain ← β gain + (1-β) a S` for the active blocks.
@@ -116,6 +116,8 @@ class ASLoRA(Method):
 
     def __init__(self, options: BaseModel, sites: list[Site]) -> None:
         super().__init__(options, sites)
+        if self.options.score == "last-step-energy":
+            self.refuses = SCORED | {"secure_sum": "each client's own energy is clamped at zero before the sum"}
         self.groups: dict[str, list[Site]] = {}
         for site in sites:
             key = {"layer": site.layer, "module": site.name, "tied": "all"}[self.options.granularity]
@@ -185,6 +187,7 @@ class ASLoRA(Method):
         return all(block.gain is not None and block.gain + math.sqrt(block.variance) < 0 for block in blocks)
 
     def _score(self, server: Server, replies: Replies, choice: dict[str, Factors]) -> None:
+        # A secure sum shows no single updates: then the debiased energy takes the place of `Q`.
         clients = sorted(replies.updates)
         weights = [replies.weights[client] for client in clients]
         coefficients = step_weights(server.local_steps, server.optimizer.momentum)

@@ -94,6 +94,8 @@ class Replies:
         energies: client -> tensor name -> `‖ĝ‖²` of the last noisy gradient, if it was asked for.
         sketches: client -> site name -> sketch, if it was asked for.
         aggregate: what takes the place of the weighted mean of updates; None for nothing.
+        means, mean_sketches: `mean` and `mean_sketch` where clients sent masked summands, and the fields above are
+            empty. None where they sent their replies.
     """
 
     updates: Mapping[int, Mapping[str, Tensor]]
@@ -101,6 +103,8 @@ class Replies:
     energies: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     sketches: Mapping[int, Mapping[str, Tensor]] = field(default_factory=dict)
     aggregate: Aggregate | None = None
+    means: Mapping[str, Tensor] | None = None
+    mean_sketches: Mapping[str, Tensor] | None = None
 
     @cached_property
     def mean(self) -> Mapping[str, Tensor]:
@@ -108,6 +112,8 @@ class Replies:
 
         Or the configured robust aggregate of the updates.
         """
+        if self.means is not None:
+            return self.means
         if self.aggregate is not None:
             return self.aggregate([self.updates[client] for client in sorted(self.updates)])
         return self._mean(self.updates)
@@ -115,10 +121,13 @@ class Replies:
     @cached_property
     def mean_sketch(self) -> Mapping[str, Tensor]:
         """Site name -> `Σ_k w_k` sketch."""
-        return self._mean(self.sketches)
+        return self.mean_sketches if self.mean_sketches is not None else self._mean(self.sketches)
 
     def only(self, later: Replies) -> Replies:
-        """The replies of those clients that also replied to a later exchange, with its weights."""
+        """The replies of those clients that also replied to a later exchange, with its weights.
+
+        A sum cannot be taken apart: it stays that of all.
+        """
 
         def kept(values: Mapping[int, Value]) -> dict[int, Value]:
             return {client: value for client, value in values.items() if client in later.weights}
@@ -200,6 +209,10 @@ class Server:
 
     def step_head(self, replies: Replies) -> None:
         """The same for the head alone, where the method aggregates the factors in its own way."""
+        if replies.means is not None:
+            means = {name: value for name, value in replies.means.items() if name in self.model.head}
+            self.step(replace(replies, means=means))
+            return
         head = {
             client: {name: value for name, value in updates.items() if name in self.model.head}
             for client, updates in replies.updates.items()
@@ -256,8 +269,9 @@ class Method(ABC):
     """A federated LoRA method.
 
     A subclass sets `name` and `about`, describes its options, and writes its round. Each `yield Train(...)` is one
-    exchange with the sampled clients and gives back their `Replies`. A method sees released tensors and public numbers
-    only; it has no way to a raw gradient.
+    exchange with the sampled clients and gives back their `Replies`, those of fewer clients where some did not reply:
+    they are out for the rest of the round (see `Replies.only`). A method sees released tensors and public numbers only;
+    it has no way to a raw gradient.
 
     Attributes:
         refuses: composable piece (`lorica.methods.pieces.PIECES`) -> why the method cannot take it. A method that takes
@@ -268,7 +282,7 @@ class Method(ABC):
 
     name: ClassVar[str]
     about: ClassVar[About]
-    refuses: ClassVar[Mapping[str, str]] = {"client_ranks": "its rounds ask all clients for factors of one rank"}
+    refuses: Mapping[str, str] = {"client_ranks": "its rounds ask all clients for factors of one rank"}
     personal: ClassVar[bool] = False
     merges: ClassVar[bool] = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorica.adapters.algebra import stacked
 from lorica.methods.base import About, Method, Round, Server, Train
-from lorica.methods.pieces import MERGES, OWN_AGGREGATION, SAME_RANKS
+from lorica.methods.pieces import MERGES, OWN_AGGREGATION, SAME_RANKS, SINGLE_REPLIES
 
 
 class FedExLoRA(Method):
@@ -31,7 +31,7 @@ class FedExLoRA(Method):
         exact=True,
         privacy="sound; noise quadratic",
     )
-    refuses = SAME_RANKS | OWN_AGGREGATION | MERGES
+    refuses = SAME_RANKS | OWN_AGGREGATION | MERGES | SINGLE_REPLIES
     merges = True
 
     def round(self, server: Server) -> Round:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lorica.adapters.algebra import rotation_towards, weighted_sum
 from lorica.config import Strict
 from lorica.methods.base import About, Method, Round, Server, Train, client_factors
-from lorica.methods.pieces import OWN_AGGREGATION, SAME_RANKS
+from lorica.methods.pieces import OWN_AGGREGATION, SAME_RANKS, SINGLE_REPLIES
 
 
 class FedRotLoRA(Method):
@@ -34,7 +34,7 @@ class FedRotLoRA(Method):
         exact=False,
         privacy="sound; noise quadratic",
     )
-    refuses = SAME_RANKS | OWN_AGGREGATION
+    refuses = SAME_RANKS | OWN_AGGREGATION | SINGLE_REPLIES
 
     class Options(Strict):
         alignment: float = Field(0.5, ge=0, le=1)

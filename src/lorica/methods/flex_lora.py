@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lorica.adapters.algebra import stacked, truncated
 from lorica.methods.base import About, Method, Round, Server, Train, client_factors
-from lorica.methods.pieces import NEW_BASIS, OWN_AGGREGATION
+from lorica.methods.pieces import NEW_BASIS, OWN_AGGREGATION, SINGLE_REPLIES
 
 
 class FlexLoRA(Method):
@@ -31,7 +31,7 @@ class FlexLoRA(Method):
         exact=False,
         privacy="sound; noise quadratic",
     )
-    refuses = OWN_AGGREGATION | NEW_BASIS
+    refuses = OWN_AGGREGATION | NEW_BASIS | SINGLE_REPLIES
 
     def round(self, server: Server) -> Round:
         replies = yield Train("AB", ranks=server.ranks)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lorica.adapters.algebra import stacked
 from lorica.methods.base import About, Method, Round, Server, Train, client_factors
-from lorica.methods.pieces import MERGES, NEW_BASIS, OWN_AGGREGATION
+from lorica.methods.pieces import MERGES, NEW_BASIS, OWN_AGGREGATION, SINGLE_REPLIES
 
 
 class FLoRA(Method):
@@ -37,7 +37,7 @@ class FLoRA(Method):
         exact=True,
         privacy="sound; noise quadratic",
     )
-    refuses = OWN_AGGREGATION | NEW_BASIS | MERGES
+    refuses = OWN_AGGREGATION | NEW_BASIS | MERGES | SINGLE_REPLIES
     merges = True
 
     def round(self, server: Server) -> Round:

@@ -14,7 +14,7 @@ from lorica.adapters.sites import Site
 from lorica.adapters.state import Pair
 from lorica.config import Strict
 from lorica.methods.base import About, Method, Replies, Round, Server, Train, client_factors
-from lorica.methods.pieces import OWN_AGGREGATION
+from lorica.methods.pieces import OWN_AGGREGATION, SINGLE_REPLIES
 
 
 class HetLoRA(Method):
@@ -41,7 +41,7 @@ class HetLoRA(Method):
         exact=False,
         privacy="sound; noise quadratic",
     )
-    refuses = OWN_AGGREGATION
+    refuses = OWN_AGGREGATION | SINGLE_REPLIES
 
     class Options(Strict):
         norm_weights: bool = True

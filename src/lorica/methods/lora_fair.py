@@ -12,7 +12,7 @@ from lorica.adapters.algebra import stacked
 from lorica.adapters.state import Pair
 from lorica.config import Strict
 from lorica.methods.base import About, Method, Round, Server, Train, client_factors
-from lorica.methods.pieces import OWN_AGGREGATION, SAME_RANKS
+from lorica.methods.pieces import OWN_AGGREGATION, SAME_RANKS, SINGLE_REPLIES
 
 
 class LoRAFair(Method):
@@ -37,7 +37,7 @@ class LoRAFair(Method):
         exact=False,
         privacy="sound; noise quadratic",
     )
-    refuses = SAME_RANKS | OWN_AGGREGATION
+    refuses = SAME_RANKS | OWN_AGGREGATION | SINGLE_REPLIES
 
     class Options(Strict):
         solver: Literal["closed-form", "iterative"] = "closed-form"

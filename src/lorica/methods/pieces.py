@@ -13,6 +13,7 @@ PIECES = {
     "scaled_gd": ("local.scaled_gd", "preconditioning by the other factor"),
     "flat_lora": ("local.flat_lora", "noise on the frozen weights"),
     "robust": ("server.aggregate", "a robust aggregate in place of the weighted mean"),
+    "secure_sum": ("federation.secure_sum", "sums in place of single replies"),
     "server_optimizer": ("server.optimizer", "momentum or Adam on the mean update"),
     "server_lr": ("server.lr", "a server learning rate"),
     "shrinkage": ("server.denoise", "singular-value shrinkage of the mean update"),
@@ -35,6 +36,7 @@ SCORED: dict[str, str] = SAME_RANKS | {
     "robust": "its scores are statistics of a weighted mean with a known noise",
 }
 SHAPED: dict[str, str] = SAME_RANKS | dict.fromkeys(("shrinkage", "kalman"), _SHAPED_NOISE)
+SINGLE_REPLIES: dict[str, str] = {"secure_sum": "it combines single clients' factors, and the server sees sums only"}
 OWN_AGGREGATION: dict[str, str] = dict.fromkeys(
     ("robust", "server_optimizer", "server_lr", "shrinkage", "kalman", "scaffold"), _OWN_AGGREGATION
 )
@@ -64,6 +66,8 @@ def check_pieces(config: ExperimentConfig, method: Method) -> None:
         raise UserError("server.optimizer", "fedadam", method.refuses["shrinkage"], "use fedavgm or average")
     if config.server.aggregate != "mean":
         _check_robust(config)
+    if config.federation.secure_sum:
+        _check_secure_sum(config)
     sgd = config.optimizer.name == "sgd"
     known_noise = config.server.denoise != "none" or config.server.optimizer == "fedadam"
     shaping = {"local.scaled_gd": config.local.scaled_gd, "local.scaffold": config.local.scaffold}
@@ -113,6 +117,26 @@ def _check_robust(config: ExperimentConfig) -> None:
             )
 
 
+def _check_secure_sum(config: ExperimentConfig) -> None:
+    federation, participants = config.federation, config.federation.participants
+    singles = "it looks at single replies, and the server sees sums only"
+    clashes = [
+        ("server.aggregate", config.server.aggregate, config.server.aggregate != "mean", singles),
+        ("local.scaffold", True, config.local.scaffold, singles),
+        ("lora.client_ranks", config.lora.client_ranks, bool(config.lora.client_ranks), "sums need one shape"),
+        ("privacy", "none", config.privacy == "none", "without a clip norm no bound on what is summed is known"),
+        (
+            "federation.participation",
+            federation.participation,
+            participants < 3,
+            f"a sum over {participants} clients shows each of them what the others sent",
+        ),
+    ]
+    for key, value, on, reason in clashes:
+        if on:
+            raise UserError(key, value, f"does not go with federation.secure_sum: {reason}", "change one of the two")
+
+
 def chosen_pieces(config: ExperimentConfig) -> dict[str, object]:
     """Piece -> its configured value, for those that are on."""
     values: dict[str, object] = {
@@ -122,6 +146,7 @@ def chosen_pieces(config: ExperimentConfig) -> dict[str, object]:
         "scaled_gd": config.local.scaled_gd or None,
         "flat_lora": config.local.flat_lora or None,
         "robust": config.server.aggregate if config.server.aggregate != "mean" else None,
+        "secure_sum": config.federation.secure_sum or None,
         "server_optimizer": config.server.optimizer if config.server.optimizer != "average" else None,
         "server_lr": config.server.lr if config.server.lr != 1 else None,
         config.server.denoise: config.server.denoise,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -88,7 +88,13 @@ class Ledger:
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from error
 
-    def charge(self, release: Release, reply: bytes | None, kept: Mapping[str, Released] | None = None) -> None:
+    def charge(
+        self,
+        release: Release,
+        reply: bytes | None,
+        kept: Mapping[str, Released] | None = None,
+        allow: Callable[[list[Release]], None] = lambda earlier: None,
+    ) -> None:
         """Write one release with its reply and sync it to disk, before the reply leaves.
 
         Replies of the client's earlier rounds in this run are dropped: a server that has gone on cannot need them.
@@ -96,6 +102,8 @@ class Ledger:
         Args:
             reply: None if there is none, as the work failed.
             kept: noisy tensors that stay with the owner and that its later replies in this run depend on.
+            allow: called with everything that was released before; nothing is written if it raises. No other release
+                can come between its look and this one.
 
         Raises:
             UserError: the row cannot be written.
@@ -110,6 +118,9 @@ class Ledger:
                     "UPDATE releases SET reply = NULL, kept = NULL WHERE run = ? AND client = ? AND round < ?",
                     (release.run, release.client, release.round),
                 )
+                # The update has locked the file for all other writers.
+                earlier = connection.execute(f"SELECT {_COLUMNS} FROM releases ORDER BY id")
+                allow([Release(*row) for row in earlier])
                 values = (time.time(), *astuple(release), reply, state)
                 marks = ", ".join("?" * len(values))
                 connection.execute(f"INSERT INTO releases (time, {_COLUMNS}, reply, kept) VALUES ({marks})", values)
@@ -222,8 +233,9 @@ def lifetime_epsilon(
 ) -> float:
     """ε of everything ever released about a record of `owner`, at `delta`, with `planned` steps still to come.
 
-    What protects a group protects each of its records, but not the other way round: for a group as the unit, one
-    earlier release with another unit makes it infinite.
+    Releases with different units do not add up, and make it infinite: what protects single records does not protect a
+    group, and a group that loses one record is another group rather than none, so that its clipped gradient may move
+    by 2C.
 
     Releases of this owner's own partition compose by PLD. In a simulation, other runs may have split the same data set
     differently; a record of this owner then was with some client of that run, nobody knows which, and the bound takes
@@ -266,7 +278,7 @@ def _composed(
     for release in private:
         if release.run not in own_runs:
             foreign.setdefault(release.run, {}).setdefault(release.client, []).append(release.cost)
-    unlike = unit != "record" and any(release.unit != unit for release in private)
+    unlike = any(release.unit != unit for release in private)
     curve = total_rdp([]) + (float("inf") if unlike else 0.0)
     for clients in foreign.values():
         curve = curve + np.max([total_rdp(steps) for steps in clients.values()], axis=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,7 @@ def privacy_statement(
                 "epsilon": plan.epsilon(own.steps),
                 "epsilon_rdp": plan.epsilon_rdp(own.steps),
             }
-            if own.lifetime_epsilon is not None:
+            if own.lifetime_epsilon is not None and math.isfinite(own.lifetime_epsilon):
                 row["lifetime_epsilon"] = own.lifetime_epsilon
         clients.append(row)
     ledgers = {own.ledger for own in accounts.values() if own.ledger is not None}
@@ -118,6 +119,8 @@ def privacy_statement(
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),
             "target_epsilon": target_epsilon,
         }
+    if any(own.lifetime_epsilon == math.inf for own in accounts.values()):
+        statement["not_covered"].append("Earlier releases of the same data with another unit: they do not add up.")
     bare = max(own.unprotected for own in accounts.values())
     if noise == "secure" and bare:
         statement["not_covered"].append(

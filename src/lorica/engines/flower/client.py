@@ -25,6 +25,11 @@ def train(message: Message, context: Context) -> Message:
 
 def _answer(message: Message, context: Context) -> Message:
     record = message.content.get(RECORD, ConfigRecord())
-    invitation, request = record.get("invitation"), record.get("request")
-    answer = ask(context.node_config, str(invitation), request if isinstance(request, bytes) else None)
+    invitation, request, question = (record.get(key) for key in ("invitation", "request", "question"))
+    answer = ask(
+        context.node_config,
+        str(invitation),
+        request if isinstance(request, bytes) else None,
+        question if isinstance(question, str) else None,
+    )
     return Message(RecordDict({RECORD: ConfigRecord({**answer})}), reply_to=message)

@@ -19,6 +19,9 @@ from lorica.messages import Request, decode
 from lorica.node import Invitation
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account
+from lorica.secure_sum.quantisation import Shapes
+from lorica.secure_sum.setup import Setup
+from lorica.secure_sum.stages import add_up
 
 RECORD = "lorica"
 POLL_SECONDS = 0.2
@@ -72,33 +75,40 @@ class FlowerEngine:
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         """Replies of the clients that answered within `flower.timeout`; the others are logged and left out."""
-        connected = set(self._grid.get_node_ids())
-        sent: dict[str, int] = {}
-        for client in sorted(requests):
-            if self._nodes.get(client) not in connected:
-                logger.warning("client %d is not connected", client)
-                continue
-            request = requests[client]
-            message = self._message(request.run, self._nodes[client], MessageType.TRAIN, {"request": request.encode()})
-            sent |= dict.fromkeys(self._grid.push_messages([message]), client)
-        replies: dict[int, dict[str, Tensor]] = {}
-        deadline = time.monotonic() + self._config.flower.timeout
-        while sent and time.monotonic() < deadline:
-            for message in self._grid.pull_messages(list(sent)):
-                client = sent.pop(message.metadata.reply_to_message_id)
-                content = self._content(message, f"client {client}")
-                if content is None:
-                    continue
-                try:
-                    replies[client] = decode(bytes(content["reply"]))
-                    self._accounts[client] = TypeAdapter(Account).validate_json(str(content["account"]))
-                except (KeyError, TypeError, ValueError, SafetensorError) as error:
-                    replies.pop(client, None)
-                    logger.warning("client %d: its reply cannot be read (%s)", client, type(error).__name__)
-            time.sleep(POLL_SECONDS if sent else 0)
-        for client in sent.values():
-            logger.warning("client %d has not answered within %g seconds", client, self._config.flower.timeout)
+        run = next(iter(requests.values())).run
+        replies = {}
+        answers = self._ask(run, {client: {"request": requests[client].encode()} for client in sorted(requests)})
+        for client, content in answers.items():
+            try:
+                replies[client] = decode(bytes(content["reply"]))
+                self._accounts[client] = TypeAdapter(Account).validate_json(str(content["account"]))
+            except (KeyError, TypeError, ValueError, SafetensorError) as error:
+                replies.pop(client, None)
+                logger.warning("client %d: its reply cannot be read (%s)", client, type(error).__name__)
         return replies
+
+    def sum(
+        self, requests: Mapping[int, Request], weights: Mapping[int, float], shapes: Shapes, setup: Setup
+    ) -> tuple[list[int], dict[str, Tensor]]:
+        """As `exchange`, in the four stages of a secure sum."""
+        run = next(iter(requests.values())).run
+
+        def ask(questions: Mapping[int, str]) -> dict[int, bytes]:
+            contents: dict[int, dict[str, str | bytes]] = {
+                client: {"question": question, "request": requests[client].encode()}
+                for client, question in sorted(questions.items())
+            }
+            answers = {}
+            for client, content in self._ask(run, contents).items():
+                try:
+                    answers[client] = bytes(content["reply"])
+                    self._accounts[client] = TypeAdapter(Account).validate_json(str(content["account"]))
+                except (KeyError, TypeError, ValueError) as error:
+                    answers.pop(client, None)
+                    logger.warning("client %d: its answer cannot be read (%s)", client, type(error).__name__)
+            return answers
+
+        return add_up(setup, weights, shapes, ask)
 
     def accounts(self, run: str) -> dict[int, Account]:
         """What the clients say that their ledgers hold of this run."""
@@ -115,6 +125,29 @@ class FlowerEngine:
     def personal(self, run: str) -> dict[int, dict[str, Tensor]]:
         """None: they stay with the owners."""
         return {}
+
+    def _ask(self, run: str, contents: Mapping[int, Mapping[str, str | bytes]]) -> dict[int, Mapping[str, Any]]:
+        """Send each client its message and wait for the answers, `flower.timeout` seconds at most."""
+        connected = set(self._grid.get_node_ids())
+        sent: dict[str, int] = {}
+        for client, content in contents.items():
+            if self._nodes.get(client) not in connected:
+                logger.warning("client %d is not connected", client)
+                continue
+            message = self._message(run, self._nodes[client], MessageType.TRAIN, content)
+            sent |= dict.fromkeys(self._grid.push_messages([message]), client)
+        answers = {}
+        deadline = time.monotonic() + self._config.flower.timeout
+        while sent and time.monotonic() < deadline:
+            for message in self._grid.pull_messages(list(sent)):
+                client = sent.pop(message.metadata.reply_to_message_id)
+                answer = self._content(message, f"client {client}")
+                if answer is not None:
+                    answers[client] = answer
+            time.sleep(POLL_SECONDS if sent else 0)
+        for client in sent.values():
+            logger.warning("client %d has not answered within %g seconds", client, self._config.flower.timeout)
+        return answers
 
     def _invite(self, run: str, tried: set[int]) -> set[int]:
         """Send invitations to connected nodes without a part; returns their ids."""
@@ -165,7 +198,7 @@ class FlowerEngine:
             return f"client {plan.client} agreed to another plan before"
         return None
 
-    def _message(self, run: str, node: int, kind: str, content: Mapping[str, bytes]) -> Message:
+    def _message(self, run: str, node: int, kind: str, content: Mapping[str, str | bytes]) -> Message:
         invitation = Invitation(run, self._config.model_dump_json(), self._base).encode()
         record = ConfigRecord({"invitation": invitation, **content})
         return Message(RecordDict({RECORD: record}), node, kind, ttl=self._config.flower.timeout)

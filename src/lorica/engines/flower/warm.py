@@ -31,12 +31,14 @@ START_SECONDS = 120.0
 logger = logging.getLogger(__name__)
 
 
-def ask(node_config: Mapping[str, Any], invitation: str, request: bytes | None) -> dict[str, str | bytes]:
+def ask(
+    node_config: Mapping[str, Any], invitation: str, request: bytes | None, question: str | None = None
+) -> dict[str, str | bytes]:
     """The node's answer (`lorica.node.respond`), from the worker if `worker` is set, else from this process."""
     try:
         settings = NodeSettings.of(node_config)
         if settings.worker:
-            return _ask_worker(settings, invitation, request)
+            return _ask_worker(settings, invitation, request, question)
     except UserError as error:
         logger.error("%s", error)
         return {"refused": f"the node cannot take part because of its {error.key}; its log has the rest"}
@@ -45,7 +47,7 @@ def ask(node_config: Mapping[str, Any], invitation: str, request: bytes | None) 
         return {"refused": "an error at the node; its log has it"}
     from lorica.node import respond
 
-    return respond(settings, invitation, request)
+    return respond(settings, invitation, request, question)
 
 
 def serve(settings: NodeSettings, address: Path) -> None:
@@ -68,9 +70,8 @@ def serve(settings: NodeSettings, address: Path) -> None:
         accepted.settimeout(None)
         with Connection(accepted.detach()) as connection:
             try:
-                invitation = connection.recv_bytes().decode()
-                content = connection.recv_bytes()
-                answer = respond(settings, invitation, content or None)
+                invitation, question = json.loads(connection.recv_bytes())
+                answer = respond(settings, invitation, connection.recv_bytes() or None, question)
                 reply = answer.pop("reply", b"")
                 connection.send_bytes(json.dumps(answer).encode())
                 connection.send_bytes(bytes(reply) if isinstance(reply, bytes) else b"")
@@ -94,9 +95,11 @@ def runtime_folder() -> Path:
     return folder
 
 
-def _ask_worker(settings: NodeSettings, invitation: str, request: bytes | None) -> dict[str, str | bytes]:
+def _ask_worker(
+    settings: NodeSettings, invitation: str, request: bytes | None, question: str | None
+) -> dict[str, str | bytes]:
     with _connect(settings) as connection:
-        connection.send_bytes(invitation.encode())
+        connection.send_bytes(json.dumps([invitation, question]).encode())
         connection.send_bytes(request or b"")
         answer: dict[str, str | bytes] = json.loads(connection.recv_bytes())
         reply = connection.recv_bytes()
