@@ -11,6 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from lorica.config import ExperimentConfig
 from lorica.methods.base import registry
+from lorica.node_settings import NodeSettings
 from lorica.privacy.policy import Policy
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
@@ -21,6 +22,9 @@ be set as `section.key=value`. An unknown key is an error that names the nearest
 """
 POLICY = """A file of its own, which stays with the owner: see [privacy.md](privacy.md#the-owners-policy). From
 `src/lorica/privacy/policy.py`.
+"""
+NODE = """The `--node-config` of an owner's SuperNode: see [federation.md](federation.md). From
+`src/lorica/node_settings.py`.
 """
 
 
@@ -33,6 +37,7 @@ def render() -> str:
             note = f"\n{_text(field.description)}\n" if field.description else ""
             parts += [f"## `{name}`\n", f"{_text(section.__doc__)}\n{note}", _table(section)]
     parts += ["## An owner's policy\n", POLICY, _table(Policy)]
+    parts += ["## An owner's node\n", NODE, _table(NodeSettings)]
     parts.append("## Options of methods\n\nBeside `method.name`.\n")
     for name, method in registry().items():
         if method.Options.model_fields:

@@ -30,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Federated LoRA fine-tuning under differential privacy.",
 )
+flower = typer.Typer(no_args_is_help=True, help="Federations across machines, over Flower.")
+app.add_typer(flower, name="flower")
 console = Console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as privacy.epsilon=1")]
@@ -50,7 +52,7 @@ def run(
 
         with _Rounds() as rounds:
             result = Experiment(experiment_config).run(rounds.start, rounds.round)
-        if not rounds.started:
+        if not rounds.started and experiment_config.engine == "local":
             again = f"name={_next_name(result.folder)}"
             console.print(f"This run was finished before; its results follow. For another one: lorica run … {again}")
         console.print(run_table(read_run(result.folder)))
@@ -175,6 +177,35 @@ def budget(
             console.print(budget_table(found))
 
 
+@flower.command("init")
+def flower_init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, which becomes the Flower app.")],
+    config: Annotated[str | None, typer.Argument(help="Experiment (YAML); without it, the embedded digits.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write a Flower app that runs an experiment, with a policy to start from and the commands."""
+    with _errors():
+        experiment_config = load(*_source(config, overrides))
+        from lorica.engines.flower.launch import with_absolute_paths, write_app
+
+        write_app(with_absolute_paths(experiment_config), folder)
+        console.print(f"Flower app: {folder}. Next:", soft_wrap=True)
+        superlink = experiment_config.flower.superlink
+        nodes = f'local --stream --federation-config "num-supernodes={experiment_config.federation.clients}"'
+        command = f"flwr run {folder} {nodes if superlink is None else f'{superlink} --stream'}"
+        console.print(f"  {command}", soft_wrap=True, highlight=False)
+        console.print(f"All commands are in {folder / 'README.md'}.", soft_wrap=True)
+
+
+@flower.command("node", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def flower_node(context: typer.Context) -> None:
+    """Start an owner's node: `flower-supernode` with its options, running this Lorica and no code from the server."""
+    with _errors():
+        from lorica.engines.flower.sealed import become_node
+
+        become_node(context.args)
+
+
 class _Rounds:
     """Shows a run as it goes: what was planned, a line a round, a bar. Ctrl-C ends it after the round at the latest."""
 
@@ -193,15 +224,17 @@ class _Rounds:
     def __enter__(self) -> _Rounds:
         handler = RichHandler(console=console, show_path=False, show_time=False)
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
-        self._progress.start()
         self._handler = signal.getsignal(signal.SIGINT)
         # A job in the background ignores Ctrl-C, and goes on doing so.
         if self._handler is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._interrupt)
+        # Otherwise Python ends at once and leaves running what it has started.
+        self._terminated = signal.signal(signal.SIGTERM, self._interrupt)
         return self
 
     def __exit__(self, *_: object) -> None:
         signal.signal(signal.SIGINT, self._handler)
+        signal.signal(signal.SIGTERM, self._terminated)
         self._progress.stop()
 
     def _interrupt(self, *_: object) -> None:
@@ -211,6 +244,7 @@ class _Rounds:
 
     def start(self, prepared: Prepared, federation: Federation, finished: int) -> None:
         self.started = True
+        self._progress.start()
         config = prepared.config
         modules = sorted({site.name.rsplit(".", 1)[-1] for site in prepared.model.sites})
         noise = [plan.terms.noise_multiplier for plan in federation.plans.values()]

@@ -132,16 +132,26 @@ class Experiment:
         Raises:
             UserError: before any budget is spent, for everything that the configuration or the data can get wrong.
         """
+        if self.config.engine == "flower":
+            return _launched(self.config)
         finished = finished_result(self.config)
         if finished is not None:
             return finished
-        if self.config.engine == "flower":
-            from lorica.engines.flower.launch import launch, with_absolute_paths
-
-            launch(with_absolute_paths(self.config))
-            return read_result(self.config.folder)
         prepared, engine = prepare_local(self.config)
         return conduct(prepared, engine, on_start, on_round)
+
+
+def _launched(config: ExperimentConfig) -> Result:
+    from lorica.engines.flower.launch import launch, with_absolute_paths
+
+    config = with_absolute_paths(config)
+    finished = finished_result(config)
+    if finished is not None:
+        return finished
+    launch(config)
+    if not config.folder.is_dir():
+        raise UserError("output", config.output, "the run has ended, and its folder is not here", "see the SuperLink's")
+    return read_result(config.folder)
 
 
 def finished_result(config: ExperimentConfig) -> Result | None:

@@ -9,6 +9,7 @@ import uuid
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -29,10 +30,9 @@ def claim_folder(folder: Path, config: ExperimentConfig) -> None:
         return
     if not path.is_file():
         raise UserError("name", config.name, f"{folder} exists and is no run folder", "choose another name or output")
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    wanted = config.model_dump(mode="json")
-    # Where the folder lies is no part of the experiment.
-    different = [key for key in wanted if key != "output" and found.get(key) != wanted[key]]
+    found = _experiment(yaml.safe_load(path.read_text(encoding="utf-8")))
+    wanted = _experiment(config.model_dump(mode="json"))
+    different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:
         raise UserError(
             "name",
@@ -40,6 +40,13 @@ def claim_folder(folder: Path, config: ExperimentConfig) -> None:
             f"{folder} holds another experiment (its {', '.join(different)} differ)",
             "choose another name, or delete that folder",
         )
+
+
+def _experiment(content: dict[str, Any]) -> dict[str, Any]:
+    """Without what may change between a run and its resumption: where it runs, and how many clients it waits for."""
+    kept = {key: value for key, value in content.items() if key not in ("output", "engine", "flower")}
+    federation = {key: value for key, value in content.get("federation", {}).items() if key != "min_clients"}
+    return kept | {"federation": federation}
 
 
 def open_run(folder: Path, config: ExperimentConfig, device: str) -> str:

@@ -15,12 +15,12 @@ from torch import nn
 
 from lorica.adapters.adapted import adapt
 from lorica.adapters.base_files import resolve_base
-from lorica.adapters.base_model import load_base
+from lorica.adapters.base_model import BaseModel, load_base
 from lorica.adapters.export import Export, export_adapter, load_adapter
 from lorica.adapters.sites import layer_of, match_targets
 from lorica.config import LoraSection, ModelConfig
 from lorica.errors import UserError
-from tests.models import FAMILIES, HEADS, IMAGES, batch
+from tests.models import DECODER, FAMILIES, HEADS, IMAGES, VISION, batch
 
 NAMES = ["bad", "fair", "good"]
 TASKS = dict.fromkeys(IMAGES, "image-classification")
@@ -210,6 +210,41 @@ def test_the_usual_targets_are_query_and_value_of_every_layer(family: str) -> No
     every = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in USUAL[family]]
     assert found == every
     assert LoraSection().target_modules == "auto"
+
+
+TOWERS = {
+    "text_config": {name: value for name, value in DECODER.items() if name != "num_labels"},
+    "vision_config": {name: value for name, value in VISION.items() if name not in ("num_labels", "num_channels")},
+}
+
+
+@pytest.mark.parametrize("kind", ["Gemma3ForConditionalGeneration", "Gemma3ForSequenceClassification"])
+def test_usual_targets_of_a_model_for_images_and_texts_are_those_that_texts_reach(kind: str) -> None:
+    model = getattr(transformers, kind)(transformers.Gemma3Config(**TOWERS, mm_tokens_per_image=4))
+    head = "lm_head" if kind.endswith("Generation") else "score"
+    found = match_targets(model, "auto", head)
+    named = [
+        f"model.language_model.layers.{layer}.self_attn.{role}" for layer in (0, 1) for role in ("q_proj", "v_proj")
+    ]
+    assert found == named
+    # Every map of this name where the user says so.
+    assert any("vision_tower" in name for name in match_targets(model, ["query"], head))
+    reached: set[str] = set()
+    for name in match_targets(model, ["query", "value"], head):
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: reached.add(name))
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert reached == set(found)
+    base = BaseModel(model, head, False, [])
+    adapter = adapt(base, LoraSection(r=2), ModelConfig(base="tiny", head="freeze"), 0, CPU)
+    assert [site.name for site in adapter.sites] == found
+
+
+def test_usual_targets_of_an_image_model_are_in_its_tower() -> None:
+    config = transformers.CLIPConfig(text_config={"hidden_size": 16}, vision_config=TOWERS["vision_config"])
+    model = transformers.CLIPForImageClassification(config)
+    found = match_targets(model, "auto", "classifier")
+    assert len(found) == 4
+    assert all(name.startswith("vision_model.") for name in found)
 
 
 def test_usual_targets_without_query_and_value_are_pefts_or_refused() -> None:

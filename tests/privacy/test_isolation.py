@@ -1,6 +1,6 @@
 """A model that mixes examples is refused before anything is released."""
 
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +25,39 @@ class Mixing(nn.Module):
         return hidden - hidden.mean(0)
 
 
+class MixingInTraining(Mixing):
+    """Only then, as batch normalisation does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else self.linear(x)
+
+
+class Normalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3).requires_grad_(False)
+        self.normalisation = nn.BatchNorm1d(3).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalisation(self.linear(x))
+
+
+class Table(nn.Module):
+    """Adds a projection of five rows that belong to no example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3).requires_grad_(False)
+        self.rows = nn.Parameter(torch.randn(5, 4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.rows).sum(0) * x.sum(1, keepdim=True)
+
+
+def losses(module: nn.Module, some: Batch) -> Tensor:
+    return some.by_example(nn.functional.cross_entropy(module(**some.inputs), some.labels, reduction="none"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ordinary_models_pass(family: str) -> None:
     model = adapted(family)
@@ -37,15 +70,46 @@ def test_rows_of_one_example_may_hang_together() -> None:
     check_isolation(model.peft_model, model.losses, model.tensors, examples, 1e-3)
 
 
-def test_a_model_that_mixes_examples_is_refused() -> None:
-    model = Mixing()
+@pytest.mark.parametrize("family", ["bert", "gpt2", "swin"])
+def test_dropout_is_no_mixing(family: str) -> None:
+    """Of every kind: of hidden states, of attention, of whole paths and before A."""
+    model = adapted(family, lora_dropout=0.3)
+    for module in model.peft_model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+        if isinstance(getattr(module, "drop_prob", None), float):
+            module.drop_prob = 0.3
+    examples = batch(family, 3)
+    model.peft_model.train()
+    first, second = (model.losses(model.peft_model, examples) for _ in range(2))
+    assert not torch.equal(first, second)
+    check_isolation(model.peft_model, model.losses, model.tensors, examples, 1e-3)
+
+
+@pytest.mark.parametrize("owners", [None, [0, 0, 1]], ids=["rows", "examples of several rows"])
+@pytest.mark.parametrize("kind", [Mixing, MixingInTraining, Normalised])
+def test_a_model_that_mixes_examples_is_refused(kind: type[Any], owners: list[int] | None) -> None:
+    model = kind().eval()
     trained = {"w": TrainedTensor(model.linear, "weight")}
-    examples = Batch({"x": torch.randn(3, 4)}, torch.tensor([0, 1, 2]))
+    some = Batch({"x": torch.randn(3, 4)}, torch.tensor([0, 1, 2]), None if owners is None else torch.tensor(owners))
+    with pytest.raises(UserError, match="depends on the examples beside it") as error:
+        check_isolation(model, losses, trained, some, 1e-3)
+    assert error.value.key == "model.base"
 
-    def losses(module: nn.Module, some: Batch) -> Tensor:
-        return nn.functional.cross_entropy(module(**some.inputs), some.labels, reduction="none")
 
-    for owners in (None, torch.tensor([0, 0, 1])):
-        some = replace(examples, owners=owners)
-        with pytest.raises(UserError, match="depends on the examples beside it"):
-            check_isolation(model, lambda *args: args[1].by_example(losses(*args)), trained, some, 1e-3)
+def test_a_module_that_sees_no_rows_of_examples_is_one_clear_error() -> None:
+    model = Table()
+    trained = {"w": TrainedTensor(model.linear, "weight")}
+    with pytest.raises(UserError, match="saw 5 rows for 3 of the input") as error:
+        check_isolation(model, losses, trained, Batch({"x": torch.randn(3, 4)}, torch.tensor([0, 1, 2])), 1e-3)
+    assert (error.value.key, error.value.value) == ("model.base", "w")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_model_and_random_numbers_are_left_as_they_were(training: bool) -> None:
+    model = adapted("bert", lora_dropout=0.3)
+    model.peft_model.train(training)
+    state = torch.random.get_rng_state()
+    check_isolation(model.peft_model, model.losses, model.tensors, batch("bert", 3), 1e-3)
+    assert {module.training for module in model.peft_model.modules()} == {training}
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,4 +1,5 @@
 import io
+import json
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ from rich.console import Console
 
 from lorica.errors import UserError
 from lorica.reporting.comparison import Result
+from lorica.reporting.html import write_report
 from lorica.reporting.run_folder import read_run
 from lorica.reporting.style import duration
 from lorica.reporting.tables import comparison_markdown, comparison_table, human_bytes, run_table
@@ -49,6 +51,18 @@ def test_a_run_shows_cost_traffic_and_places(make_run):
     assert str(folder / "adapter") in text
     assert "not written" in text
     assert "Not a private release" not in text
+
+
+def test_clients_that_were_left_out_are_named_with_their_rounds(make_run):
+    folder = make_run(rounds=3, clients=2)
+    assert "Left out" not in printed(run_table(read_run(folder)))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["missing"] = {2: [1], 3: [0, 1]}.get(line["round"], [])
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    text = "client 0 in round 3; client 1 in rounds 2, 3"
+    assert text in printed(run_table(read_run(folder)))
+    assert text in write_report(folder).read_text(encoding="utf-8")
 
 
 def test_clients_have_rows_up_to_ten(make_run):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import UserError
@@ -70,8 +71,9 @@ def match_targets(
 
     Args:
         targets: names that a module's path ends with; one regular expression that matches whole paths; `all-linear`; or
-            `auto`, which is query and value, or else what PEFT takes for this family. The roles query, key and value
-            are found under each family's own names, and in the fused map where one makes them all.
+            `auto`, which is query and value, or else what PEFT takes for this family, in a model that takes text
+            without its towers for images and sound. The roles query, key and value are found under each family's own
+            names, and in the fused map where one makes them all.
         head: path of the head's linear map.
         new_modules: paths of modules that no checkpoint holds; they travel whole, and are left out too.
 
@@ -88,6 +90,7 @@ def match_targets(
     if targets == "all-linear":
         return linear
     if targets == "auto":
+        linear = _without_other_towers(model, linear)
         targets = _usual_targets(model, linear)
     if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
         try:
@@ -114,6 +117,18 @@ def _named(target: str, linear: list[str]) -> list[str]:
         if found:
             return found
     return []
+
+
+def _without_other_towers(model: nn.Module, linear: list[str]) -> list[str]:
+    """Without the maps that a text does not reach: they would add noise to every step and learn nothing."""
+    if "text" not in getattr(model, "input_modalities", "text"):
+        return linear
+    towers = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and "text" not in module.input_modalities
+    ]
+    return [name for name in linear if not name.startswith(tuple(towers))]
 
 
 def _usual_targets(model: nn.Module, linear: list[str]) -> list[str] | str:

@@ -10,6 +10,21 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
+class RowsError(RuntimeError):
+    """A trained module saw rows that cannot be told apart by example.
+
+    Attributes:
+        name: of a trained tensor of that module.
+    """
+
+    def __init__(self, name: str, seen: int, rows: int) -> None:
+        self.name = name
+        super().__init__(
+            f"the module of {name} saw {seen} rows for {rows} of the input; per-example gradients need the examples "
+            "first"
+        )
+
+
 class TrainedTensor(NamedTuple):
     """What is trained of a linear map (`nn.Linear`, weight `(d_out, d_in)`): its weight, its bias, or a part of one.
 
@@ -58,8 +73,8 @@ def per_example_gradients(
         in the pass sums its contributions. Non-finite values are passed on; clipping deals with them.
 
     Raises:
-        RuntimeError: a trained module saw a number of rows that is no multiple of the input's, or `losses` is not
-            `(n,)`.
+        RowsError: a trained module saw a number of rows that is no multiple of the input's.
+        RuntimeError: `losses` is not `(n,)`.
     """
     rows = examples if owners is None else len(owners)
     gradients: dict[str, Tensor] = {}
@@ -70,10 +85,10 @@ def per_example_gradients(
     def forward_hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         assert isinstance(module, nn.Linear)
         names = wanted[module]
-        x = _by_row(inputs[0].detach(), rows) if "weight" in names else None
+        x = _by_row(inputs[0].detach(), rows, names["weight"]) if "weight" in names else None
 
         def backward_hook(output_gradient: Tensor) -> None:
-            g = _by_row(output_gradient, rows)
+            g = _by_row(output_gradient, rows, next(iter(names.values())))
             if x is not None:
                 weights = torch.bmm(g.transpose(1, 2).float(), x.float())
                 _accumulate(gradients, names["weight"], _by_example(weights, examples, owners))
@@ -104,13 +119,10 @@ def per_example_gradients(
     return found
 
 
-def _by_row(value: Tensor, rows: int) -> Tensor:
+def _by_row(value: Tensor, rows: int, name: str) -> Tensor:
     """`(rows·k, …, d)` -> `(rows, t, d)`: all that one row of the input became together."""
     if value.shape[0] % rows:
-        raise RuntimeError(
-            f"a trained module saw {value.shape[0]} rows for {rows} of the input; per-example gradients need the "
-            "examples first"
-        )
+        raise RowsError(name, value.shape[0], rows)
     return value.reshape(rows, -1, value.shape[-1])
 
 

@@ -58,6 +58,8 @@ class Policy(Strict):
     """Kinds of noise that a run may use. `reproducible` and `none` protect nothing: no ε holds for data that was
     released with them, so that nothing more is released from it unless they are listed here. `max_epsilon` then bounds
     only what was released with secure noise."""
+    sums_only: bool = False
+    """Take part only in runs whose server sees sums over clients (`federation.secure_sum`)."""
     metrics: list[str] = Field([])
     """Metrics that a test on the owner's own held-out records (`federation.private_test`) may compute, its `loss`
     included, such as `[loss, accuracy]`. They stay with the owner. By default there is no such test."""
@@ -103,6 +105,8 @@ class Policy(Strict):
             Refused: names the key of the policy, the value proposed and the limit. Holds public information alone.
         """
         self.review_task(config, base)
+        if self.sums_only and not config.federation.secure_sum:
+            _refuse("sums_only", "federation.secure_sum = False", "only sums may leave")
         self._review_noise(plan)
         rate = plan.terms.sampling_rate
         if not rate <= self.max_sampling_rate:

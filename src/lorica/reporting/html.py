@@ -26,6 +26,7 @@ from lorica.reporting.run_folder import (
     bytes_sent,
     guarantee,
     metric_name,
+    missing_text,
     not_private,
     outcome,
     read_run,
@@ -190,6 +191,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "assumptions": privacy.get("assumptions") or [],
         "not_covered": privacy.get("not_covered") or [],
         "traffic": _traffic(run),
+        "left_out": missing_text(run.metrics),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
         "environment": run.environment,
     }

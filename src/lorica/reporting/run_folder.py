@@ -131,6 +131,20 @@ def bytes_sent(metrics: list[dict[str, Any]]) -> tuple[int, int]:
     return up, down
 
 
+def missing_text(metrics: list[dict[str, Any]]) -> str:
+    """Which clients gave no reply that counted, and in which rounds: "client 2 in rounds 3, 4"; empty if none."""
+    rounds: dict[int, list[int]] = {}
+    for row in metrics:
+        for client in row.get("missing", []):
+            rounds.setdefault(client, []).append(row["round"])
+    parts = []
+    for client, numbers in sorted(rounds.items()):
+        noun = "round" if len(numbers) == 1 else "rounds"
+        listed = ", ".join(map(str, numbers)) if len(numbers) <= 10 else f"{len(numbers)} in all"
+        parts.append(f"client {client} in {noun} {listed}")
+    return "; ".join(parts)
+
+
 def seconds_per_round(metrics: list[dict[str, Any]], key: str = "seconds") -> float | None:
     """Mean time of a round; None where no time was recorded. `server_seconds` is the server's part of it."""
     seconds = [row[key] for row in metrics if row.get(key) is not None]

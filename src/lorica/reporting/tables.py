@@ -17,6 +17,7 @@ from lorica.reporting.run_folder import (
     bytes_sent,
     guarantee,
     metric_name,
+    missing_text,
     not_private,
     outcome,
     score_of,
@@ -174,6 +175,9 @@ def _summary_table(run: Run) -> Table:
         table.add_row("Privacy", f"ε = {rounded_up(spent[0])}, δ = {rounded_up(spent[1])} ({where}){more}")
     table.add_row("Rounds", f"{rounds_text(run)}, {duration(seconds_per_round(run.metrics))} each")
     table.add_row("Sent", f"{human_bytes(up)} up, {human_bytes(down)} down, all clients and rounds")
+    left_out = missing_text(run.metrics)
+    if left_out:
+        table.add_row("Left out", left_out)
     for heading, name in (("Adapter", "adapter"), ("Report", "report.html")):
         path = run.folder / name
         table.add_row(heading, Text(str(path) if path.exists() else "not written"))

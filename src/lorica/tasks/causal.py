@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import date
+from functools import partial
 from typing import Any
 
 import jinja2
@@ -12,9 +15,10 @@ import numpy as np
 import torch
 
 from lorica.errors import UserError
+from lorica.tasks.cache import Arrays, cached_arrays
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch, digest, stack_digests
-from lorica.tasks.text import SLICE, TokenRecords, column_texts, laid_out, padded
+from lorica.tasks.text import SLICE, TokenRecords, column_texts, laid_out, padded, tokenizer_identity
 
 # The value that transformers leaves out of a loss.
 IGNORED = -100
@@ -22,6 +26,10 @@ GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Span = tuple[int, int]
 Message = dict[str, str]
+# A record's texts: prompt and completion, a text alone, or roles and contents in turn.
+Row = tuple[str, ...]
+# A record's tokens, and the places of those that are learned.
+Encoded = tuple[list[int], list[Span]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,78 +75,98 @@ def tokenise_causal(source: Source, columns: list[str], tokenizer: Any, max_leng
     it has one, which is learned too; a conversation has what its template writes. Records lose their end beyond
     `max_length` tokens, or beyond what the tokenizer says its model can take, so that a completion keeps its beginning.
 
+    Done once for the same data, tokenizer, template and length.
+
     Raises:
         UserError: a column holds neither texts nor conversations; the tokenizer has no chat template, or one that does
             not show where the assistant's turns are; nothing is learned in a record.
     """
     import pyarrow as pa
 
-    if len(columns) == 1 and pa.types.is_nested(source.table.column(columns[0]).type):
-        conversations = _conversations(source, columns[0])
-        fields = [[text for message in messages for text in message.values()] for messages in conversations]
-        encoded = _encoded_conversations(source, conversations, tokenizer)
-    else:
-        texts = [column_texts(source, column).to_pylist() for column in columns]
-        fields = [list(row) for row in zip(*texts, strict=True)]
-        prompts = texts[0] if len(columns) == 2 else [""] * len(fields)
-        encoded = _encoded_completions(prompts, texts[-1], tokenizer)
     limit = min(max_length, tokenizer.model_max_length)
-    tokens, learned = [], []
-    for index, (ids, spans) in enumerate(encoded):
-        tokens.append(np.array(ids[:limit], dtype=np.int32))
-        learned.append(np.zeros(len(tokens[-1]), dtype=bool))
-        for start, end in spans:
-            learned[-1][start:end] = True
-        learned[-1][:1] = False
-        if not learned[-1].any():
-            raise source.error(
-                f"record {index} (counted from 0) has nothing to learn in its first {limit} tokens (column "
-                f"{' and '.join(map(repr, columns))})",
-                "raise task.max_length, shorten the prompt or remove the record",
-            )
-    sizes = np.fromiter(map(len, tokens), dtype=np.int64)
+    rows: Callable[[int], list[Row]]
+    encoded: Callable[[int], Iterator[Encoded]]
+    if len(columns) == 1 and pa.types.is_nested(source.table.column(columns[0]).type):
+        template = _chat_template(tokenizer)
+        # Such a template may write the day's date.
+        day = date.today().isoformat() if "strftime_now" in template else ""
+        key = ["conversations", template, day]
+        rows = partial(_conversations, source, columns[0])
+
+        def encoded(start: int) -> Iterator[Encoded]:
+            return _encoded_conversations(source, rows(start), start, tokenizer, template)
+
+    else:
+        texts = [column_texts(source, column) for column in columns]
+        begin, end = _edges(tokenizer)
+        key = ["texts", str(begin), str(end)]
+
+        def rows(start: int) -> list[Row]:
+            return list(zip(*(column.slice(start, SLICE).to_pylist() for column in texts), strict=True))
+
+        def encoded(start: int) -> Iterator[Encoded]:
+            return _encoded_completions(rows(start), tokenizer, begin, end)
+
+    slices = range(0, source.table.num_rows, SLICE)
+    digests = [digest(text.encode() for text in row) for start in slices for row in rows(start)]
+
+    def make(arrays: Arrays) -> None:
+        for start in slices:
+            tokens, learned = [], []
+            for index, (ids, spans) in enumerate(encoded(start), start):
+                tokens.append(np.array(ids[:limit], dtype=np.int32))
+                learned.append(np.zeros(len(tokens[-1]), dtype=bool))
+                for first, last in spans:
+                    learned[-1][first:last] = True
+                learned[-1][:1] = False
+                if not learned[-1].any():
+                    raise source.error(
+                        f"record {index} (counted from 0) has nothing to learn in its first {limit} tokens (column "
+                        f"{' and '.join(map(repr, columns))})",
+                        "raise task.max_length, shorten the prompt or remove the record",
+                    )
+            arrays.append("sizes", np.fromiter(map(len, tokens), dtype=np.int64))
+            arrays.append("tokens", np.concatenate(tokens))
+            arrays.append("learned", np.concatenate(learned))
+
+    content = hashlib.sha256(b"".join(digests)).hexdigest()
+    arrays = cached_arrays(["causal", content, tokenizer_identity(tokenizer), str(limit), *key], make)
+    sizes = np.asarray(arrays["sizes"])
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return CausalRecords(
         labels=np.zeros(len(sizes), dtype=np.int64),
-        digests=stack_digests([digest([text.encode() for text in record]) for record in fields]),
-        tokens=np.concatenate(tokens),
-        learned=np.concatenate(learned),
+        digests=stack_digests(digests),
+        tokens=arrays["tokens"],
+        learned=arrays["learned"],
         starts=np.cumsum(sizes) - sizes,
         sizes=sizes,
         pad=next(pad for pad in pads if pad is not None),
     )
 
 
-def _encoded_completions(
-    prompts: list[str], completions: list[str], tokenizer: Any
-) -> Iterator[tuple[list[int], list[Span]]]:
-    """Of each record, its tokens and the places of its completion among them."""
+def _edges(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that every text begins and ends with."""
     begin = [tokenizer.bos_token_id]
     if _ids(tokenizer, [""])[0][:1] != begin:
         begin = []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    for first in range(0, len(prompts), SLICE):
-        here = slice(first, first + SLICE)
-        encoded = (_ids(tokenizer, texts[here], add_special_tokens=False) for texts in (prompts, completions))
-        for prompt, completion in zip(*encoded, strict=True):
-            # Some data sets write the end-of-text token out.
-            closed = bool(end) and completion[-1:] == end
-            ids = [*begin, *prompt, *completion, *([] if closed else end)]
-            yield ids, [(len(begin) + len(prompt), len(ids))]
+    return begin, [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _encoded_conversations(
-    source: Source, conversations: list[list[Message]], tokenizer: Any
-) -> Iterator[tuple[list[int], list[Span]]]:
-    """Of each conversation, its tokens and the places of the assistant's turns among them.
+def _encoded_completions(rows: list[Row], tokenizer: Any, begin: list[int], end: list[int]) -> Iterator[Encoded]:
+    """Of each record, its tokens and the places of its completion among them; a text alone has an empty prompt."""
+    prompts = [row[0] if len(row) == 2 else "" for row in rows]
+    completions = [row[-1] for row in rows]
+    encoded = (_ids(tokenizer, texts, add_special_tokens=False) for texts in (prompts, completions))
+    for prompt, completion in zip(*encoded, strict=True):
+        # Some data sets write the end-of-text token out.
+        closed = bool(end) and completion[-1:] == end
+        ids = [*begin, *prompt, *completion, *([] if closed else end)]
+        yield ids, [(len(begin) + len(prompt), len(ids))]
 
-    A turn's places come from the tokens of the text before its beginning and before its end. (Offsets of characters
-    would not do: tokenizers give blanks none, so that transformers' `return_assistant_tokens_mask` leaves out turns
-    that begin with a blank, and takes turns that end with one to go on to the end of the conversation.) A token across
-    a turn's beginning counts, one across its end does not.
-    """
+
+def _chat_template(tokenizer: Any) -> str:
     try:
-        template = tokenizer.get_chat_template()
+        template: str = tokenizer.get_chat_template()
     except ValueError:
         raise UserError(
             "model.base",
@@ -146,8 +174,25 @@ def _encoded_conversations(
             "its tokenizer has no (default) chat template to write conversations out",
             "use a chat model, or give a prompt and a completion column",
         ) from None
+    return template
+
+
+def _encoded_conversations(
+    source: Source, conversations: list[Row], start: int, tokenizer: Any, template: str
+) -> Iterator[Encoded]:
+    """Of each conversation, its tokens and the places of the assistant's turns among them.
+
+    A turn's places come from the tokens of the text before its beginning and before its end. (Offsets of characters
+    would not do: tokenizers give blanks none, so that transformers' `return_assistant_tokens_mask` leaves out turns
+    that begin with a blank, and takes turns that end with one to go on to the end of the conversation.) A token across
+    a turn's beginning counts, one across its end does not.
+
+    Args:
+        start: the first one's index among all records, for errors.
+    """
     find = _marked_turns if GENERATION_MARKER.search(template) else _turns_by_prefix
-    for index, messages in enumerate(conversations):
+    for index, row in enumerate(conversations, start):
+        messages = [{"role": role, "content": text} for role, text in zip(row[::2], row[1::2], strict=True)]
         try:
             text, turns = find(messages, tokenizer, template)
         # The template's own message may quote the conversation.
@@ -203,17 +248,18 @@ def _turns_by_prefix(messages: list[Message], tokenizer: Any, template: str) -> 
     return whole, turns
 
 
-def _conversations(source: Source, column: str) -> list[list[Message]]:
-    """Of each record, its messages: roles and contents only."""
-    conversations: list[list[Message]] = []
-    for index, messages in enumerate(source.table.column(column).to_pylist()):
+def _conversations(source: Source, column: str, start: int) -> list[Row]:
+    """Of each record of the slice from `start` on: role, content, role, content, …"""
+    rows: list[Row] = []
+    for index, messages in enumerate(source.table.column(column).slice(start, SLICE).to_pylist(), start):
         try:
-            conversations.append([{key: message[key] for key in ("role", "content")} for message in messages])
+            row = tuple(message[key] for message in messages for key in ("role", "content"))
         except (TypeError, KeyError):
             raise _no_conversation(source, column, index) from None
-        if not all(isinstance(text, str) for message in conversations[-1] for text in message.values()):
+        if not all(isinstance(text, str) for text in row):
             raise _no_conversation(source, column, index)
-    return conversations
+        rows.append(row)
+    return rows
 
 
 def _no_conversation(source: Source, column: str, index: int) -> UserError:

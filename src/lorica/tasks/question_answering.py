@@ -6,10 +6,11 @@ contexts and the score of no answer: Devlin et al., arXiv 1810.04805, sections 4
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorica.errors import UserError
+from lorica.tasks.cache import Arrays, cached_arrays
 from lorica.tasks.labels import is_text
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch, Records, digest, evaluating, stack_digests
 from lorica.tasks.squad_metrics import exact_match, f1
-from lorica.tasks.text import SLICE, laid_out, padded
+from lorica.tasks.text import SLICE, laid_out, padded, tokenizer_identity
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Each with its first character's place in the context.
+Answers = list[tuple[str, int]]
+# A question, its context and the answers to it.
+Row = tuple[str, str, Answers]
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,10 @@ class Texts:
     """What turns places of tokens back into words. Only records to evaluate on have it.
 
     Attributes:
-        contexts: the distinct contexts.
-        offsets: of each context, (tokens, 2) int32: where each token begins and ends in it, in characters.
-        context_of: int64, the context of each question.
+        contexts: of each question.
+        offsets: (tokens, 2) int32, where each token of the contexts begins and ends in its own, in characters; equal
+            contexts of neighbouring questions stand there once.
+        context_starts: int64 offsets into `offsets`, of each question.
         answers: all that count as right, of each question; none where it has no answer.
         places: int64, where the context begins in each window.
         firsts: int64, which token of the context that is.
@@ -39,8 +50,8 @@ class Texts:
     """
 
     contexts: list[str]
-    offsets: list[np.ndarray]
-    context_of: np.ndarray
+    offsets: np.ndarray
+    context_starts: np.ndarray
     answers: list[list[str]]
     places: np.ndarray
     firsts: np.ndarray
@@ -230,11 +241,11 @@ def _predictions(
         if not np.isfinite(best[row]) or (null_threshold is not None and not null - best[row] <= null_threshold):
             predictions.append("")
             continue
-        context = texts.context_of[records.questions[index]]
+        question = records.questions[index]
         first, extra = divmod(int(where[row]), max_answer)
-        token = first - texts.places[windows[row]] + texts.firsts[windows[row]]
-        offsets = texts.offsets[context]
-        predictions.append(texts.contexts[context][offsets[token, 0] : offsets[token + extra, 1]].strip())
+        token = texts.context_starts[question] + texts.firsts[windows[row]] + first - texts.places[windows[row]]
+        begin, stop = texts.offsets[token, 0], texts.offsets[token + extra, 1]
+        predictions.append(texts.contexts[question][begin:stop].strip())
     return predictions
 
 
@@ -254,7 +265,7 @@ def tokenise_questions(
     A window is `[CLS] question [SEP] context [SEP]`, or however the tokenizer frames a pair. Consecutive windows share
     `stride` tokens of context, and the last one ends with it: the same windows as transformers' tokenizers make with
     `truncation="only_second"` and `return_overflowing_tokens`. The first of a question's answers is trained on, all of
-    them count in evaluation.
+    them count in evaluation. Done once for the same data, tokenizer and lengths.
 
     Args:
         question: the column of questions, text.
@@ -284,56 +295,81 @@ def tokenise_questions(
             f"for context, which is not more than the {stride} that windows share",
             "raise max_length (the model may take less), or lower stride or max_question",
         )
+    _check_answers(source, answers)
     asked, told = _texts(source, "question", question), _texts(source, "context", context)
-    right = _answers(source, answers, context, told)
-    contexts = list(dict.fromkeys(told))
-    numbers = {text: number for number, text in enumerate(contexts)}
-    context_of = np.array([numbers[text] for text in told], dtype=np.int64)
-    question_tokens = _encode(tokenizer, asked, truncation=True, max_length=max_question)["input_ids"]
-    encoded = _encode(tokenizer, contexts, return_offsets_mapping=True)
-    context_tokens = encoded["input_ids"]
-    offsets = [np.array(pairs, dtype=np.int32).reshape(-1, 2) for pairs in encoded["offset_mapping"]]
 
-    tokens, token_types, positions, places, firsts, counts, window_counts = [], [], [], [], [], [], []
-    for index, ids in enumerate(question_tokens):
-        number = context_of[index]
-        for column, part in ((question, ids), (context, context_tokens[number])):
-            if not part:
-                problem = f"record {index} (counted from 0) gives no tokens from column {column!r}"
-                raise source.error(problem, "fill the text in or remove the record")
-        span = _span(offsets[number], right[index])
-        place = frame.context_place(len(ids))
-        cuts = _cuts(len(context_tokens[number]), limit - len(ids), stride)
-        for first, end in cuts:
-            tokens.append(frame.tokens(ids, context_tokens[number][first:end]))
-            token_types.append(frame.token_types(len(ids), end - first))
-            inside = span is not None and first <= span[0] and span[1] < end
-            positions.append((place + span[0] - first, place + span[1] - first) if span and inside else (0, 0))
-            places.append(place)
-            firsts.append(first)
-            counts.append(end - first)
-        window_counts.append(len(cuts))
+    def rows(start: int) -> list[Row]:
+        questions, contexts = (column.slice(start, SLICE).to_pylist() for column in (asked, told))
+        return list(zip(questions, contexts, _answers(source, answers, context, contexts, start), strict=True))
 
-    sizes = np.fromiter(map(len, tokens), dtype=np.int64)
-    window_count = np.array(window_counts, dtype=np.int64)
+    slices = range(0, source.table.num_rows, SLICE)
+    labels, digests, contexts, spoken = [], [], [], []
+    for row in chain.from_iterable(map(rows, slices)):
+        labels.append(bool(row[2]))
+        digests.append(_digest(row))
+        if keep_texts:
+            contexts.append(row[1])
+            spoken.append([text for text, _ in row[2]])
+
+    def make(arrays: Arrays) -> None:
+        before = 0
+        for start in slices:
+            here = rows(start)
+            question_tokens = _encode(tokenizer, [row[0] for row in here], truncation=True, max_length=max_question)
+            distinct = {text: number for number, text in enumerate(dict.fromkeys(row[1] for row in here))}
+            encoded = _encode(tokenizer, list(distinct), return_offsets_mapping=True)
+            offsets = [np.array(pairs, dtype=np.int32).reshape(-1, 2) for pairs in encoded["offset_mapping"]]
+            context_starts = before + np.cumsum([0, *map(len, offsets)])
+            before = int(context_starts[-1])
+            arrays.append("offsets", np.concatenate(offsets))
+            tokens, token_types, windows, counts, numbers = [], [], [], [], []
+            for index, (ids, (_, text, right)) in enumerate(
+                zip(question_tokens["input_ids"], here, strict=True), start
+            ):
+                number = distinct[text]
+                context_tokens = encoded["input_ids"][number]
+                for column, part in ((question, ids), (context, context_tokens)):
+                    if not part:
+                        problem = f"record {index} (counted from 0) gives no tokens from column {column!r}"
+                        raise source.error(problem, "fill the text in or remove the record")
+                span = _span(offsets[number], right)
+                place = frame.context_place(len(ids))
+                cuts = _cuts(len(context_tokens), limit - len(ids), stride)
+                for first, end in cuts:
+                    tokens.append(frame.tokens(ids, context_tokens[first:end]))
+                    token_types.append(frame.token_types(len(ids), end - first))
+                    inside = span is not None and first <= span[0] and span[1] < end
+                    position = (place + span[0] - first, place + span[1] - first) if span and inside else (0, 0)
+                    windows.append((*position, place, first, end - first))
+                counts.append(len(cuts))
+                numbers.append(number)
+            arrays.append("tokens", np.concatenate(tokens))
+            arrays.append("token_types", np.concatenate(token_types))
+            arrays.append("sizes", np.fromiter(map(len, tokens), dtype=np.int64))
+            arrays.append("windows", np.array(windows, dtype=np.int64))
+            arrays.append("window_counts", np.array(counts, dtype=np.int64))
+            arrays.append("context_starts", context_starts[numbers])
+
+    content = hashlib.sha256(b"".join(digests)).hexdigest()
+    lengths = map(str, (limit, stride, max_question))
+    arrays = cached_arrays(["questions", content, tokenizer_identity(tokenizer), *lengths], make)
+    sizes, window_counts = np.asarray(arrays["sizes"]), np.asarray(arrays["window_counts"])
+    positions, (places, firsts, counts) = arrays["windows"][:, :2], arrays["windows"][:, 2:].T
     texts = None
     if keep_texts:
-        spoken = [[text for text, _ in pairs] for pairs in right]
-        arrays = (np.array(values, dtype=np.int64) for values in (places, firsts, counts))
-        texts = Texts(contexts, offsets, context_of, spoken, *arrays)
+        texts = Texts(contexts, arrays["offsets"], arrays["context_starts"], spoken, places, firsts, counts)
     pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    has_types = "token_type_ids" in tokenizer.model_input_names
     return QuestionRecords(
-        labels=np.array([bool(pairs) for pairs in right], dtype=np.int64),
-        digests=_digests(asked, told, right),
-        questions=np.arange(len(asked)),
-        tokens=np.concatenate(tokens),
-        token_types=np.concatenate(token_types) if has_types else None,
+        labels=np.array(labels, dtype=np.int64),
+        digests=stack_digests(digests),
+        questions=np.arange(len(labels)),
+        tokens=arrays["tokens"],
+        token_types=arrays["token_types"] if "token_type_ids" in tokenizer.model_input_names else None,
         starts=np.cumsum(sizes) - sizes,
         sizes=sizes,
-        positions=np.array(positions, dtype=np.int64),
-        first_windows=np.cumsum(window_count) - window_count,
-        window_counts=window_count,
+        positions=positions,
+        first_windows=np.cumsum(window_counts) - window_counts,
+        window_counts=window_counts,
         pad=next(pad for pad in pads if pad is not None),
         pad_type=tokenizer.pad_token_type_id,
         texts=texts,
@@ -392,7 +428,7 @@ def _cuts(count: int, room: int, stride: int) -> list[tuple[int, int]]:
     return cuts
 
 
-def _span(offsets: np.ndarray, answers: list[tuple[str, int]]) -> tuple[int, int] | None:
+def _span(offsets: np.ndarray, answers: Answers) -> tuple[int, int] | None:
     """First and last token that hold a character of the first answer."""
     if not answers:
         return None
@@ -403,38 +439,31 @@ def _span(offsets: np.ndarray, answers: list[tuple[str, int]]) -> tuple[int, int
 
 
 def _encode(tokenizer: Any, texts: list[str], **options: Any) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for start in range(0, len(texts), SLICE):
-        encoded = tokenizer(
-            texts[start : start + SLICE],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-            **options,
-        )
-        for name, values in encoded.items():
-            found.setdefault(name, []).extend(values)
-    return found
+    encoded: dict[str, list[Any]] = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+        **options,
+    )
+    return encoded
 
 
-def _texts(source: Source, key: str, column: str) -> list[str]:
+def _texts(source: Source, key: str, column: str) -> pa.ChunkedArray:
     import pyarrow as pa
 
     values = source.table.column(column)
     if not is_text(values.type):
         problem = f"the column of {source.name} holds {values.type}, not text"
         raise UserError(f"task.{key}", column, problem, "name a column of text")
-    texts: list[str] = values.cast(pa.large_string()).to_pylist()
-    return texts
+    return values.cast(pa.large_string())
 
 
-def _answers(source: Source, column: str, context: str, contexts: list[str]) -> list[list[tuple[str, int]]]:
-    """Each question's answers with their places, empty ones left out."""
+def _check_answers(source: Source, column: str) -> None:
     import pyarrow as pa
 
-    values = source.table.column(column)
-    kind = values.type
+    kind = source.table.column(column).type
     if not pa.types.is_struct(kind) or {"text", "answer_start"} - {field.name for field in kind}:
         raise UserError(
             "task.answers",
@@ -442,16 +471,21 @@ def _answers(source: Source, column: str, context: str, contexts: list[str]) -> 
             f"the column of {source.name} holds {kind}, not answers",
             "name a column of {text: [...], answer_start: [...]}, as SQuAD has it on the Hugging Face hub",
         )
+
+
+def _answers(source: Source, column: str, context: str, contexts: list[str], start: int) -> list[Answers]:
+    """The answers to each question of the slice from `start` on, with their places, empty ones left out."""
     found = []
-    for index, value in enumerate(values.to_pylist()):
-        texts, starts = value["text"], value["answer_start"]
-        if not _aligned(texts, starts, contexts[index]):
+    values = source.table.column(column).slice(start, SLICE).to_pylist()
+    for index, (value, told) in enumerate(zip(values, contexts, strict=True), start):
+        texts, places = value["text"], value["answer_start"]
+        if not _aligned(texts, places, told):
             raise source.error(
                 f"record {index} (counted from 0) has an answer in column {column!r} that does not stand at its "
                 f"answer_start in column {context!r}",
                 "count answer_start in characters from 0, or remove the record",
             )
-        found.append([(text, start) for text, start in zip(texts, starts, strict=True) if text])
+        found.append([(text, place) for text, place in zip(texts, places, strict=True) if text])
     return found
 
 
@@ -465,15 +499,7 @@ def _aligned(texts: Any, starts: Any, context: str) -> bool:
     )
 
 
-def _digests(questions: list[str], contexts: list[str], answers: list[list[tuple[str, int]]]) -> np.ndarray:
-    records = zip(questions, contexts, answers, strict=True)
-    return stack_digests(
-        [
-            digest([question.encode(), context.encode(), *(part for a in pairs for part in _fields(*a))])
-            for question, context, pairs in records
-        ]
-    )
-
-
-def _fields(text: str, start: int) -> tuple[bytes, bytes]:
-    return text.encode(), str(start).encode()
+def _digest(row: Row) -> bytes:
+    question, context, answers = row
+    fields = (part for text, place in answers for part in (text.encode(), str(place).encode()))
+    return digest([question.encode(), context.encode(), *fields])

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
+import re
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from string import Template
+from typing import Any
 
 from lorica.config import ExperimentConfig
+from lorica.engines.flower.processes import connect, environment, free_port, run_app, start, stop
 from lorica.errors import UserError
 from lorica.files import write_atomically
-
-OFFLINE = {
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-}
-"""Without these Flower reaches for the package index and for its own servers in every run."""
-START_SECONDS = 60.0
 
 
 def write_app(config: ExperimentConfig, folder: Path) -> None:
@@ -40,7 +29,8 @@ def write_app(config: ExperimentConfig, folder: Path) -> None:
         raise UserError("DIR", str(folder), "is not empty", "name a new folder")
     app = {
         "project": {
-            "name": f"lorica-{config.name}".lower(),
+            # Flower takes letters, digits and hyphens, 32 at most.
+            "name": re.sub("[^a-z0-9]+", "-", f"lorica-{config.name}".lower())[:32].strip("-"),
             "version": "1.0.0",
             "description": f"Federated LoRA fine-tuning with Lorica: {config.name}",
             "license": {"file": "LICENSE"},
@@ -54,7 +44,7 @@ def write_app(config: ExperimentConfig, folder: Path) -> None:
                         "serverapp": "lorica.engines.flower.server:app",
                         "clientapp": "lorica.engines.flower.client:app",
                     },
-                    "config": {"experiment": config.model_dump_json()},
+                    "config": {"experiment": config.model_copy(update={"engine": "flower"}).model_dump_json()},
                 }
             }
         },
@@ -77,78 +67,47 @@ def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
     task, model = config.task, config.model
     train = absolute(task.train) if isinstance(task.train, str) else [absolute(source) for source in task.train]
     test = absolute(task.test) if isinstance(task.test, str) else {key: absolute(of) for key, of in task.test.items()}
-    changes = {
+    changes: dict[str, Any] = {
         "output": str(Path(config.output).expanduser().absolute()),
         "task": task.model_copy(update={"train": train, "test": test}),
         "model": model.model_copy(update={"base": absolute(model.base)}),
     }
+    if config.privacy != "none" and config.privacy.ledger is not None:
+        ledger = str(Path(config.privacy.ledger).expanduser().absolute())
+        changes["privacy"] = config.privacy.model_copy(update={"ledger": ledger})
     return config.model_copy(update=changes)
 
 
-def launch(config: ExperimentConfig) -> None:
+def launch(config: ExperimentConfig, home: Path | None = None) -> None:
     """Run an experiment as a Flower app and show its log, until it ends.
 
     Without `flower.superlink` it is simulated: a SuperLink of its own, gone when this function returns.
 
+    Args:
+        home: in place of `FLWR_HOME`, whose `config.toml` knows `flower.superlink`.
+
     Raises:
-        UserError: Flower is not installed, or it ended with an error.
+        UserError: Flower is not installed, or the run ended with an error.
     """
-    flwr = _command("flwr")
     with tempfile.TemporaryDirectory(prefix="lorica-") as temporary:
         app = Path(temporary) / "app"
         write_app(config, app)
         if config.flower.superlink is not None:
-            code = subprocess.call(
-                [flwr, "run", str(app), config.flower.superlink, "--stream"], env=os.environ | OFFLINE
-            )
+            run_app(app, config.flower.superlink, environment(home))
         else:
-            with _simulation(Path(temporary)) as environment:
-                nodes = f"num-supernodes={config.federation.clients}"
-                command = [flwr, "run", str(app), "simulation", "--stream", "--federation-config", nodes]
-                code = subprocess.call(command, env=environment)
-    if code != 0:
-        raise UserError("engine", "flower", f"`flwr run` ended with status {code}", "read its output above")
+            with _simulation(Path(temporary)) as around:
+                run_app(app, "simulation", around, config.federation.clients)
 
 
 @contextmanager
 def _simulation(folder: Path) -> Iterator[dict[str, str]]:
     """A SuperLink that simulates nodes; yields the environment in which `flwr` knows it as `simulation`."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    home = folder / "flwr"
-    home.mkdir()
-    connection = f'[superlink.simulation]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    (home / "config.toml").write_text(f'[superlink]\ndefault = "simulation"\n\n{connection}')
-    environment = os.environ | OFFLINE | {"FLWR_HOME": str(home)}
-    command = [_command("flower-superlink"), "--simulation", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
-    log = folder / "superlink.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    port, home = free_port(), folder / "flwr"
+    connect(home, "simulation", port)
+    around = environment(home)
+    command = ["flower-superlink", "--simulation", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
+    superlink = start(command, around, folder / "superlink.log", port)
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _listens(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise UserError(
-                    "engine", "flower", f"the SuperLink does not start: {log.read_text()[-500:]}", "mend that"
-                )
-            time.sleep(0.1)
-        yield environment
+        yield around
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _command(name: str) -> str:
-    path = Path(sys.executable).with_name(name)
-    if not path.is_file():
-        raise UserError("engine", "flower", f"{path} is missing", 'install it with pip install "lorica[flower]"')
-    return str(path)
+        stop(superlink)

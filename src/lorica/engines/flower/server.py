@@ -25,13 +25,21 @@ logger = logging.getLogger(__name__)
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment in the app's configuration, or resume it."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    _show_log()
     try:
         result = serve(load(json.loads(str(context.run_config["experiment"]))), grid)
     except UserError as error:
         logger.error("%s", error)
         raise
     logger.info("finished: %s", result.folder)
+
+
+def _show_log() -> None:
+    """Lorica's own lines only: Flower's processes log every request that they make."""
+    lorica = logging.getLogger("lorica")
+    lorica.setLevel(logging.INFO)
+    lorica.propagate = False
+    lorica.handlers = [logging.StreamHandler()]
 
 
 def serve(config: ExperimentConfig, grid: Grid) -> Result:

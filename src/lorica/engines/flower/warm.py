@@ -2,7 +2,7 @@
 
 Flower starts a process for every message. Importing PyTorch and loading the model there takes longer than a small
 round, so the message goes on to a worker, over a Unix socket in a folder that only the owner's account can enter.
-The worker ends after `worker_idle` seconds without a message.
+The worker ends after `worker_idle` seconds without a message, and at once when the SuperNode is stopped.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import hashlib
 import json
 import logging
 import os
+import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from lorica.errors import UserError
 from lorica.node_settings import NodeSettings
@@ -112,14 +116,17 @@ def _ask_worker(
 
 
 def _connect(settings: NodeSettings) -> Connection:
-    identity = [settings.model_dump_json(), version("lorica"), sys.executable, os.environ.get("LORICA_HOME", "")]
+    # The SuperNode's process that has started this one for a single message.
+    node = os.getppid()
+    home = os.environ.get("LORICA_HOME", "")
+    identity = [settings.model_dump_json(), version("lorica"), sys.executable, home, node]
     address = runtime_folder() / f"{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]}.sock"
     with address.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         connected = _try(address)
         if connected is not None:
             return connected
-        process = _start(settings, address)
+        process = _start(settings, address, node)
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and process.poll() is None:
             connected = _try(address)
@@ -140,15 +147,28 @@ def _try(address: Path) -> Connection | None:
     return Connection(connecting.detach())
 
 
-def _start(settings: NodeSettings, address: Path) -> subprocess.Popen[bytes]:
+def _start(settings: NodeSettings, address: Path, node: int) -> subprocess.Popen[bytes]:
     settings.place.mkdir(parents=True, exist_ok=True)
     # What an earlier worker left; nobody answers there.
     address.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "lorica.engines.flower.warm", settings.model_dump_json(), str(address)]
+    arguments = [settings.model_dump_json(), str(address), str(node)]
+    command = [sys.executable, "-m", "lorica.engines.flower.warm", *arguments]
     with (settings.place / "worker.log").open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
+def _end_with(node: int) -> None:
+    """End this process when another one ends, in the midst of a message too: what left is in the ledger."""
+    try:
+        process = psutil.Process(node)
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1.0)
+    except psutil.NoSuchProcess:
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    threading.Thread(target=_end_with, args=[int(sys.argv[3])], daemon=True).start()
     serve(NodeSettings.model_validate_json(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,168 @@
+"""Flower's commands as processes of this machine: find them, start them, run an app with them, stop them for good."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lorica.errors import UserError
+
+OFFLINE = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Without these Flower reaches for the package index and for its own servers in every run, and Ray for its own."""
+START_SECONDS = 60.0
+STOP_SECONDS = 10.0
+
+
+def environment(home: Path | None = None) -> dict[str, str]:
+    """In which Flower's commands work without a network and find each other, beside the running Python.
+
+    Args:
+        home: in place of `FLWR_HOME`, where Flower keeps its connections and apps.
+
+    Raises:
+        UserError: Flower is not installed.
+    """
+    folder = Path(sys.executable).parent
+    path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
+    if shutil.which("flwr", path=path) is None:
+        raise UserError("engine", "flower", "Flower is not installed", 'run pip install "lorica[flower]"')
+    return os.environ | OFFLINE | {"PATH": path} | ({} if home is None else {"FLWR_HOME": str(home)})
+
+
+def connect(home: Path, name: str, port: int, certificate: Path | None = None) -> None:
+    """Make a SuperLink on this machine known as `name`, which becomes the default, in a `FLWR_HOME` of its own.
+
+    Args:
+        certificate: of the authority that the SuperLink is certified by; None for a connection without TLS.
+    """
+    security = "insecure = true" if certificate is None else f"root-certificates = {json.dumps(str(certificate))}"
+    home.mkdir(parents=True, exist_ok=True)
+    text = f'[superlink]\ndefault = "{name}"\n\n[superlink.{name}]\naddress = "127.0.0.1:{port}"\n{security}\n'
+    (home / "config.toml").write_text(text)
+
+
+def free_port() -> int:
+    """A TCP port that nothing on this machine listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], log: Path, port: int) -> subprocess.Popen[bytes]:
+    """Start a process that stays, beyond the reach of this terminal's Ctrl-C, and wait until it listens.
+
+    Raises:
+        UserError: it ends, or does not listen after `START_SECONDS`. Quotes the end of its log.
+    """
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not _listens(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                end = log.read_text(errors="replace")[-500:]
+                raise UserError("engine", "flower", f"{command[0]} does not start: {end}", "mend that")
+            time.sleep(0.1)
+    except BaseException:
+        stop(process)
+        raise
+    return process
+
+
+def stop(*processes: subprocess.Popen[bytes]) -> None:
+    """End processes with all that they have started: first politely from the top, then by force."""
+    families = {process: _family(process) for process in processes}
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    # What a SuperLink leaves: a simulation goes on without it.
+    left = [member for family in families.values() for member in family if member.is_running()]
+    for member in left:
+        with suppress(psutil.NoSuchProcess):
+            member.terminate()
+    for member in psutil.wait_procs(left, STOP_SECONDS)[1]:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+
+
+def run_app(app: Path, superlink: str, environment: Mapping[str, str], nodes: int | None = None) -> None:
+    """Start an app on a SuperLink, show its log, and return once it has ended. Ctrl-C stops it there.
+
+    Args:
+        superlink: name of a connection in Flower's `config.toml`.
+        nodes: how many the SuperLink simulates; None if they are real.
+
+    Raises:
+        UserError: the SuperLink does not take it, or it ended with an error.
+    """
+    simulated = [] if nodes is None else ["--federation-config", f"num-supernodes={nodes}"]
+    run = str(ask_flwr(environment, "run", str(app), superlink, *simulated)["run-id"])
+    try:
+        subprocess.call(["flwr", "log", run, superlink, "--stream"], env=environment)
+        # The log ends when the server app does; its status follows.
+        deadline = time.monotonic() + START_SECONDS
+        status, details = _status(run, superlink, environment)
+        while not status.startswith("finished") and time.monotonic() < deadline:
+            time.sleep(0.5)
+            status, details = _status(run, superlink, environment)
+    except KeyboardInterrupt:
+        subprocess.call(["flwr", "stop", run, superlink], env=environment)
+        raise
+    if status != "finished:completed":
+        raise UserError("engine", "flower", f"run {run} is {status}: {details}", "the log above has the rest")
+
+
+def ask_flwr(environment: Mapping[str, str], *arguments: str) -> dict[str, Any]:
+    """The JSON that `flwr` answers a command with.
+
+    Raises:
+        UserError: it failed. Quotes what it says.
+    """
+    command = ["flwr", *arguments, "--format", "json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout)
+    except ValueError:
+        answer = {"success": False}
+    if not answer.get("success"):
+        said = answer.get("error-message") or (done.stdout + done.stderr).strip()
+        raise UserError("engine", "flower", f"`flwr {arguments[0]}` failed: {said}", "mend that")
+    return answer
+
+
+def _status(run: str, superlink: str, environment: Mapping[str, str]) -> tuple[str, str]:
+    found = ask_flwr(environment, "list", superlink, "--run-id", run)["runs"][0]
+    return str(found["status"]), str(found["status-details"])
+
+
+def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(process.pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
