@@ -123,7 +123,8 @@ class Node:
         self._model = load_model(self._config, task)
         self._shapes = {name: tuple(value.shape) for name, value in self._model.read().items()}
         self._client.micro_batch_tokens = self._config.federation.pass_tokens(self._model.device.type)
-        _check_model(self._config, self._model, records)
+        # Not on the owner's records: the answer would tell the server something of them, free of charge.
+        _check_model(self._config, self._model, task.test)
         self._restore()
 
     def answer(self, content: bytes) -> bytes:

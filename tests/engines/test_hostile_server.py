@@ -552,3 +552,17 @@ def test_messages_at_the_same_time_do_not_both_take_what_is_left(owner: Owner, m
         answers = list(pool.map(lambda run: owner.ask(sent[run], requests[run]), sent))
     assert sorted("reply" in answer for answer in answers) == [False, True]
     assert len(owner.releases()) == 1
+
+
+def test_a_base_model_is_not_checked_on_private_records(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a check passes is told to the server: on the records, it could be made to say something of them."""
+    import lorica.node
+
+    checked = []
+    check = lorica.node.check_isolated
+    monkeypatch.setattr(lorica.node, "check_isolated", lambda *a: (checked.append(a[2]), check(*a))[1])
+    node = node_of(owner, owner.invitation())
+    (records,) = checked
+    private = {bytes(one) for one in node._client.records.digests}
+    assert len(records) >= 2
+    assert not private & {bytes(one) for one in records.digests}
