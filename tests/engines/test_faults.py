@@ -5,18 +5,25 @@ The nodes' workers are real processes; a grid in this process stands for Flower'
 
 from __future__ import annotations
 
+import json
 import resource
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from flwr.app import Message
 
 from lorica.engines.flower import warm
+from lorica.engines.flower.launch import launch
+from lorica.engines.flower.processes import connect, environment, free_port, start, stop
 from lorica.engines.flower.server import serve
 from lorica.errors import UserError
+from lorica.experiment import read_result
 from lorica.federation import TooFewReplies
 from lorica.node import Node, agreed
 from tests.engines.in_process import InProcessGrid
@@ -140,3 +147,73 @@ def test_what_was_charged_is_not_lost_when_the_nodes_folder_is_on_a_full_disk(
     agreed.cache_clear()
     assert_same(here.adapter, serve(config, grid(organisations)).adapter)
     assert charged(organisations, 0) == [(1, 2), (2, 2)]
+
+
+class Plain:
+    """A SuperLink without TLS and a SuperNode for each organisation, all real processes."""
+
+    def __init__(self, organisations: Organisations) -> None:
+        self.organisations, self.home = organisations, organisations.folder / "flwr"
+        self.port = free_port()
+        connect(self.home, "loopback", self.port)
+        self.superlink = self.start_superlink()
+        self.nodes = [self.start_node(client) for client in range(len(organisations.places))]
+
+    def start_superlink(self) -> subprocess.Popen[bytes]:
+        # The database keeps who the nodes are.
+        command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--database", str(self.home / "superlink.db")]
+        return start(command, environment(self.home), self.home / "superlink.log", self.port)
+
+    def start_node(self, client: int) -> subprocess.Popen[bytes]:
+        config = self.organisations.node_config(client, worker=True, worker_idle=60)
+        given = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
+        port, place = free_port(), self.organisations.places[client]
+        command = ["lorica", "flower", "node", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
+        command += ["--port", str(port), "--node-config", given]
+        return start(command, environment(place / "flwr"), place / "node.log", port)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to the SuperLink's descendants whose command line has `name`; to all and itself for an empty one."""
+        family = psutil.Process(self.superlink.pid).children(recursive=True)
+        chosen = [process for process in family if name in " ".join(process.cmdline())]
+        assert chosen
+        for process in [*chosen, *([] if name else [self.superlink])]:
+            process.kill()
+
+    def stop(self) -> None:
+        stop(self.superlink, *self.nodes)
+
+
+@pytest.mark.slow
+def test_the_server_app_and_the_superlink_are_killed_in_one_run(organisations: Organisations) -> None:
+    """Flower's own processes. Each time the same command resumes after the last finished round."""
+    changes = ["federation.rounds=3", "flower.wait=90"]
+    here = local(organisations, "local", *changes)
+    config = organisations.experiment("flower", *changes)
+    metrics = config.folder / "metrics.jsonl"
+
+    def run_until(lines: int, kill: Callable[[], None]) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(launch, config, plain.home)
+            deadline = time.monotonic() + 120
+            while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= lines):
+                assert time.monotonic() < deadline
+                assert not running.done()
+                time.sleep(0.05)
+            kill()
+            with pytest.raises(UserError):
+                running.result(120)
+
+    plain = Plain(organisations)
+    try:
+        run_until(2, lambda: plain.kill("flwr-serverapp"))
+        run_until(3, lambda: plain.kill(""))
+        plain.superlink = plain.start_superlink()
+        launch(config, plain.home)
+    finally:
+        plain.stop()
+    assert [row["round"] for row in read_result(config.folder).metrics] == [0, 1, 2, 3]
+    assert_same(here.adapter, config.folder / "adapter")
+    for client in range(2):
+        assert charged(organisations, client) == [(1, 2), (2, 2), (3, 2)]
