@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,12 +90,7 @@ class Client:
         steps = 0
         if isinstance(request.work, Training):
             steps = request.work.steps
-            self._review(self.ledger.releases(), steps)
-            self.plan.check(request.work.terms, self.ledger.steps(request.run, self.number) + steps)
-            released, kept = self._train(model, request, request.work, own)
-        else:
-            released, kept = project(request.work.bases, self.held, own), None
-        reply = Reply(self.number, released).encode()
+            self._review(self.ledger.releases(), request)
         release = Release(
             dataset=self.dataset,
             owner=self.records.fingerprint(),
@@ -109,17 +105,34 @@ class Client:
             request=digest,
             unit=self.unit,
         )
-        # Asked again under the ledger's lock: another run on the same data may have been charged meanwhile.
-        self.ledger.charge(release, reply, kept, lambda earlier: self._review(earlier, steps))
+        model.assert_frozen()
+        try:
+            if isinstance(request.work, Training):
+                released, kept = self._train(model, request, request.work, own)
+            else:
+                released, kept = project(request.work.bases, self.held, own), None
+        except Exception:
+            # The server learns that it failed, and whether it does may depend on the records: that is a release too.
+            self.ledger.charge(release, None)
+            raise
+        reply = Reply(self.number, released).encode()
+        # Asked again under the ledger's lock: another request on the same data may have been charged meanwhile.
+        self.ledger.charge(release, reply, kept, lambda earlier: self._review(earlier, request))
         return reply
 
     def personal(self, run: str) -> dict[str, Tensor]:
         """Tensors of this client's own model, noisy ones: those that it trained and did not send."""
         return {name: released.tensor for name, released in self.ledger.kept(run, self.number).items()}
 
-    def _review(self, releases: list[Release], steps: int) -> None:
-        if self.policy is not None and steps:
+    def _review(self, releases: list[Release], request: Request) -> None:
+        """Refuse steps beyond the policy or the plan; what does no step costs nothing."""
+        if not isinstance(request.work, Training):
+            return
+        steps = request.work.steps
+        if self.policy is not None:
             self.policy.review_release(releases, self.unit, self.plan, steps)
+        charged = [release.steps for release in releases if (release.run, release.client) == (request.run, self.number)]
+        self.plan.check(request.work.terms, sum(charged) + steps)
 
     def _receive(self, request: Request) -> None:
         if request.sequence not in (0, self.sequence) and self.sequence != request.sequence - 1:
@@ -135,7 +148,7 @@ class Client:
         if self.private_test is None:
             return
         model.merge(work.merged)
-        model.write(dict(work.model) | self.personal(request.run))
+        model.write(dict(work.model) | (self.personal(request.run) if work.personal else {}))
         with evaluating(model.peft_model):
             metrics = model.objective.evaluate(
                 model.peft_model, self.private_test, self.micro_batch_tokens, model.device
@@ -159,7 +172,7 @@ class Client:
         values = adapter
         model.peft_model.train()
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(stream_seed(self.seed, "dropout", request.round, request.exchange, self.number))
+            torch.manual_seed(self._dropout_seed(request))
             for step in range(work.steps):
                 model.assert_frozen()
                 active = {name: places[name] for name in work.local.active(work.trained, step)}
@@ -201,6 +214,14 @@ class Client:
         generator = torch_stream(self.seed, "perturbation", request.round, request.exchange, self.number, step)
         with model.perturbed(ratio, generator):
             yield
+
+    def _dropout_seed(self, request: Request) -> int:
+        """From the operating system where the noise is: whose mask is whose depends on who else is in the batch, so
+        masks that a server can compute would let one record change the gradients of others.
+        """
+        if self.plan.noise == "secure":
+            return int.from_bytes(os.urandom(7))
+        return stream_seed(self.seed, "dropout", request.round, request.exchange, self.number)
 
     def _randomness(self, request: Request) -> Randomness:
         if self.plan.noise == "reproducible":

@@ -128,7 +128,7 @@ class Federation:
 
     def deliver(self, final: bool) -> None:
         """Send the model that is evaluated and exported to all clients."""
-        work = Delivery(self.server.evaluated, self.server.model.merged, final)
+        work = Delivery(self.server.evaluated, self.server.model.merged, final, self.method.personal)
         self.engine.exchange(
             {client: Request(self.run, client, self.server.round, 0, {}, work) for client in self.plans}
         )
@@ -265,7 +265,10 @@ class Federation:
 
     def _requests(self, asked: Train | Project, participants: list[int], exchange: int) -> dict[int, Request]:
         server, scaffold = self.server, self.server.scaffold
-        common = self._training(asked, participants[0]) if isinstance(asked, Train) else Projection(asked.bases)
+        if isinstance(asked, Train):
+            common: Training | Projection = self._training(asked, participants[0])
+        else:
+            common = Projection({name: basis.contiguous() for name, basis in asked.bases.items()})
         requests = {}
         for client in participants:
             known = self._known.setdefault(client, Known())
@@ -304,7 +307,8 @@ class Federation:
         model = self.server.model
         versions = {} if _grown(known.rank, rank) else known.versions
         changed = {
-            name: leading(name, value, rank)
+            # As it is after a journey: products of other layouts round otherwise, and engines agree bit for bit.
+            name: leading(name, value, rank).contiguous()
             for name, value in model.tensors.items()
             if versions.get(name) != model.versions[name]
         }
@@ -326,7 +330,7 @@ def new_ranks(model: AdapterState, have: Mapping[str, int]) -> dict[str, Pair]:
     for name, (b, a) in model.merged.items():
         first = have.get(name, 0)
         if first < b.shape[1]:
-            found[name] = (b[:, first:], a[first:])
+            found[name] = (b[:, first:].contiguous(), a[first:].contiguous())
     return found
 
 

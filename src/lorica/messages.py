@@ -23,6 +23,7 @@ OWNER = "owner"
 """Stands for `task.train` in what a server sends: the data are with the owner, who names them."""
 ENERGY = "energy:"
 SKETCH = "sketch:"
+_TENSORS = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Training:
     sketch_columns: int | None = None
     last_step_energy: bool = False
 
-    __pydantic_config__: ClassVar = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    __pydantic_config__: ClassVar = _TENSORS
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class Projection:
 
     bases: Mapping[str, Tensor]
 
+    __pydantic_config__: ClassVar = _TENSORS
+
 
 @dataclass(frozen=True)
 class Delivery:
@@ -81,11 +84,15 @@ class Delivery:
         model: every tensor of the adapter, after averaging over rounds where that is done.
         merged: site name -> `(B, A)`, all that is merged into the frozen weight.
         final: it is the run's result.
+        personal: what the client keeps of its own takes the place of the model's tensors (`Method.personal`).
     """
 
     model: Mapping[str, Tensor]
     merged: Mapping[str, Pair]
     final: bool
+    personal: bool = False
+
+    __pydantic_config__: ClassVar = _TENSORS
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,8 @@ class Request:
     increments: Mapping[str, Pair] = field(default_factory=dict)
     restart: bool = False
     sequence: int = 0
+
+    __pydantic_config__: ClassVar = _TENSORS
 
     def digest(self, adapter: Mapping[str, Tensor], merged: Mapping[str, Pair]) -> str:
         """SHA-256 of what the request asks for and of the adapter that it starts from.
@@ -148,22 +157,8 @@ class Request:
 
     def encode(self) -> bytes:
         """One safetensors blob: all tensors, and the rest as JSON in its metadata."""
-        plain: dict[str, Any] = {key: getattr(self, key) for key in _PLAIN}
-        if isinstance(self.work, Training):
-            work = {key: value for key, value in vars(self.work).items() if key != "corrections"}
-            plain["work"] = work | {
-                "kind": "training",
-                "terms": asdict(self.work.terms),
-                "local": asdict(self.work.local),
-                "optimizer": self.work.optimizer.model_dump(),
-                "rates": dict(self.work.rates),
-            }
-        elif isinstance(self.work, Delivery):
-            plain["work"] = {"kind": "delivery", "final": self.work.final}
-        else:
-            plain["work"] = {"kind": "projection"}
         tensors = {name: value.contiguous().cpu() for name, value in self._tensors().items()}
-        content: bytes = safetensors.torch.save(tensors, metadata={"request": json.dumps(plain)})
+        content: bytes = safetensors.torch.save(tensors, metadata={"request": json.dumps(self._plain())})
         return content
 
     @classmethod
@@ -180,21 +175,41 @@ class Request:
             kind = asked.pop("kind")
             work: Training | Projection | Delivery
             if kind == "training":
-                work = TypeAdapter(Training).validate_python(asked | {"corrections": _part(tensors, "correction:")})
+                work = _STRICT[Training].validate_python(asked | {"corrections": _part(tensors, "correction:")})
             elif kind == "projection":
-                work = Projection(_part(tensors, "basis:"))
+                work = _STRICT[Projection].validate_python(asked | {"bases": _part(tensors, "basis:")})
             elif kind == "delivery":
-                work = Delivery(_part(tensors, "model:"), _pairs(tensors, "model-merged:"), bool(asked["final"]))
+                model = {"model": _part(tensors, "model:"), "merged": _pairs(tensors, "model-merged:")}
+                work = _STRICT[Delivery].validate_python(asked | model)
             else:
                 raise ValueError(f"no work is called {kind!r}")
-            return cls(
-                **{key: convert(plain[key]) for key, convert in _PLAIN.items()},
-                tensors=_part(tensors, "tensor:"),
-                work=work,
-                increments=_pairs(tensors, "merged:"),
-            )
-        except (safetensors.SafetensorError, ValidationError, KeyError, TypeError, ValueError) as error:
+            sent = {"tensors": _part(tensors, "tensor:"), "increments": _pairs(tensors, "merged:"), "work": work}
+            request: Request = _STRICT[Request].validate_python(plain | sent)
+        except (safetensors.SafetensorError, ValidationError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"not a request of this version of Lorica: {type(error).__name__}: {error}") from error
+        except RecursionError:
+            raise ValueError("not a request of this version of Lorica: it is nested too deeply") from None
+        # What validation passed over or converted, such as a key that a part of it does not know, is not understood.
+        if json.loads(json.dumps(request._plain())) != plain or request._tensors().keys() != tensors.keys():
+            raise ValueError("not a request of this version of Lorica: it says more than this version understands")
+        return request
+
+    def _plain(self) -> dict[str, Any]:
+        plain: dict[str, Any] = {key: getattr(self, key) for key in _PLAIN}
+        if isinstance(self.work, Training):
+            work = {key: value for key, value in vars(self.work).items() if key != "corrections"}
+            plain["work"] = work | {
+                "kind": "training",
+                "terms": asdict(self.work.terms),
+                "local": asdict(self.work.local),
+                "optimizer": self.work.optimizer.model_dump(),
+                "rates": dict(self.work.rates),
+            }
+        elif isinstance(self.work, Delivery):
+            plain["work"] = {"kind": "delivery", "final": self.work.final, "personal": self.work.personal}
+        else:
+            plain["work"] = {"kind": "projection"}
+        return plain
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {f"tensor:{name}": value for name, value in self.tensors.items()}
@@ -209,7 +224,8 @@ class Request:
         return named
 
 
-_PLAIN: dict[str, Any] = {"run": str, "client": int, "round": int, "exchange": int, "restart": bool, "sequence": int}
+_PLAIN = ("run", "client", "round", "exchange", "restart", "sequence")
+_STRICT: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Training, Projection, Delivery, Request)}
 
 
 @dataclass(frozen=True)
@@ -241,8 +257,8 @@ def encode(tensors: Mapping[str, Tensor]) -> bytes:
 
 def decode(content: bytes) -> dict[str, Tensor]:
     """The inverse of `encode`."""
-    tensors: dict[str, Tensor] = safetensors.torch.load(content)
-    return tensors
+    # Cloned into memory of PyTorch's alignment: products of others can round otherwise, and engines agree bit for bit.
+    return {name: tensor.clone() for name, tensor in safetensors.torch.load(content).items()}
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from pydantic import TypeAdapter
 
@@ -29,11 +29,14 @@ from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.statement import Account, account
+from lorica.request_checks import mistake
 from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.stages import Part, answer
 from lorica.tasks import load_training
 from lorica.tasks.records import Records, Task
 
+# It is written into logs and files of the owner.
+RUN = re.compile(r"[A-Za-z0-9._-]{1,100}")
 logger = logging.getLogger(__name__)
 
 
@@ -63,9 +66,14 @@ class Invitation:
         """
         try:
             content = json.loads(text)
-            return cls(run=str(content["run"]), experiment=str(content["experiment"]), base=str(content["base"]))
-        except (ValueError, KeyError, TypeError):
-            raise Refused("the message holds no invitation that this version of Lorica understands") from None
+            invitation = cls(**content)
+        except (ValueError, TypeError, RecursionError):
+            invitation = None
+        if invitation is None or not all(isinstance(value, str) for value in asdict(invitation).values()):
+            raise Refused("the message holds no invitation that this version of Lorica understands")
+        if not RUN.fullmatch(invitation.run):
+            raise Refused("the run's name is not made of at most 100 letters, digits and -, _ or .")
+        return invitation
 
 
 class Node:
@@ -87,6 +95,8 @@ class Node:
         if self._base != invitation.base:
             raise Refused(f"the server's base model is {invitation.base}, here it is {self._base}")
         policy = self._policy()
+        if policy is not None:
+            policy.review_task(self._config, self._base)
         group = None if self._config.privacy == "none" else self._config.privacy.group
         task = load_training(self._config.task, base, group, tested=self._config.federation.private_test > 0)
         self._label_names = task.label_names
@@ -111,8 +121,10 @@ class Node:
         self._review()
         self._pin()
         self._model = load_model(self._config, task)
+        self._shapes = {name: tuple(value.shape) for name, value in self._model.read().items()}
         self._client.micro_batch_tokens = self._config.federation.pass_tokens(self._model.device.type)
-        _check_model(self._config, self._model, records)
+        # Not on the owner's records: the answer would tell the server something of them, free of charge.
+        _check_model(self._config, self._model, task.test)
         self._restore()
 
     def answer(self, content: bytes) -> bytes:
@@ -147,27 +159,32 @@ class Node:
         except ValueError as error:
             raise Refused(str(error)) from None
         if (request.run, request.client) != (self._invitation.run, self._client.number):
-            raise Refused(f"the request is for client {request.client} of run {request.run}, not for this one")
-        # The owner may have changed the policy since.
-        self._review()
+            raise Refused(f"the request is for client {request.client} of run {request.run!r:.100}, not for this one")
+        if request.round > self._config.federation.rounds:
+            raise Refused(f"round {request.round} is beyond the {self._config.federation.rounds} of this run")
+        wrong = mistake(request, self._shapes)
+        if wrong is not None:
+            raise Refused(f"the request cannot be carried out: {wrong}")
+        if not isinstance(request.work, Delivery):
+            # The owner may have changed the policy since.
+            self._review()
         return request
 
     def _answer(self, request: Request) -> bytes:
-        reply = self._client.answer(self._model, request)
         if isinstance(request.work, Delivery):
-            if request.work.final:
-                self._keep_result(request.run, request.work)
-        else:
-            self._save()
-            spent = self.account
-            logger.info(
-                "round %d: released %d tensors, %d bytes; ε = %.3f of %.3f planned for this run",
-                request.round,
-                len(decode(reply)),
-                len(reply),
-                self.plan.epsilon(spent.steps),
-                self.plan.epsilon(),
-            )
+            self._take(request, request.work)
+            return encode({})
+        reply = self._client.answer(self._model, request)
+        self._save()
+        spent = self.account
+        logger.info(
+            "round %d: released %d tensors, %d bytes; ε = %.3f of %.3f planned for this run",
+            request.round,
+            len(decode(reply)),
+            len(reply),
+            self.plan.epsilon(spent.steps),
+            self.plan.epsilon(),
+        )
         return reply
 
     @property
@@ -205,7 +222,7 @@ class Node:
     def _restore(self) -> None:
         path = self._folder / "adapter.safetensors"
         if path.is_file():
-            tensors = safetensors.torch.load_file(path)
+            tensors = decode(path.read_bytes())
             self._client.sequence = int(tensors.pop("sequence"))
             self._client.held = {name[5:]: value for name, value in tensors.items() if name.startswith("held:")}
             sites = [name[9:] for name in tensors if name.startswith("merged.B:")]
@@ -220,8 +237,21 @@ class Node:
         tensors["sequence"] = torch.tensor(self._client.sequence)
         write_atomically(self._folder / "adapter.safetensors", encode(tensors))
 
+    def _take(self, request: Request, work: Delivery) -> None:
+        """Test the model on the owner's own records and keep the run's result; the server gets nothing of it."""
+        policy = self._policy()
+        if policy is not None:
+            policy.review_task(self._config, self._base)
+        try:
+            self._client.answer(self._model, request)
+        except Exception:
+            # Whether a test fails may depend on private records, and costs no budget.
+            logger.exception("the test on private records failed")
+        if work.final:
+            self._keep_result(request.run, work)
+
     def _keep_result(self, run: str, work: Delivery) -> None:
-        own = self._client.personal(run)
+        own = self._client.personal(run) if work.personal else {}
         self._model.write(dict(work.model) | own)
         export = Export(self._config.model, self._config.task.type, self._label_names, self._config.seed)
         whose = "this client's own" if own else "the federation's"
@@ -235,8 +265,14 @@ def _own_config(settings: NodeSettings, invitation: Invitation) -> ExperimentCon
     """The experiment with this owner's paths in place of the server's."""
     try:
         content = json.loads(invitation.experiment)
+    except (ValueError, RecursionError):
+        content = None
+    # `load` would read a file of this name.
+    if not isinstance(content, dict):
+        raise Refused("the experiment is no JSON object")
+    try:
         config = load(content)
-    except (ValueError, UserError) as error:
+    except UserError as error:
         raise Refused(f"the experiment is not valid here: {error}") from None
     if not 0 <= settings.client < config.federation.clients:
         raise Refused(f"the experiment has {config.federation.clients} clients, and this is number {settings.client}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.config import Strict, validate
+from lorica.errors import UserError
 from lorica.files import home_folder
 
 
@@ -38,13 +39,17 @@ class NodeSettings(Strict):
         """From Flower's node configuration; `partition-id` stands for `client`, as in a simulation.
 
         Raises:
-            UserError: a key is unknown or has a wrong value.
+            UserError: a key is unknown or has a wrong value, or `data` is missing.
         """
         given = {key: value for key, value in node_config.items() if key not in ("partition-id", "num-partitions")}
         if "partition-id" in node_config:
             # The processes of simulated clients stay anyway.
             given = {"client": node_config["partition-id"], "worker": "data" in given} | given
-        return validate(cls, given, prefix="node-config")
+        settings = validate(cls, given, prefix="node-config")
+        if settings.data is None and not {"partition-id", "num-partitions"} <= node_config.keys():
+            # Without this, a server could name any file here.
+            raise UserError("node-config.data", None, "only a simulation has none", "give data=PATH")
+        return settings
 
     @property
     def place(self) -> Path:

@@ -91,7 +91,7 @@ class Ledger:
     def charge(
         self,
         release: Release,
-        reply: bytes,
+        reply: bytes | None,
         kept: Mapping[str, Released] | None = None,
         allow: Callable[[list[Release]], None] = lambda earlier: None,
     ) -> None:
@@ -100,10 +100,17 @@ class Ledger:
         Replies of the client's earlier rounds in this run are dropped: a server that has gone on cannot need them.
 
         Args:
+            reply: None if there is none, as the work failed.
             kept: noisy tensors that stay with the owner and that its later replies in this run depend on.
             allow: called with everything that was released before; nothing is written if it raises. No other release
                 can come between its look and this one.
+
+        Raises:
+            UserError: the row cannot be written.
+            ValueError: fewer than no steps, which would give budget back.
         """
+        if release.steps < 0:
+            raise ValueError(f"a release has {release.steps} steps")
         state = None if kept is None else safetensors.torch.save({name: value.tensor for name, value in kept.items()})
         try:
             with closing(self._connect()) as connection, connection:
@@ -137,7 +144,9 @@ class Ledger:
                 (run, client),
             ).fetchone()
         # They were released when they were written: `charge` takes nothing else.
-        return {name: _release(value) for name, value in safetensors.torch.load(row[0]).items()} if row else {}
+        # Cloned for PyTorch's alignment, on which rounding can depend.
+        tensors = safetensors.torch.load(row[0]) if row else {}
+        return {name: _release(value.clone()) for name, value in tensors.items()}
 
     def steps(self, run: str, client: int) -> int:
         """Steps that a client has been charged for in a run."""

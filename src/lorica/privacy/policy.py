@@ -104,10 +104,9 @@ class Policy(Strict):
         Raises:
             Refused: names the key of the policy, the value proposed and the limit. Holds public information alone.
         """
-        self._review_learned(config, base)
+        self.review_task(config, base)
         if self.sums_only and not config.federation.secure_sum:
             _refuse("sums_only", "federation.secure_sum = False", "only sums may leave")
-        self._review_unit(config)
         self._review_noise(plan)
         rate = plan.terms.sampling_rate
         if not rate <= self.max_sampling_rate:
@@ -126,6 +125,16 @@ class Policy(Strict):
         if cost is not None:
             steps = f"{plan.max_steps} steps that cost ε = {cost:.4g} at δ = {self.delta:g}"
             _refuse("max_epsilon", steps, f"the limit is {self.max_epsilon:g}")
+
+    def review_task(self, config: ExperimentConfig, base: str) -> None:
+        """Refuse what the owner does not let be learned. Asked before the data is read: a refusal that came from the
+        data would tell the server about columns that are none of its business.
+
+        Raises:
+            Refused: as `review`.
+        """
+        self._review_learned(config, base)
+        self._review_unit(config)
 
     def review_release(self, releases: Iterable[Release], unit: str, plan: ClientPlan, steps: int) -> None:
         """Refuse steps with which everything released so far would cost more than the owner allows.

@@ -11,6 +11,7 @@ from lorica.config import TaskConfig
 from lorica.tasks.classification import Classification, Regression
 from lorica.tasks.groups import group_keys
 from lorica.tasks.labels import label_indices, label_names, label_numbers
+from lorica.tasks.made_up import made_up
 from lorica.tasks.owners import read_training
 from lorica.tasks.readers import Source, read
 from lorica.tasks.records import Batch, Objective, Records, Task
@@ -64,7 +65,7 @@ def load_tests(config: TaskConfig, base: str) -> Task:
 
 
 def load_training(config: TaskConfig, base: str, group: str | None = None, tested: bool = False) -> Task:
-    """The side of a task that an owner has on its own machine: its records, and no public test set.
+    """The side of a task that an owner has on its own machine: its records, and made-up ones in place of a test set.
 
     Args:
         config: names the labels, since the owner's records need not have all of them.
@@ -77,7 +78,7 @@ def load_training(config: TaskConfig, base: str, group: str | None = None, teste
     names = names_of_labels(config, train)
     prepare, objective = _preparation(config, base, names, tested)
     groups = None if group is None else group_keys(train, group)
-    return Task(prepare(train), {}, names, objective, owners, groups)
+    return Task(prepare(train), {"": prepare(made_up(config, names))}, names, objective, owners, groups)
 
 
 def names_of_labels(config: TaskConfig, source: Source) -> list[str]:

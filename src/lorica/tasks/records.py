@@ -233,8 +233,8 @@ class Task:
 
     Attributes:
         train: none at a server whose clients are elsewhere.
-        tests: name -> public records, none at an owner; the first set's metrics go by their own names, another's as
-            `NAME_METRIC`.
+        tests: name -> public records, at an owner made-up ones (`lorica.tasks.made_up`); the first set's metrics go by
+            their own names, another's as `NAME_METRIC`.
         label_names: `label_names[i]` is the name of label i; one name for a number that is predicted, none for text.
         owners: whose the training records are, where the data says so.
         groups: (n,) text, which privacy unit above the record each training record belongs to; None for the record.

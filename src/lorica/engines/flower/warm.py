@@ -42,12 +42,17 @@ def ask(
     try:
         settings = NodeSettings.of(node_config)
         if settings.worker:
-            return _ask_worker(settings, invitation, request, question)
+            try:
+                return _ask_worker(settings, invitation, request, question)
+            except (ConnectionError, EOFError):
+                # Killed, or its time was over just then. What it may have released is in the ledger.
+                logger.warning("the worker ended before it answered; another one is asked")
+                return _ask_worker(settings, invitation, request, question)
     except UserError as error:
         logger.error("%s", error)
         return {"refused": f"the node cannot take part because of its {error.key}; its log has the rest"}
     except (OSError, EOFError):
-        logger.exception("the worker ended before it answered")
+        logger.exception("two workers ended before they answered")
         return {"refused": "an error at the node; its log has it"}
     from lorica.node import respond
 

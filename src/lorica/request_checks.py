@@ -1,0 +1,124 @@
+"""What an owner accepts as a request, beside terms and budget: tensors of its own model, and work that can be done.
+
+Numbers that come after the noise (learning rates, damping, what SCAFFOLD adds) are the server's to choose, however
+foolish: they change what is computed from noisy gradients, not what those give away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lorica.adapters.state import Pair
+from lorica.messages import Delivery, Projection, Request, Training
+
+Shape = tuple[int, ...]
+LARGEST = 2**31
+"""Of what is counted: rounds, requests, steps."""
+
+
+def mistake(request: Request, model: Mapping[str, Shape]) -> str | None:
+    """What makes a request one that cannot be carried out; None if nothing does.
+
+    Args:
+        model: name -> shape of every tensor that can be trained, at full rank.
+    """
+    counts = {"round": request.round, "exchange": request.exchange, "sequence": request.sequence}
+    for name, count in counts.items():
+        if not 0 <= count < LARGEST:
+            return f"{name} = {count}"
+    sites = _sites(model)
+    wrong = _increments(request.increments, sites)
+    if wrong is not None:
+        return wrong
+    if isinstance(request.work, Delivery):
+        return _increments(request.work.merged, sites) or _tensors(request.work.model, model, None, whole=True)
+    if isinstance(request.work, Projection):
+        ranks = [len(value) for name, value in request.tensors.items() if name.endswith(".A") and value.dim() == 2]
+        rank = ranks[0] if ranks else None
+        return _tensors(request.tensors, model, rank, request.sequence == 0) or _bases(request.work, sites)
+    wrong = _training(request.work, model, sites)
+    return wrong or _tensors(request.tensors, model, request.work.rank, request.sequence == 0)
+
+
+def _training(work: Training, model: Mapping[str, Shape], sites: Mapping[str, Shape]) -> str | None:
+    if not 1 <= work.steps < LARGEST:
+        return f"{work.steps} steps"
+    rank = _rank(model)
+    if work.rank is not None and not 1 <= work.rank <= rank:
+        return f"rank {work.rank}, and the model has {rank}"
+    known = model.keys() | {f"{site}.R" for site in sites}
+    unknown = [name for name in work.trained if name not in known]
+    if unknown:
+        return f"it trains {unknown[0]!r:.80}, which this model does not have"
+    if len(set(work.trained)) < len(work.trained) or not all(map(work.local.active, [work.trained] * 2, range(2))):
+        return "a step of it trains nothing, or a tensor twice"
+    if work.rates.keys() != set(work.trained):
+        return "its learning rates are for other tensors than it trains"
+    if not set(work.personal) <= set(work.trained):
+        return "it leaves tensors with the client that it does not train"
+    if not work.corrections.keys() <= set(work.trained):
+        return "it corrects tensors that it does not train"
+    if work.sketch_columns is not None and not 1 <= work.sketch_columns <= _widest(sites):
+        return f"sketches of {work.sketch_columns} columns"
+    return _tensors(work.corrections, model, work.rank, whole=False)
+
+
+def _tensors(tensors: Mapping[str, Tensor], model: Mapping[str, Shape], rank: int | None, whole: bool) -> str | None:
+    """Against the model's shapes, with factors at `rank`; `whole`: all of the model's tensors must be there."""
+    missing = model.keys() - tensors.keys() if whole else set()
+    if missing:
+        return f"it brings no {min(missing)}"
+    for name, value in tensors.items():
+        expected = _shape(name, model, rank)
+        if expected is None:
+            return f"{name!r:.80} is no tensor of this model"
+        if tuple(value.shape) != expected or value.dtype != torch.float32:
+            return f"{name} is {value.dtype} of shape {tuple(value.shape)}, not torch.float32 of shape {expected}"
+    return None
+
+
+def _shape(name: str, model: Mapping[str, Shape], rank: int | None) -> Shape | None:
+    if name.endswith(".R") and f"{name[:-2]}.A" in model:
+        return (_rank(model),) * 2
+    shape = model.get(name)
+    if shape is None or rank is None or not name.endswith((".A", ".B")):
+        return shape
+    return (min(rank, shape[0]), shape[1]) if name.endswith(".A") else (shape[0], min(rank, shape[1]))
+
+
+def _increments(pairs: Mapping[str, Pair], sites: Mapping[str, Shape]) -> str | None:
+    for site, (b, a) in pairs.items():
+        if site not in sites:
+            return f"it merges into {site!r:.80}, which this model does not have"
+        d_out, d_in = sites[site]
+        fits = b.dim() == a.dim() == 2 and (b.shape[0], a.shape[1]) == (d_out, d_in) and b.shape[1] == a.shape[0]
+        if not fits or {b.dtype, a.dtype} != {torch.float32}:
+            return f"it merges {tuple(b.shape)} x {tuple(a.shape)} into {site}, which is {d_out} x {d_in}"
+    return None
+
+
+def _bases(work: Projection, sites: Mapping[str, Shape]) -> str | None:
+    for site, basis in work.bases.items():
+        if site not in sites:
+            return f"it projects {site!r:.80}, which this model does not have"
+        fits = basis.dim() == 2 and basis.shape[0] == sites[site][0] and 1 <= basis.shape[1] <= _widest(sites)
+        if not fits or basis.dtype != torch.float32:
+            return f"its basis for {site} is {basis.dtype} of shape {tuple(basis.shape)}"
+    return None
+
+
+def _sites(model: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Site name -> `(d_out, d_in)`."""
+    names = [name[:-2] for name in model if name.endswith(".A")]
+    return {name: (model[f"{name}.B"][0], model[f"{name}.A"][1]) for name in names}
+
+
+def _rank(model: Mapping[str, Shape]) -> int:
+    return next(shape[0] for name, shape in model.items() if name.endswith(".A"))
+
+
+def _widest(sites: Mapping[str, Shape]) -> int:
+    return max(max(shape) for shape in sites.values())
