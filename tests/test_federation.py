@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lorica.config import PrivacyConfig, load
 from lorica.errors import UserError
-from lorica.experiment import prepare
+from lorica.experiment import prepare_local
 from lorica.federation import client_weights, participation_schedule
 from lorica.privacy.plan import plan_client
 
@@ -63,4 +63,4 @@ def test_what_a_round_needs_is_checked_for_the_fewest_replies_that_it_may_have(
     overrides: list[str], named: str
 ) -> None:
     with pytest.raises(UserError, match=named):
-        prepare(load(None, overrides))
+        prepare_local(load(None, overrides))

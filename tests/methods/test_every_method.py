@@ -73,6 +73,7 @@ def federation(
     rank: int = 2,
     weighting: str = "uniform",
     optimizer: OptimizerConfig | None = None,
+    secure_sum: bool = False,
     **server: Any,
 ) -> Federation:
     model = adapted("bert", seed, rank=rank, randomise=False)
@@ -103,7 +104,7 @@ def federation(
         **server,
     )
     engine = Recorder(LocalEngine(model, members))
-    return Federation("run", method, driven, engine, plans, schedule, weighting)
+    return Federation("run", method, driven, engine, plans, schedule, weighting, secure_sum=secure_sum)
 
 
 def run(some: Federation, rounds: int = ROUNDS) -> Federation:

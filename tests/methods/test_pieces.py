@@ -26,6 +26,7 @@ PIECE: dict[str, tuple[list[str], Any]] = {
     "scaffold": (["local.scaffold=true"], lambda: {"scaffold": Scaffold(3)}),
     "scaled_gd": (["local.scaled_gd=true"], lambda: {"local": LocalStep(damping=0.1)}),
     "flat_lora": (["local.flat_lora=0.05"], lambda: {"local": LocalStep(perturbation=0.05)}),
+    "secure_sum": (["federation.secure_sum=true"], lambda: {"secure_sum": True}),
     "robust": (["server.aggregate=median"], lambda: {"aggregate": median}),
     "server_optimizer": (["server.optimizer=fedavgm"], lambda: {"optimize": FedAvgM(1.0, 0.9)}),
     "server_lr": (["server.lr=0.5"], lambda: {"optimize": ServerAverage(0.5)}),
