@@ -15,7 +15,7 @@ from lorica.messages import Request
 from lorica.methods.base import registry
 from lorica.privacy.ledger import Ledger
 from tests.methods.test_every_method import METHODS, ROUNDS, Wrapped, assert_same_model, federation, run
-from tests.methods.test_pieces import ACCEPTED, PIECE
+from tests.methods.test_pieces import ACCEPTED, PIECE, rarely
 
 SEVERAL_EXCHANGES = {"deer", "fedask"}
 REMEMBERING = {"client_ranks", "scaffold", "server_optimizer", "kalman", "average"}
@@ -130,7 +130,7 @@ def test_each_half_of_a_deer_round_is_the_mean_of_those_that_replied_to_it(tmp_p
             torch.testing.assert_close(some.server.model.tensors[name] - before[name], mean, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "piece"), [pair for pair in ACCEPTED if pair[1] in REMEMBERING])
+@pytest.mark.parametrize(("name", "piece"), rarely([pair for pair in ACCEPTED if pair[1] in REMEMBERING]))
 def test_pieces_remember_only_who_took_part(name: str, piece: str, tmp_path: Path) -> None:
     """With ranks that differ, only the client of the smallest one is left."""
     gone = {0, 2} if piece == "client_ranks" else {1}

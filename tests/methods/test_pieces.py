@@ -34,8 +34,15 @@ PIECE: dict[str, tuple[list[str], Any]] = {
     "kalman": (["server.denoise=kalman"], lambda: {"denoise": KalmanFilter()}),
     "average": (["server.average=0.9"], lambda: {"average": RoundAverage(0.9)}),
 }
+OFTEN = {"as-lora", "ffa-lora", "fed-avg", "flora"}
+"""Methods whose pairs with pieces run in the default tests; those of the others are slow ones."""
 ACCEPTED = [(name, piece) for name in METHODS for piece in PIECES if piece not in registry()[name].refuses]
 REFUSED = [(name, piece) for name in METHODS for piece in PIECES if piece in registry()[name].refuses]
+
+
+def rarely(pairs: list[tuple[str, str]]) -> list[Any]:
+    """The same parameters, slow but for the methods of `OFTEN`."""
+    return [pytest.param(*pair, marks=[] if pair[0] in OFTEN else pytest.mark.slow) for pair in pairs]
 
 
 def config(name: str, *overrides: str) -> ExperimentConfig:
@@ -55,7 +62,7 @@ def test_every_piece_is_known_by_its_key() -> None:
     assert all(piece in PIECES for method in registry().values() for piece in method.refuses)
 
 
-@pytest.mark.parametrize(("name", "piece"), ACCEPTED)
+@pytest.mark.parametrize(("name", "piece"), rarely(ACCEPTED))
 def test_an_accepted_piece_changes_the_run_and_resumes(name: str, piece: str, tmp_path: Path) -> None:
     overrides, make = PIECE[piece]
     check(config(name, *overrides))

@@ -17,7 +17,7 @@ from lorica.federation import Federation, Traffic
 from lorica.messages import Request
 from tests.methods.test_every_method import METHODS, Wrapped, federation, run
 from tests.methods.test_missing_replies import without
-from tests.methods.test_pieces import ACCEPTED, PIECE
+from tests.methods.test_pieces import ACCEPTED, OFTEN, PIECE, rarely
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -140,9 +140,11 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in METHODS]
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_honest_replies_pass_and_large_ones_do_not(name: str, optimizer: str, seed: int, tmp_path: Path) -> None:
     """Also under other optimisers; a refused reply would stop the run, since all have to reply."""
     chosen = OPTIMIZERS[optimizer]
@@ -153,7 +155,7 @@ def test_honest_replies_pass_and_large_ones_do_not(name: str, optimizer: str, se
 
 
 @pytest.mark.parametrize(
-    ("name", "piece"), [pair for pair in ACCEPTED if pair[1] in ("scaled_gd", "fedprox", "scaffold")]
+    ("name", "piece"), rarely([pair for pair in ACCEPTED if pair[1] in ("scaled_gd", "fedprox", "scaffold")])
 )
 def test_large_replies_are_refused_with_local_pieces_too(name: str, piece: str, tmp_path: Path) -> None:
     """That honest ones pass with every piece is what the pieces' own tests show: they need all replies."""
