@@ -317,7 +317,7 @@ class PrivacyConfig(Strict):
     """Give this and `epsilon: null` to fix the noise and have ε computed."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """Choose it below 1/records."""
-    clip_norm: float = Field(2.0, gt=0)
+    clip_norm: float = Field(2.0, ge=1e-6)
     """`C`: largest norm of one record's gradient over all tensors trained in a step."""
     noise: Literal["secure", "reproducible"] = "secure"
     """`secure`: from the operating system's entropy. `reproducible`: from the seed, for research; not a private

@@ -280,6 +280,9 @@ def _own_config(settings: NodeSettings, invitation: Invitation) -> ExperimentCon
         raise Refused(f"task.train = {config.task.train!r}: the data are for the owner to name, not for the server")
     if settings.data is None and config.task.train == OWNER:
         raise UserError("node-config.data", None, "the experiment leaves the data to the owner", "give data=PATH")
+    if settings.data is not None and not Path(settings.data).expanduser().exists():
+        # A hub id or a pattern has no place of its own for the ledger to lie at.
+        raise UserError("node-config.data", settings.data, "no such file or folder", "give the path of the data")
     if settings.base is None and settings.data is not None and not config.model.base.startswith(EMBEDDED):
         raise Refused(f"model.base = {config.model.base!r}: this node has no base=FOLDER for it")
     task = {} if settings.data is None else {"train": settings.data}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context
@@ -70,7 +71,11 @@ def for_nodes(config: ExperimentConfig, task: Task) -> ExperimentConfig:
     known: dict[str, Any] = {"labels": task.label_names} if task.has_classes else {}
     if config.flower.superlink is None:
         return config.model_copy(update={"task": config.task.model_copy(update=known)})
-    changes: dict[str, Any] = {"task": config.task.model_copy(update=known | {"train": OWNER, "test": "server"})}
+    base = config.model.base
+    changes: dict[str, Any] = {
+        "task": config.task.model_copy(update=known | {"train": OWNER, "test": "server"}),
+        "model": config.model.model_copy(update={"base": Path(base).name if Path(base).exists() else base}),
+    }
     if config.privacy != "none":
         changes["privacy"] = config.privacy.model_copy(update={"ledger": None})
     return config.model_copy(update=changes | {"output": "runs"})
