@@ -238,7 +238,7 @@ class TestWrongLabels:
         test = write_file(tmp_path, "test.csv", [{"text": SECRET, "label": 9}, {"text": SECRET, "label": 11}])
         config = text_config(train, test=test)
         names = label_names(read(config, "task.train", config.train), "label")
-        with pytest.raises(UserError, match=r"no label '11'.*task\.train, whose labels are 9, 10") as error:
+        with pytest.raises(UserError, match=r"'11' is no label of the task.*task\.train; they have 9, 10") as error:
             label_indices(read(config, "task.test", config.test), "label", names)
         assert error.value.key == "task.test"
         assert "Miller" not in str(error.value)

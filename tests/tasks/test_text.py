@@ -127,7 +127,7 @@ def test_column_of_numbers_is_no_text(tmp_path, text_base):
 
 def test_label_that_only_the_test_data_has(write_csv, text_base):
     train, test = write_csv("train.csv", CONTENT), write_csv("test.csv", "text,label\nsecret,2\n")
-    with pytest.raises(UserError, match="no label '2'") as error:
+    with pytest.raises(UserError, match="'2' is no label of the task") as error:
         load_task(TaskConfig(type="text-classification", train=train, test=test), text_base)
     assert error.value.key == "task.test"
     assert "secret" not in str(error.value)
