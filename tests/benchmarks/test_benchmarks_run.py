@@ -28,6 +28,8 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
             ["--shapes", "roberta-large", "--width", "32", "--ranks", "2", "--repeats", "1", "--plot", os.devnull],
             2,
         ),
+        # It fails if the four ways do not end with the same adapter.
+        ("federation.py", ["--quick"], 2),
     ],
 )
 def test_a_benchmark_runs_and_prints_its_bars(script: str, arguments: list[str], bars: int) -> None:
