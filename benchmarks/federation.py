@@ -1,4 +1,4 @@
-"""What a federation costs beside its training: start-up, seconds per round and memory of four ways to run one.
+"""What a federation costs beside its training: start-up, seconds per round and memory, of four ways to run the same.
 
     python benchmarks/federation.py
 
@@ -86,9 +86,6 @@ class Measured(NamedTuple):
         return statistics.mean(self.seconds[1:-1])
 
 
-Members = Callable[[], set[psutil.Process]]
-
-
 def loopback() -> ModuleType:
     """The example, which is no package."""
     path = Path(__file__).parent.parent / "examples" / "federation" / "loopback.py"
@@ -157,7 +154,7 @@ def same(adapters: list[dict[str, Tensor]]) -> bool:
 
 
 def table(measured: dict[str, Measured]) -> Table:
-    result = Table("way", "nodes, s", "start-up, s", "round, s", "MiB", "PSS", "of")
+    result = Table("way", "nodes", "start-up", "round", "MiB", "PSS", "of", title="Seconds; memory at its peak")
     for name, found in measured.items():
         before = "-" if found.before is None else f"{found.before:.1f}"
         memory = [f"{value / 2**20:,.0f}" for value in found.memory]
@@ -171,9 +168,10 @@ def _measure(
     size: Size,
     overrides: list[str],
     around: dict[str, str],
-    members: Members | None,
+    members: Callable[[], set[psutil.Process]] | None,
     before: float | None,
 ) -> Measured:
+    """Run the experiment, and watch the memory of some processes, by default of the command and all that it starts."""
     shape = [f"federation.clients={size.clients}", f"federation.rounds={size.rounds}", f"model.threads={size.threads}"]
     shape += [f"federation.local_steps={size.local_steps}", f"federation.evaluate_every={size.rounds}"]
     command = ["lorica", "run", "name=measured", f"output={folder}", "privacy.noise=reproducible", *shape, *overrides]
