@@ -16,6 +16,7 @@ from torch import Tensor
 from lorica.adapters.state import Pair
 from lorica.errors import UserError
 from lorica.files import write_atomically
+from lorica.messages import part
 
 KEPT = 2
 VERSION = 2
@@ -90,15 +91,15 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         if hashlib.sha256(content).hexdigest() != state["sha256"]:
             raise ValueError("state.safetensors does not match its checksum")
         tensors = safetensors.torch.load(content)
-        b, a = _part(tensors, "merged/B/"), _part(tensors, "merged/A/")
+        b, a = part(tensors, "merged/B/"), part(tensors, "merged/A/")
         return Checkpoint(
             round=state["round"],
-            adapter=_part(tensors, "adapter/"),
+            adapter=part(tensors, "adapter/"),
             merged={name: (b[name], a[name]) for name in b},
             method_numbers=state["method"],
-            method_tensors=_part(tensors, "method/"),
+            method_tensors=part(tensors, "method/"),
             server_numbers=state["server"],
-            server_tensors=_part(tensors, "server/"),
+            server_tensors=part(tensors, "server/"),
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
@@ -111,7 +112,3 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
 def _rounds(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*"))
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorica.adapters.state import AdapterState, Factors, Pair, leading
 from lorica.errors import UserError
-from lorica.messages import ENERGY, SKETCH, Delivery, Projection, Request, Training, size
+from lorica.messages import ENERGY, SKETCH, Delivery, Projection, Request, Training, part, size
 from lorica.methods.base import Method, Project, Replies, Server, Train
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account
@@ -206,7 +206,7 @@ class Federation:
             {},
             self._weights(traffic),
             means={name: value for name, value in means.items() if not name.startswith(SKETCH)},
-            mean_sketches=named(means, SKETCH),
+            mean_sketches=part(means, SKETCH),
         )
 
     def _expected(self, request: Request, expected: Mapping[int, Expected]) -> Expected:
@@ -392,11 +392,6 @@ def _grown(before: int | None, now: int | None) -> bool:
     return before is not None and (now is None or now > before)
 
 
-def named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start so, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
 def _replies(released: Mapping[int, Mapping[str, Tensor]], weights: dict[int, float]) -> Replies:
     return Replies(
         updates={
@@ -405,10 +400,10 @@ def _replies(released: Mapping[int, Mapping[str, Tensor]], weights: dict[int, fl
         },
         weights=weights,
         energies={
-            client: {name: float(value) for name, value in named(tensors, ENERGY).items()}
+            client: {name: float(value) for name, value in part(tensors, ENERGY).items()}
             for client, tensors in released.items()
         },
-        sketches={client: named(tensors, SKETCH) for client, tensors in released.items()},
+        sketches={client: part(tensors, SKETCH) for client, tensors in released.items()},
     )
 
 

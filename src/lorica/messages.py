@@ -175,15 +175,15 @@ class Request:
             kind = asked.pop("kind")
             work: Training | Projection | Delivery
             if kind == "training":
-                work = _STRICT[Training].validate_python(asked | {"corrections": _part(tensors, "correction:")})
+                work = _STRICT[Training].validate_python(asked | {"corrections": part(tensors, "correction:")})
             elif kind == "projection":
-                work = _STRICT[Projection].validate_python(asked | {"bases": _part(tensors, "basis:")})
+                work = _STRICT[Projection].validate_python(asked | {"bases": part(tensors, "basis:")})
             elif kind == "delivery":
-                model = {"model": _part(tensors, "model:"), "merged": _pairs(tensors, "model-merged:")}
+                model = {"model": part(tensors, "model:"), "merged": _pairs(tensors, "model-merged:")}
                 work = _STRICT[Delivery].validate_python(asked | model)
             else:
                 raise ValueError(f"no work is called {kind!r}")
-            sent = {"tensors": _part(tensors, "tensor:"), "increments": _pairs(tensors, "merged:"), "work": work}
+            sent = {"tensors": part(tensors, "tensor:"), "increments": _pairs(tensors, "merged:"), "work": work}
             request: Request = _STRICT[Request].validate_python(plain | sent)
         except (safetensors.SafetensorError, ValidationError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"not a request of this version of Lorica: {type(error).__name__}: {error}") from error
@@ -273,7 +273,8 @@ def _metadata(content: bytes) -> dict[str, str]:
     return metadata
 
 
-def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names start with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
@@ -286,5 +287,5 @@ def _flat(prefix: str, pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
 
 
 def _pairs(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Pair]:
-    a = _part(tensors, f"{prefix}A:")
-    return {name: (b, a[name]) for name, b in _part(tensors, f"{prefix}B:").items()}
+    a = part(tensors, f"{prefix}A:")
+    return {name: (b, a[name]) for name, b in part(tensors, f"{prefix}B:").items()}

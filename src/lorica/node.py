@@ -28,7 +28,7 @@ from lorica.owners import by_privacy_unit, divide, hold_out, ledger_path, planne
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy, load_policy
-from lorica.privacy.statement import Account, account
+from lorica.privacy.statement import Account, charged
 from lorica.request_checks import mistake
 from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.stages import Part, answer
@@ -191,9 +191,7 @@ class Node:
     def account(self) -> Account:
         """What this run has cost so far; what other runs cost stays with the owner."""
         client = self._client
-        owner = client.records.fingerprint()
-        full = account(client.ledger, client.dataset, owner, self._invitation.run, self.plan, client.unit)
-        return Account(full.steps, full.releases)
+        return charged(client.ledger.releases(client.dataset), self._invitation.run, client.number)
 
     def _policy(self) -> Policy | None:
         if self._settings.policy is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION, RELATION
-from lorica.privacy.ledger import Ledger, lifetime_epsilon, unprotected
+from lorica.privacy.ledger import Ledger, Release, lifetime_epsilon, unprotected
 from lorica.privacy.plan import ClientPlan
 
 ASSUMPTIONS = [
@@ -48,15 +48,24 @@ class Account:
     ledger: str | None = None
 
 
+def charged(releases: Iterable[Release], run: str, client: int) -> Account:
+    """What one client was charged for in a run, and nothing of other runs."""
+    own = [release for release in releases if release.run == run and release.client == client]
+    return Account(sum(release.steps for release in own), len(own))
+
+
 def account(ledger: Ledger, dataset: str, owner: str, run: str, plan: ClientPlan, unit: str) -> Account:
     """One client's account, from its ledger."""
     releases = ledger.releases(dataset)
-    charged = [release for release in releases if release.run == run and release.client == plan.client]
     life = None
     if plan.noise == "secure" and plan.delta is not None:
         life = lifetime_epsilon(releases, owner, plan.delta, unit=unit)
-    steps = sum(release.steps for release in charged)
-    return Account(steps, len(charged), life, unprotected(releases), str(ledger.path))
+    return replace(
+        charged(releases, run, plan.client),
+        lifetime_epsilon=life,
+        unprotected=unprotected(releases),
+        ledger=str(ledger.path),
+    )
 
 
 def privacy_statement(

@@ -77,13 +77,11 @@ class FlowerEngine:
         """Replies of the clients that answered within `flower.timeout`; the others are logged and left out."""
         run = next(iter(requests.values())).run
         replies = {}
-        answers = self._ask(run, {client: {"request": requests[client].encode()} for client in sorted(requests)})
+        answers = self._replies(run, {client: {"request": requests[client].encode()} for client in sorted(requests)})
         for client, content in answers.items():
             try:
-                replies[client] = decode(bytes(content["reply"]))
-                self._accounts[client] = TypeAdapter(Account).validate_json(str(content["account"]))
-            except (KeyError, TypeError, ValueError, SafetensorError) as error:
-                replies.pop(client, None)
+                replies[client] = decode(content)
+            except (ValueError, SafetensorError) as error:
                 logger.warning("client %d: its reply cannot be read (%s)", client, type(error).__name__)
         return replies
 
@@ -98,15 +96,7 @@ class FlowerEngine:
                 client: {"question": question, "request": requests[client].encode()}
                 for client, question in sorted(questions.items())
             }
-            answers = {}
-            for client, content in self._ask(run, contents).items():
-                try:
-                    answers[client] = bytes(content["reply"])
-                    self._accounts[client] = TypeAdapter(Account).validate_json(str(content["account"]))
-                except (KeyError, TypeError, ValueError) as error:
-                    answers.pop(client, None)
-                    logger.warning("client %d: its answer cannot be read (%s)", client, type(error).__name__)
-            return answers
+            return self._replies(run, contents)
 
         return add_up(setup, weights, shapes, ask)
 
@@ -125,6 +115,17 @@ class FlowerEngine:
     def personal(self, run: str) -> dict[int, dict[str, Tensor]]:
         """None: they stay with the owners."""
         return {}
+
+    def _replies(self, run: str, contents: Mapping[int, Mapping[str, str | bytes]]) -> dict[int, bytes]:
+        """Ask, and note what each client says that it was charged; an answer without that is left out."""
+        replies = {}
+        for client, content in self._ask(run, contents).items():
+            try:
+                self._accounts[client] = TypeAdapter(Account).validate_json(str(content["account"]))
+                replies[client] = bytes(content["reply"])
+            except (KeyError, TypeError, ValueError) as error:
+                logger.warning("client %d: its answer cannot be read (%s)", client, type(error).__name__)
+        return replies
 
     def _ask(self, run: str, contents: Mapping[int, Mapping[str, str | bytes]]) -> dict[int, Mapping[str, Any]]:
         """Send each client its message and wait for the answers, `flower.timeout` seconds at most."""
