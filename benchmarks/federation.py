@@ -117,7 +117,9 @@ def measure_federation(folder: Path, size: Size, worker: bool) -> Measured:
     policy = example.POLICY | {"noise": ["secure", "reproducible"]}
     started = time.perf_counter()
     with _no_worker_left(folder), example.Loopback(folder) as running:
-        nodes = [running.start_node(owner, policy, worker=worker) for owner in range(size.clients)]
+        for owner in range(size.clients):
+            running.register(owner, policy)
+        nodes = [running.start_node(owner, worker=worker) for owner in range(size.clients)]
         before = time.perf_counter() - started
 
         def members() -> set[psutil.Process]:

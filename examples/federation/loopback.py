@@ -61,7 +61,8 @@ def main() -> None:
     divide_digits(folder, config.federation.clients)
     with Loopback(folder) as loopback:
         for owner in range(config.federation.clients):
-            loopback.start_node(owner, POLICY)
+            loopback.register(owner, POLICY)
+            loopback.start_node(owner)
             print(f"owner {owner}: registered, its node runs")
         launch(with_absolute_paths(config), loopback.home)
     print(f"\nThe server has the adapter in {config.folder / 'adapter'}.")
@@ -109,16 +110,20 @@ class Loopback:
         self.processes.append(start(command, own, server / "superlink.log", self.port))
         return self
 
-    def start_node(self, owner: int, policy: dict[str, Any], **settings: str | int) -> subprocess.Popen[bytes]:
-        """Register an owner's key and start its SuperNode.
+    def register(self, owner: int, policy: dict[str, Any]) -> None:
+        """Make an owner's key and policy, and have the SuperLink let in the node that has this key."""
+        place = self.folder / f"owner-{owner}"
+        public = write_node_key(place / "node.key")
+        (place / "policy.yaml").write_text(yaml.safe_dump(policy))
+        ask_flwr(environment(self.home), "supernode", "register", str(public), "loopback")
+
+    def start_node(self, owner: int, **settings: str | int) -> subprocess.Popen[bytes]:
+        """Start a registered owner's SuperNode.
 
         Args:
             settings: more of the node configuration, such as `worker=False`.
         """
         place = self.folder / f"owner-{owner}"
-        public = write_node_key(place / "node.key")
-        (place / "policy.yaml").write_text(yaml.safe_dump(policy))
-        ask_flwr(environment(self.home), "supernode", "register", str(public), "loopback")
         given = {"client": owner, "data": str(place / "digits.parquet"), "policy": str(place / "policy.yaml")}
         port = free_port()
         command = ["lorica", "flower", "node", "--superlink", f"127.0.0.1:{self.port}", "--port", str(port)]

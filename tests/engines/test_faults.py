@@ -1,26 +1,24 @@
 """What breaks in the middle of a run costs a repetition at most: nothing is lost, and no release goes unrecorded.
 
-The nodes' workers are real processes; a grid in this process stands for Flower's.
+The slow tests run Flower's own processes, each node's worker among them; in the others a grid in this process stands
+for them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from flwr.app import Message
 
-from lorica.engines.flower import warm
-from lorica.engines.flower.launch import launch
-from lorica.engines.flower.processes import connect, environment, free_port, start, stop
+from lorica.config import ExperimentConfig
 from lorica.engines.flower.server import serve
 from lorica.errors import UserError
 from lorica.experiment import read_result
@@ -28,10 +26,8 @@ from lorica.federation import TooFewReplies
 from lorica.node import Node, agreed
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
+from tests.engines.real_processes import RealProcesses, until
 from tests.engines.test_flower_engine import assert_same, charged, grid, local
-from tests.engines.test_warm import end_workers, sockets  # noqa: F401
-
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -41,41 +37,8 @@ def fresh_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def organisations(tmp_path: Path) -> Iterator[Organisations]:
-    yield Organisations(tmp_path)
-    end_workers(tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("sockets")
-@pytest.mark.parametrize(("moment", "deaths"), [("training", 1), ("charged", 1), ("training", 2)])
-def test_a_node_killed_in_training_or_before_its_reply(
-    organisations: Organisations, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, moment: str, deaths: int
-) -> None:
-    here = local(organisations, "local")
-    monkeypatch.setenv("LORICA_TEST_MARK", str(tmp_path / "mark"))
-    monkeypatch.setenv("LORICA_TEST_MOMENT", moment)
-    monkeypatch.setenv("LORICA_TEST_DEATHS", str(deaths))
-    start = subprocess.Popen
-
-    def dying(command: list[str], **settings: Any) -> Any:
-        command = ["tests.engines.dying_worker" if part == warm.__name__ else part for part in command]
-        return start(command, cwd=ROOT, **settings)
-
-    monkeypatch.setattr(warm.subprocess, "Popen", dying)
-    nodes = [organisations.node_config(0, worker=True, worker_idle=30), organisations.node_config(1)]
-    config = organisations.experiment("flower")
-    if deaths == 2:
-        # A message is given to a second worker, and no third.
-        with pytest.raises(TooFewReplies, match="client 0: no reply"):
-            serve(config, InProcessGrid(nodes))
-        assert charged(organisations, 0) == []
-    there = serve(config, InProcessGrid(nodes))
-    assert (tmp_path / "mark").read_bytes() == b"x" * deaths
-    assert_same(here.adapter, there.adapter)
-    for client in range(2):
-        assert charged(organisations, client) == [(1, 2), (2, 2)]
-    assert [row["steps"] for row in there.privacy["clients"]] == [4, 4]
+def organisations(tmp_path: Path) -> Organisations:
+    return Organisations(tmp_path)
 
 
 class SlowNode(InProcessGrid):
@@ -149,71 +112,168 @@ def test_what_was_charged_is_not_lost_when_the_nodes_folder_is_on_a_full_disk(
     assert charged(organisations, 0) == [(1, 2), (2, 2)]
 
 
-class Plain:
-    """A SuperLink without TLS and a SuperNode for each organisation, all real processes."""
+def over_flower(organisations: Organisations, *changes: str) -> ExperimentConfig:
+    return organisations.experiment("flower", "flower.wait=60", *changes)
 
-    def __init__(self, organisations: Organisations) -> None:
-        self.organisations, self.home = organisations, organisations.folder / "flwr"
-        self.port = free_port()
-        connect(self.home, "loopback", self.port)
-        self.superlink = self.start_superlink()
-        self.nodes = [self.start_node(client) for client in range(len(organisations.places))]
 
-    def start_superlink(self) -> subprocess.Popen[bytes]:
-        # The database keeps who the nodes are.
-        command = ["flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--database", str(self.home / "superlink.db")]
-        return start(command, environment(self.home), self.home / "superlink.log", self.port)
+def rounds(config: ExperimentConfig) -> list[dict[str, Any]]:
+    """Rows of the rounds that have ended so far, the start among them."""
+    path = config.folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
-    def start_node(self, client: int) -> subprocess.Popen[bytes]:
-        config = self.organisations.node_config(client, worker=True, worker_idle=60)
-        given = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-        port, place = free_port(), self.organisations.places[client]
-        command = ["lorica", "flower", "node", "--insecure", "--superlink", f"127.0.0.1:{self.port}"]
-        command += ["--port", str(port), "--node-config", given]
-        return start(command, environment(place / "flwr"), place / "node.log", port)
 
-    def kill(self, name: str) -> None:
-        """SIGKILL to the SuperLink's descendants whose command line has `name`; to all and itself for an empty one."""
-        family = psutil.Process(self.superlink.pid).children(recursive=True)
-        chosen = [process for process in family if name in " ".join(process.cmdline())]
-        assert chosen
-        for process in [*chosen, *([] if name else [self.superlink])]:
-            process.kill()
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced_in_the_same_message(organisations: Organisations) -> None:
+    """Between the ledger's row and the reply, and in training."""
+    here, config = local(organisations, "local"), over_flower(organisations)
+    with RealProcesses(organisations) as real:
+        real.hold(0, "charged")
+        running = real.launch(config)
+        # The second worker has round 1's reply from the ledger, so that it trains in round 2 first.
+        for moment, then in (("charged", "training"), ("training", None)):
+            real.wait_for(0, moment)
+            real.kill_node(0, "lorica.engines.flower.warm")
+            real.let_go(0)
+            if then is not None:
+                real.hold(0, then)
+        running.result()
+    assert_same(here.adapter, config.folder / "adapter")
+    for client in range(2):
+        assert charged(organisations, client) == [(1, 2), (2, 2)]
 
-    def stop(self) -> None:
-        stop(self.superlink, *self.nodes)
+
+@pytest.mark.slow
+def test_a_killed_node_ends_the_run_which_then_resumes(
+    organisations: Organisations, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SuperNode, Flower's process for the message and worker die at once, as if the power failed."""
+    here, config = local(organisations, "local"), over_flower(organisations, "flower.timeout=20")
+    with RealProcesses(organisations) as real:
+        for moment, in_ledger in (("training", []), ("charged", [(1, 2)])):
+            real.hold(0, moment)
+            running = real.launch(config)
+            real.wait_for(0, moment)
+            real.kill_node(0)
+            real.let_go(0)
+            with pytest.raises(UserError, match="finished:failed"):
+                running.result()
+            assert "client 0: no reply" in capfd.readouterr().out
+            assert charged(organisations, 0) == in_ledger
+            real.start_node(0)
+        real.launch(config).result()
+    assert_same(here.adapter, config.folder / "adapter")
+    for client in range(2):
+        assert charged(organisations, client) == [(1, 2), (2, 2)]
+
+
+@pytest.mark.slow
+def test_a_node_that_answers_late_is_charged_and_stays_in_the_run(organisations: Organisations) -> None:
+    changes = ["flower.timeout=20", "federation.min_clients=1", "federation.rounds=3"]
+    config = over_flower(organisations, *changes)
+    with RealProcesses(organisations) as real:
+        real.hold(0, "charging")
+        running = real.launch(config)
+        real.wait_for(0, "charging")
+        until(lambda: len(rounds(config)) == 2)
+        assert charged(organisations, 0) == []
+        real.let_go(0)
+        running.result()
+    assert [row["participants"] for row in rounds(config)[1:]] == [[1], [0, 1], [0, 1]]
+    assert charged(organisations, 0) == [(1, 2), (2, 2), (3, 2)]
+    assert [row["steps"] for row in read_result(config.folder).privacy["clients"]] == [6, 6]
+
+
+@pytest.mark.slow
+def test_a_node_that_is_started_late_joins_the_running_federation(organisations: Organisations) -> None:
+    changes = ["flower.wait=45", "federation.min_clients=1", "federation.rounds=6"]
+    config = over_flower(organisations, *changes)
+    accepted = organisations.places[1] / "data.jsonl.lorica"
+    with RealProcesses(organisations, nodes=[0]) as real:
+        real.hold(0, "charging")
+        running = real.launch(config)
+        real.wait_for(0, "charging")
+        real.start_node(1)
+        real.let_go(0)
+        until(lambda: len(rounds(config)) == 2)
+        real.hold(0, "charging")
+        until(lambda: any(accepted.glob("run-*/invitation.json")))
+        real.let_go(0)
+        running.result()
+    participants = [row["participants"] for row in rounds(config)[1:]]
+    assert participants[0] == [0]
+    assert participants[-1] == [0, 1]
+    assert charged(organisations, 0) == [(number, 2) for number in range(1, 7)]
+    assert charged(organisations, 1) == [(n, 2) for n, present in enumerate(participants, 1) if 1 in present]
+
+
+@contextmanager
+def disk_of_its_own(folder: Path) -> Iterator[None]:
+    """What the folder holds, on a file system of 2 MB."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2M", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("this account may not mount a file system")
+    try:
+        for name, content in before.items():
+            (folder / name).write_bytes(content)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> Path:
+    """A file that leaves no byte of the folder's disk."""
+    path = folder / "filling"
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    assert os.statvfs(folder).f_bavail == 0
+    return path
+
+
+@pytest.mark.slow
+def test_a_disk_that_gets_full_at_the_node(organisations: Organisations, capfd: pytest.CaptureFixture[str]) -> None:
+    """Before the ledger's row nothing leaves; after it, the reply waits in the ledger for room."""
+    here, config = local(organisations, "local"), over_flower(organisations)
+    place = organisations.places[0]
+    with disk_of_its_own(place), RealProcesses(organisations) as real:
+        for moment, in_ledger in (("charging", []), ("charged", [(1, 2)])):
+            real.hold(0, moment)
+            running = real.launch(config)
+            real.wait_for(0, moment)
+            filling = fill(place)
+            real.let_go(0)
+            with pytest.raises(UserError, match="finished:failed"):
+                running.result()
+            assert "client 0: no reply" in capfd.readouterr().out
+            assert charged(organisations, 0) == in_ledger
+            filling.unlink()
+        real.launch(config).result()
+        assert charged(organisations, 0) == [(1, 2), (2, 2)]
+    assert_same(here.adapter, config.folder / "adapter")
 
 
 @pytest.mark.slow
 def test_the_server_app_and_the_superlink_are_killed_in_one_run(organisations: Organisations) -> None:
-    """Flower's own processes. Each time the same command resumes after the last finished round."""
-    changes = ["federation.rounds=3", "flower.wait=90"]
-    here = local(organisations, "local", *changes)
-    config = organisations.experiment("flower", *changes)
-    metrics = config.folder / "metrics.jsonl"
+    """Each time the same command resumes after the last finished round."""
+    here = local(organisations, "local", "federation.rounds=3")
+    # Nodes look for a SuperLink that has gone at ever longer intervals.
+    config = over_flower(organisations, "federation.rounds=3", "flower.wait=90")
 
-    def run_until(lines: int, kill: Callable[[], None]) -> None:
-        with ThreadPoolExecutor(1) as pool:
-            running = pool.submit(launch, config, plain.home)
-            deadline = time.monotonic() + 120
-            while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= lines):
-                assert time.monotonic() < deadline
-                assert not running.done()
-                time.sleep(0.05)
-            kill()
-            with pytest.raises(UserError):
-                running.result(120)
+    def run_until(rows: int, kill: Callable[[], None]) -> None:
+        running = real.launch(config)
+        until(lambda: len(rounds(config)) >= rows or running.done())
+        assert not running.done()
+        kill()
+        with pytest.raises(UserError):
+            running.result(120)
 
-    plain = Plain(organisations)
-    try:
-        run_until(2, lambda: plain.kill("flwr-serverapp"))
-        run_until(3, lambda: plain.kill(""))
-        plain.superlink = plain.start_superlink()
-        launch(config, plain.home)
-    finally:
-        plain.stop()
-    assert [row["round"] for row in read_result(config.folder).metrics] == [0, 1, 2, 3]
+    with RealProcesses(organisations) as real:
+        run_until(2, lambda: real.kill_superlink("flwr-serverapp"))
+        run_until(3, real.kill_superlink)
+        real.start_superlink()
+        real.launch(config).result()
+    assert [row["round"] for row in rounds(config)] == [0, 1, 2, 3]
     assert_same(here.adapter, config.folder / "adapter")
     for client in range(2):
         assert charged(organisations, client) == [(1, 2), (2, 2), (3, 2)]

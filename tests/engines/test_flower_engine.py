@@ -210,6 +210,15 @@ def test_a_node_that_comes_late_takes_part_from_the_next_round(tmp_path: Path) -
     assert charged(organisations, 1) == [(2, 2), (3, 2)]
 
 
+@pytest.mark.parametrize(("wait", "timeout"), [(70, 50), (40, 50)])
+def test_an_invitation_lives_as_long_as_the_server_waits_for_it(tmp_path: Path, wait: int, timeout: int) -> None:
+    organisations = Organisations(tmp_path)
+    nodes = grid(organisations)
+    serve(organisations.experiment("flower", f"flower.wait={wait}", f"flower.timeout={timeout}"), nodes)
+    lives = {(message.metadata.message_type, message.metadata.ttl) for message in nodes.sent}
+    assert lives == {("query", max(wait, timeout)), ("train", timeout)}
+
+
 def test_the_run_does_not_start_without_its_clients(tmp_path: Path) -> None:
     organisations = Organisations(tmp_path)
     config = organisations.experiment("flower", "flower.wait=0.1")

@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import psutil
 import pytest
@@ -24,6 +26,7 @@ from lorica.engines.flower.processes import environment, run_app
 from lorica.errors import UserError
 from lorica.experiment import Experiment
 from lorica.privacy.ledger import Ledger, ledger_beside
+from tests.engines.real_processes import kill_processes, until
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "federation" / "loopback.py"
@@ -88,30 +91,31 @@ def test_the_example_runs_and_resumes_after_ctrl_c_and_leaves_nothing_running(tm
 
 
 @pytest.fixture(scope="module")
-def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path, list[Path]]]:
-    """Folder, the server's FLWR_HOME, the owners' files; nodes that allow research noise."""
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The example's `Loopback`, with nodes that allow research noise."""
     loopback = example()
     folder = tmp_path_factory.mktemp("loopback")
-    files = loopback.divide_digits(folder, loopback.OWNERS)
+    loopback.divide_digits(folder, loopback.OWNERS)
     policy = loopback.POLICY | {"noise": ["secure", "reproducible"]}
     with loopback.Loopback(folder) as running:
         for owner in range(loopback.OWNERS):
-            running.start_node(owner, policy)
-        yield folder, running.home, files
+            running.register(owner, policy)
+            running.start_node(owner)
+        yield running
     wait_until_none_runs(folder)
 
 
 @pytest.mark.parametrize("method", ["as-lora", "fedask", "flora"])
-def test_the_adapter_is_that_of_the_local_engine_bit_for_bit(
-    federation: tuple[Path, Path, list[Path]], tmp_path: Path, method: str
-) -> None:
-    folder, home, files = federation
+def test_the_adapter_is_that_of_the_local_engine_bit_for_bit(federation: Any, tmp_path: Path, method: str) -> None:
+    folder = federation.folder
     same = [f"name={method}", f"method.name={method}", "privacy.noise=reproducible", "federation.rounds=2"]
     same += ["federation.clients=3", "federation.local_steps=2"]
     remote = load(None, [*same, "engine=flower", "flower.superlink=loopback", "task.train=owner", f"output={folder}"])
-    launch(with_absolute_paths(remote), home)
+    launch(with_absolute_paths(remote), federation.home)
     local = load(None, [*same, f"output={tmp_path}", f"privacy.ledger={tmp_path / 'ledger.sqlite'}"])
-    task = local.task.model_copy(update={"train": [str(file) for file in files]})
+    task = local.task.model_copy(
+        update={"train": [str(file) for file in sorted(folder.glob("owner-*/digits.parquet"))]}
+    )
     parts = local.federation.model_copy(update={"partition": "files"})
     result = Experiment(local.model_copy(update={"task": task, "federation": parts})).run()
     expected = safetensors.torch.load_file(result.adapter / "adapter_model.safetensors")
@@ -122,18 +126,18 @@ def test_the_adapter_is_that_of_the_local_engine_bit_for_bit(
 
 
 def test_the_owners_refusal_and_the_servers_error_reach_the_one_who_started_the_run(
-    federation: tuple[Path, Path, list[Path]], capfd: pytest.CaptureFixture[str]
+    federation: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder, home, _ = federation
+    folder = federation.folder
     asked = ["name=greedy", "engine=flower", "flower.superlink=loopback", "task.train=owner", f"output={folder}"]
-    asked += ["federation.clients=3", "flower.wait=20", "privacy.epsilon=100"]
-    with pytest.raises(UserError, match=r"0 clients have joined after 20 seconds"):
-        launch(with_absolute_paths(load(None, asked)), home)
+    asked += ["federation.clients=3", "flower.wait=40", "privacy.epsilon=100"]
+    with pytest.raises(UserError, match=r"0 clients have joined after 40 seconds"):
+        launch(with_absolute_paths(load(None, asked)), federation.home)
     assert capfd.readouterr().out.count("refuses: policy.") == 3
 
 
-def test_a_node_runs_no_code_that_the_server_sends(federation: tuple[Path, Path, list[Path]], tmp_path: Path) -> None:
-    folder, home, _ = federation
+def test_a_node_runs_no_code_that_the_server_sends(federation: Any, tmp_path: Path) -> None:
+    folder = federation.folder
     config = load(None, ["name=code", "engine=flower", "flower.superlink=loopback", "task.train=owner"])
     asked = ["federation.clients=3", "federation.rounds=1", "privacy.noise=reproducible", f"output={folder}"]
     write_app(load(json.loads(config.model_dump_json()), asked), tmp_path / "app")
@@ -141,7 +145,43 @@ def test_a_node_runs_no_code_that_the_server_sends(federation: tuple[Path, Path,
     (tmp_path / "app" / "pyproject.toml").write_text(app.replace("lorica.engines.flower.client:app", "sent:app"))
     leak = f"import os\nopen({str(tmp_path)!r} + f'/leak-{{os.getpid()}}', 'w').write('x')\n"
     (tmp_path / "app" / "sent.py").write_text(leak + "from lorica.engines.flower import client\n\napp = client.app\n")
-    run_app(tmp_path / "app", "loopback", environment(home))
+    run_app(tmp_path / "app", "loopback", environment(federation.home))
     assert (folder / "code" / "adapter").is_dir()
     assert not list(tmp_path.glob("leak-*"))
     assert not list(folder.glob("owner-*/flwr/apps/*"))
+
+
+def stays(node: subprocess.Popen[bytes]) -> bool:
+    try:
+        return node.wait(6) is None
+    except subprocess.TimeoutExpired:
+        return True
+
+
+def test_rounds_go_on_without_a_killed_node_and_with_it_once_it_is_started_again(federation: Any) -> None:
+    """It is the same node to the SuperLink, by its key; the statement has what it was charged for without an answer."""
+    folder = federation.folder
+    asked = ["name=killed", "engine=flower", "flower.superlink=loopback", "task.train=owner", f"output={folder}"]
+    asked += ["federation.clients=3", "federation.min_clients=2", "federation.rounds=9", "federation.local_steps=2"]
+    config = with_absolute_paths(load(None, [*asked, "flower.timeout=90"]))
+    metrics = config.folder / "metrics.jsonl"
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(launch, config, federation.home)
+        until(lambda: running.done() or (metrics.is_file() and len(metrics.read_text().splitlines()) == 2))
+        kill_processes(folder / "owner-0" / "flwr")
+        # The SuperLink lets it in once it has missed the old process's heartbeats.
+        until(lambda: running.done() or stays(federation.start_node(0)))
+        running.result()
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()][1:]
+    participants = {row["round"]: row["participants"] for row in rows}
+    assert [1, 2] in participants.values()
+    assert participants[1] == participants[9] == [0, 1, 2]
+    for client in json.loads((config.folder / "privacy.json").read_text())["clients"]:
+        ledger = Ledger(ledger_beside(folder / f"owner-{client['client']}" / "digits.parquet"))
+        run = ledger.releases()[-1].run
+        releases = [release for release in ledger.releases() if release.run == run]
+        answered = [number for number, present in participants.items() if client["client"] in present]
+        unanswered = {release.round for release in releases} - set(answered)
+        assert len(releases) == len(answered) + len(unanswered)
+        assert len(unanswered) <= (client["client"] == 0)
+        assert client["steps"] == sum(release.steps for release in releases)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
+import socket
 import stat
 import tempfile
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from lorica.engines.flower import warm
 from lorica.engines.flower.warm import ask, runtime_folder
 from lorica.errors import UserError
 from lorica.messages import Request
@@ -81,6 +84,18 @@ def test_the_server_learns_of_no_path_when_there_is_no_place_for_the_socket(sock
     own = {"client": 0, "data": str(tmp_path / "data.jsonl")}
     answer = ask(own, "{}", None)
     assert answer == {"refused": "the node cannot take part because of its worker; its log has the rest"}
+
+
+def test_a_connection_that_an_ending_worker_did_not_take_is_none(sockets: Path) -> None:
+    """The socket still listens, nobody answers any more, and the kernel resets the connection."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(sockets / "ending"))
+    listener.listen()
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(warm._try, sockets / "ending")
+        select.select([listener], [], [])
+        listener.close()
+        assert connecting.result(10) is None
 
 
 @pytest.mark.slow

@@ -202,7 +202,10 @@ class FlowerEngine:
     def _message(self, run: str, node: int, kind: str, content: Mapping[str, str | bytes]) -> Message:
         invitation = Invitation(run, self._config.model_dump_json(), self._base).encode()
         record = ConfigRecord({"invitation": invitation, **content})
-        return Message(RecordDict({RECORD: record}), node, kind, ttl=self._config.flower.timeout)
+        wait, timeout = self._config.flower.wait, self._config.flower.timeout
+        # A node that answers an invitation reads its data first, for which the server may wait longer than for a reply.
+        lifetime = max(wait, timeout) if kind == MessageType.QUERY else timeout
+        return Message(RecordDict({RECORD: record}), node, kind, ttl=lifetime)
 
     def _content(self, message: Message, sender: str, known: str | None = None) -> Mapping[str, Any] | None:
         """What a node answered; None for errors and refusals, which are logged unless they are `known`."""

@@ -79,6 +79,7 @@ def serve(settings: NodeSettings, address: Path) -> None:
         accepted.settimeout(None)
         with Connection(accepted.detach()) as connection:
             try:
+                connection.send_bytes(b"ready")
                 invitation, question = json.loads(connection.recv_bytes())
                 answer = respond(settings, invitation, connection.recv_bytes() or None, question)
                 reply = answer.pop("reply", b"")
@@ -144,7 +145,14 @@ def _try(address: Path) -> Connection | None:
     except (FileNotFoundError, ConnectionRefusedError):
         connecting.close()
         return None
-    return Connection(connecting.detach())
+    connection = Connection(connecting.detach())
+    try:
+        # The socket of a worker that is ending takes connections until the very end.
+        connection.recv_bytes()
+    except (ConnectionError, EOFError):
+        connection.close()
+        return None
+    return connection
 
 
 def _start(settings: NodeSettings, address: Path, node: int) -> subprocess.Popen[bytes]:
