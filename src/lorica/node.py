@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import EMBEDDED, base_identity, resolve_base
@@ -139,17 +140,25 @@ class Node:
             raise Refused("this run was agreed to show the server sums only (federation.secure_sum)")
         return self._answer(request)
 
-    def answer_in_sum(self, content: bytes, question: str) -> bytes:
+    def answer_in_sum(self, content: bytes | None, question: str) -> bytes:
         """The answer to one stage of a secure sum over the replies to a request.
+
+        Args:
+            content: the encoded request; None in the stages that have nothing to do with it.
 
         Raises:
             Refused: as `answer`.
             SummationError: the question is none that an honest server asks.
         """
-        request = self._request(content)
+
+        def tensors() -> dict[str, Tensor]:
+            if content is None:
+                raise Refused("the server asks for an input and does not say of what")
+            return decode(self._answer(self._request(content)))
+
         path = self._folder / "sum.json"
         part = Part.from_bytes(path.read_bytes()) if path.is_file() else Part()
-        part, reply = answer(part, self._client.number, question, lambda: decode(self._answer(request)))
+        part, reply = answer(part, self._client.number, question, tensors)
         write_atomically(path, part.to_bytes(), mode=0o600)
         return reply
 
@@ -337,14 +346,17 @@ def respond(
     Only a refusal's own words leave: any other error may quote what is private, and is logged at the node.
 
     Args:
-        request: encoded; None for an invitation.
-        question: of a stage of the secure sum over the replies to this request.
+        request: encoded; None for an invitation, and in stages of a secure sum that do not need it.
+        question: of a stage of the secure sum over the replies to the request.
     """
     try:
         node = agreed(settings, Invitation.decode(invitation))
-        if request is None:
+        if question is not None:
+            reply = node.answer_in_sum(request, question)
+        elif request is not None:
+            reply = node.answer(request)
+        else:
             return {"plan": TypeAdapter(ClientPlan).dump_json(node.plan).decode()}
-        reply = node.answer(request) if question is None else node.answer_in_sum(request, question)
         return {"reply": reply, "account": TypeAdapter(Account).dump_json(node.account).decode()}
     except (Refused, SummationError) as refusal:
         logger.warning("refused: %s", refusal)

@@ -112,7 +112,7 @@ def test_a_node_shows_no_single_reply_in_a_run_of_sums(tmp_path: Path) -> None:
     asked = grid.answer
 
     def without_question(message: Any) -> Any:
-        if "question" in message.content["lorica"]:
+        if "request" in message.content["lorica"] and "question" in message.content["lorica"]:
             del message.content["lorica"]["question"]
         return asked(message)
 
@@ -122,6 +122,31 @@ def test_a_node_shows_no_single_reply_in_a_run_of_sums(tmp_path: Path) -> None:
     from lorica.privacy.ledger import Ledger
 
     assert Ledger(tmp_path / "greedy.sqlite").releases() == []
+
+
+def test_the_model_travels_in_one_stage_only(tmp_path: Path) -> None:
+    grid = InProcessGrid(nodes())
+    result = serve(config(tmp_path, "once", "federation.rounds=1").config, grid)
+    asked = [message.content["lorica"] for message in grid.sent if "question" in message.content["lorica"]]
+    assert len(asked) == 16
+    carried = [len(record["request"]) for record in asked if "request" in record]
+    assert len(carried) == 4
+    assert sum(carried) < 1.3 * sum(result.metrics[1]["bytes_down"].values())
+
+
+def test_an_input_without_a_request_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    grid = InProcessGrid(nodes())
+    asked = grid.answer
+
+    def without_request(message: Any) -> Any:
+        if "question" in message.content["lorica"]:
+            message.content["lorica"].pop("request", None)
+        return asked(message)
+
+    grid.answer = without_request  # type: ignore[method-assign]
+    with pytest.raises(TooFewReplies):
+        serve(config(tmp_path, "unsaid", "federation.rounds=1").config, grid)
+    assert "does not say of what" in caplog.text
 
 
 def test_a_run_of_sums_needs_three_clients(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lorica.errors import UserError
 from lorica.secure_sum.setup import Setup, SummationError
 from lorica.secure_sum.stages import Part, add_up, answer
 
@@ -29,10 +30,9 @@ class Clients:
         self.stored: dict[int, bytes] = {}
         self.asked: list[str] = []
 
-    def ask(self, questions: Mapping[int, str]) -> dict[int, bytes]:
+    def ask(self, stage: str, questions: Mapping[int, str]) -> dict[int, bytes]:
         answers = {}
         for client, question in questions.items():
-            stage = json.loads(question)["stage"]
             self.asked.append(stage)
             if (stage, client) in self.silent:
                 continue
@@ -93,10 +93,10 @@ def masked_once(clients: Clients, name: str = "one") -> dict[int, str]:
     """Runs the stages up to the masked input; returns every client's question of that stage."""
     questions: dict[int, str] = {}
 
-    def ask(asked: Mapping[int, str]) -> dict[int, bytes]:
-        if json.loads(next(iter(asked.values())))["stage"] == "masked":
+    def ask(stage: str, asked: Mapping[int, str]) -> dict[int, bytes]:
+        if stage == "masked":
             questions.update(asked)
-        return clients.ask(asked)
+        return clients.ask(stage, asked)
 
     add_up(setup(name), WEIGHTS, SHAPES, ask)
     return questions
@@ -124,6 +124,16 @@ def test_what_no_honest_server_asks_is_refused() -> None:
     for garbage in ("", "[]", "null", "{", "\x00"):
         with pytest.raises(SummationError):
             answer(Part.from_bytes(clients.stored[0]), 0, garbage, lambda: inputs(0))
+
+
+def test_an_error_of_the_input_is_not_blamed_on_the_question() -> None:
+    def full() -> dict[str, Tensor]:
+        raise UserError("privacy.ledger", "ledger.sqlite", "the disk is full", "make room")
+
+    clients = Clients(silent={("masked", 0)})
+    question = masked_once(clients)[0]
+    with pytest.raises(UserError, match="the disk is full"):
+        answer(Part.from_bytes(clients.stored[0]), 0, question, full)
 
 
 def test_the_same_input_in_a_second_sum_with_others_is_not_revealed(caplog: pytest.LogCaptureFixture) -> None:

@@ -62,7 +62,7 @@ class LocalEngine:
     ) -> tuple[list[int], dict[str, Tensor]]:
         """By the very protocol that machines apart would run."""
 
-        def ask(questions: Mapping[int, str]) -> dict[int, bytes]:
+        def ask(stage: str, questions: Mapping[int, str]) -> dict[int, bytes]:
             answers = {}
             for number in sorted(questions):
                 try:

@@ -18,8 +18,10 @@ from lorica.secure_sum.quantisation import Shapes
 from lorica.secure_sum.server import check_masked, route, unmask
 from lorica.secure_sum.setup import Setup, SummationError
 
-Ask = Callable[[Mapping[int, str]], Mapping[int, bytes]]
-"""Client -> question, to client -> answer, of those that gave one. The questions of one call are of one stage."""
+INPUT = "masked"
+"""The stage for which a client needs to know what it is to add up."""
+Ask = Callable[[str, Mapping[int, str]], Mapping[int, bytes]]
+"""A stage and client -> question, to client -> answer, of those that gave one."""
 logger = logging.getLogger(__name__)
 
 
@@ -94,35 +96,48 @@ def answer(part: Part, own: int, question: str, tensors: Callable[[], Mapping[st
     Raises:
         SummationError: the question is none that a client answers in its state.
     """
+    stage, summation, asked = _read(question)
+    if stage == "keys":
+        if part.state is not None and part.state.setup.summation == summation:
+            raise SummationError("the server starts the same summation twice")
+        state, keys = advertise(asked["setup"], own)
+        return replace(part, state=state, given=None), keys
+    if part.state is None or summation != part.state.setup.summation:
+        raise SummationError("the server asks about a summation that this client has no part in")
+    if stage == "shares":
+        state, sealed = share(part.state, asked["keys"])
+        return replace(part, state=state), json.dumps(_hex(sealed)).encode()
+    if stage == INPUT:
+        weight = asked["weight"]
+        if not 0 <= weight <= 1:
+            raise SummationError("the server asks for an input with a weight that is no share")
+        values = tensors()
+        state, masked = mask(part.state, asked["shares"], {key: weight * values[key] for key in values})
+        return replace(part, state=state, given=(_digest(values), weight)), masked
+    state, shares = reveal(part.state, asked["survivors"])
+    assert part.given is not None
+    shown = (*part.given, state.survivors)
+    if part.shown is not None and part.shown[0] == shown[0] and part.shown != shown:
+        raise SummationError("the server asks for a second sum of the same input with other clients or weights")
+    return replace(part, state=state, shown=shown), shares
+
+
+def _read(question: str) -> tuple[str, str, dict[str, Any]]:
+    """Stage, summation, and what else the stage's question holds."""
     try:
         asked = json.loads(question)
         stage = asked["stage"]
         if stage == "keys":
             setup = Setup(**asked["setup"])
-            if part.state is not None and part.state.setup.summation == setup.summation:
-                raise SummationError("the server starts the same summation twice")
-            state, keys = advertise(setup, own)
-            return replace(part, state=state, given=None), keys
-        if part.state is None or asked["summation"] != part.state.setup.summation:
-            raise SummationError("the server asks about a summation that this client has no part in")
+            return stage, setup.summation, {"setup": setup}
         if stage == "shares":
-            state, sealed = share(part.state, _bytes(asked["keys"]))
-            return replace(part, state=state), json.dumps(_hex(sealed)).encode()
-        if stage == "masked":
-            weight = float(asked["weight"])
-            if not 0 <= weight <= 1:
-                raise SummationError("the server asks for an input with a weight that is no share")
-            values = tensors()
-            state, masked = mask(part.state, _bytes(asked["shares"]), {key: weight * values[key] for key in values})
-            return replace(part, state=state, given=(_digest(values), weight)), masked
+            return stage, asked["summation"], {"keys": _bytes(asked["keys"])}
+        if stage == INPUT:
+            content = {"shares": _bytes(asked["shares"]), "weight": float(asked["weight"])}
+            return stage, asked["summation"], content
         if stage == "revealed":
-            state, shares = reveal(part.state, [int(client) for client in asked["survivors"]])
-            assert part.given is not None
-            shown = (*part.given, state.survivors)
-            if part.shown is not None and part.shown[0] == shown[0] and part.shown != shown:
-                raise SummationError("the server asks for a second sum of the same input with other clients or weights")
-            return replace(part, state=state, shown=shown), shares
-    except (ValueError, KeyError, TypeError, AttributeError, UserError):
+            return stage, asked["summation"], {"survivors": [int(client) for client in asked["survivors"]]}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, UserError):
         raise SummationError("the server's question cannot be understood") from None
     raise SummationError("the server asks for a stage that there is not")
 
@@ -131,12 +146,12 @@ def _add_up(
     setup: Setup, weights: Mapping[int, float], shapes: Shapes, ask: Ask
 ) -> tuple[list[int], dict[str, Tensor]]:
     opening = json.dumps({"stage": "keys", "setup": asdict(setup)})
-    keys = dict(ask(dict.fromkeys(weights, opening)))
+    keys = dict(ask("keys", dict.fromkeys(weights, opening)))
     _without_liars(lambda: check_keys(setup, keys), keys)
 
-    asking = json.dumps({"stage": "shares", "summation": setup.summation, "keys": _hex(keys)})
+    asking = _question("shares", setup, keys=_hex(keys))
     sent = {}
-    for client, content in ask(dict.fromkeys(keys, asking)).items():
+    for client, content in ask("shares", dict.fromkeys(keys, asking)).items():
         try:
             sent[client] = _bytes(json.loads(content))
         except (ValueError, AttributeError, TypeError):
@@ -145,10 +160,10 @@ def _add_up(
     keys = {client: keys[client] for client in routed}
 
     questions = {
-        client: _question("masked", setup, shares=_hex(routed[client]), weight=weights[client]) for client in routed
+        client: _question(INPUT, setup, shares=_hex(routed[client]), weight=weights[client]) for client in routed
     }
     masked = {}
-    for client, reply in ask(questions).items():
+    for client, reply in ask(INPUT, questions).items():
         try:
             check_masked(setup, keys, client, reply, shapes)
             masked[client] = reply
@@ -157,7 +172,8 @@ def _add_up(
 
     check_threshold(setup, len(masked), "sent a masked input")
     survivors = sorted(masked)
-    revealed = dict(ask(dict.fromkeys(survivors, _question("revealed", setup, survivors=survivors))))
+    asking = _question("revealed", setup, survivors=survivors)
+    revealed = dict(ask("revealed", dict.fromkeys(survivors, asking)))
     total: dict[str, Tensor] = _without_liars(lambda: unmask(setup, keys, masked, revealed, shapes), revealed)
     return survivors, total
 

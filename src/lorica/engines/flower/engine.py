@@ -21,7 +21,7 @@ from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account
 from lorica.secure_sum.quantisation import Shapes
 from lorica.secure_sum.setup import Setup
-from lorica.secure_sum.stages import add_up
+from lorica.secure_sum.stages import INPUT, add_up
 
 RECORD = "lorica"
 POLL_SECONDS = 0.2
@@ -91,11 +91,11 @@ class FlowerEngine:
         """As `exchange`, in the four stages of a secure sum."""
         run = next(iter(requests.values())).run
 
-        def ask(questions: Mapping[int, str]) -> dict[int, bytes]:
-            contents: dict[int, dict[str, str | bytes]] = {
-                client: {"question": question, "request": requests[client].encode()}
-                for client, question in sorted(questions.items())
-            }
+        def ask(stage: str, questions: Mapping[int, str]) -> dict[int, bytes]:
+            contents: dict[int, dict[str, str | bytes]] = {}
+            for client, question in sorted(questions.items()):
+                request = {"request": requests[client].encode()} if stage == INPUT else {}
+                contents[client] = {"question": question, **request}
             return self._replies(run, contents)
 
         return add_up(setup, weights, shapes, ask)
