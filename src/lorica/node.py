@@ -23,7 +23,7 @@ from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.experiment import check_isolated, load_model
 from lorica.files import replaced_folder, write_atomically
-from lorica.messages import OWNER, Delivery, Request, decode, encode
+from lorica.messages import OWNER, Delivery, Request, decode, encode, part
 from lorica.node_settings import NodeSettings
 from lorica.owners import by_privacy_unit, divide, hold_out, ledger_path, planned, privacy_unit
 from lorica.privacy.ledger import Ledger
@@ -157,9 +157,9 @@ class Node:
             return decode(self._answer(self._request(content)))
 
         path = self._folder / "sum.json"
-        part = Part.from_bytes(path.read_bytes()) if path.is_file() else Part()
-        part, reply = answer(part, self._client.number, question, tensors)
-        write_atomically(path, part.to_bytes(), mode=0o600)
+        kept = Part.from_bytes(path.read_bytes()) if path.is_file() else Part()
+        kept, reply = answer(kept, self._client.number, question, tensors)
+        write_atomically(path, kept.to_bytes(), mode=0o600)
         return reply
 
     def _request(self, content: bytes) -> Request:
@@ -231,9 +231,9 @@ class Node:
         if path.is_file():
             tensors = decode(path.read_bytes())
             self._client.sequence = int(tensors.pop("sequence"))
-            self._client.held = {name[5:]: value for name, value in tensors.items() if name.startswith("held:")}
-            sites = [name[9:] for name in tensors if name.startswith("merged.B:")]
-            self._client.merged = {site: (tensors[f"merged.B:{site}"], tensors[f"merged.A:{site}"]) for site in sites}
+            self._client.held = part(tensors, "held:")
+            b, a = part(tensors, "merged.B:"), part(tensors, "merged.A:")
+            self._client.merged = {site: (b[site], a[site]) for site in b}
 
     def _save(self) -> None:
         """What the next request builds on; a process may live for one message only."""
