@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from flwr.app import Message
+from flwr.app import Error, Message
+from flwr.common.serde import message_from_proto, message_to_proto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -217,6 +218,38 @@ def test_an_invitation_lives_as_long_as_the_server_waits_for_it(tmp_path: Path, 
     serve(organisations.experiment("flower", f"flower.wait={wait}", f"flower.timeout={timeout}"), nodes)
     lives = {(message.metadata.message_type, message.metadata.ttl) for message in nodes.sent}
     assert lives == {("query", max(wait, timeout)), ("train", timeout)}
+
+
+class RestartedNode(InProcessGrid):
+    """The first two invitations of the first organisation are lost with its node."""
+
+    lost = 0
+
+    def answer(self, message: Message) -> Message:
+        if message.metadata.dst_node_id == 1 and self.lost < 2:
+            self.lost += 1
+            lost = Message(Error(3, "the requested message could not be found"), reply_to=message)
+            return message_from_proto(message_to_proto(lost))
+        return super().answer(message)
+
+
+def test_a_lost_invitation_is_sent_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    organisations = Organisations(tmp_path)
+    nodes = RestartedNode([organisations.node_config(client) for client in range(2)])
+    serve(organisations.experiment("flower", "flower.wait=60"), nodes)
+    assert nodes.lost == 2
+    assert caplog.text.count("node 1 gives no answer: Flower reports error 3") == 1
+
+
+def test_a_refusal_is_not_asked_for_again_while_the_server_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    organisations = Organisations(tmp_path, max_epsilon=0.001)
+    nodes = grid(organisations)
+    with pytest.raises(UserError, match=r"federation\.min_clients"):
+        serve(organisations.experiment("flower", "flower.wait=1"), nodes)
+    assert len(nodes.sent) == 2
+    assert caplog.text.count("refuses: policy.max_epsilon") == 2
 
 
 def test_the_run_does_not_start_without_its_clients(tmp_path: Path) -> None:

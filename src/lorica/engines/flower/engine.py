@@ -44,7 +44,7 @@ class FlowerEngine:
         self._plans: dict[int, ClientPlan] = {}
         self._accounts: dict[int, Account] = {}
         self._invited: dict[str, int] = {}
-        self._refusals: dict[int, str] = {}
+        self._declined: dict[int, str] = {}
 
     def join(self, run: str) -> dict[int, ClientPlan]:
         """Invite the nodes that have no part yet and take in those that have accepted.
@@ -56,10 +56,10 @@ class FlowerEngine:
             UserError: fewer than `federation.min_clients` (by default all) are there after `flower.wait` seconds.
         """
         first, deadline = not self._plans, time.monotonic() + self._config.flower.wait
-        tried: set[int] = set()
+        declined: set[int] = set()
         while True:
-            tried |= self._invite(run, tried)
-            self._take_in()
+            self._invite(run, declined)
+            declined |= self._take_in()
             if not first or len(self._plans) == self._config.federation.clients or time.monotonic() > deadline:
                 break
             time.sleep(POLL_SECONDS)
@@ -142,44 +142,54 @@ class FlowerEngine:
         while sent and time.monotonic() < deadline:
             for message in self._grid.pull_messages(list(sent)):
                 client = sent.pop(message.metadata.reply_to_message_id)
-                answer = self._content(message, f"client {client}")
-                if answer is not None:
+                answer = _answer(message)
+                if isinstance(answer, str):
+                    logger.warning("client %d %s", client, answer)
+                else:
                     answers[client] = answer
             time.sleep(POLL_SECONDS if sent else 0)
         for client in sent.values():
             logger.warning("client %d has not answered within %g seconds", client, self._config.flower.timeout)
         return answers
 
-    def _invite(self, run: str, tried: set[int]) -> set[int]:
-        """Send invitations to connected nodes without a part; returns their ids."""
-        busy = {*self._nodes.values(), *self._invited.values(), *tried}
-        free = sorted(set(self._grid.get_node_ids()) - busy)
-        for node in free:
+    def _invite(self, run: str, declined: set[int]) -> None:
+        """Send invitations to connected nodes without a part."""
+        busy = {*self._nodes.values(), *self._invited.values(), *declined}
+        for node in sorted(set(self._grid.get_node_ids()) - busy):
             message = self._message(run, node, MessageType.QUERY, {})
             self._invited |= dict.fromkeys(self._grid.push_messages([message]), node)
-        return set(free)
 
-    def _take_in(self) -> None:
-        """Read the answers to invitations that have arrived."""
+    def _take_in(self) -> set[int]:
+        """Read the answers to invitations that have arrived; returns the nodes that take no part.
+
+        An invitation that was lost, with a node that was started again, is none of them.
+        """
+        declined: set[int] = set()
         if not self._invited:
-            return
+            return declined
         connected = set(self._grid.get_node_ids())
         for message in self._grid.pull_messages(list(self._invited)):
             node = self._invited.pop(message.metadata.reply_to_message_id)
-            content = self._content(message, f"node {node}", known=self._refusals.get(node))
-            if content is None:
+            answer = _answer(message)
+            if isinstance(answer, str):
+                declined |= set() if message.has_error() else {node}
+                if answer != self._declined.get(node):
+                    logger.warning("node %d %s", node, answer)
+                self._declined[node] = answer
                 continue
             try:
-                plan = TypeAdapter(ClientPlan).validate_json(str(content["plan"]))
+                plan = TypeAdapter(ClientPlan).validate_json(str(answer["plan"]))
                 problem = self._problem(plan, connected)
             except (KeyError, ValueError):
                 problem = "its answer cannot be read"
             if problem is not None:
                 logger.warning("node %d is not taken in: %s", node, problem)
+                declined.add(node)
                 continue
             self._nodes[plan.client], self._plans[plan.client] = node, plan
             logger.info("client %d has joined: ε = %.3f planned for this run", plan.client, plan.epsilon())
         self._invited = {message: node for message, node in self._invited.items() if node in connected}
+        return declined
 
     def _problem(self, plan: ClientPlan, connected: set[int]) -> str | None:
         """Why a plan is none that the server can work with."""
@@ -207,19 +217,12 @@ class FlowerEngine:
         lifetime = max(wait, timeout) if kind == MessageType.QUERY else timeout
         return Message(RecordDict({RECORD: record}), node, kind, ttl=lifetime)
 
-    def _content(self, message: Message, sender: str, known: str | None = None) -> Mapping[str, Any] | None:
-        """What a node answered; None for errors and refusals, which are logged unless they are `known`."""
-        if message.has_error():
-            logger.warning("%s: Flower reports error %d (%s)", sender, message.error.code, message.error.reason)
-            return None
-        content = message.content.get(RECORD)
-        if not isinstance(content, ConfigRecord):
-            logger.warning("%s: its message holds no %r", sender, RECORD)
-            return None
-        if "refused" in content:
-            refusal = str(content["refused"])
-            if refusal != known:
-                logger.warning("%s refuses: %s", sender, refusal)
-            self._refusals[message.metadata.src_node_id] = refusal
-            return None
-        return dict(content)
+
+def _answer(message: Message) -> Mapping[str, Any] | str:
+    """What a node answered, or what there is instead, in words for the log."""
+    if message.has_error():
+        return f"gives no answer: Flower reports error {message.error.code} ({message.error.reason})"
+    content = message.content.get(RECORD)
+    if not isinstance(content, ConfigRecord):
+        return f"answers without a record {RECORD!r}"
+    return f"refuses: {content['refused']!s}" if "refused" in content else dict(content)
