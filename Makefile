@@ -21,7 +21,7 @@ test: install-dev
 
 test-all: install-dev
 	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 -m slow --dist worksteal
 
 lint: install-dev
 	$(BIN)/ruff check .
