@@ -37,8 +37,12 @@ class RealProcesses:
     def __enter__(self) -> RealProcesses:
         connect(self.home, "loopback", self.port)
         self.start_superlink()
-        for client in self.first:
-            self.start_node(client)
+        try:
+            for client in self.first:
+                self.start_node(client)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

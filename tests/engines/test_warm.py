@@ -98,6 +98,23 @@ def test_a_connection_that_an_ending_worker_did_not_take_is_none(sockets: Path) 
         assert connecting.result(10) is None
 
 
+@pytest.mark.parametrize("ending", [EOFError, ConnectionResetError, BrokenPipeError])
+def test_a_message_is_given_to_two_workers_and_no_third(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: type[Exception]
+) -> None:
+    """One that a message kills would be started for ever."""
+    asked = []
+
+    def ending_worker(*arguments: object) -> None:
+        asked.append(arguments)
+        raise ending
+
+    monkeypatch.setattr(warm, "_ask_worker", ending_worker)
+    own = {"client": 0, "data": str(tmp_path / "data.jsonl")}
+    assert ask(own, "{}", b"request") == {"refused": "an error at the node; its log has it"}
+    assert len(asked) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("sockets")
 def test_one_worker_answers_as_this_process_would_until_it_is_killed_or_idle(tmp_path: Path) -> None:
