@@ -17,7 +17,8 @@ from lorica.adapters.adapted import adapt
 from lorica.adapters.base_files import resolve_base
 from lorica.adapters.base_model import BaseModel, load_base
 from lorica.adapters.export import Export, export_adapter, load_adapter
-from lorica.adapters.sites import layer_of, match_targets
+from lorica.adapters.sites import layer_of
+from lorica.adapters.targets import match_targets
 from lorica.config import LoraSection, ModelConfig
 from lorica.errors import UserError
 from tests.models import DECODER, FAMILIES, HEADS, IMAGES, VISION, batch

@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.adapters.base_model import BaseModel
 from lorica.adapters.shared_rows import separate_examples
-from lorica.adapters.sites import Site, layer_of, match_targets
+from lorica.adapters.sites import Site, layer_of
 from lorica.adapters.state import Pair
+from lorica.adapters.targets import match_targets
 from lorica.config import LoraSection, ModelConfig
 from lorica.errors import UserError
 from lorica.local.perturbation import weight_noise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from lorica.privacy.clipping import clipped_sum
 from lorica.privacy.gradients import TrainedTensor, per_example_gradients
 from lorica.privacy.randomness import Randomness
 from lorica.privacy.released import Released, _release
-from lorica.tasks.records import Batch, Records
+
+if TYPE_CHECKING:
+    from lorica.tasks.records import Batch, Records
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Which modules of a model take LoRA factors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lorica.errors import UserError
+
+# The same role under the names that model families give it; transformers 5 renamed several.
+ROLES = [
+    ("query", "q_proj", "q_lin", "query_proj", "q"),
+    ("key", "k_proj", "k_lin", "key_proj", "k"),
+    ("value", "v_proj", "v_lin", "value_proj", "v"),
+]
+# One linear map that makes query, key and value together.
+FUSED = ("c_attn", "Wqkv", "qkv", "query_key_value", "qkv_proj")
+
+
+def match_targets(
+    model: nn.Module, targets: list[str] | str, head: str, new_modules: Collection[str] = ()
+) -> list[str]:
+    """Dotted names of the linear maps that `targets` selects, in the model's order, the head left out.
+
+    Args:
+        targets: names that a module's path ends with; one regular expression that matches whole paths; `all-linear`; or
+            `auto`, which is query and value, or else what PEFT takes for this family, in a model that takes text
+            without its towers for images and sound. The roles query, key and value are found under each family's own
+            names, and in the fused map where one makes them all.
+        head: path of the head's linear map.
+        new_modules: paths of modules that no checkpoint holds; they travel whole, and are left out too.
+
+    Raises:
+        UserError: something in `targets` matches no linear map; names what there is.
+    """
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and name not in (head, *new_modules)
+        and not name.startswith(head.split(".")[0] + ".")
+    ]
+    if targets == "all-linear":
+        return linear
+    if targets == "auto":
+        linear = _without_other_towers(model, linear)
+        targets = _usual_targets(model, linear)
+    if isinstance(targets, str) and not re.fullmatch(r"[\w.]+", targets):
+        try:
+            matched = [name for name in linear if re.fullmatch(targets, name)]
+        except re.error as error:
+            raise UserError("lora.target_modules", targets, f"not a regular expression ({error})", "mend it") from None
+        if not matched:
+            raise _no_match(targets, linear)
+        return matched
+    chosen: set[str] = set()
+    for target in [targets] if isinstance(targets, str) else targets:
+        found = _named(target, linear)
+        if not found:
+            raise _no_match(target, linear)
+        chosen.update(found)
+    return [name for name in linear if name in chosen]
+
+
+def _named(target: str, linear: list[str]) -> list[str]:
+    """Paths that end with a name, or else with another name of the same role."""
+    role = next((role for role in ROLES if target in role), ())
+    for ending in (target, *role, *(FUSED if role else ())):
+        found = [name for name in linear if name == ending or name.endswith(f".{ending}")]
+        if found:
+            return found
+    return []
+
+
+def _without_other_towers(model: nn.Module, linear: list[str]) -> list[str]:
+    """Without the maps that a text does not reach: they would add noise to every step and learn nothing."""
+    if "text" not in getattr(model, "input_modalities", "text"):
+        return linear
+    towers = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and "text" not in module.input_modalities
+    ]
+    return [name for name in linear if not name.startswith(tuple(towers))]
+
+
+def _usual_targets(model: nn.Module, linear: list[str]) -> list[str] | str:
+    if _named("query", linear) and _named("value", linear):
+        return ["query", "value"]
+    family = getattr(getattr(model, "config", None), "model_type", None)
+    targets: list[str] | str | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family)
+    if targets is None:
+        raise _no_match("auto", linear)
+    return targets
+
+
+def _no_match(target: object, linear: list[str]) -> UserError:
+    endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    return UserError(
+        "lora.target_modules", target, "no linear map of the model matches", f"choose among: {', '.join(endings)}"
+    )
