@@ -178,6 +178,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {"adapter": adapter_of(result), "accuracies": accuracies, "clients": result.privacy["clients"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "count"),
     # Clients charge twice a round in FedASK: the 6th charge is in the middle of the second exchange of round 2.

@@ -36,6 +36,9 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORICA_HOME", str(tmp_path / "home"))
+    # Drawing takes longer than these runs.
+    monkeypatch.setattr("lorica.experiment.write_report", lambda folder: None)
+    monkeypatch.setattr("lorica.engines.flower.engine.POLL_SECONDS", 0.01)
     node.agreed.cache_clear()
 
 
