@@ -172,7 +172,8 @@ class FlowerEngine:
             node = self._invited.pop(message.metadata.reply_to_message_id)
             answer = _answer(message)
             if isinstance(answer, str):
-                declined |= set() if message.has_error() else {node}
+                if not message.has_error():
+                    declined.add(node)
                 if answer != self._declined.get(node):
                     logger.warning("node %d %s", node, answer)
                 self._declined[node] = answer

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -167,12 +168,10 @@ def _start(settings: NodeSettings, address: Path, node: int) -> subprocess.Popen
 
 def _end_with(node: int) -> None:
     """End this process when another one ends, in the midst of a message too: what left is in the ledger."""
-    try:
+    with suppress(psutil.NoSuchProcess):
         process = psutil.Process(node)
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             time.sleep(1.0)
-    except psutil.NoSuchProcess:
-        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
