@@ -24,7 +24,7 @@ POLICY = """A separate file, which stays with the owner: see [privacy.md](privac
 `src/lorica/privacy/policy.py`.
 """
 NODE = """The `--node-config` of an owner's SuperNode: see [federation.md](federation.md). Generated from
-`src/lorica/node_settings.py`.
+`src/lorica/owner/settings.py`.
 """
 
 
