@@ -83,9 +83,10 @@ class ASLoRA(Method):
 
     Server optimisers and denoising may change the step, but scores always use the plain mean.
 
-    Where the released code differs: its first version scored the raw gradient (not private); its later version uploads the
-    finite-difference curvature of raw private batches in the last rounds (not private; not offered here); it compares
-    the factors without their learning rates; it scores a random projection of the gradient, with equal expected energy.
+    Where the released code differs: its first version scored the raw gradient (not private); its later version uploads
+    the finite-difference curvature of raw private batches in the last rounds (not private; not offered here); it
+    compares the factors without their learning rates; it scores a random projection of the gradient, with equal
+    expected energy.
     """
 
     name = "as-lora"
