@@ -1,22 +1,29 @@
 """Federated LoRA fine-tuning under differential privacy."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorica.adapters.export import load_adapter
     from lorica.experiment import Experiment, Result
 
-__all__ = ["Experiment", "Result", "load_adapter"]
+    __version__: str
+
+__all__ = ["Experiment", "Result", "__version__", "load_adapter"]
+
+_MODULES = {"Experiment": "lorica.experiment", "Result": "lorica.experiment", "load_adapter": "lorica.adapters.export"}
 
 
 def __getattr__(name: str) -> Any:
-    # PyTorch and transformers take seconds to import; `lorica --help` needs neither.
-    if name in ("Experiment", "Result"):
-        from lorica import experiment
+    """Import what is asked for when it is asked for (PEP 562): PyTorch and transformers take seconds."""
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return getattr(experiment, name)
-    if name == "load_adapter":
-        from lorica.adapters.export import load_adapter
-
-        return load_adapter
+        return version("lorica")
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'lorica' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

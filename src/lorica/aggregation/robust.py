@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from lorica.config import ServerConfig
@@ -30,6 +29,9 @@ def trimmed_mean(updates: Sequence[Update], trim: float) -> dict[str, Tensor]:
 
     It lies in the range of the honest values as long as no more than that are bad. Yin et al., arXiv 1803.01498.
     """
+    # Imported here: it takes most of a second, and every method's module leads to this one.
+    from scipy import stats
+
     return {
         name: torch.from_numpy(np.asarray(stats.trim_mean(_stack(updates, name), trim, axis=0))) for name in updates[0]
     }
