@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 __all__ = ["Experiment", "Result", "__version__", "load_adapter"]
 
-_MODULES = {"Experiment": "lorica.experiment", "Result": "lorica.experiment", "load_adapter": "lorica.adapters.export"}
+_MODULES = {"Experiment": "lorica.experiment", "Result": "lorica.run.result", "load_adapter": "lorica.adapters.export"}
 
 if TYPE_CHECKING:
     from lorica.adapters.export import load_adapter
-    from lorica.experiment import Experiment, Result
+    from lorica.experiment import Experiment
+    from lorica.run.result import Result
 
     __version__: str
 else:
