@@ -82,14 +82,19 @@ def compare(
     """Run several methods with several seeds, resume what was interrupted, and put them side by side."""
     with _errors():
         experiment_config = _load(config, overrides)
+        every_seed = _seeds(seeds)
+        from lorica.run.variants import parse_variant
+
+        variants = [parse_variant(label.strip(), experiment_config) for label in re.split(r",(?![^\[]*\])", methods)]
+        # After every argument is known to be sound: these bring transformers and PEFT, and take seconds.
         from lorica.compare import compare as compare_methods
         from lorica.reporting.tables import comparison_table
 
         with _Rounds() as rounds:
             page, results = compare_methods(
                 experiment_config,
-                [label.strip() for label in re.split(r",(?![^\[]*\])", methods)],
-                _seeds(seeds),
+                variants,
+                every_seed,
                 lambda label, seed, index, count: console.rule(f"{label}, seed {seed} ({index} of {count})"),
                 rounds.start,
                 rounds.round,
