@@ -65,7 +65,7 @@ _COLUMNS = ", ".join("owner" if field.name == "records" else field.name for fiel
 
 
 def _release_of(row: tuple[Any, ...]) -> Release:
-    return Release(*row[:-1], PrivacyUnit.parse(row[-1]))
+    return Release(*(*row[:-1], PrivacyUnit.parse(row[-1])))
 
 
 def _row_of(release: Release) -> tuple[Any, ...]:
