@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-import safetensors
-import safetensors.torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -21,11 +19,16 @@ from lorica.privacy.mechanism import Terms
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.released import Released
 from lorica.privacy.statement import Account
+from lorica.tensors import decode_with_metadata, encode
 
 OWNER = "owner"
 """Stands for `task.train` in what a server sends: the data are with the owner, who names them."""
 # A run's name is written into logs and files of the owner.
 RUN = re.compile(r"[A-Za-z0-9._-]{1,100}")
+LONGEST_INVITATION = 2**20
+LARGEST_COUNT = 2**31
+LONGEST_WORD = 10_000
+"""Characters of a plan or an account."""
 _TENSORS = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
 
@@ -54,7 +57,7 @@ class Invitation:
             Refused: not an invitation.
         """
         try:
-            content = json.loads(text)
+            content = json.loads(text) if len(text) <= LONGEST_INVITATION else None
             invitation = cls(**content)
         except (ValueError, TypeError, RecursionError):
             invitation = None
@@ -199,9 +202,7 @@ class Request:
 
     def encode(self) -> bytes:
         """One safetensors blob: all tensors, and the rest as JSON in its metadata."""
-        tensors = {name: value.contiguous().cpu() for name, value in self._tensors().items()}
-        content: bytes = safetensors.torch.save(tensors, metadata={"request": json.dumps(self._plain())})
-        return content
+        return encode(self._tensors(), {"request": json.dumps(self._plain())})
 
     @classmethod
     def decode(cls, content: bytes) -> Request:
@@ -211,8 +212,8 @@ class Request:
             ValueError: not a request. What the server wrote may be quoted in the message: it holds nothing private.
         """
         try:
-            plain = json.loads(_metadata(content)["request"])
-            tensors = decode(content)
+            tensors, metadata = decode_with_metadata(content)
+            plain = json.loads(metadata["request"])
             asked = dict(plain["work"])
             kind = asked.pop("kind")
             work: Training | Projection | Delivery
@@ -234,7 +235,7 @@ class Request:
                 "work": work,
             }
             request: Request = _STRICT[Request].validate_python(plain | sent)
-        except (safetensors.SafetensorError, ValidationError, LookupError, TypeError, ValueError) as error:
+        except (ValidationError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"not a request of this version of Lorica: {type(error).__name__}: {error}") from error
         except RecursionError:
             raise ValueError("not a request of this version of Lorica: it is nested too deeply") from None
@@ -295,42 +296,35 @@ class Reply:
 
 def encode_plan(plan: ClientPlan) -> str:
     """What an owner agrees to, as JSON: its answer to an invitation."""
-    return _PLAN.dump_json(plan).decode()
+    return json.dumps(asdict(plan))
 
 
-def decode_plan(text: str) -> ClientPlan:
+def decode_plan(text: object) -> ClientPlan:
     """The inverse of `encode_plan`.
 
     Raises:
         ValueError: not a plan.
     """
-    return _PLAN.validate_json(text)
+    return _PLAN.validate_json(_word(text), strict=True)
 
 
 def encode_account(account: Account) -> str:
-    """What an owner was charged so far, as JSON: it travels beside each reply."""
+    """What an owner was charged so far in a run, as JSON: it travels beside each reply."""
     return _ACCOUNT.dump_json(account).decode()
 
 
-def decode_account(text: str) -> Account:
+def decode_account(text: object) -> Account:
     """The inverse of `encode_account`.
 
     Raises:
-        ValueError: not an account.
+        ValueError: not an account, or counts that no run has.
     """
-    return _ACCOUNT.validate_json(text)
-
-
-def encode(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as safetensors bytes."""
-    content: bytes = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
-    return content
-
-
-def decode(content: bytes) -> dict[str, Tensor]:
-    """The inverse of `encode`."""
-    # Cloned into memory of PyTorch's alignment: products of others can round otherwise, and engines agree bit for bit.
-    return {name: tensor.clone() for name, tensor in safetensors.torch.load(content).items()}
+    account = _ACCOUNT.validate_json(_word(text), strict=True)
+    if account != Account(account.steps, account.releases):
+        raise ValueError("an account says more than steps and releases")
+    if not (0 <= account.steps < LARGEST_COUNT and 0 <= account.releases < LARGEST_COUNT):
+        raise ValueError("an account of fewer than no steps or releases, or of too many")
+    return account
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:
@@ -338,8 +332,9 @@ def size(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _metadata(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors blob: its header is JSON, after 8 bytes with the header's length."""
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    metadata: dict[str, str] = header["__metadata__"]
-    return metadata
+def _word(text: object) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"it is of type {type(text).__name__}, not text")
+    if len(text) > LONGEST_WORD:
+        raise ValueError(f"it has {len(text)} characters, and at most {LONGEST_WORD} are read")
+    return text

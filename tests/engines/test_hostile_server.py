@@ -24,10 +24,11 @@ from lorica.adapters.base_files import hash_of_base
 from lorica.config import OptimizerConfig
 from lorica.errors import UserError
 from lorica.local.step import LocalStep
-from lorica.messages import Delivery, Invitation, Projection, Request, Training, decode
+from lorica.messages import Delivery, Invitation, Projection, Request, Training
 from lorica.owner.node import Node, agreed, respond
 from lorica.owner.settings import NodeSettings
 from lorica.privacy.ledger import Ledger, Release
+from lorica.tensors import decode
 from tests.engines.organisations import DELTA, RECORDS, SIGMA, Organisations, invitation
 from tests.tasks.test_whole_runs import sentences, write_rows
 
@@ -306,7 +307,7 @@ HOSTILE = {
     "a tensor of another model": (lambda r: replace(r, tensors=dict(r.tensors) | {"x": torch.ones(1)}), "no tensor of"),
     "a tensor that lacks": (lambda r: replace(r, tensors={first(r): r.tensors[first(r)]}), "it brings no"),
     "a tensor of the wrong shape": (lambda r: tensor(r, torch.ones(1, 1)), "of shape (1, 1)"),
-    "a tensor of the wrong type": (lambda r: tensor(r, r.tensors[first(r)].double()), "torch.float64"),
+    "a tensor of the wrong type": (lambda r: tensor(r, r.tensors[first(r)].long()), "torch.int64"),
     "increments that do not fit": (
         lambda r: replace(r, increments={first(r)[:-2]: (torch.ones(1, 2), torch.ones(2, 1))}),
         "it merges (1, 2) x (2, 1)",

@@ -16,9 +16,9 @@ pytest.importorskip("flwr")
 import lorica
 from lorica.engines.flower.server import serve
 from lorica.errors import UserError
-from lorica.messages import decode
 from lorica.owner import node
 from lorica.server.federation import TooFewReplies
+from lorica.tensors import decode
 from tests.engines.in_process import InProcessGrid
 
 SMALL = [

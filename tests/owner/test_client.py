@@ -12,11 +12,12 @@ import torch
 
 from lorica.config import OptimizerConfig, PrivacyConfig
 from lorica.errors import UserError
-from lorica.messages import Request, Training, decode
+from lorica.messages import Request, Training
 from lorica.owner.client import Client
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.plan import Refused, plan_client
+from lorica.tensors import decode
 from tests.models import adapted
 from tests.records import TinyRecords
 

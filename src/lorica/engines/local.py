@@ -13,7 +13,7 @@ from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import resolve_base
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.messages import Request, decode
+from lorica.messages import Request
 from lorica.owner.client import Client
 from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned
 from lorica.privacy.ledger import Ledger, lifetime_above
@@ -26,6 +26,7 @@ from lorica.secure_sum.stages import Part, add_up, answer
 from lorica.tasks import load_task
 from lorica.tasks.label_counts import label_counts
 from lorica.tasks.records import Records, Task
+from lorica.tensors import decode
 
 logger = logging.getLogger(__name__)
 

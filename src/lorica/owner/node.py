@@ -20,7 +20,7 @@ from lorica.adapters.names import flat_pairs, pairs_under, under
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.files import replaced_folder, write_atomically
-from lorica.messages import OWNER, Delivery, Invitation, Request, decode, encode, encode_account, encode_plan
+from lorica.messages import OWNER, Delivery, Invitation, Request, encode_account, encode_plan
 from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.request_checks import check_request
 from lorica.owner.settings import NodeSettings
@@ -33,6 +33,7 @@ from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.stages import Part, answer
 from lorica.tasks import load_training
 from lorica.tasks.records import Records, Task
+from lorica.tensors import decode, encode
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,8 @@ from lorica.errors import UserError
 from lorica.files import home_folder
 from lorica.owner.client import Client
 from lorica.privacy.ledger import Ledger, ledger_beside
-from lorica.privacy.plan import ClientPlan, plan_client
+from lorica.privacy.plan import ClientPlan, plan_run
 from lorica.privacy.unit import RECORD, PrivacyUnit
-from lorica.schedule import participation_schedule
 from lorica.streams import numpy_stream, stream_seed
 from lorica.tasks.groups import by_group
 from lorica.tasks.owners import first_source
@@ -70,18 +69,8 @@ def hold_out(config: ExperimentConfig, client: int, records: Records) -> tuple[R
 
 
 def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
-    """What a client agrees to: noise for the steps that the schedule asks of it.
-
-    Args:
-        records: `n`, declared public.
-
-    Raises:
-        UserError: the batch size is above the client's records.
-    """
-    federation = config.federation
-    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
-    steps = federation.local_steps * sum(client in participants for participants in schedule)
-    plan = plan_client(client, records, federation.batch_size, steps, config.privacy)
+    """What a client agrees to (`lorica.privacy.plan.plan_run`)."""
+    plan = plan_run(config, client, records)
     if plan.delta is not None and plan.delta >= 1 / records:
         logger.warning(
             "privacy.delta = %g is not below 1/%d, the inverse of client %d's records: publishing a random record "

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, epsilon, epsilon_above, epsilon_from_rdp, total_rdp
 from lorica.privacy.released import Released, _release
 from lorica.privacy.unit import RECORD, PrivacyUnit
+from lorica.tensors import decode, encode
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS releases (
@@ -121,7 +121,7 @@ class Ledger:
         """
         if release.steps < 0:
             raise ValueError(f"a release has {release.steps} steps")
-        state = None if kept is None else safetensors.torch.save({name: value.tensor for name, value in kept.items()})
+        state = None if kept is None else encode({name: value.tensor for name, value in kept.items()})
         try:
             with closing(self._connect()) as connection, connection:
                 connection.execute(
@@ -155,9 +155,7 @@ class Ledger:
                 (run, client),
             ).fetchone()
         # They were released when they were written: `charge` takes nothing else.
-        # Cloned for PyTorch's alignment, on which rounding can depend.
-        tensors = safetensors.torch.load(row[0]) if row else {}
-        return {name: _release(value.clone()) for name, value in tensors.items()}
+        return {name: _release(value) for name, value in (decode(row[0]) if row else {}).items()}
 
     def steps(self, run: str, client: int) -> int:
         """Steps that a client has been charged for in a run."""
