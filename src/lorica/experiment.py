@@ -43,8 +43,8 @@ from lorica.reporting.html import write_report
 from lorica.reporting.run_folder import read_run
 from lorica.runs import claim_folder, keep_rounds, open_run
 from lorica.streams import torch_stream
-from lorica.tasks import load_task
 from lorica.tasks.label_counts import label_counts
+from lorica.tasks.loading import load_task
 from lorica.tasks.records import Records, Task
 
 CHECKED_EXAMPLES = 3

@@ -33,7 +33,7 @@ from lorica.privacy.statement import Account, charged
 from lorica.request_checks import mistake
 from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.stages import Part, answer
-from lorica.tasks import load_training
+from lorica.tasks.loading import load_training
 from lorica.tasks.records import Records, Task
 
 # It is written into logs and files of the owner.

@@ -151,7 +151,7 @@ def test_padding_is_told_by_the_mask_whatever_id_the_tokenizer_pads_with(tmp_pat
 
 def test_a_model_with_two_heads_is_refused(tmp_path: Path) -> None:
     transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**VISION)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no linear map named classifier, score"):
+    with pytest.raises(UserError, match="no linear map named classifier or score"):
         load_base(ModelConfig(base=str(tmp_path)), "image-classification", NAMES, 0)
 
 

@@ -29,16 +29,13 @@ from lorica.privacy.isolation import check_isolation
 from lorica.privacy.mechanism import Terms, noisy_gradient
 from lorica.privacy.randomness import ReproducibleRandomness
 from lorica.tasks.groups import grouped
-from lorica.tasks.question_answering import (
-    QuestionRecords,
-    evaluate,
-    losses,
-    tokenise_questions,
-)
+from lorica.tasks.questions.metrics import exact_match, f1
+from lorica.tasks.questions.objective import evaluate, losses
+from lorica.tasks.questions.records import QuestionRecords
+from lorica.tasks.questions.squad_json import read_squad_json
+from lorica.tasks.questions.tokenising import tokenise_questions
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch
-from lorica.tasks.squad_files import read_squad_json
-from lorica.tasks.squad_metrics import exact_match, f1
 from tests.models import TEXT
 from tests.tasks.conftest import WORDS, write_tokenizer
 

@@ -16,7 +16,7 @@ from lorica.engines.flower.engine import FlowerEngine
 from lorica.errors import UserError
 from lorica.experiment import Result, conduct, finished_result, prepare
 from lorica.messages import OWNER
-from lorica.tasks import load_tests
+from lorica.tasks.loading import load_tests
 from lorica.tasks.records import Task
 
 app = ServerApp()
