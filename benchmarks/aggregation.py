@@ -30,16 +30,19 @@ from rich.table import Table
 from torch import Tensor
 
 from lorica.adapters.algebra import stacked, truncated, truncated_dense
+from lorica.adapters.names import SKETCH, Pair
 from lorica.adapters.sites import Site
-from lorica.adapters.state import AdapterState, Pair, leading
+from lorica.adapters.state import AdapterState, leading
 from lorica.config import MethodConfig, OptimizerConfig, PrivacyConfig
-from lorica.federation import Federation, Traffic
+from lorica.local.optimizers import learning_rates
 from lorica.local.sketches import sketch_matrix
-from lorica.messages import SKETCH, Request, Training
-from lorica.methods.base import Replies, Server, make_method, registry
-from lorica.optimizers import learning_rates
+from lorica.messages import Request, Training
+from lorica.methods.base import make_method, registry
+from lorica.methods.exchange import Replies
+from lorica.methods.server import Server
 from lorica.privacy.plan import ClientPlan, plan_client
 from lorica.reporting.style import COLOURS, INK, MUTED, RC
+from lorica.server.federation import Federation, Traffic
 
 SEED, STEPS, RECORDS, BATCH = 0, 2, 1000, 32
 # Methods that train less under DP are to do so; nothing is calibrated with the noise given.

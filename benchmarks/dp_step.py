@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lorica.adapters.adapted import AdaptedModel, adapt
 from lorica.adapters.base_model import BaseModel
 from lorica.config import LoraSection, ModelConfig, OptimizerConfig
-from lorica.optimizers import make_optimizer
+from lorica.local.optimizers import make_optimizer
 from lorica.privacy.clipping import clipped_sum
 from lorica.privacy.gradients import TrainedTensor, per_example_gradients
 from lorica.privacy.mechanism import Terms, noisy_gradient

@@ -38,8 +38,9 @@ from texts import draw_lengths
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lorica.experiment import Experiment, Prepared
-from lorica.federation import Federation
+from lorica.experiment import Experiment
+from lorica.run.setup import Prepared
+from lorica.server.federation import Federation
 from lorica.tasks.records import Records
 
 CLIENTS, RECORDS, TEST_RECORDS = 6, 12_000, 8

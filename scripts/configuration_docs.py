@@ -11,7 +11,7 @@ from pydantic_core import PydanticUndefined
 
 from lorica.config import ExperimentConfig
 from lorica.methods.base import registry
-from lorica.node_settings import NodeSettings
+from lorica.owner.settings import NodeSettings
 from lorica.privacy.policy import Policy
 
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"

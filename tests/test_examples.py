@@ -22,10 +22,10 @@ from pyarrow import parquet
 
 import lorica
 from lorica.config import DEFAULT_CONFIG, ExperimentConfig, PrivacyConfig, load
-from lorica.federation import participation_schedule
 from lorica.methods.base import registry
 from lorica.privacy.accounting import epsilon
 from lorica.privacy.plan import plan_client
+from lorica.schedule import participation_schedule
 from lorica.streams import stream_seed
 from lorica.tasks.partition import partition
 from tests.models import TEXT
@@ -149,7 +149,7 @@ def test_the_budget_suffices_with_sane_noise(path: Path) -> None:
     """For a client of average size, and the steps that the schedule gives it."""
     config = load(path)
     federation = config.federation
-    schedule = participation_schedule(federation.clients, federation.rounds, federation.participation, config.seed)
+    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
     steps = federation.local_steps * max(
         sum(client in participants for participants in schedule) for client in range(federation.clients)
     )

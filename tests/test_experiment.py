@@ -24,13 +24,13 @@ from transformers import AutoModelForImageClassification
 import lorica
 from lorica.adapters.base_files import resolve_base
 from lorica.config import PrivacyConfig, TaskConfig
-from lorica.engines.local import LocalEngine
+from lorica.engines.local import LocalEngine, prepare_local
 from lorica.errors import UserError
-from lorica.experiment import Result, prepare_local
 from lorica.methods.base import registry
-from lorica.owners import ledger_path
+from lorica.owner.setup import ledger_path
 from lorica.privacy.accounting import Steps, epsilon
 from lorica.privacy.ledger import Ledger
+from lorica.run.result import Result
 from lorica.tasks import digits
 from lorica.tasks.classification import Classification
 
@@ -132,7 +132,7 @@ def test_running_again_reads_the_finished_run(finished: Result) -> None:
 
 KILLER = """
 import os, signal, sys
-import lorica, lorica.experiment
+import lorica, lorica.run.rounds
 from lorica.privacy.ledger import Ledger
 count, moment = int(sys.argv[1]), sys.argv[2]
 def die_at(function):
@@ -145,7 +145,7 @@ def die_at(function):
         return found
     return wrapped
 if sys.argv[3] == "charge": Ledger.charge = die_at(Ledger.charge)
-else: lorica.experiment.save_checkpoint = die_at(lorica.experiment.save_checkpoint)
+else: lorica.run.rounds.save_checkpoint = die_at(lorica.run.rounds.save_checkpoint)
 lorica.Experiment.load(overrides=sys.argv[4:]).run()
 """
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from lorica.errors import UserError
-from lorica.new_method import class_name, write_package
+from lorica.templates.new_method import class_name, write_package
 
 ROOT = Path(__file__).parent.parent
 COMMAND, RUFF = (Path(sys.executable).parent / name for name in ("lorica", "ruff"))

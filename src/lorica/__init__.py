@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorica.adapters.export import load_adapter
-    from lorica.experiment import Experiment, Result
+    from lorica.experiment import Experiment
+    from lorica.run.result import Result
 
 __all__ = ["Experiment", "Result", "load_adapter"]
 

@@ -22,8 +22,8 @@ from lorica.config import load
 from lorica.errors import UserError
 
 if TYPE_CHECKING:
-    from lorica.experiment import Prepared
-    from lorica.federation import Federation
+    from lorica.run.setup import Prepared
+    from lorica.server.federation import Federation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -102,7 +102,7 @@ def new_method(
 ) -> None:
     """Write a package for a method of your own that runs at once: the class, its entry point, its tests."""
     with _errors():
-        from lorica.new_method import write_package
+        from lorica.templates.new_method import write_package
 
         package = write_package(name, folder)
         console.print(f"Package: {package}. Next: pip install -e {package}, then see its README.md", soft_wrap=True)
@@ -243,6 +243,8 @@ class _Rounds:
         raise KeyboardInterrupt
 
     def start(self, prepared: Prepared, federation: Federation, finished: int) -> None:
+        from lorica.privacy.unit import PrivacyUnit
+
         self.started = True
         self._progress.start()
         config = prepared.config
@@ -260,8 +262,9 @@ class _Rounds:
         if config.privacy == "none":
             console.print("[bold red]No differential privacy.[/bold red]")
         else:
+            level = PrivacyUnit.of(config.privacy).level
             console.print(
-                f"Record-level DP: C = {config.privacy.clip_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
+                f"{level} DP: C = {config.privacy.clip_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
                 f"δ = {config.privacy.delta:g}, ledger {federation.engine.ledger}"
             )
         if finished:

@@ -12,12 +12,13 @@ import yaml
 
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
-from lorica.experiment import Experiment, OnStart
-from lorica.experiment import Result as RunResult
+from lorica.experiment import Experiment
 from lorica.files import write_atomically
 from lorica.methods.base import registry
 from lorica.reporting.comparison import Result
 from lorica.reporting.html import write_comparison
+from lorica.run.result import Result as RunResult
+from lorica.run.rounds import OnStart
 
 
 @dataclass(frozen=True)

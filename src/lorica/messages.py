@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
@@ -13,17 +14,55 @@ import safetensors.torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from lorica.adapters.state import Pair
+from lorica.adapters.names import Pair, flat_pairs, pairs_under, under
 from lorica.config import OptimizerConfig
 from lorica.local.step import LocalStep
 from lorica.privacy.mechanism import Terms
+from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.released import Released
+from lorica.privacy.statement import Account
 
 OWNER = "owner"
 """Stands for `task.train` in what a server sends: the data are with the owner, who names them."""
-ENERGY = "energy:"
-SKETCH = "sketch:"
+# A run's name is written into logs and files of the owner.
+RUN = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _TENSORS = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """What every message of a run carries.
+
+    Attributes:
+        run: identity of the run.
+        experiment: the server's configuration as JSON.
+        base: hash of the server's base model.
+    """
+
+    run: str
+    experiment: str
+    base: str
+
+    def encode(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def decode(cls, text: str) -> Invitation:
+        """The inverse of `encode`.
+
+        Raises:
+            Refused: not an invitation.
+        """
+        try:
+            content = json.loads(text)
+            invitation = cls(**content)
+        except (ValueError, TypeError, RecursionError):
+            invitation = None
+        if invitation is None or not all(isinstance(value, str) for value in asdict(invitation).values()):
+            raise Refused("the message holds no invitation that this version of Lorica understands")
+        if not RUN.fullmatch(invitation.run):
+            raise Refused("the run's name is not made of at most 100 letters, digits and -, _ or .")
+        return invitation
 
 
 @dataclass(frozen=True)
@@ -175,15 +214,22 @@ class Request:
             kind = asked.pop("kind")
             work: Training | Projection | Delivery
             if kind == "training":
-                work = _STRICT[Training].validate_python(asked | {"corrections": part(tensors, "correction:")})
+                work = _STRICT[Training].validate_python(asked | {"corrections": under("correction:", tensors)})
             elif kind == "projection":
-                work = _STRICT[Projection].validate_python(asked | {"bases": part(tensors, "basis:")})
+                work = _STRICT[Projection].validate_python(asked | {"bases": under("basis:", tensors)})
             elif kind == "delivery":
-                model = {"model": part(tensors, "model:"), "merged": _pairs(tensors, "model-merged:")}
+                model = {
+                    "model": under("model:", tensors),
+                    "merged": pairs_under("model-merged:B:", "model-merged:A:", tensors),
+                }
                 work = _STRICT[Delivery].validate_python(asked | model)
             else:
                 raise ValueError(f"no work is called {kind!r}")
-            sent = {"tensors": part(tensors, "tensor:"), "increments": _pairs(tensors, "merged:"), "work": work}
+            sent = {
+                "tensors": under("tensor:", tensors),
+                "increments": pairs_under("merged:B:", "merged:A:", tensors),
+                "work": work,
+            }
             request: Request = _STRICT[Request].validate_python(plain | sent)
         except (safetensors.SafetensorError, ValidationError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"not a request of this version of Lorica: {type(error).__name__}: {error}") from error
@@ -213,19 +259,21 @@ class Request:
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {f"tensor:{name}": value for name, value in self.tensors.items()}
-        named |= _flat("merged:", self.increments)
+        named |= flat_pairs(self.increments, "merged:B:", "merged:A:")
         if isinstance(self.work, Training):
             named |= {f"correction:{name}": value for name, value in self.work.corrections.items()}
         elif isinstance(self.work, Projection):
             named |= {f"basis:{name}": value for name, value in self.work.bases.items()}
         else:
             named |= {f"model:{name}": value for name, value in self.work.model.items()}
-            named |= _flat("model-merged:", self.work.merged)
+            named |= flat_pairs(self.work.merged, "model-merged:B:", "model-merged:A:")
         return named
 
 
 _PLAIN = ("run", "client", "round", "exchange", "restart", "sequence")
 _STRICT: dict[type, TypeAdapter[Any]] = {kind: TypeAdapter(kind) for kind in (Training, Projection, Delivery, Request)}
+_PLAN = TypeAdapter(ClientPlan)
+_ACCOUNT = TypeAdapter(Account)
 
 
 @dataclass(frozen=True)
@@ -247,6 +295,34 @@ class Reply:
     def encode(self) -> bytes:
         """The reply as safetensors bytes: what travels, and what the ledger keeps."""
         return encode({name: released.tensor for name, released in self.tensors.items()})
+
+
+def encode_plan(plan: ClientPlan) -> str:
+    """What an owner agrees to, as JSON: its answer to an invitation."""
+    return _PLAN.dump_json(plan).decode()
+
+
+def decode_plan(text: str) -> ClientPlan:
+    """The inverse of `encode_plan`.
+
+    Raises:
+        ValueError: not a plan.
+    """
+    return _PLAN.validate_json(text)
+
+
+def encode_account(account: Account) -> str:
+    """What an owner was charged so far, as JSON: it travels beside each reply."""
+    return _ACCOUNT.dump_json(account).decode()
+
+
+def decode_account(text: str) -> Account:
+    """The inverse of `encode_account`.
+
+    Raises:
+        ValueError: not an account.
+    """
+    return _ACCOUNT.validate_json(text)
 
 
 def encode(tensors: Mapping[str, Tensor]) -> bytes:
@@ -271,21 +347,3 @@ def _metadata(content: bytes) -> dict[str, str]:
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     metadata: dict[str, str] = header["__metadata__"]
     return metadata
-
-
-def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names start with a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _flat(prefix: str, pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
-    return {
-        f"{prefix}{factor}:{name}": part
-        for name, pair in pairs.items()
-        for factor, part in zip("BA", pair, strict=True)
-    }
-
-
-def _pairs(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Pair]:
-    a = part(tensors, f"{prefix}A:")
-    return {name: (b, a[name]) for name, b in part(tensors, f"{prefix}B:").items()}

@@ -16,16 +16,17 @@ from lorica.adapters.adapted import AdaptedModel, adapt
 from lorica.adapters.base_model import load_base
 from lorica.adapters.shared_rows import separate_examples
 from lorica.adapters.state import AdapterState
-from lorica.client import Client
 from lorica.config import LoraSection, MethodConfig, ModelConfig, OptimizerConfig, PrivacyConfig
 from lorica.engines.local import LocalEngine
 from lorica.errors import UserError
-from lorica.federation import Federation
-from lorica.methods.base import Server, make_method
-from lorica.optimizers import learning_rates
+from lorica.local.optimizers import learning_rates
+from lorica.methods.base import make_method
+from lorica.methods.server import Server
+from lorica.owner.client import Client
 from lorica.privacy.gradients import per_example_gradients
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import plan_client
+from lorica.server.federation import Federation
 from tests.models import FAMILIES, IMAGES, LABELS, VISION, batch, one_at_a_time
 from tests.records import TinyRecords
 

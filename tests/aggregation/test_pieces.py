@@ -16,7 +16,7 @@ from lorica.aggregation.noise import update_noise_variance
 from lorica.aggregation.server_optimizers import FedAdam, FedAvgM, ServerAverage, make_server_optimizer
 from lorica.aggregation.shrinkage import shrink_singular_values
 from lorica.config import ServerConfig
-from lorica.optimizers import Sgd
+from lorica.local.optimizers import Sgd
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.released import _release
 

@@ -9,8 +9,8 @@ import yaml
 
 from lorica.adapters.base_files import hash_of_base
 from lorica.config import ExperimentConfig, load
-from lorica.node import Invitation
-from lorica.node_settings import NodeSettings
+from lorica.messages import Invitation
+from lorica.owner.settings import NodeSettings
 from tests.tasks.test_whole_runs import sentences, tiny_bert, write_rows
 
 DELTA = 1e-2

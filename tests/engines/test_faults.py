@@ -21,9 +21,9 @@ from flwr.app import Message
 from lorica.config import ExperimentConfig
 from lorica.engines.flower.server import serve
 from lorica.errors import UserError
-from lorica.experiment import read_result
-from lorica.federation import TooFewReplies
-from lorica.node import Node, agreed
+from lorica.owner.node import Node, agreed
+from lorica.run.result import read_result
+from lorica.server.federation import TooFewReplies
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
 from tests.engines.real_processes import RealProcesses, until
@@ -33,7 +33,7 @@ from tests.engines.test_flower_engine import assert_same, charged, grid, local
 @pytest.fixture(autouse=True)
 def fresh_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     agreed.cache_clear()
-    monkeypatch.setattr("lorica.experiment.write_report", lambda folder: None)
+    monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
 
 
 @pytest.fixture

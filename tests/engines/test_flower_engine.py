@@ -20,13 +20,13 @@ import lorica
 from lorica.config import OptimizerConfig
 from lorica.engines.flower.server import serve
 from lorica.errors import UserError
-from lorica.experiment import Result
 from lorica.local.step import LocalStep
 from lorica.messages import Delivery, Projection, Request, Training
 from lorica.methods.base import registry
-from lorica.node import agreed
+from lorica.owner.node import agreed
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.mechanism import Terms
+from lorica.run.result import Result
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
 
@@ -37,7 +37,7 @@ METHODS = sorted(registry())
 def fresh_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     agreed.cache_clear()
     # Drawing takes longer than these runs.
-    monkeypatch.setattr("lorica.experiment.write_report", lambda folder: None)
+    monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
     monkeypatch.setattr("lorica.engines.flower.engine.POLL_SECONDS", 0.01)
 
 

@@ -24,9 +24,9 @@ from lorica.adapters.base_files import hash_of_base
 from lorica.config import OptimizerConfig
 from lorica.errors import UserError
 from lorica.local.step import LocalStep
-from lorica.messages import Delivery, Projection, Request, Training, decode
-from lorica.node import Invitation, Node, agreed, respond
-from lorica.node_settings import NodeSettings
+from lorica.messages import Delivery, Invitation, Projection, Request, Training, decode
+from lorica.owner.node import Node, agreed, respond
+from lorica.owner.settings import NodeSettings
 from lorica.privacy.ledger import Ledger, Release
 from tests.engines.organisations import DELTA, RECORDS, SIGMA, Organisations, invitation
 from tests.tasks.test_whole_runs import sentences, write_rows
@@ -535,15 +535,15 @@ def test_two_runs_cannot_spend_more_than_the_policy_together(owner: Owner) -> No
 
 def test_messages_at_the_same_time_do_not_both_take_what_is_left(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes that look into the ledger together would each see room for themselves."""
-    import lorica.client
+    import lorica.owner.client
 
-    take = lorica.client.noisy_gradient
+    take = lorica.owner.client.noisy_gradient
 
     def slowly(*args: Any) -> Any:
         time.sleep(0.3)
         return take(*args)
 
-    monkeypatch.setattr(lorica.client, "noisy_gradient", slowly)
+    monkeypatch.setattr(lorica.owner.client, "noisy_gradient", slowly)
     one_run = compositions([Release("", "", "", 0, 1, 8 / RECORDS[0], SIGMA, 2.0, 2, "secure", "")])[0]
     owner.organisations.write_policy(0, max_epsilon=1.1 * one_run)
     sent = {run: owner.invitation("federation.rounds=1", run=run) for run in ("one", "two")}
@@ -556,11 +556,11 @@ def test_messages_at_the_same_time_do_not_both_take_what_is_left(owner: Owner, m
 
 def test_a_base_model_is_not_checked_on_private_records(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a check passes is told to the server: on the records, it could be made to say something of them."""
-    import lorica.node
+    import lorica.owner.node
 
     checked = []
-    check = lorica.node.check_isolated
-    monkeypatch.setattr(lorica.node, "check_isolated", lambda *a: (checked.append(a[2]), check(*a))[1])
+    check = lorica.owner.node.check_isolated
+    monkeypatch.setattr(lorica.owner.node, "check_isolated", lambda *a: (checked.append(a[2]), check(*a))[1])
     node = node_of(owner, owner.invitation())
     (records,) = checked
     private = {bytes(one) for one in node._client.records.digests}

@@ -14,11 +14,11 @@ import torch
 pytest.importorskip("flwr")
 
 import lorica
-from lorica import node
 from lorica.engines.flower.server import serve
 from lorica.errors import UserError
-from lorica.federation import TooFewReplies
 from lorica.messages import decode
+from lorica.owner import node
+from lorica.server.federation import TooFewReplies
 from tests.engines.in_process import InProcessGrid
 
 SMALL = [
@@ -37,7 +37,7 @@ SMALL = [
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORICA_HOME", str(tmp_path / "home"))
     # Drawing takes longer than these runs.
-    monkeypatch.setattr("lorica.experiment.write_report", lambda folder: None)
+    monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
     monkeypatch.setattr("lorica.engines.flower.engine.POLL_SECONDS", 0.01)
     node.agreed.cache_clear()
 

@@ -11,10 +11,11 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
-from lorica.local.perturbation import strength, weight_noise
+from lorica.adapters.perturbation import weight_noise
+from lorica.local.perturbation import strength
 from lorica.local.preconditioning import precondition
 from lorica.local.smoothing import NOISE_ENERGY, smooth
-from lorica.local.step import LocalStep, shape
+from lorica.local.step import LocalStep, transform_gradients
 from lorica.privacy.released import _release
 from tests.models import adapted
 
@@ -28,7 +29,7 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 def shaped(local: LocalStep, gradients: Mapping[str, Tensor], **given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     values = given.get("values", tensors(1))
     released = {name: _release(value) for name, value in gradients.items()}
-    found = shape(released, values, given.get("start", values), given.get("corrections", {}), local)
+    found = transform_gradients(released, values, given.get("start", values), given.get("corrections", {}), local)
     return {name: value.tensor for name, value in found.items()}
 
 

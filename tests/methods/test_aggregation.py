@@ -13,8 +13,10 @@ from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState, leading
 from lorica.config import MethodConfig, OptimizerConfig
 from lorica.local.sketches import sketch_matrix
-from lorica.methods.base import Method, Project, Replies, Server, Train, make_method
+from lorica.methods.base import Method, make_method
+from lorica.methods.exchange import Project, Replies, Train
 from lorica.methods.lora_fair import descend
+from lorica.methods.server import Server
 from lorica.privacy.mechanism import Terms
 
 SITES = [Site("layers.0.q", "layers.0", 12, 9, 3, 2.0), Site("layers.1.q", "layers.1", 7, 10, 3, 2.0)]

@@ -14,7 +14,8 @@ from lorica.adapters.state import AdapterState
 from lorica.config import OptimizerConfig
 from lorica.errors import UserError
 from lorica.methods.as_lora import ASLoRA
-from lorica.methods.base import Replies, Server, Train
+from lorica.methods.exchange import Replies, Train
+from lorica.methods.server import Server
 from lorica.privacy.mechanism import Terms
 from tests.methods.test_every_method import Wrapped, federation, run
 

@@ -14,17 +14,19 @@ from torch import Tensor
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState
-from lorica.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from lorica.client import Client
 from lorica.config import MethodConfig, OptimizerConfig, PrivacyConfig
 from lorica.engines.local import LocalEngine
-from lorica.federation import Federation, participation_schedule
+from lorica.local.optimizers import learning_rates
 from lorica.messages import Projection, Reply, Request, Training
-from lorica.methods.base import Method, Server, make_method, registry
-from lorica.optimizers import learning_rates
+from lorica.methods.base import Method, make_method, registry
+from lorica.methods.server import Server
+from lorica.owner.client import Client
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import plan_client
 from lorica.privacy.released import Released
+from lorica.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lorica.schedule import participation_schedule
+from lorica.server.federation import Federation
 from tests.models import adapted, one_at_a_time
 from tests.records import TinyRecords
 
@@ -80,7 +82,7 @@ def federation(
     state = AdapterState(model.sites, model.read())
     method = make_method(MethodConfig(name=name, **(options or {})), model.sites)
     method.start(state, seed)
-    schedule = participation_schedule(clients, ROUNDS, participation, seed)
+    schedule = participation_schedule(clients, ROUNDS, round(participation * clients), seed)
     plans = {
         number: plan_client(
             number, 20 + 5 * number, batch_size, steps * sum(number in who for who in schedule), privacy
@@ -245,15 +247,15 @@ def test_resuming_equals_never_having_stopped(name: str, participation: float, t
     server = first.server
     save_checkpoint(
         tmp_path / "checkpoint",
-        Checkpoint(2, server.model.tensors, server.model.merged, *first.method.state(), *server.remembered()),
+        Checkpoint(2, server.model.tensors, server.model.merged, first.method.state_dict(), server.state_dict()),
     )
     found = load_checkpoint(tmp_path / "checkpoint")
     assert found is not None
     rest = federation(name, tmp_path / "halves", participation=participation)
-    rest.method.restore(found.method_numbers, found.method_tensors)
+    rest.method.load_state_dict(found.method)
     rest.server.model.assign(found.adapter)
     rest.server.model.merge(found.merged)
-    rest.server.recall(found.server_numbers, found.server_tensors)
+    rest.server.load_state_dict(found.server)
     rest.server.round = 2
     run(rest, 2)
     assert_same_model(whole, rest)

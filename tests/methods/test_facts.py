@@ -14,11 +14,12 @@ from torch import Tensor
 from lorica.adapters.state import AdapterState
 from lorica.aggregation.scaffold import Scaffold
 from lorica.config import OptimizerConfig
-from lorica.federation import Federation
 from lorica.local.step import LocalStep
 from lorica.messages import Request, Training
-from lorica.methods.base import Replies, Server
+from lorica.methods.exchange import Replies
+from lorica.methods.server import Server
 from lorica.privacy.mechanism import Terms
+from lorica.server.federation import Federation
 from tests.methods.test_every_method import dense, federation, run
 
 

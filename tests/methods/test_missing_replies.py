@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorica.federation import Federation, TooFewReplies
 from lorica.messages import Request
 from lorica.methods.base import registry
 from lorica.privacy.ledger import Ledger
+from lorica.server.federation import Federation, TooFewReplies
 from tests.methods.test_every_method import METHODS, ROUNDS, Wrapped, assert_same_model, federation, run
 from tests.methods.test_pieces import ACCEPTED, PIECE, rarely
 
@@ -150,16 +150,16 @@ def test_a_round_with_too_few_replies_stops_and_resumes_at_no_further_cost(name:
     first.min_clients = None
     first.round()
     state = (dict(first.server.model.tensors), dict(first.server.model.merged))
-    method, server = first.method.state(), first.server.remembered()
+    method, server = first.method.state_dict(), first.server.state_dict()
     with pytest.raises(
         TooFewReplies, match=r"min_clients = None: round 2 needs 3 replies and has 2 \(client 1: no reply"
     ):
         first.round()
     rest = federation(name, tmp_path / "stopped", weighting="records")
-    rest.method.restore(*method)
+    rest.method.load_state_dict(method)
     rest.server.model.assign(state[0])
     rest.server.model.merge(state[1])
-    rest.server.recall(*server)
+    rest.server.load_state_dict(server)
     rest.server.round = 1
     run(rest, ROUNDS - 1)
     assert_same_model(whole, rest)

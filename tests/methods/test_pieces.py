@@ -13,6 +13,7 @@ from lorica.aggregation.kalman import KalmanFilter
 from lorica.aggregation.robust import median
 from lorica.aggregation.scaffold import Scaffold
 from lorica.aggregation.server_optimizers import FedAdam, FedAvgM, ServerAverage
+from lorica.aggregation.shrinkage import Shrinkage
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.local.step import LocalStep
@@ -30,7 +31,7 @@ PIECE: dict[str, tuple[list[str], Any]] = {
     "robust": (["server.aggregate=median"], lambda: {"aggregate": median}),
     "server_optimizer": (["server.optimizer=fedavgm"], lambda: {"optimize": FedAvgM(1.0, 0.9)}),
     "server_lr": (["server.lr=0.5"], lambda: {"optimize": ServerAverage(0.5)}),
-    "shrinkage": (["server.denoise=shrinkage"], lambda: {"denoise": "shrinkage"}),
+    "shrinkage": (["server.denoise=shrinkage"], lambda: {"denoise": Shrinkage()}),
     "kalman": (["server.denoise=kalman"], lambda: {"denoise": KalmanFilter()}),
     "average": (["server.average=0.9"], lambda: {"average": RoundAverage(0.9)}),
 }
@@ -78,10 +79,10 @@ def test_an_accepted_piece_changes_the_run_and_resumes(name: str, piece: str, tm
     assert all(torch.isfinite(y).all() for _, y in pairs)
     first = run(federation(name, tmp_path / "halves", steps=steps, **make()), 2)
     rest = federation(name, tmp_path / "halves", steps=steps, **make())
-    rest.method.restore(*first.method.state())
+    rest.method.load_state_dict(first.method.state_dict())
     rest.server.model.assign(first.server.model.tensors)
     rest.server.model.merge(first.server.model.merged)
-    rest.server.recall(*first.server.remembered())
+    rest.server.load_state_dict(first.server.state_dict())
     rest.server.round = 2
     run(rest, 1)
     assert_same_model(whole, rest)
@@ -142,7 +143,7 @@ def test_fedadam_runs_and_resumes(tmp_path: Path) -> None:
     first = run(federation("ro-lora", tmp_path / "halves", **make()), 2)
     rest = federation("ro-lora", tmp_path / "halves", **make())
     rest.server.model.assign(first.server.model.tensors)
-    rest.server.recall(*first.server.remembered())
+    rest.server.load_state_dict(first.server.state_dict())
     rest.server.round = 2
     assert_same_model(whole, run(rest, 2))
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from lorica.config import OptimizerConfig
 from lorica.errors import UserError
-from lorica.federation import Federation, Traffic
 from lorica.messages import Request
+from lorica.server.federation import Federation, Traffic
 from tests.methods.test_every_method import METHODS, Wrapped, federation, run
 from tests.methods.test_missing_replies import without
 from tests.methods.test_pieces import ACCEPTED, OFTEN, PIECE, rarely
@@ -82,7 +82,7 @@ def test_a_malformed_reply_is_refused_and_named(
     change, reason = MALFORMED[kind]
     for privacy in ({}, {"privacy": "none"}):
         caplog.clear()
-        with caplog.at_level(logging.WARNING, "lorica.federation"):
+        with caplog.at_level(logging.WARNING, "lorica.server.federation"):
             some = tampered(federation(name, tmp_path / str(len(privacy)), **privacy), change)
             traffic = some.round()
         assert (traffic.participants, traffic.missing) == ([0, 2], [1])

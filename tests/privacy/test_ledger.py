@@ -24,7 +24,7 @@ from lorica.privacy.released import _release
 
 RELEASE = Release(
     dataset="data",
-    owner="alice",
+    records="alice",
     run="one",
     client=0,
     round=1,
@@ -100,14 +100,14 @@ def test_runs_on_the_same_records_compose() -> None:
 
 
 def test_other_clients_of_the_same_run_hold_other_records() -> None:
-    both = [RELEASE, replace(RELEASE, owner="bob", client=1, noise_multiplier=0.5)]
+    both = [RELEASE, replace(RELEASE, records="bob", client=1, noise_multiplier=0.5)]
     assert lifetime_epsilon(both, "alice", 1e-5) == epsilon([RELEASE.cost], 1e-5)
 
 
 def test_a_run_with_another_partition_counts_its_worst_client() -> None:
     others = [
-        replace(RELEASE, run="two", owner="carol", client=0, noise_multiplier=2.0),
-        replace(RELEASE, run="two", owner="dave", client=1, noise_multiplier=0.9),
+        replace(RELEASE, run="two", records="carol", client=0, noise_multiplier=2.0),
+        replace(RELEASE, run="two", records="dave", client=1, noise_multiplier=0.9),
     ]
     worst = epsilon_from_rdp(total_rdp([RELEASE.cost]) + total_rdp([others[1].cost]), 1e-5)
     assert lifetime_epsilon([RELEASE, *others], "alice", 1e-5) == pytest.approx(worst)
@@ -162,21 +162,21 @@ def test_a_ledger_of_an_earlier_version_is_used_on(tmp_path: Path) -> None:
 def test_where_a_server_names_clients_every_release_counts() -> None:
     rows = [
         RELEASE,
-        replace(RELEASE, client=1, owner="the same records in another order"),
+        replace(RELEASE, client=1, records="the same records in another order"),
         replace(RELEASE, run="two", dataset="other columns of the same records"),
     ]
     assert lifetime_epsilon(rows, None, 1e-5) == epsilon([Steps(0.1, 1.2, 15)], 1e-5)
     assert lifetime_epsilon(rows, None, 1e-5, Steps(0.1, 1.2, 5)) == epsilon([Steps(0.1, 1.2, 20)], 1e-5)
 
 
-@pytest.mark.parametrize("owner", ["alice", None])
+@pytest.mark.parametrize("records", ["alice", None])
 @pytest.mark.parametrize("factor", [0.5, 0.999, 1.001, 2.0, 100.0])
-def test_a_limit_is_passed_exactly_where_the_epsilon_is_above_it(owner: str | None, factor: float) -> None:
+def test_a_limit_is_passed_exactly_where_the_epsilon_is_above_it(records: str | None, factor: float) -> None:
     """Below the Rényi bound too, which alone would refuse more."""
-    rows = [RELEASE, replace(RELEASE, run="two", owner="carol", noise_multiplier=2.0)]
+    rows = [RELEASE, replace(RELEASE, run="two", records="carol", noise_multiplier=2.0)]
     for planned in (None, Steps(0.2, 0.9, 30)):
-        life = lifetime_epsilon(rows, owner, 1e-5, planned)
-        above = lifetime_above(life * factor, rows, owner, 1e-5, planned)
+        life = lifetime_epsilon(rows, records, 1e-5, planned)
+        above = lifetime_above(life * factor, rows, records, 1e-5, planned)
         assert above == (life if factor < 1 else None)
 
 

@@ -22,6 +22,7 @@ from lorica.privacy.accounting import Steps, epsilon_rdp
 from lorica.privacy.ledger import Release
 from lorica.privacy.plan import ClientPlan, Refused, plan_client
 from lorica.privacy.policy import Policy, load_policy
+from lorica.privacy.unit import RECORD, PrivacyUnit
 
 BASE = "sha256:" + "ab" * 32
 OTHER_BASE = "sha256:" + "cd" * 32
@@ -139,7 +140,7 @@ def test_the_limit_lies_at_the_epsilon_of_a_second_accountant(sigma: float, roun
 
 
 def release(**changes: Any) -> Release:
-    content = {"dataset": "data", "owner": "own", "run": "one", "client": 0, "round": 1, "request": "digest"}
+    content = {"dataset": "data", "records": "own", "run": "one", "client": 0, "round": 1, "request": "digest"}
     terms = {"sampling_rate": 0.1, "noise_multiplier": 1.0, "clip_norm": 2.0, "steps": 20, "noise": "secure"}
     return Release(**content | terms | changes)
 
@@ -159,7 +160,7 @@ ROWS = st.builds(
     release,
     run=st.sampled_from(["one", "two"]),
     client=st.integers(0, 2),
-    owner=st.sampled_from(["own", "other"]),
+    records=st.sampled_from(["own", "other"]),
     dataset=st.sampled_from(["data", "more data"]),
     sampling_rate=st.sampled_from([0.05, 0.2]),
     noise_multiplier=st.sampled_from([0.9, 2.5]),
@@ -183,7 +184,7 @@ def test_what_passes_never_exceeds_the_limit(
     plan = plan_client(0, 1000, round(1000 * rate), steps, privacy)
     whole = reference_epsilon([*(row.cost for row in rows), Steps(rate, sigma, steps)], 1e-5)
     try:
-        Policy(**OWNER | {"max_epsilon": limit}).review_release(rows, "record", plan, steps)
+        Policy(**OWNER | {"max_epsilon": limit}).review_release(rows, RECORD, plan, steps)
     except Refused:
         assert whole > limit * 0.99
     else:
@@ -194,9 +195,9 @@ def test_a_refused_release_names_what_would_be_spent() -> None:
     _, plan = proposal(*FIXED)
     spent = reference_epsilon([Steps(0.1, 1.0, 60)], 1e-5)
     policy = Policy(**OWNER | {"max_epsilon": spent * 0.98})
-    policy.review_release([release(), release(round=2)], "record", plan, 10)
+    policy.review_release([release(), release(round=2)], RECORD, plan, 10)
     with pytest.raises(Refused, match=rf"policy\.max_epsilon: .* 20 steps .* ε = {spent:.2f}.* the limit is"):
-        policy.review_release([release(), release(round=2)], "record", plan, 20)
+        policy.review_release([release(), release(round=2)], RECORD, plan, 20)
 
 
 @pytest.mark.parametrize("noise", ["reproducible", "none"])
@@ -205,17 +206,15 @@ def test_after_a_release_without_secret_noise_nothing_more_leaves(noise: str) ->
     _, plan = proposal(*FIXED)
     bare = release(noise=noise, run="earlier", noise_multiplier=0.0 if noise == "none" else 1.0, steps=10_000)
     with pytest.raises(Refused, match=rf"policy\.noise: the ledger holds releases with noise = {noise}"):
-        Policy(**OWNER).review_release([bare], "record", plan, 1)
+        Policy(**OWNER).review_release([bare], RECORD, plan, 1)
     knowing = Policy(**OWNER | {"noise": ["secure", noise]})
-    knowing.review_release([bare], "record", plan, 1)
+    knowing.review_release([bare], RECORD, plan, 1)
     with pytest.raises(Refused, match=r"policy\.max_epsilon"):
-        knowing.review_release([bare, release(steps=1000)], "record", plan, 1)
+        knowing.review_release([bare, release(steps=1000)], RECORD, plan, 1)
 
 
-@pytest.mark.parametrize(
-    "units", [("record", "group who, at most 4 records"), ("group who, at most 4 records", "record")]
-)
-def test_units_do_not_mix(units: tuple[str, str]) -> None:
+@pytest.mark.parametrize("units", [(RECORD, PrivacyUnit("who", 4)), (PrivacyUnit("who", 4), RECORD)])
+def test_units_do_not_mix(units: tuple[PrivacyUnit, PrivacyUnit]) -> None:
     _, plan = proposal()
     with pytest.raises(Refused, match=r"policy\.unit"):
         Policy(**OWNER).review_release([release(unit=units[0], steps=1)], units[1], plan, 1)
@@ -227,13 +226,13 @@ def test_each_release_is_asked_for_its_noise(overrides: str) -> None:
     """Not only the run: a node may have been started anew in between."""
     _, plan = proposal(overrides)
     with pytest.raises(Refused, match=r"policy\.noise: the server proposes noise = "):
-        Policy(**OWNER).review_release([], "record", plan, 1)
+        Policy(**OWNER).review_release([], RECORD, plan, 1)
 
 
 def test_a_noiseless_row_that_calls_itself_secure_costs_everything() -> None:
     _, plan = proposal()
     with pytest.raises(Refused, match=r"ε = inf"):
-        Policy(**OWNER).review_release([release(noise_multiplier=0.0)], "record", plan, 1)
+        Policy(**OWNER).review_release([release(noise_multiplier=0.0)], RECORD, plan, 1)
 
 
 def test_a_policy_is_read_from_its_file(tmp_path: Path) -> None:

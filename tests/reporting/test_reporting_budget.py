@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 from lorica.adapters.base_files import hash_of_base
 from lorica.cli import app
 from lorica.config import load
-from lorica.experiment import Experiment, Result
+from lorica.experiment import Experiment
 from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.plan import Refused, plan_client
 from lorica.privacy.policy import Policy
 from lorica.reporting.budget import budget_table, read_budget
+from lorica.run.result import Result
 
 POLICY: dict[str, Any] = {
     "max_epsilon": 8.0,
@@ -31,7 +32,7 @@ POLICY: dict[str, Any] = {
 
 
 def release(**changes: Any) -> Release:
-    content = {"dataset": "d" * 64, "owner": "o" * 64, "run": "r" * 32, "client": 0, "round": 1, "request": "digest"}
+    content = {"dataset": "d" * 64, "records": "o" * 64, "run": "r" * 32, "client": 0, "round": 1, "request": "digest"}
     terms = {"sampling_rate": 0.1, "noise_multiplier": 1.0, "clip_norm": 2.0, "steps": 5, "noise": "secure"}
     return Release(**content | terms | changes)
 
@@ -127,7 +128,7 @@ def test_what_no_noise_protects_is_red_and_infinite(tmp_path: Path) -> None:
 def test_another_partition_without_noise_leaves_no_owner_protected(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
     ledger.charge(release(), b"reply")
-    ledger.charge(release(run="other", owner="p" * 64, noise="reproducible"), b"reply")
+    ledger.charge(release(run="other", records="p" * 64, noise="reproducible"), b"reply")
     assert [row["lifetime_epsilon"] for row in read_budget(ledger.path, 1e-5)["owners"]] == [None, None]
 
 

@@ -16,13 +16,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorica.adapters.base_model import BaseModel
+from lorica.adapters.names import Pair, factor_b, is_a, is_b, is_factor, is_middle, middle, site_of
+from lorica.adapters.perturbation import weight_noise
 from lorica.adapters.shared_rows import separate_examples
 from lorica.adapters.sites import Site, layer_of
-from lorica.adapters.state import Pair
 from lorica.adapters.targets import match_targets
 from lorica.config import LoraSection, ModelConfig
 from lorica.errors import UserError
-from lorica.local.perturbation import weight_noise
 from lorica.privacy.gradients import TrainedTensor
 from lorica.streams import stream_seed
 from lorica.tasks.classification import Classification
@@ -85,10 +85,10 @@ class AdaptedModel:
         """
         with torch.no_grad():
             for name, value in tensors.items():
-                if name.endswith(".R"):
+                if is_middle(name):
                     continue
-                middle = tensors.get(f"{name.removesuffix('.B')}.R")
-                filled = value if middle is None else value @ middle
+                between = tensors.get(middle(site_of(name))) if is_b(name) else None
+                filled = value if between is None else value @ between
                 parameter = self._parameter(name)
                 if filled.shape != parameter.shape:
                     parameter.zero_()
@@ -112,24 +112,24 @@ class AdaptedModel:
             tensors: the adapter, for the fixed factor `SITE.B` that the gradient of `SITE.R` is projected on:
                 `∂L/∂R = Bᵀ ∂L/∂(B R)`.
         """
-        if name.endswith(".R"):
-            factor = f"{name.removesuffix('.R')}.B"
+        if is_middle(name):
+            factor = factor_b(site_of(name))
             basis = tensors[factor].to(self.device)
             return self.tensors[factor]._replace(view=lambda gradient: basis.T @ gradient)
-        if rank is None or not name.endswith((".A", ".B")):
+        if rank is None or not is_factor(name):
             return self.tensors[name]
-        rows = name.endswith(".A")
+        rows = is_a(name)
         return self.tensors[name]._replace(view=lambda g: g[:, :rank] if rows else g[:, :, :rank])
 
     @contextmanager
     def perturbed(self, ratio: float, generator: torch.Generator) -> Iterator[None]:
-        """Within the context, every site's frozen weight has noise added to it (`lorica.local.perturbation`)."""
+        """Within the context, every site's frozen weight has noise added to it (`lorica.adapters.perturbation`)."""
         before = {}
         try:
             with torch.no_grad():
                 for site in self.sites:
                     layer = self._layer(site)
-                    weight = _whole(layer)
+                    weight = _writable_weight(layer)
                     before[site.name] = weight.clone()
                     weight.add_(weight_noise(self._adapted_weight(site), ratio, generator, _is_transposed(layer)))
             yield
@@ -158,7 +158,7 @@ class AdaptedModel:
 
     def _set_frozen(self, site: Site, pair: Pair | None) -> None:
         layer = self._layer(site)
-        weight = _whole(layer)
+        weight = _writable_weight(layer)
         if site.name not in self._frozen:
             self._frozen[site.name] = weight.detach().float().clone()
         original = self._frozen[site.name]
@@ -282,7 +282,7 @@ def _is_transposed(layer: LoraLayer) -> bool:
     return isinstance(layer.get_base_layer(), Conv1D)
 
 
-def _whole(layer: LoraLayer) -> Tensor:
+def _writable_weight(layer: LoraLayer) -> Tensor:
     """The frozen weight, to be changed in place."""
     weight: Tensor = layer.get_base_layer().weight
     if not weight.is_floating_point():

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorica.adapters.state import Pair
+from lorica.adapters.names import Pair
 
 
 def weighted_sum(terms: Sequence[tuple[float, Tensor]]) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import resolve_base
 from lorica.adapters.base_model import load_base
-from lorica.adapters.state import Pair, fold, stack_pairs
+from lorica.adapters.names import Pair
+from lorica.adapters.state import fold, stack_pairs
 from lorica.config import ModelConfig
 from lorica.errors import UserError
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lorica.adapters.names import factor_a, factor_b, middle
+
 
 @dataclass(frozen=True)
 class Site:
@@ -26,17 +28,17 @@ class Site:
     @property
     def a(self) -> str:
         """Name of the factor `A` among an adapter's tensors."""
-        return f"{self.name}.A"
+        return factor_a(self.name)
 
     @property
     def b(self) -> str:
         """Name of the factor `B`."""
-        return f"{self.name}.B"
+        return factor_b(self.name)
 
     @property
     def r(self) -> str:
         """Name of the matrix `R (rank, rank)` between the factors, `W = W0 + γ B R A`, where a method has one."""
-        return f"{self.name}.R"
+        return middle(self.name)
 
 
 def layer_of(name: str) -> str:

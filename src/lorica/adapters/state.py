@@ -8,11 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lorica.adapters.names import Pair, is_a, is_b
 from lorica.adapters.sites import Site
 
 Factors = Literal["A", "B", "AB", "R", ""]
-Pair = tuple[Tensor, Tensor]
-"""`(B, A)`, which stand for their product."""
 
 
 class AdapterState:
@@ -111,6 +110,6 @@ def leading(name: str, value: Tensor, rank: int | None) -> Tensor:
     """The first `rank` rows of a factor A or columns of a factor B; anything else, and `rank` None, unchanged."""
     if rank is None:
         return value
-    if name.endswith(".A"):
+    if is_a(name):
         return value[:rank]
-    return value[:, :rank] if name.endswith(".B") else value
+    return value[:, :rank] if is_b(name) else value

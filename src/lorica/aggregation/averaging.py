@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
+from lorica.aggregation.memory import Memory
 
-class RoundAverage:
+
+class RoundAverage(Memory):
     """`θ̄_t = Σ_i β^{t-i} θ_i / Σ_i β^{t-i}` over the finished rounds `i ≤ t`, of every tensor by itself.
 
     Training goes on from `θ_t`; only evaluation and export take `θ̄_t`, whose noise is averaged out. Exact for a factor
@@ -17,9 +18,9 @@ class RoundAverage:
     """
 
     def __init__(self, decay: float) -> None:
+        super().__init__()
         self._decay = decay
-        self.tensors: dict[str, Tensor] = {}
-        self.numbers: dict[str, Any] = {"weight": 0.0}
+        self.numbers = {"weight": 0.0}
 
     def update(self, values: Mapping[str, Tensor]) -> None:
         """Take in the model after a round."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
+from lorica.aggregation.memory import Memory
 
-class KalmanFilter:
+
+class KalmanFilter(Memory):
     """Estimates the noise-free update from those of all rounds so far.
 
     Model of each coordinate of a tensor's update, with one set of numbers a tensor: the true update wanders,
@@ -25,10 +26,6 @@ class KalmanFilter:
     """
 
     LEARNING = 0.1
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.numbers: dict[str, Any] = {}
 
     def step(self, mean: Mapping[str, Tensor], noise: Mapping[str, float], round_number: int) -> dict[str, Tensor]:
         """The estimate of each update."""

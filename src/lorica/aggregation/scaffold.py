@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from lorica.aggregation.memory import Memory
 from lorica.aggregation.noise import step_weights
 
-if TYPE_CHECKING:
-    from lorica.methods.base import Replies, Server
 
-
-class Scaffold:
+class Scaffold(Memory):
     """SCAFFOLD, option II (Karimireddy et al., ICML 2020, arXiv 1910.06378), on noisy gradients.
 
     Clients step along `ĝ + c - c_k`. After a round `c_k ← c_k - c - U_k/(η E)` and `c ← c + (|S|/N) Σ_k w_k Δc_k`, for
@@ -24,9 +21,8 @@ class Scaffold:
     """
 
     def __init__(self, clients: int) -> None:
+        super().__init__()
         self._clients = clients
-        self.tensors: dict[str, Tensor] = {}
-        self.numbers: dict[str, Any] = {}
 
     def corrections(self, client: int, trained: Iterable[str]) -> dict[str, Tensor]:
         """`c - c_k` of the trained tensors; nothing before the first round in which any client trained them."""
@@ -36,18 +32,31 @@ class Scaffold:
             if f"all:{name}" in self.tensors
         }
 
-    def learn(self, replies: Replies, server: Server) -> None:
-        """Take in the updates of one exchange."""
-        share = len(replies.updates) / self._clients
+    def learn(
+        self,
+        updates: Mapping[int, Mapping[str, Tensor]],
+        weights: Mapping[int, float],
+        rates: Mapping[str, float],
+        steps: int,
+    ) -> None:
+        """Take in the updates `U_k` of one exchange.
+
+        Args:
+            updates: client -> tensor name -> `U_k`.
+            weights: client -> `w_k`.
+            rates: tensor name -> `η`.
+            steps: `E`.
+        """
+        share = len(updates) / self._clients
         changes: dict[str, Tensor] = {}
-        length = float(step_weights(server.local_steps, 0.0).sum())
-        for client in sorted(replies.updates):
-            for name, update in replies.updates[client].items():
+        length = float(step_weights(steps, 0.0).sum())
+        for client in sorted(updates):
+            for name, update in updates[client].items():
                 common = self.tensors.get(f"all:{name}", torch.zeros(()))
                 own = self.tensors.get(f"{client}:{name}", torch.zeros(()))
-                change = -common - update / (server.rates[name] * length)
+                change = -common - update / (rates[name] * length)
                 self.tensors[f"{client}:{name}"] = own + change
-                weighted = share * replies.weights[client] * change
+                weighted = share * weights[client] * change
                 changes[name] = changes[name] + weighted if name in changes else weighted
         for name, change in changes.items():
             self.tensors[f"all:{name}"] = self.tensors.get(f"all:{name}", torch.zeros(())) + change

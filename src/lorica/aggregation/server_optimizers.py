@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorica.aggregation.memory import Memory
 from lorica.config import ServerConfig
 
 
-class ServerAverage:
+class ServerAverage(Memory):
     """`θ ← θ + η D` with the mean update `D = Σ_k w_k U_k`; FedAvg at `η = 1`. McMahan et al., arXiv 1602.05629."""
 
     def __init__(self, rate: float) -> None:
+        super().__init__()
         self._rate = rate
-        self.tensors: dict[str, Tensor] = {}
-        self.numbers: dict[str, Any] = {}
 
     def step(self, mean: Mapping[str, Tensor], noise: Mapping[str, float], round_number: int) -> dict[str, Tensor]:
         """The step of each tensor."""
         return {name: self._rate * value for name, value in mean.items()}
 
 
-class FedAvgM:
+class FedAvgM(Memory):
     """Momentum on the mean update of each tensor: `m ← β^s m + D`, `θ ← θ + η m`. Hsu et al., arXiv 1909.06335.
 
     `s` is the number of rounds since the tensor was last trained, 1 if it is trained in every round: a factor's
@@ -32,9 +31,8 @@ class FedAvgM:
     """
 
     def __init__(self, rate: float, momentum: float) -> None:
+        super().__init__()
         self._rate, self._momentum = rate, momentum
-        self.tensors: dict[str, Tensor] = {}
-        self.numbers: dict[str, Any] = {}
 
     def step(self, mean: Mapping[str, Tensor], noise: Mapping[str, float], round_number: int) -> dict[str, Tensor]:
         """The step of each tensor."""
@@ -46,7 +44,7 @@ class FedAvgM:
         return {name: self._rate * self.tensors[name] for name in mean}
 
 
-class FedAdam:
+class FedAdam(Memory):
     """Adam on the mean update, with the known noise taken off the second moment.
 
     `m ← β₁ m + (1-β₁) D`, `s ← β₂ s + (1-β₂) (D² - v)`, `θ ← θ + η m / (√max(s, 0) + ε)`, where `v` is the variance of
@@ -56,9 +54,8 @@ class FedAdam:
     """
 
     def __init__(self, rate: float, first_decay: float, second_decay: float, epsilon: float) -> None:
+        super().__init__()
         self._rate, self._first, self._second, self._epsilon = rate, first_decay, second_decay, epsilon
-        self.tensors: dict[str, Tensor] = {}
-        self.numbers: dict[str, Any] = {}
 
     def step(self, mean: Mapping[str, Tensor], noise: Mapping[str, float], round_number: int) -> dict[str, Tensor]:
         """The step of each tensor. `noise` has `v` of each."""

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+
+from lorica.aggregation.memory import Memory
+
+
+class Shrinkage(Memory):
+    """Shrinks the singular values of each tensor's mean update (`shrink_singular_values`). Remembers nothing."""
+
+    def step(self, mean: Mapping[str, Tensor], noise: Mapping[str, float], round_number: int) -> dict[str, Tensor]:
+        """The estimate of each update. `noise` has the variance of each."""
+        return {name: shrink_singular_values(value, noise[name]) for name, value in mean.items()}
 
 
 def shrink_singular_values(update: Tensor, noise_variance: float) -> Tensor:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
-from lorica.client import Client
+from lorica.adapters.base_files import resolve_base
+from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.messages import Request, decode
-from lorica.privacy.ledger import lifetime_above
+from lorica.owner.client import Client
+from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, planned
+from lorica.privacy.ledger import Ledger, lifetime_above
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account, account
+from lorica.privacy.unit import PrivacyUnit
+from lorica.run.setup import Prepared, prepare
 from lorica.secure_sum.quantisation import Shapes
 from lorica.secure_sum.setup import Setup, SummationError
 from lorica.secure_sum.stages import Part, add_up, answer
+from lorica.tasks.label_counts import label_counts
+from lorica.tasks.loading import load_task
+from lorica.tasks.records import Records, Task
 
 logger = logging.getLogger(__name__)
 
@@ -105,3 +115,46 @@ class LocalEngine:
                 f"with this run, client {client.number} would have released ε = {life:.3f} in all",
                 "lower privacy.epsilon, run fewer rounds, or raise the limit",
             )
+
+
+def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
+    """Load and check everything that can be checked without training, for a federation in this process.
+
+    Raises:
+        UserError: names the key, the value and the remedy.
+    """
+    group = None if config.privacy == "none" else config.privacy.group
+    tested = config.federation.private_test > 0
+    task = load_task(config.task, resolve_base(config.model.base), config.federation.by, group, tested)
+    # The ledger knows data by their records, whatever the unit.
+    dataset = task.train.fingerprint()
+    task = by_privacy_unit(config, task)
+    prepared = prepare(config, task)
+    parts = [hold_out(config, client, part) for client, part in enumerate(divide(config, task))]
+    plans = [planned(config, client, len(records)) for client, (records, _) in enumerate(parts)]
+    ledger = Ledger(ledger_path(config, dataset))
+    clients = {
+        plan.client: Client(
+            number=plan.client,
+            records=records,
+            plan=plan,
+            ledger=ledger,
+            dataset=dataset,
+            unit=PrivacyUnit.of(config.privacy),
+            seed=config.seed,
+            micro_batch_tokens=config.federation.pass_tokens(prepared.model.device.type),
+            private_test=private_test,
+        )
+        for plan, (records, private_test) in zip(plans, parts, strict=True)
+    }
+    limit = None if config.privacy == "none" else config.privacy.max_lifetime_epsilon
+    prepared = replace(prepared, partition=_shown_partition(config, task, [records for records, _ in parts]))
+    return prepared, LocalEngine(prepared.model, clients, limit)
+
+
+def _shown_partition(config: ExperimentConfig, task: Task, parts: list[Records]) -> dict[str, Any] | None:
+    """Who has what, for research only: a private release must not carry counts that no noise covers."""
+    if not task.has_classes or (config.privacy != "none" and config.privacy.noise == "secure"):
+        return None
+    named = task.owners if config.federation.partition in ("column", "files") else None
+    return label_counts(parts, task.label_names, None if named is None else named.names)

@@ -1,31 +1,10 @@
-"""Flat-LoRA's perturbation of the frozen weights."""
+"""How strong Flat-LoRA's noise on the frozen weights is in each step."""
 
 from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
 
 def strength(step: int, steps: int) -> float:
     """`f = (1 - cos(π t/T)) / 2`: from 0 at the start of the run to 1 at its end. Step `t` counts from 0."""
     return (1 - math.cos(math.pi * step / steps)) / 2
-
-
-def weight_noise(adapted: Tensor, ratio: float, generator: torch.Generator, transposed: bool) -> Tensor:
-    """Noise `ε_ij ~ N(0, ρ² ‖W_i‖² / d_in)` for a frozen weight.
-
-    Flat-LoRA (Li et al., ICML 2025, arXiv 2409.14396): the gradient is taken at `W + ε`, drawn anew in every step and
-    taken off again, which prefers flat minima of the whole weight. The noise is a function of public and released
-    values and one draw is common to all examples of a step, so it costs no privacy. The generator is seeded by a
-    counter, never by the clock.
-
-    Args:
-        adapted: `W = W0 + γ B A`, `(d_out, d_in)`, whose rows set the scale.
-        ratio: `f ρ`.
-        transposed: return `(d_in, d_out)`, for a weight that is kept so.
-    """
-    deviation = ratio * adapted.norm(dim=1, keepdim=True) / math.sqrt(adapted.shape[1])
-    noise: Tensor = deviation * torch.randn(adapted.shape, generator=generator).to(adapted)
-    return noise.T if transposed else noise

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lorica.adapters.names import is_a, other_factor
+
 
 def precondition(name: str, gradient: Tensor, values: Mapping[str, Tensor], damping: float) -> Tensor:
     """`(BᵀB + δI)⁻¹ G` for a factor A, `G (AAᵀ + δI)⁻¹` for a factor B.
@@ -22,13 +24,8 @@ def precondition(name: str, gradient: Tensor, values: Mapping[str, Tensor], damp
         gradient: of the factor's shape.
         values: the adapter's current tensors.
     """
-    site = name[:-2]
-    if name.endswith(".A"):
-        other = values[f"{site}.B"].to(gradient)
-        gram = other.T @ other
-    else:
-        other = values[f"{site}.A"].to(gradient)
-        gram = other @ other.T
+    other = values[other_factor(name)].to(gradient)
+    gram = other.T @ other if is_a(name) else other @ other.T
     damped = gram + damping * torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    scaled: Tensor = torch.linalg.solve(damped, gradient, left=name.endswith(".A"))
+    scaled: Tensor = torch.linalg.solve(damped, gradient, left=is_a(name))
     return scaled

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from lorica.messages import SKETCH
+from lorica.adapters.names import SKETCH, factor_a, factor_b, is_b, site_of
 from lorica.privacy.released import Released, post_process
 from lorica.streams import torch_stream
 
@@ -27,8 +27,8 @@ def sketch(
         own: the factors that the client trained, which take the place of those.
     """
     sketches = {}
-    for site in (name.removesuffix(".B") for name in own if name.endswith(".B")):
-        omega = sketch_matrix(seed, round_number, site, public[f"{site}.A"].shape[1], columns)
+    for site in (site_of(name) for name in own if is_b(name)):
+        omega = sketch_matrix(seed, round_number, site, public[factor_a(site)].shape[1], columns)
 
         def times_omega(b: Tensor, a: Tensor, omega: Tensor = omega) -> Tensor:
             return b @ (a @ omega)
@@ -59,11 +59,12 @@ def _of_factors(
     function: Callable[[Tensor, Tensor], Tensor], site: str, public: Mapping[str, Tensor], own: Mapping[str, Released]
 ) -> Released:
     """`function(B_k, A_k)`; the server's factor, where the client trained only one, ends at the client's rank."""
-    trained = [name for name in (f"{site}.B", f"{site}.A") if name in own]
+    name_a, name_b = factor_a(site), factor_b(site)
+    trained = [name for name in (name_b, name_a) if name in own]
 
     def compute(*values: Tensor) -> Tensor:
         found = dict(zip(trained, values, strict=True))
-        b = found.get(f"{site}.B", public[f"{site}.B"]).cpu()
-        return function(b, found.get(f"{site}.A", public[f"{site}.A"])[: b.shape[1]].cpu())
+        b = found.get(name_b, public[name_b]).cpu()
+        return function(b, found.get(name_a, public[name_a])[: b.shape[1]].cpu())
 
     return post_process(compute, *(own[name] for name in trained))

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lorica.adapters.names import factor_a, factor_b, is_a, is_b, is_factor, site_of
 from lorica.local.preconditioning import precondition
 from lorica.local.smoothing import NOISE_ENERGY, smooth
 from lorica.privacy.released import Released, post_process
@@ -40,11 +41,13 @@ class LocalStep:
 
     def active(self, trained: tuple[str, ...], step: int) -> list[str]:
         """Names of the tensors trained in a local step, counted from 0."""
-        resting = (".A" if step % 2 == 0 else ".B") if self.alternate else ()
-        return [name for name in trained if not name.endswith(resting)]
+        if not self.alternate:
+            return list(trained)
+        rests = is_a if step % 2 == 0 else is_b
+        return [name for name in trained if not rests(name)]
 
 
-def shape(
+def transform_gradients(
     gradients: Mapping[str, Released],
     values: Mapping[str, Tensor],
     start: Mapping[str, Tensor],
@@ -60,9 +63,9 @@ def shape(
     """
     shaped = {}
     for name, gradient in gradients.items():
-        if name.endswith((".A", ".B")):
+        if is_factor(name):
             if local.smoothing == "gaussian":
-                axis = 1 if name.endswith(".A") else 0
+                axis = 1 if is_a(name) else 0
                 gradient = post_process(lambda g, axis=axis: smooth(g, axis), gradient)
             elif local.smoothing == "rescale":
                 gradient = post_process(lambda g: NOISE_ENERGY**0.5 * g, gradient)
@@ -70,10 +73,10 @@ def shape(
             gradient = post_process(lambda g, name=name: g + corrections[name], gradient)
         if local.proximal:
             gradient = post_process(lambda g, name=name: g + local.proximal * (values[name] - start[name]), gradient)
-        if local.tail_penalty and name.endswith((".A", ".B")):
+        if local.tail_penalty and is_factor(name):
             gradient = post_process(lambda g, name=name: g + local.tail_penalty * _tail(name, values, local), gradient)
         damping = local.damping
-        if damping is not None and name.endswith((".A", ".B")):
+        if damping is not None and is_factor(name):
             gradient = post_process(lambda g, name=name, d=damping: precondition(name, g, values, d), gradient)
         shaped[name] = gradient
     return shaped
@@ -81,11 +84,11 @@ def shape(
 
 def _tail(name: str, values: Mapping[str, Tensor], local: LocalStep) -> Tensor:
     """Gradient of `‖A_t‖_F ‖B_t‖_F` with respect to one factor: `‖other_t‖ own_t / ‖own_t‖`, zero at zero."""
-    site = name[:-2]
-    kept = math.floor(local.kept * values[f"{site}.A"].shape[0])
+    site = site_of(name)
+    a, b = values[factor_a(site)], values[factor_b(site)]
+    kept = math.floor(local.kept * a.shape[0])
+    own, other = (a[kept:], b[:, kept:]) if is_a(name) else (b[:, kept:], a[kept:])
     gradient = torch.zeros_like(values[name])
-    tails = {"A": values[f"{site}.A"][kept:], "B": values[f"{site}.B"][:, kept:]}
-    own, other = tails[name[-1]], tails["B" if name.endswith(".A") else "A"]
     if bool(own.any()):
-        (gradient[kept:] if name.endswith(".A") else gradient[:, kept:]).copy_(other.norm() * own / own.norm())
+        (gradient[kept:] if is_a(name) else gradient[:, kept:]).copy_(other.norm() * own / own.norm())
     return gradient

@@ -16,7 +16,8 @@ from lorica.adapters.state import Factors
 from lorica.aggregation.noise import mean_noise_variance, step_weights
 from lorica.config import OptimizerConfig, Strict
 from lorica.errors import UserError
-from lorica.methods.base import About, Method, Replies, Round, Server, Train, is_zero
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Replies, Round, Train
 from lorica.methods.pieces import SCORED
 from lorica.methods.scores import (
     alignment,
@@ -25,6 +26,7 @@ from lorica.methods.scores import (
     debiased_energy,
     energy_variance,
 )
+from lorica.methods.server import Server, is_zero
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Block:
     gradient: Tensor | None = None
 
 
-REMEMBERED = ("gain", "variance", "complete", "energy")
+REMEMBERED = ("gain", "variance", "complete", "energy", "gradient")
 
 
 class ASLoRA(Method):
@@ -256,17 +258,13 @@ class ASLoRA(Method):
     def decisions(self) -> dict[str, object]:
         return {"probability_a": self.probabilities}
 
-    def state(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        numbers: dict[str, object] = {}
-        tensors = {}
+    def state_dict(self) -> dict[str, Any]:
+        state = {}
         for (group, factor), block in self.blocks.items():
-            numbers[f"{group}:{factor}"] = {key: getattr(block, key) for key in REMEMBERED}
-            if block.gradient is not None:
-                tensors[f"{group}:{factor}"] = block.gradient
-        return numbers, tensors
+            state[f"{group}:{factor}"] = {key: getattr(block, key) for key in REMEMBERED}
+        return state
 
-    def restore(self, numbers: dict[str, object], tensors: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for (group, factor), block in self.blocks.items():
-            for key, value in cast(dict[str, Any], numbers[f"{group}:{factor}"]).items():
+            for key, value in state[f"{group}:{factor}"].items():
                 setattr(block, key, value)
-            block.gradient = tensors.get(f"{group}:{factor}")

@@ -8,8 +8,10 @@ from pydantic import Field
 
 from lorica.config import OptimizerConfig, Strict
 from lorica.errors import UserError
-from lorica.methods.base import About, Method, Round, Server, Train
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Round, Train
 from lorica.methods.pieces import SHAPED
+from lorica.methods.server import Server
 
 
 class DEeR(Method):

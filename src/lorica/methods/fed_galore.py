@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
@@ -11,8 +11,10 @@ from torch import Tensor
 from lorica.adapters.algebra import orthonormal
 from lorica.adapters.sites import Site
 from lorica.config import Strict
-from lorica.methods.base import About, Method, Round, Server, Train
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Round, Train
 from lorica.methods.pieces import MERGES, NEW_BASIS, SAME_RANKS
+from lorica.methods.server import Server
 
 
 class FedGaLore(Method):
@@ -86,8 +88,8 @@ class FedGaLore(Method):
                 server.model.assign({site.b: torch.zeros(site.d_out, site.rank), site.a: projector.T.contiguous()})
         self.totals = {}
 
-    def state(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        return {"left": self.left}, dict(self.totals)
+    def state_dict(self) -> dict[str, Any]:
+        return {"left": self.left, "totals": dict(self.totals)}
 
-    def restore(self, numbers: dict[str, object], tensors: dict[str, Tensor]) -> None:
-        self.left, self.totals = cast(bool, numbers["left"]), dict(tensors)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.left, self.totals = state["left"], dict(state["totals"])

@@ -8,8 +8,10 @@ from pydantic import Field
 from lorica.adapters.algebra import orthonormal, product_svd
 from lorica.adapters.state import AdapterState
 from lorica.config import Strict
-from lorica.methods.base import About, Method, Round, Server, Train
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Round, Train
 from lorica.methods.pieces import SAME_RANKS
+from lorica.methods.server import Server
 from lorica.streams import numpy_stream
 
 

@@ -7,8 +7,10 @@ from pydantic import Field
 
 from lorica.adapters.algebra import truncated
 from lorica.config import Strict
-from lorica.methods.base import About, Method, Project, Round, Server, Train
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Project, Round, Train
 from lorica.methods.pieces import NEW_BASIS, OWN_AGGREGATION
+from lorica.methods.server import Server
 
 
 class FedASK(Method):
@@ -63,7 +65,7 @@ class FedASK(Method):
             if projected.sketches.keys() == trained.sketches.keys():
                 break
             # A basis of the mean of all does not span the mean of those that are left.
-            trained = trained.only(projected)
+            trained = trained.restricted_to(projected)
         for site in self.sites:
             product = (bases[site.name], projected.mean_sketch[site.name].T)
             b, a = truncated(product, site.rank, self.options.balanced)

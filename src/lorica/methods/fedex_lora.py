@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from lorica.adapters.algebra import stacked
-from lorica.methods.base import About, Method, Round, Server, Train
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Round, Train
 from lorica.methods.pieces import MERGES, OWN_AGGREGATION, SAME_RANKS, SINGLE_REPLIES
+from lorica.methods.server import Server
 
 
 class FedExLoRA(Method):

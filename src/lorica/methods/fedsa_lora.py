@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from lorica.methods.base import About, Method, Round, Server, Train
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Round, Train
 from lorica.methods.pieces import SAME_RANKS
+from lorica.methods.server import Server
 
 
 class FedSALoRA(Method):

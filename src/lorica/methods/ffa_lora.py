@@ -6,7 +6,9 @@ import torch
 
 from lorica.adapters.state import AdapterState
 from lorica.config import Strict
-from lorica.methods.base import About, Method, Round, Server, Train
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Round, Train
+from lorica.methods.server import Server
 
 
 class FFALoRA(Method):

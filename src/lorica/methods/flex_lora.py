@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from lorica.adapters.algebra import stacked, truncated
-from lorica.methods.base import About, Method, Round, Server, Train, client_factors
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Round, Train
 from lorica.methods.pieces import NEW_BASIS, OWN_AGGREGATION, SINGLE_REPLIES
+from lorica.methods.server import Server, client_factors
 
 
 class FlexLoRA(Method):

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.algebra import stacked
-from lorica.methods.base import About, Method, Round, Server, Train, client_factors
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Round, Train
 from lorica.methods.pieces import MERGES, NEW_BASIS, OWN_AGGREGATION, SINGLE_REPLIES
+from lorica.methods.server import Server, client_factors
 
 
 class FLoRA(Method):

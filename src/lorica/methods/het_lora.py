@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import cast
+from typing import Any
 
 from pydantic import BaseModel, Field
 from torch import Tensor
 
 from lorica.adapters.algebra import padded, weighted_sum
+from lorica.adapters.names import Pair
 from lorica.adapters.sites import Site
-from lorica.adapters.state import Pair
 from lorica.config import Strict
-from lorica.methods.base import About, Method, Replies, Round, Server, Train, client_factors
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Replies, Round, Train
 from lorica.methods.pieces import OWN_AGGREGATION, SINGLE_REPLIES
+from lorica.methods.server import Server, client_factors
 
 
 class HetLoRA(Method):
@@ -97,11 +99,11 @@ class HetLoRA(Method):
     def decisions(self) -> dict[str, object]:
         return {"ranks": {str(client): rank for client, rank in sorted(self.ranks.items())}}
 
-    def state(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        return {"ranks": {str(client): rank for client, rank in self.ranks.items()}}, {}
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranks": {str(client): rank for client, rank in self.ranks.items()}}
 
-    def restore(self, numbers: dict[str, object], tensors: dict[str, Tensor]) -> None:
-        self.ranks = {int(client): rank for client, rank in cast(dict[str, int], numbers["ranks"]).items()}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ranks = {int(client): rank for client, rank in state["ranks"].items()}
 
 
 def _energy(b: Tensor, a: Tensor) -> float:

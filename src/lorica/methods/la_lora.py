@@ -7,8 +7,10 @@ from typing import Literal
 
 from lorica.config import OptimizerConfig, Strict
 from lorica.errors import UserError
-from lorica.methods.base import About, Method, Round, Server, Train
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Round, Train
 from lorica.methods.pieces import SHAPED
+from lorica.methods.server import Server
 
 
 class LALoRA(Method):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from lorica.adapters.state import Factors
-from lorica.methods.base import About, Method, Round, Server, Train, is_zero
+from lorica.methods.base import About, Method
+from lorica.methods.exchange import Round, Train
+from lorica.methods.server import Server, is_zero
 
 
 class RandomLoRA(Method):

@@ -6,8 +6,9 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -15,6 +16,7 @@ import safetensors.torch
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, epsilon, epsilon_above, epsilon_from_rdp, total_rdp
 from lorica.privacy.released import Released, _release
+from lorica.privacy.unit import RECORD, PrivacyUnit
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS releases (
@@ -33,16 +35,16 @@ class Release:
 
     Attributes:
         dataset: fingerprint of the whole training data.
-        owner: fingerprint of the records of this client.
+        records: fingerprint of the records of this client (the column `owner`).
         run: identity of the run.
         steps: noisy gradients that the reply is a function of.
         noise: `secure`, `reproducible` or `none`.
         request: digest of everything the server asked for; the same request gets the stored reply again.
-        unit: what was sampled and clipped as one: `record`, or `group COLUMN, at most N records`.
+        unit: what was sampled and clipped as one.
     """
 
     dataset: str
-    owner: str
+    records: str
     run: str
     client: int
     round: int
@@ -52,14 +54,22 @@ class Release:
     steps: int
     noise: str
     request: str
-    unit: str = "record"
+    unit: PrivacyUnit = RECORD
 
     @property
     def cost(self) -> Steps:
         return Steps(self.sampling_rate, self.noise_multiplier, self.steps)
 
 
-_COLUMNS = ", ".join(field.name for field in fields(Release))
+_COLUMNS = ", ".join("owner" if field.name == "records" else field.name for field in fields(Release))
+
+
+def _release_of(row: tuple[Any, ...]) -> Release:
+    return Release(*(*row[:-1], PrivacyUnit.parse(row[-1])))
+
+
+def _row_of(release: Release) -> tuple[Any, ...]:
+    return tuple(str(value) if isinstance(value, PrivacyUnit) else value for value in vars(release).values())
 
 
 class Ledger:
@@ -121,8 +131,8 @@ class Ledger:
                 # The update has locked the file for all other writers.
                 if allow is not None:
                     earlier = connection.execute(f"SELECT {_COLUMNS} FROM releases ORDER BY id")
-                    allow([Release(*row) for row in earlier])
-                values = (time.time(), *astuple(release), reply, state)
+                    allow([_release_of(row) for row in earlier])
+                values = (time.time(), *_row_of(release), reply, state)
                 marks = ", ".join("?" * len(values))
                 connection.execute(f"INSERT INTO releases (time, {_COLUMNS}, reply, kept) VALUES ({marks})", values)
         except (sqlite3.Error, OSError) as error:
@@ -165,7 +175,7 @@ class Ledger:
         """All releases of a data set, oldest first; by default of all data sets in the file."""
         with closing(self._connect()) as connection:
             query = f"SELECT {_COLUMNS} FROM releases WHERE dataset = COALESCE(?, dataset) ORDER BY id"
-            return [Release(*row) for row in connection.execute(query, (dataset,))]
+            return [_release_of(row) for row in connection.execute(query, (dataset,))]
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=60)
@@ -221,7 +231,7 @@ def read_ledger(path: Path) -> list[tuple[float, Release]]:
     except sqlite3.Error as error:
         problem = f"it cannot be read as a ledger ({error})"
         raise UserError("ledger", str(path), problem, "give the path of a ledger") from error
-    return [(row[0], Release(*row[1:])) for row in rows]
+    return [(row[0], _release_of(row[1:])) for row in rows]
 
 
 def _is_database(path: Path) -> bool:
@@ -230,37 +240,41 @@ def _is_database(path: Path) -> bool:
 
 
 def lifetime_epsilon(
-    releases: Iterable[Release], owner: str | None, delta: float, planned: Steps | None = None, unit: str = "record"
+    releases: Iterable[Release],
+    records: str | None,
+    delta: float,
+    planned: Steps | None = None,
+    unit: PrivacyUnit = RECORD,
 ) -> float:
-    """ε of everything ever released about a record of `owner`, at `delta`, with `planned` steps still to come.
+    """ε of everything ever released about one of `records`, at `delta`, with `planned` steps still to come.
 
     Releases with different units do not add up, and make it infinite: what protects single records does not protect a
     group, and a group that loses one record is another group rather than none, so that its clipped gradient may move
     by 2C.
 
-    Releases of this owner's own partition compose by PLD. In a simulation, other runs may have split the same data set
-    differently; a record of this owner then was with some client of that run, nobody knows which, and the bound takes
-    at each Rényi order the most expensive client: `max_k RDP_k(α)`. Releases without noise, or with reproducible
+    Releases of these very records compose by PLD. In a simulation, other runs may have split the same data set
+    differently; one of these records then was with some client of that run, nobody knows which, and the bound takes at
+    each Rényi order the most expensive client: `max_k RDP_k(α)`. Releases without noise, or with reproducible
     noise, are not private and are left out: `unprotected` counts them.
 
     Args:
-        owner: fingerprint of a client's records, where this process dealt the records to the clients. None where a
+        records: fingerprint of a client's records, where this process dealt the records to the clients. None where a
             server did: then no client's number says who has a record, and all releases compose by PLD.
     """
-    own, foreign = _composed(releases, owner, planned, unit)
+    own, foreign = _composed(releases, records, planned, unit)
     return epsilon_from_rdp(total_rdp(own) + foreign, delta) if np.any(foreign) else epsilon(own, delta)
 
 
 def lifetime_above(
     limit: float,
     releases: Iterable[Release],
-    owner: str | None,
+    records: str | None,
     delta: float,
     planned: Steps | None = None,
-    unit: str = "record",
+    unit: PrivacyUnit = RECORD,
 ) -> float | None:
     """`lifetime_epsilon` if it is above `limit`, else None; as cheap as `epsilon_above`."""
-    own, foreign = _composed(releases, owner, planned, unit)
+    own, foreign = _composed(releases, records, planned, unit)
     if not np.any(foreign):
         return epsilon_above(limit, own, delta)
     life = epsilon_from_rdp(total_rdp(own) + foreign, delta)
@@ -268,12 +282,12 @@ def lifetime_above(
 
 
 def _composed(
-    releases: Iterable[Release], owner: str | None, planned: Steps | None, unit: str
+    releases: Iterable[Release], records: str | None, planned: Steps | None, unit: PrivacyUnit
 ) -> tuple[list[Steps], np.ndarray]:
-    """Steps that surely saw the owner's records, and the RDP curve of other partitions' worst clients."""
+    """Steps that surely saw these records, and the RDP curve of other partitions' worst clients."""
     private = [release for release in releases if release.noise == "secure"]
-    own = [release.cost for release in private if owner in (None, release.owner)]
-    own_runs = {release.run for release in private if owner in (None, release.owner)}
+    own = [release.cost for release in private if records in (None, release.records)]
+    own_runs = {release.run for release in private if records in (None, release.records)}
     own += [planned] if planned else []
     foreign: dict[str, dict[int, list[Steps]]] = {}
     for release in private:
@@ -287,5 +301,5 @@ def _composed(
 
 
 def unprotected(releases: Iterable[Release]) -> int:
-    """Number of releases that no noise of unknown value protects."""
+    """Number of releases with seeded noise or none."""
     return sum(release.noise != "secure" for release in releases)

@@ -13,6 +13,7 @@ from lorica.config import ExperimentConfig, Strict, TaskConfig, read_mapping, va
 from lorica.privacy.accounting import epsilon_above
 from lorica.privacy.ledger import Release, lifetime_above, lifetime_epsilon
 from lorica.privacy.plan import ClientPlan, Refused
+from lorica.privacy.unit import PrivacyUnit
 from lorica.registry import TASK_KINDS, registered
 from lorica.tasks.kind import kind_named, kind_of
 
@@ -128,7 +129,7 @@ class Policy(Strict):
         self._review_learned(config, base)
         self._review_unit(config)
 
-    def review_release(self, releases: Iterable[Release], unit: str, plan: ClientPlan, steps: int) -> None:
+    def review_release(self, releases: Iterable[Release], unit: PrivacyUnit, plan: ClientPlan, steps: int) -> None:
         """Refuse steps with which everything released so far would cost more than the owner allows.
 
         Asked before a run with all the steps that it may still take, and before each release with its own. All releases
@@ -137,7 +138,7 @@ class Policy(Strict):
 
         Args:
             releases: all of the ledger, `Ledger.releases()`.
-            unit: what the steps would protect: `record`, or `group COLUMN, at most N records`.
+            unit: what the steps would protect.
             plan: whose terms the steps have.
             steps: how many of them are to come.
 
@@ -156,8 +157,9 @@ class Policy(Strict):
             return
         others = _units(releases) - {unit}
         if others:
+            found = min(map(str, others))
             raise Refused(
-                f"policy.unit: the ledger holds releases with unit = {min(others)!r}, which do not add up with {unit!r}"
+                f"policy.unit: the ledger holds releases with unit = '{found}', which do not add up with '{unit}'"
             )
         life = lifetime_above(self.max_epsilon, releases, None, self.delta, plan.steps(steps), unit)
         if life is not None:
@@ -220,7 +222,7 @@ def load_policy(path: Path) -> Policy:
     return validate(Policy, read_mapping(path, "policy"), prefix="policy")
 
 
-def _units(releases: list[Release]) -> set[str]:
+def _units(releases: list[Release]) -> set[PrivacyUnit]:
     return {release.unit for release in releases if release.noise == "secure"}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION, RELATION
 from lorica.privacy.ledger import Ledger, Release, lifetime_epsilon, unprotected
 from lorica.privacy.plan import ClientPlan
+from lorica.privacy.unit import RECORD, PrivacyUnit
 
 ASSUMPTIONS = [
     "Clients hold disjoint records, so the guarantee of the federation is that of its weakest client.",
@@ -37,7 +38,7 @@ class Account:
         steps, releases: every release that may have left counts, whether or not it arrived.
         lifetime_epsilon: of everything ever released about its records; None where the owner keeps that to itself, or
             where it has no meaning.
-        unprotected: earlier releases of the same data that no noise of unknown value protects.
+        unprotected: earlier releases of the same data with seeded noise or none.
         ledger: where it is recorded; None if with the owner.
     """
 
@@ -54,12 +55,12 @@ def charged(releases: Iterable[Release], run: str, client: int) -> Account:
     return Account(sum(release.steps for release in own), len(own))
 
 
-def account(ledger: Ledger, dataset: str, owner: str, run: str, plan: ClientPlan, unit: str) -> Account:
+def account(ledger: Ledger, dataset: str, records: str, run: str, plan: ClientPlan, unit: PrivacyUnit) -> Account:
     """One client's account, from its ledger."""
     releases = ledger.releases(dataset)
     life = None
     if plan.noise == "secure" and plan.delta is not None:
-        life = lifetime_epsilon(releases, owner, plan.delta, unit=unit)
+        life = lifetime_epsilon(releases, records, plan.delta, unit=unit)
     return replace(
         charged(releases, run, plan.client),
         lifetime_epsilon=life,
@@ -72,7 +73,7 @@ def privacy_statement(
     plans: Mapping[int, ClientPlan],
     accounts: Mapping[int, Account],
     target_epsilon: float | None,
-    unit: str = "record",
+    unit: PrivacyUnit = RECORD,
 ) -> dict[str, Any]:
     """JSON-able statement of a run as far as the clients' ledgers have been charged.
 
@@ -81,10 +82,10 @@ def privacy_statement(
     Args:
         plans: client -> plan.
         accounts: client -> account.
-        unit: `record`, or `group COLUMN, at most N records`: what was sampled and clipped as one.
+        unit: what was sampled and clipped as one.
     """
     noise = next(iter(plans.values())).noise
-    noun = unit.split()[0]
+    noun = unit.noun
     clients = []
     for client, plan in sorted(plans.items()):
         own = accounts[client]
@@ -112,8 +113,8 @@ def privacy_statement(
     statement: dict[str, Any] = {
         "private_release": noise == "secure",
         "noise": noise,
-        "unit": unit,
-        "relation": RELATION if unit == "record" else "add or remove all records of one group",
+        "unit": str(unit),
+        "relation": RELATION if unit == RECORD else "add or remove all records of one group",
         "sampler": f"Poisson: each {noun} enters each batch independently with probability q = batch size / {noun}s",
         "clients": clients,
         "assumptions": ASSUMPTIONS,

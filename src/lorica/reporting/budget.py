@@ -16,6 +16,7 @@ from rich.text import Text
 from lorica.privacy.accounting import epsilon
 from lorica.privacy.ledger import Release, find_ledger, lifetime_epsilon, read_ledger, unprotected
 from lorica.privacy.policy import Policy
+from lorica.privacy.unit import PrivacyUnit
 from lorica.reporting.style import rounded_up
 
 SHOWN_OF_A_DIGEST = 8
@@ -38,7 +39,7 @@ def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[
     ledger = find_ledger(path)
     entries = read_ledger(ledger)
     releases = [release for _, release in entries]
-    runs: dict[tuple[str | int, ...], list[tuple[float, Release]]] = {}
+    runs: dict[tuple[str, int, str, str, str, PrivacyUnit], list[tuple[float, Release]]] = {}
     for entry in entries:
         runs.setdefault(_of_run(entry[1]), []).append(entry)
     delta = delta if policy is None else policy.delta
@@ -46,7 +47,7 @@ def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[
         "ledger": str(ledger),
         "delta": delta,
         "runs": [_run_row(rows, delta) for rows in runs.values()],
-        "owners": [_owner_row(releases, *key, delta) for key in dict.fromkeys(map(_of_owner, releases))],
+        "owners": [_records_row(releases, *key, delta) for key in dict.fromkeys(map(_of_records, releases))],
         "policy": None if policy is None else _policy_row(releases, policy),
     }
 
@@ -65,7 +66,7 @@ def budget_table(budget: dict[str, Any]) -> Group:
         _table(
             f"Life of the data (ε of all runs, at δ = {budget['delta']:g})",
             ["Data set", "Records of", "Unit", "Runs", "Releases", "Unprotected", "ε"],
-            [(_owner_cells(row), row["unprotected"] > 0) for row in budget["owners"]],
+            [(_records_cells(row), row["unprotected"] > 0) for row in budget["owners"]],
         ),
     ]
     policy = budget["policy"]
@@ -76,26 +77,26 @@ def budget_table(budget: dict[str, Any]) -> Group:
     return Group(*parts)
 
 
-def _of_run(release: Release) -> tuple[str, int, str, str, str, str]:
-    return release.run, release.client, release.dataset, release.owner, release.noise, release.unit
+def _of_run(release: Release) -> tuple[str, int, str, str, str, PrivacyUnit]:
+    return release.run, release.client, release.dataset, release.records, release.noise, release.unit
 
 
-def _of_owner(release: Release) -> tuple[str, str, str]:
-    return release.dataset, release.owner, release.unit
+def _of_records(release: Release) -> tuple[str, str, PrivacyUnit]:
+    return release.dataset, release.records, release.unit
 
 
 def _run_row(entries: list[tuple[float, Release]], delta: float) -> dict[str, Any]:
     times = [time for time, _ in entries]
     releases = [release for _, release in entries]
-    run, client, dataset, owner, noise, unit = _of_run(releases[0])
+    run, client, dataset, records, noise, unit = _of_run(releases[0])
     terms = sorted({(release.sampling_rate, release.noise_multiplier, release.clip_norm) for release in releases})
     cost = epsilon([release.cost for release in releases], delta) if noise == "secure" else math.inf
     return {
         "run": run,
         "client": client,
         "dataset": dataset,
-        "owner": owner,
-        "unit": unit,
+        "owner": records,
+        "unit": str(unit),
         "noise": noise,
         "first": datetime.fromtimestamp(min(times), UTC).isoformat(timespec="seconds"),
         "last": datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds"),
@@ -109,17 +110,19 @@ def _run_row(entries: list[tuple[float, Release]], delta: float) -> dict[str, An
     }
 
 
-def _owner_row(releases: list[Release], dataset: str, owner: str, unit: str, delta: float) -> dict[str, Any]:
+def _records_row(
+    releases: list[Release], dataset: str, records: str, unit: PrivacyUnit, delta: float
+) -> dict[str, Any]:
     of_dataset = [release for release in releases if release.dataset == dataset]
-    own = [release for release in of_dataset if release.owner == owner]
+    own = [release for release in of_dataset if release.records == records]
     runs = {release.run for release in own}
     # Another partition of the same data set: who had these records then, nobody knows.
     bare = unprotected(own + [release for release in of_dataset if release.run not in runs])
-    life = math.inf if bare else lifetime_epsilon(of_dataset, owner, delta, unit=unit)
+    life = math.inf if bare else lifetime_epsilon(of_dataset, records, delta, unit=unit)
     return {
         "dataset": dataset,
-        "owner": owner,
-        "unit": unit,
+        "owner": records,
+        "unit": str(unit),
         "runs": len(runs),
         "releases": len(own),
         "unprotected": bare,
@@ -154,7 +157,7 @@ def _run_cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _owner_cells(row: dict[str, Any]) -> list[str]:
+def _records_cells(row: dict[str, Any]) -> list[str]:
     digests = [row["dataset"][:SHOWN_OF_A_DIGEST], row["owner"][:SHOWN_OF_A_DIGEST]]
     counts = [str(row[name]) for name in ("runs", "releases", "unprotected")]
     return [*digests, row["unit"], *counts, rounded_up(_number(row["lifetime_epsilon"]))]

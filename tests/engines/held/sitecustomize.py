@@ -21,10 +21,10 @@ def hold(moment: str) -> None:
 
 
 def hold_the_client() -> None:
-    import lorica.client
+    import lorica.owner.client
     from lorica.privacy.ledger import Ledger
 
-    step, charge = lorica.client.noisy_gradient, Ledger.charge
+    step, charge = lorica.owner.client.noisy_gradient, Ledger.charge
     steps = 0
 
     def held_step(*args: Any) -> Any:
@@ -39,7 +39,7 @@ def hold_the_client() -> None:
         charge(*args)
         hold("charged")
 
-    lorica.client.noisy_gradient = held_step
+    lorica.owner.client.noisy_gradient = held_step
     Ledger.charge = held_charge  # type: ignore[method-assign]
 
 

@@ -9,14 +9,12 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from torch import Tensor
 
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.messages import Request, decode
-from lorica.node import Invitation
+from lorica.messages import Invitation, Request, decode, decode_account, decode_plan
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account
 from lorica.secure_sum.quantisation import Shapes
@@ -121,7 +119,7 @@ class FlowerEngine:
         replies = {}
         for client, content in self._ask(run, contents).items():
             try:
-                self._accounts[client] = TypeAdapter(Account).validate_json(str(content["account"]))
+                self._accounts[client] = decode_account(str(content["account"]))
                 replies[client] = bytes(content["reply"])
             except (KeyError, TypeError, ValueError) as error:
                 logger.warning("client %d: its answer cannot be read (%s)", client, type(error).__name__)
@@ -179,7 +177,7 @@ class FlowerEngine:
                 self._declined[node] = answer
                 continue
             try:
-                plan = TypeAdapter(ClientPlan).validate_json(str(answer["plan"]))
+                plan = decode_plan(str(answer["plan"]))
                 problem = self._problem(plan, connected)
             except (KeyError, ValueError):
                 problem = "its answer cannot be read"

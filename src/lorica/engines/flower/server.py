@@ -14,8 +14,10 @@ from lorica.adapters.base_files import base_identity, resolve_base
 from lorica.config import ExperimentConfig, load
 from lorica.engines.flower.engine import FlowerEngine
 from lorica.errors import UserError
-from lorica.experiment import Result, conduct, finished_result, prepare
 from lorica.messages import OWNER
+from lorica.run.result import Result, finished_result
+from lorica.run.rounds import conduct
+from lorica.run.setup import prepare
 from lorica.tasks.loading import load_tests
 from lorica.tasks.records import Task
 

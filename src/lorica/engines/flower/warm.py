@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 
 from lorica.errors import UserError
-from lorica.node_settings import NodeSettings
+from lorica.owner.settings import NodeSettings
 
 START_SECONDS = 120.0
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 def ask(
     node_config: Mapping[str, Any], invitation: str, request: bytes | None, question: str | None = None
 ) -> dict[str, str | bytes]:
-    """The node's answer (`lorica.node.respond`), from the worker if `worker` is set, else from this process."""
+    """The node's answer (`lorica.owner.node.respond`), from the worker if `worker` is set, else from this process."""
     try:
         settings = NodeSettings.of(node_config)
         if settings.worker:
@@ -55,14 +55,14 @@ def ask(
     except (OSError, EOFError):
         logger.exception("two workers ended before they answered")
         return {"refused": "an error at the node; its log has it"}
-    from lorica.node import respond
+    from lorica.owner.node import respond
 
     return respond(settings, invitation, request, question)
 
 
 def serve(settings: NodeSettings, address: Path) -> None:
     """Answer messages, one after another, until none has come for `worker_idle` seconds."""
-    from lorica.node import respond
+    from lorica.owner.node import respond
 
     listener = socket.socket(socket.AF_UNIX)
     # Bound under another name first: whoever finds the socket can connect to it.

@@ -44,17 +44,17 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from lorica.adapters.names import is_a, is_factor, other_factor
 from lorica.adapters.state import leading
+from lorica.local.optimizers import AdamW
 from lorica.local.smoothing import NOISE_ENERGY
 from lorica.messages import Training
-from lorica.optimizers import AdamW
 from lorica.privacy.mechanism import Terms
 
 FAILURE = 1e-12
 """`p` of one event."""
 ROUNDING = 1e-3
 """Relative slack for what fp32 makes of sums."""
-FACTORS = (".A", ".B")
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,13 @@ def _sgd(work: Training, records: int, tensors: Mapping[str, Tensor], active: Ma
         responses = _responses(
             len(steps), work.rates[name], work.optimizer.momentum, decay + amplified * local.proximal
         )
-        rescaled = NOISE_ENERGY**0.5 if local.smoothing == "rescale" and name.endswith(FACTORS) else 1.0
+        rescaled = NOISE_ENERGY**0.5 if local.smoothing == "rescale" and is_factor(name) else 1.0
         gains[name] = [rescaled * amplified * response for response in responses]
         drifts[name] = amplified * norm(work.corrections[name]) * sum(responses) if name in work.corrections else 0.0
         if decay:
             # Where a client starts with a tensor of its own, the server does not know.
             drifts[name] += math.inf if name in work.personal else decay * norm(tensors[name]) * sum(responses)
-        tails[name] = amplified * local.tail_penalty * sum(responses) if name.endswith(FACTORS) else 0.0
+        tails[name] = amplified * local.tail_penalty * sum(responses) if is_factor(name) else 0.0
     independent = not any(_depends_on_noise(name, work, active) for name in active)
 
     def noise(scales: Mapping[str, float]) -> float:
@@ -204,20 +204,20 @@ def _responses(steps: int, rate: float, momentum: float, pull: float) -> list[fl
 
 def _amplification(name: str, work: Training, tensors: Mapping[str, Tensor]) -> float:
     """`κ`: the norm of what the noisy gradient is multiplied by."""
-    if work.local.damping is None or not name.endswith(FACTORS):
+    if work.local.damping is None or not is_factor(name):
         return 1.0
-    other = _other(name)
+    other = other_factor(name)
     if other in work.trained:
         return 1 / work.local.damping
     factor = tensors[other].double()
-    gram = factor @ factor.T if other.endswith(".A") else factor.T @ factor
+    gram = factor @ factor.T if is_a(other) else factor.T @ factor
     return 1 / (float(torch.linalg.eigvalsh(gram)[0].clamp(min=0)) + work.local.damping)
 
 
 def _depends_on_noise(name: str, work: Training, active: Mapping[str, list[int]]) -> bool:
     """Whether a step's map from gradient to increment depends on the noise of earlier ones."""
-    preconditioned = work.local.damping is not None and _other(name) in active
-    return name.endswith(FACTORS) and (bool(work.local.tail_penalty) or preconditioned)
+    preconditioned = work.local.damping is not None and other_factor(name) in active
+    return is_factor(name) and (bool(work.local.tail_penalty) or preconditioned)
 
 
 def _with_tail(
@@ -230,7 +230,7 @@ def _with_tail(
     """Solve `u = a + k (‖other_0‖ + u')`, `u' = a' + k' (‖own_0‖ + u)` for `u`; infinite where they feed each other."""
     if not tails[name]:
         return alone[name]
-    other = _other(name)
+    other = other_factor(name)
     if {name, other} & set(work.personal):
         return math.inf
     own, k = alone[name] + tails[name] * norm(tensors[other]), tails[name]
@@ -239,7 +239,3 @@ def _with_tail(
     k_other = tails[other]
     fed = k * (alone[other] + k_other * norm(tensors[name]))
     return (own + fed) / (1 - k * k_other) if k * k_other < 1 else math.inf
-
-
-def _other(name: str) -> str:
-    return f"{name[:-2]}.{'A' if name.endswith('.B') else 'B'}"

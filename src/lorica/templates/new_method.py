@@ -12,7 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from lorica.errors import UserError
 from lorica.files import write_atomically
 
-TEMPLATES = Path(__file__).parent / "templates" / "method"
+TEMPLATES = Path(__file__).parent / "method"
 LONGEST_NAME = 40
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorica.adapters.state import Pair
+from lorica.adapters.names import Pair, factor_a, factor_b, is_a, is_factor, is_middle, middle, site_of
 from lorica.messages import Delivery, Projection, Request, Training
 
 Shape = tuple[int, ...]
@@ -19,7 +19,7 @@ LARGEST = 2**31
 """Of what is counted: rounds, requests, steps."""
 
 
-def mistake(request: Request, model: Mapping[str, Shape]) -> str | None:
+def check_request(request: Request, model: Mapping[str, Shape]) -> str | None:
     """What makes a request one that cannot be carried out; None if nothing does.
 
     Args:
@@ -36,7 +36,7 @@ def mistake(request: Request, model: Mapping[str, Shape]) -> str | None:
     if isinstance(request.work, Delivery):
         return _increments(request.work.merged, sites) or _tensors(request.work.model, model, None, whole=True)
     if isinstance(request.work, Projection):
-        ranks = [len(value) for name, value in request.tensors.items() if name.endswith(".A") and value.dim() == 2]
+        ranks = [len(value) for name, value in request.tensors.items() if is_a(name) and value.dim() == 2]
         rank = ranks[0] if ranks else None
         return _tensors(request.tensors, model, rank, request.sequence == 0) or _bases(request.work, sites)
     wrong = _training(request.work, model, sites)
@@ -49,7 +49,7 @@ def _training(work: Training, model: Mapping[str, Shape], sites: Mapping[str, Sh
     rank = _rank(model)
     if work.rank is not None and not 1 <= work.rank <= rank:
         return f"rank {work.rank}, and the model has {rank}"
-    known = model.keys() | {f"{site}.R" for site in sites}
+    known = model.keys() | {middle(site) for site in sites}
     unknown = [name for name in work.trained if name not in known]
     if unknown:
         return f"it trains {unknown[0]!r:.80}, which this model does not have"
@@ -81,12 +81,12 @@ def _tensors(tensors: Mapping[str, Tensor], model: Mapping[str, Shape], rank: in
 
 
 def _shape(name: str, model: Mapping[str, Shape], rank: int | None) -> Shape | None:
-    if name.endswith(".R") and f"{name[:-2]}.A" in model:
+    if is_middle(name) and factor_a(site_of(name)) in model:
         return (_rank(model),) * 2
     shape = model.get(name)
-    if shape is None or rank is None or not name.endswith((".A", ".B")):
+    if shape is None or rank is None or not is_factor(name):
         return shape
-    return (min(rank, shape[0]), shape[1]) if name.endswith(".A") else (shape[0], min(rank, shape[1]))
+    return (min(rank, shape[0]), shape[1]) if is_a(name) else (shape[0], min(rank, shape[1]))
 
 
 def _increments(pairs: Mapping[str, Pair], sites: Mapping[str, Shape]) -> str | None:
@@ -112,12 +112,12 @@ def _bases(work: Projection, sites: Mapping[str, Shape]) -> str | None:
 
 def _sites(model: Mapping[str, Shape]) -> dict[str, Shape]:
     """Site name -> `(d_out, d_in)`."""
-    names = [name[:-2] for name in model if name.endswith(".A")]
-    return {name: (model[f"{name}.B"][0], model[f"{name}.A"][1]) for name in names}
+    names = [site_of(name) for name in model if is_a(name)]
+    return {name: (model[factor_b(name)][0], model[factor_a(name)][1]) for name in names}
 
 
 def _rank(model: Mapping[str, Shape]) -> int:
-    return next(shape[0] for name, shape in model.items() if name.endswith(".A"))
+    return next(shape[0] for name, shape in model.items() if is_a(name))
 
 
 def _widest(sites: Mapping[str, Shape]) -> int:

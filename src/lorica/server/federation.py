@@ -12,16 +12,18 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
-from lorica.adapters.state import AdapterState, Factors, Pair, leading
+from lorica.adapters.names import ENERGY, SKETCH, Pair, under
+from lorica.adapters.state import AdapterState, Factors, leading
 from lorica.errors import UserError
-from lorica.messages import ENERGY, SKETCH, Delivery, Projection, Request, Training, part, size
-from lorica.methods.base import Method, Project, Replies, Server, Train
+from lorica.messages import Delivery, Projection, Request, Training, size
+from lorica.methods.base import Method
+from lorica.methods.exchange import Project, Replies, Train
+from lorica.methods.server import Server
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account
 from lorica.secure_sum.quantisation import Shapes, coordinates
 from lorica.secure_sum.setup import Setup
-from lorica.streams import numpy_stream
-from lorica.validation import Expected, expected_reply, problem
+from lorica.server.reply_checks import Expected, check_reply, expected_reply
 
 Weighting = Literal["uniform", "records", "noise"]
 WORD_BITS = 32
@@ -83,7 +85,7 @@ class Traffic:
 
 
 @dataclass
-class Known:
+class SentState:
     """What a client has of the global adapter: a version of each tensor, and so many merged ranks of each site.
 
     Attributes:
@@ -119,7 +121,7 @@ class Federation:
     weighting: Weighting
     min_clients: int | None = None
     secure_sum: bool = False
-    _known: dict[int, Known] = field(default_factory=dict)
+    _sent: dict[int, SentState] = field(default_factory=dict)
 
     def join(self) -> None:
         """Take in the clients that have joined since the last call."""
@@ -170,7 +172,7 @@ class Federation:
             if isinstance(asked, Train):
                 traffic.factors = _united(traffic.factors, _per_site(asked, self.server))
             if isinstance(asked, Train) and self.server.scaffold is not None:
-                self.server.scaffold.learn(replies, self.server)
+                self.server.scaffold.learn(replies.updates, replies.weights, self.server.rates, self.server.local_steps)
             try:
                 asked = steps.send(replies)
             except StopIteration:
@@ -206,7 +208,7 @@ class Federation:
             {},
             self._weights(traffic),
             means={name: value for name, value in means.items() if not name.startswith(SKETCH)},
-            mean_sketches=part(means, SKETCH),
+            mean_sketches=under(SKETCH, means),
         )
 
     def _expected(self, request: Request, expected: Mapping[int, Expected]) -> Expected:
@@ -233,7 +235,7 @@ class Federation:
                 continue
             traffic.bytes_up[client] += size(replies[client])
             expected[client] = self._expected(request, expected)
-            wrong = problem(replies[client], expected[client])
+            wrong = check_reply(replies[client], expected[client])
             if wrong is None:
                 accepted[client] = replies[client]
             else:
@@ -245,7 +247,7 @@ class Federation:
         for client, reason in reasons.items():
             logger.warning("round %d goes on without client %d: %s", self.server.round, client, reason)
             # It may or may not have taken in what it was sent.
-            self._known.pop(client, None)
+            self._sent.pop(client, None)
         traffic.participants = [client for client in traffic.participants if client not in reasons]
         traffic.missing = sorted([*traffic.missing, *reasons])
         self._check_enough(traffic, reasons)
@@ -271,18 +273,18 @@ class Federation:
             common = Projection({name: basis.contiguous() for name, basis in asked.bases.items()})
         requests = {}
         for client in participants:
-            known = self._known.setdefault(client, Known())
-            rank = asked.ranks.get(client) if isinstance(asked, Train) else known.rank
+            sent = self._sent.setdefault(client, SentState())
+            rank = asked.ranks.get(client) if isinstance(asked, Train) else sent.rank
             work = common
             if isinstance(work, Training):
                 corrections = {} if scaffold is None else scaffold.corrections(client, work.trained)
                 work = replace(work, terms=server.terms[client], rank=rank, corrections=corrections)
-            tensors = self._changed(known, rank)
-            restart, increments = self._new_increments(known)
+            tensors = self._changed(sent, rank)
+            restart, increments = self._new_increments(sent)
             requests[client] = Request(
-                self.run, client, server.round, exchange, tensors, work, increments, restart, known.requests
+                self.run, client, server.round, exchange, tensors, work, increments, restart, sent.requests
             )
-            known.requests += 1
+            sent.requests += 1
         return requests
 
     def _training(self, train: Train, client: int) -> Training:
@@ -302,25 +304,25 @@ class Federation:
             last_step_energy=train.last_step_energy,
         )
 
-    def _changed(self, known: Known, rank: int | None) -> dict[str, Tensor]:
+    def _changed(self, sent: SentState, rank: int | None) -> dict[str, Tensor]:
         """Tensors that a client lacks; all of them if its rank has grown."""
         model = self.server.model
-        versions = {} if _grown(known.rank, rank) else known.versions
+        versions = {} if _grown(sent.rank, rank) else sent.versions
         changed = {
             # As it is after a journey: products of other layouts round otherwise, and engines agree bit for bit.
             name: leading(name, value, rank).contiguous()
             for name, value in model.tensors.items()
             if versions.get(name) != model.versions[name]
         }
-        known.rank, known.versions = rank, dict(model.versions)
+        sent.rank, sent.versions = rank, dict(model.versions)
         return changed
 
-    def _new_increments(self, known: Known) -> tuple[bool, dict[str, Pair]]:
+    def _new_increments(self, sent: SentState) -> tuple[bool, dict[str, Pair]]:
         """Merged ranks that a client lacks, and whether they replace what it has."""
         model = self.server.model
-        restart = known.epoch != model.epoch
-        have = {} if restart else known.merged
-        known.epoch, known.merged = model.epoch, {name: pair[0].shape[1] for name, pair in model.merged.items()}
+        restart = sent.epoch != model.epoch
+        have = {} if restart else sent.merged
+        sent.epoch, sent.merged = model.epoch, {name: pair[0].shape[1] for name, pair in model.merged.items()}
         return restart, new_ranks(model, have)
 
 
@@ -332,30 +334,6 @@ def new_ranks(model: AdapterState, have: Mapping[str, int]) -> dict[str, Pair]:
         if first < b.shape[1]:
             found[name] = (b[:, first:].contiguous(), a[first:].contiguous())
     return found
-
-
-def participation_schedule(clients: int, rounds: int, participation: float, seed: int) -> list[list[int]]:
-    """Participants of each round, sorted: `max(1, round(participation · clients))` of them.
-
-    Balanced rotation: a public permutation is used up before the next one is drawn, so that after any number of rounds
-    two clients' participations differ by at most one. The schedule is known before the run, so each client's budget is
-    computed for exactly the steps that it will run.
-    """
-    size_of_round = max(1, round(participation * clients))
-    draws = numpy_stream(seed, "participation")
-    queue: list[int] = []
-    schedule = []
-    for _ in range(rounds):
-        chosen: list[int] = queue[:size_of_round]
-        queue = queue[size_of_round:]
-        if len(chosen) < size_of_round:
-            # Those who sit out the end of one permutation come first in the next one, and nobody is drawn twice.
-            fresh = [client for client in draws.permutation(clients).tolist() if client not in chosen]
-            needed = size_of_round - len(chosen)
-            queue = fresh[needed:] + chosen
-            chosen = chosen + fresh[:needed]
-        schedule.append(sorted(chosen))
-    return schedule
 
 
 def client_weights(weighting: str, plans: list[ClientPlan]) -> dict[int, float]:
@@ -372,22 +350,6 @@ def client_weights(weighting: str, plans: list[ClientPlan]) -> dict[int, float]:
     return {plan.client: float(weight) for plan, weight in zip(plans, values / values.sum(), strict=True)}
 
 
-def client_ranks(rule: list[int] | str | None, clients: int, rank: int, seed: int) -> dict[int, int]:
-    """Client -> rank of its factors; empty where all have the whole one.
-
-    `halving`: `r, r/2, r/4, …, 1` and from the start again. `random`: uniform on `1…r` from the public seed.
-    """
-    if rule is None:
-        return {}
-    if rule == "halving":
-        levels = rank.bit_length()
-        return {client: rank >> (client % levels) for client in range(clients)}
-    if rule == "random":
-        draws = numpy_stream(seed, "ranks")
-        return {client: int(draws.integers(1, rank + 1)) for client in range(clients)}
-    return dict(enumerate(int(own) for own in rule))
-
-
 def _grown(before: int | None, now: int | None) -> bool:
     return before is not None and (now is None or now > before)
 
@@ -400,10 +362,10 @@ def _replies(released: Mapping[int, Mapping[str, Tensor]], weights: dict[int, fl
         },
         weights=weights,
         energies={
-            client: {name: float(value) for name, value in part(tensors, ENERGY).items()}
+            client: {name: float(value) for name, value in under(ENERGY, tensors).items()}
             for client, tensors in released.items()
         },
-        sketches={client: part(tensors, SKETCH) for client, tensors in released.items()},
+        sketches={client: under(SKETCH, tensors) for client, tensors in released.items()},
     )
 
 

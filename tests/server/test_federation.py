@@ -8,36 +8,37 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.config import PrivacyConfig, load
+from lorica.engines.local import prepare_local
 from lorica.errors import UserError
-from lorica.experiment import prepare_local
-from lorica.federation import client_weights, participation_schedule
 from lorica.privacy.plan import plan_client
+from lorica.schedule import participation_schedule
+from lorica.server.federation import client_weights
 
 
 @given(
     clients=st.integers(1, 12),
     rounds=st.integers(1, 40),
-    participation=st.floats(0.01, 1.0),
+    participants=st.integers(1, 12),
     seed=st.integers(0, 1000),
 )
-def test_rotation_is_balanced_at_every_moment(clients: int, rounds: int, participation: float, seed: int) -> None:
-    schedule = participation_schedule(clients, rounds, participation, seed)
-    expected = max(1, round(participation * clients))
+def test_rotation_is_balanced_at_every_moment(clients: int, rounds: int, participants: int, seed: int) -> None:
+    participants = min(participants, clients)
+    schedule = participation_schedule(clients, rounds, participants, seed)
     counts: Counter[int] = Counter()
-    for participants in schedule:
-        assert participants == sorted(set(participants))
-        assert len(participants) == expected
-        counts.update(participants)
+    for chosen in schedule:
+        assert chosen == sorted(set(chosen))
+        assert len(chosen) == participants
+        counts.update(chosen)
         assert max(counts.values()) - min(counts[client] for client in range(clients)) <= 1
-    assert schedule == participation_schedule(clients, rounds, participation, seed)
+    assert schedule == participation_schedule(clients, rounds, participants, seed)
 
 
 def test_everyone_takes_part_at_full_participation() -> None:
-    assert participation_schedule(3, 4, 1.0, 0) == [[0, 1, 2]] * 4
+    assert participation_schedule(3, 4, 3, 0) == [[0, 1, 2]] * 4
 
 
 def test_different_seeds_draw_different_clients() -> None:
-    assert participation_schedule(10, 5, 0.3, 0) != participation_schedule(10, 5, 0.3, 1)
+    assert participation_schedule(10, 5, 3, 0) != participation_schedule(10, 5, 3, 1)
 
 
 def test_weights_follow_their_formula() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,12 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from lorica.adapters.state import Pair
+from lorica.adapters.names import Pair, flat_pairs, pairs_under, under
 from lorica.errors import UserError
 from lorica.files import write_atomically
-from lorica.messages import part
 
 KEPT = 2
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,15 @@ class Checkpoint:
     Attributes:
         adapter: the global tensors.
         merged: site name -> `(B, A)` merged into its frozen weight.
-        method_numbers, method_tensors: what the method remembers.
-        server_numbers, server_tensors: what server optimiser, filters and averages remember.
+        method: `Method.state_dict`.
+        server: `Server.state_dict`: server optimiser, filters and averages.
     """
 
     round: int
     adapter: dict[str, Tensor]
     merged: dict[str, Pair]
-    method_numbers: dict[str, Any]
-    method_tensors: dict[str, Tensor]
-    server_numbers: dict[str, Any]
-    server_tensors: dict[str, Tensor]
+    method: dict[str, Any]
+    server: dict[str, Any]
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -49,16 +47,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         UserError: the disk is full or the folder cannot be written; earlier checkpoints stay.
     """
     tensors = {f"adapter/{name}": value for name, value in checkpoint.adapter.items()}
-    tensors |= {f"method/{name}": value for name, value in checkpoint.method_tensors.items()}
-    tensors |= {f"server/{name}": value for name, value in checkpoint.server_tensors.items()}
-    for name, (b, a) in checkpoint.merged.items():
-        tensors |= {f"merged/B/{name}": b, f"merged/A/{name}": a}
+    tensors |= flat_pairs(checkpoint.merged, "merged/B/", "merged/A/")
+    method, method_tensors = _separated(checkpoint.method)
+    server, server_tensors = _separated(checkpoint.server)
+    tensors |= {f"method/{path}": value for path, value in method_tensors.items()}
+    tensors |= {f"server/{path}": value for path, value in server_tensors.items()}
     content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
     state = {
         "version": VERSION,
         "round": checkpoint.round,
-        "method": checkpoint.method_numbers,
-        "server": checkpoint.server_numbers,
+        "method": method,
+        "server": server,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
     final = folder / f"round-{checkpoint.round:06d}"
@@ -77,7 +76,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The latest checkpoint, or None if there is none.
 
     Raises:
-        UserError: it is damaged; names the folder to delete so that the run resumes from the one before.
+        UserError: it is damaged, and the folder to delete is named, so that the run resumes from the one before; or
+            another version of Lorica wrote it.
     """
     rounds = _rounds(folder)
     if not rounds:
@@ -87,19 +87,21 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         content = (latest / "state.safetensors").read_bytes()
         state = json.loads((latest / "state.json").read_text())
         if state["version"] != VERSION:
-            raise ValueError(f"version {state['version']}, expected {VERSION}")
+            raise UserError(
+                "checkpoint",
+                str(latest),
+                f"has format {state['version']}, and this version of Lorica reads format {VERSION}",
+                "finish the run with the version of Lorica that started it, or set another name",
+            )
         if hashlib.sha256(content).hexdigest() != state["sha256"]:
             raise ValueError("state.safetensors does not match its checksum")
         tensors = safetensors.torch.load(content)
-        b, a = part(tensors, "merged/B/"), part(tensors, "merged/A/")
         return Checkpoint(
             round=state["round"],
-            adapter=part(tensors, "adapter/"),
-            merged={name: (b[name], a[name]) for name in b},
-            method_numbers=state["method"],
-            method_tensors=part(tensors, "method/"),
-            server_numbers=state["server"],
-            server_tensors=part(tensors, "server/"),
+            adapter=under("adapter/", tensors),
+            merged=pairs_under("merged/B/", "merged/A/", tensors),
+            method=_united(state["method"], under("method/", tensors)),
+            server=_united(state["server"], under("server/", tensors)),
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
@@ -112,3 +114,31 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
 def _rounds(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*"))
+
+
+def _separated(state: Mapping[str, Any], path: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A nested state as what JSON can hold, and its tensors by their path `KEY/KEY/…`."""
+    plain: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for key, value in state.items():
+        if "/" in key:
+            raise ValueError(f"a key of a state has no '/': {key!r}")
+        if isinstance(value, Tensor):
+            tensors[f"{path}{key}"] = value
+        elif isinstance(value, Mapping):
+            plain[key], inner = _separated(value, f"{path}{key}/")
+            tensors |= inner
+        else:
+            plain[key] = value
+    return plain, tensors
+
+
+def _united(plain: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of `_separated`."""
+    for path, value in tensors.items():
+        *keys, last = path.split("/")
+        inner = plain
+        for key in keys:
+            inner = inner[key]
+        inner[last] = value
+    return plain

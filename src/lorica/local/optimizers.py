@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lorica.adapters.names import is_a, is_b
 from lorica.config import OptimizerConfig
 from lorica.privacy.released import Released, post_process
 
@@ -88,5 +89,5 @@ def make_optimizer(config: OptimizerConfig, rates: Mapping[str, float]) -> Sgd |
 
 def learning_rates(config: OptimizerConfig, names: list[str]) -> dict[str, float]:
     """Rate of each trained tensor: `lr_a` for factors A, `lr_b` for factors B, `lr` for the rest and where unset."""
-    by_kind = {"A": config.lr_a, "B": config.lr_b}
-    return {name: by_kind.get(name.rsplit(".", 1)[-1]) or config.lr for name in names}
+    own = {name: config.lr_a if is_a(name) else config.lr_b if is_b(name) else None for name in names}
+    return {name: rate or config.lr for name, rate in own.items()}

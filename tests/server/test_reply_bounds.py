@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from lorica.config import OptimizerConfig
-from lorica.local import bounds
-from lorica.local.bounds import clipped_norm, gaussian_norm, gradient_bound, update_bounds
-from lorica.local.step import LocalStep, shape
+from lorica.local.optimizers import make_optimizer
+from lorica.local.step import LocalStep, transform_gradients
 from lorica.messages import Training
-from lorica.optimizers import make_optimizer
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.released import _release
+from lorica.server import reply_bounds as bounds
+from lorica.server.reply_bounds import clipped_norm, gaussian_norm, gradient_bound, update_bounds
 
 RECORDS = 40
 TERMS = Terms(sampling_rate=0.2, batch_size=8, clip_norm=1.0, noise_multiplier=0.7)
@@ -59,7 +59,7 @@ def follow(work: Training, start: dict[str, Tensor], gradients: list[dict[str, T
     optimizer, values = make_optimizer(work.optimizer, work.rates), dict(start)
     for step, gradient in enumerate(gradients):
         active = {name: _release(gradient[name]) for name in work.local.active(work.trained, step)}
-        shaped = shape(active, values, start, work.corrections, work.local)
+        shaped = transform_gradients(active, values, start, work.corrections, work.local)
         for name, increment in optimizer.step(shaped, values).items():
             values[name] = values[name] + increment.tensor
     return {name: values[name] - start[name] for name in work.trained}

@@ -10,10 +10,11 @@ import numpy as np
 
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.federation import participation_schedule
 from lorica.files import home_folder
 from lorica.privacy.ledger import ledger_beside
 from lorica.privacy.plan import ClientPlan, plan_client
+from lorica.privacy.unit import RECORD, PrivacyUnit
+from lorica.schedule import participation_schedule
 from lorica.streams import numpy_stream, stream_seed
 from lorica.tasks.groups import by_group
 from lorica.tasks.owners import first_source
@@ -29,14 +30,6 @@ def by_privacy_unit(config: ExperimentConfig, task: Task) -> Task:
         return task
     divided = config.federation.partition in ("column", "files")
     return by_group(task, config.privacy.group_records, divided, stream_seed(config.seed, "groups"))
-
-
-def privacy_unit(config: ExperimentConfig) -> str:
-    """What is sampled and clipped as one: `record`, or `group COLUMN, at most N records`."""
-    privacy = config.privacy
-    if privacy == "none" or privacy.group is None:
-        return "record"
-    return f"group {privacy.group}, at most {privacy.group_records} records"
 
 
 def divide(config: ExperimentConfig, task: Task) -> list[Records]:
@@ -66,7 +59,7 @@ def hold_out(config: ExperimentConfig, client: int, records: Records) -> tuple[R
     share = config.federation.private_test
     if share == 0:
         return records, None
-    if privacy_unit(config) != "record":
+    if PrivacyUnit.of(config.privacy) != RECORD:
         reason = "a group is one record, and its records have a prediction each"
         raise UserError("federation.private_test", share, reason, "set it to 0")
     order = numpy_stream(config.seed, "private-test", client).permutation(len(records))
@@ -84,7 +77,7 @@ def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
         UserError: the batch size is above the client's records.
     """
     federation = config.federation
-    schedule = participation_schedule(federation.clients, federation.rounds, federation.participation, config.seed)
+    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
     steps = federation.local_steps * sum(client in participants for participants in schedule)
     plan = plan_client(client, records, federation.batch_size, steps, config.privacy)
     if plan.delta is not None and plan.delta >= 1 / records:

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lorica.adapters.names import ENERGY, SKETCH, factor_a, factor_b, is_b, is_factor, site_of
 from lorica.adapters.state import leading
-from lorica.local.bounds import FACTORS, ROUNDING, active_steps, gradient_bound, norm, update_bounds
 from lorica.local.sketches import sketch_matrix
-from lorica.messages import ENERGY, SKETCH, Projection, Request, Training
+from lorica.messages import Projection, Request, Training
+from lorica.server.reply_bounds import ROUNDING, active_steps, gradient_bound, norm, update_bounds
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Expected:
     kept: Mapping[str, float] = field(default_factory=dict)
 
 
-def problem(reply: Mapping[str, Tensor], expected: Expected) -> str | None:
+def check_reply(reply: Mapping[str, Tensor], expected: Expected) -> str | None:
     """What is wrong with a reply, with the tensor's name; None if nothing is."""
     missing, extra = expected.shapes.keys() - reply.keys(), reply.keys() - expected.shapes.keys()
     if missing:
@@ -70,7 +71,8 @@ def expected_reply(
 ) -> Expected:
     """What an honest client can reply.
 
-    Exactly the tensors asked for, fp32 and finite; with privacy also the bounds of `lorica.local.bounds`. Of sketches:
+    Exactly the tensors asked for, fp32 and finite; with privacy also the bounds of
+    `lorica.server.reply_bounds`. Of sketches:
     `‖B_k A_k Ω‖ ≤ ‖B_0 A_0 Ω‖ + ‖U_B‖ ‖A_0 Ω‖₂ + ‖B_k‖ ‖U_A‖ ‖Ω‖₂` and `‖A_kᵀ B_kᵀ Q‖ ≤ ‖A_k‖ ‖B_k‖ ‖Q‖₂`.
 
     Args:
@@ -91,11 +93,11 @@ def _training(work: Training, records: int, model: Mapping[str, Tensor], seed: i
     sent = [name for name in active if name not in work.personal]
     sketched = []
     if work.sketch_columns is not None:
-        sent = [name for name in sent if not name.endswith(FACTORS)]
-        sketched = [name[:-2] for name in active if name.endswith(".B")]
+        sent = [name for name in sent if not is_factor(name)]
+        sketched = [site_of(name) for name in active if is_b(name)]
     energies = [name for name, steps in active.items() if work.last_step_energy and steps[-1] == work.steps - 1]
     shapes = {name: tuple(tensors[name].shape) for name in sent}
-    shapes |= {f"{SKETCH}{site}": (tensors[f"{site}.B"].shape[0], work.sketch_columns or 0) for site in sketched}
+    shapes |= {f"{SKETCH}{site}": (tensors[factor_b(site)].shape[0], work.sketch_columns or 0) for site in sketched}
     shapes |= {f"{ENERGY}{name}": () for name in energies}
     if not work.terms.private:
         return Expected(shapes)
@@ -103,13 +105,14 @@ def _training(work: Training, records: int, model: Mapping[str, Tensor], seed: i
     norms = {name: bounds.norms[name] for name in sent}
     for name in energies:
         norms[f"{ENERGY}{name}"] = gradient_bound(work.terms, records, tensors[name].numel()) ** 2
-    ends = {name: norm(tensors[name]) + bounds.norms[name] for name in active if name.endswith(FACTORS)}
+    ends = {name: norm(tensors[name]) + bounds.norms[name] for name in active if is_factor(name)}
     for site in sketched:
-        a, b = tensors[f"{site}.A"], tensors[f"{site}.B"]
+        name_a, name_b = factor_a(site), factor_b(site)
+        a, b = tensors[name_a], tensors[name_b]
         omega = sketch_matrix(seed, round_number, site, a.shape[1], work.sketch_columns or 0)
-        bound = norm(b @ (a @ omega)) + bounds.norms[f"{site}.B"] * _spectral(a @ omega)
-        if f"{site}.A" in active:
-            bound += ends[f"{site}.B"] * bounds.norms[f"{site}.A"] * _spectral(omega)
+        bound = norm(b @ (a @ omega)) + bounds.norms[name_b] * _spectral(a @ omega)
+        if name_a in active:
+            bound += ends[name_b] * bounds.norms[name_a] * _spectral(omega)
         norms[f"{SKETCH}{site}"] = (1 + ROUNDING) * bound
     return Expected(
         shapes,
@@ -125,10 +128,11 @@ def _projection(work: Projection, model: Mapping[str, Tensor], earlier: Expected
     kept = {} if earlier is None else earlier.kept
     shapes, norms = {}, {}
     for site, basis in work.bases.items():
-        a, name = model[f"{site}.A"], f"{SKETCH}{site}"
+        name_a, name_b, name = factor_a(site), factor_b(site), f"{SKETCH}{site}"
+        a = model[name_a]
         shapes[name] = (a.shape[1], basis.shape[1])
-        if f"{site}.B" in kept:
-            norms[name] = (1 + ROUNDING) * kept.get(f"{site}.A", _spectral(a)) * kept[f"{site}.B"] * _spectral(basis)
+        if name_b in kept:
+            norms[name] = (1 + ROUNDING) * kept.get(name_a, _spectral(a)) * kept[name_b] * _spectral(basis)
     return Expected(shapes, norms, kept=kept)
 
 

@@ -5,76 +5,37 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import EMBEDDED, base_identity, resolve_base
 from lorica.adapters.export import Export, export_adapter
-from lorica.client import Client
+from lorica.adapters.loading import check_isolated, load_model
+from lorica.adapters.names import flat_pairs, pairs_under, under
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
-from lorica.experiment import check_isolated, load_model
 from lorica.files import replaced_folder, write_atomically
-from lorica.messages import OWNER, Delivery, Request, decode, encode, part
-from lorica.node_settings import NodeSettings
-from lorica.owners import by_privacy_unit, divide, hold_out, ledger_path, planned, privacy_unit
+from lorica.messages import OWNER, Delivery, Invitation, Request, decode, encode, encode_account, encode_plan
+from lorica.owner.client import Client
+from lorica.owner.request_checks import check_request
+from lorica.owner.settings import NodeSettings
+from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, planned
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.statement import Account, charged
-from lorica.request_checks import mistake
+from lorica.privacy.unit import PrivacyUnit
 from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.stages import Part, answer
 from lorica.tasks.loading import load_training
 from lorica.tasks.records import Records, Task
 
-# It is written into logs and files of the owner.
-RUN = re.compile(r"[A-Za-z0-9._-]{1,100}")
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Invitation:
-    """What every message of a run carries.
-
-    Attributes:
-        run: identity of the run.
-        experiment: the server's configuration as JSON.
-        base: hash of the server's base model.
-    """
-
-    run: str
-    experiment: str
-    base: str
-
-    def encode(self) -> str:
-        return json.dumps(asdict(self), sort_keys=True)
-
-    @classmethod
-    def decode(cls, text: str) -> Invitation:
-        """The inverse of `encode`.
-
-        Raises:
-            Refused: not an invitation.
-        """
-        try:
-            content = json.loads(text)
-            invitation = cls(**content)
-        except (ValueError, TypeError, RecursionError):
-            invitation = None
-        if invitation is None or not all(isinstance(value, str) for value in asdict(invitation).values()):
-            raise Refused("the message holds no invitation that this version of Lorica understands")
-        if not RUN.fullmatch(invitation.run):
-            raise Refused("the run's name is not made of at most 100 letters, digits and -, _ or .")
-        return invitation
 
 
 class Node:
@@ -114,7 +75,7 @@ class Node:
             plan=self.plan,
             ledger=ledger,
             dataset=dataset,
-            unit=privacy_unit(self._config),
+            unit=PrivacyUnit.of(self._config.privacy),
             seed=self._config.seed,
             micro_batch_tokens=0,
             private_test=private_test,
@@ -171,7 +132,7 @@ class Node:
             raise Refused(f"the request is for client {request.client} of run {request.run!r:.100}, not for this one")
         if request.round > self._config.federation.rounds:
             raise Refused(f"round {request.round} is beyond the {self._config.federation.rounds} of this run")
-        wrong = mistake(request, self._shapes)
+        wrong = check_request(request, self._shapes)
         if wrong is not None:
             raise Refused(f"the request cannot be carried out: {wrong}")
         if not isinstance(request.work, Delivery):
@@ -231,16 +192,14 @@ class Node:
         if path.is_file():
             tensors = decode(path.read_bytes())
             self._client.sequence = int(tensors.pop("sequence"))
-            self._client.held = part(tensors, "held:")
-            b, a = part(tensors, "merged.B:"), part(tensors, "merged.A:")
-            self._client.merged = {site: (b[site], a[site]) for site in b}
+            self._client.held = under("held:", tensors)
+            self._client.merged = pairs_under("merged.B:", "merged.A:", tensors)
 
     def _save(self) -> None:
         """What the next request builds on; a process may live for one message only."""
         assert self._client.sequence is not None
         tensors = {f"held:{name}": value for name, value in self._client.held.items()}
-        for site, (b, a) in self._client.merged.items():
-            tensors |= {f"merged.B:{site}": b, f"merged.A:{site}": a}
+        tensors |= flat_pairs(self._client.merged, "merged.B:", "merged.A:")
         tensors["sequence"] = torch.tensor(self._client.sequence)
         write_atomically(self._folder / "adapter.safetensors", encode(tensors))
 
@@ -356,8 +315,8 @@ def respond(
         elif request is not None:
             reply = node.answer(request)
         else:
-            return {"plan": TypeAdapter(ClientPlan).dump_json(node.plan).decode()}
-        return {"reply": reply, "account": TypeAdapter(Account).dump_json(node.account).decode()}
+            return {"plan": encode_plan(node.plan)}
+        return {"reply": reply, "account": encode_account(node.account)}
     except (Refused, SummationError) as refusal:
         logger.warning("refused: %s", refusal)
         return {"refused": str(refusal)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lorica.config import OptimizerConfig
-from lorica.optimizers import learning_rates, make_optimizer
+from lorica.local.optimizers import learning_rates, make_optimizer
 from lorica.privacy.released import Released, _release, post_process
 
 NAMES = ["x.A", "x.B", "head.weight"]

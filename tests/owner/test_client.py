@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lorica.client import Client
 from lorica.config import OptimizerConfig, PrivacyConfig
 from lorica.errors import UserError
 from lorica.messages import Request, Training, decode
+from lorica.owner.client import Client
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.plan import Refused, plan_client

@@ -13,19 +13,21 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
-from lorica.adapters.state import Pair, leading, stack_pairs
+from lorica.adapters.names import ENERGY, Pair, is_factor
+from lorica.adapters.state import leading, stack_pairs
 from lorica.files import append_line
+from lorica.local.optimizers import make_optimizer
 from lorica.local.perturbation import strength
 from lorica.local.sketches import project, sketch
-from lorica.local.step import shape
-from lorica.messages import ENERGY, Delivery, Reply, Request, Training
-from lorica.optimizers import make_optimizer
+from lorica.local.step import transform_gradients
+from lorica.messages import Delivery, Reply, Request, Training
 from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.mechanism import noisy_gradient
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy
 from lorica.privacy.randomness import Randomness, ReproducibleRandomness, SecureRandomness
 from lorica.privacy.released import Released, post_process
+from lorica.privacy.unit import RECORD, PrivacyUnit
 from lorica.streams import stream_seed, torch_stream
 from lorica.tasks.records import Records, evaluating
 
@@ -43,7 +45,7 @@ class Client:
         plan: what it agreed to; a request that goes beyond it is refused.
         ledger: charged before a reply leaves. Also keeps what stays with the client, so that a crash loses nothing.
         dataset: fingerprint of the data set that the records are part of.
-        unit: what one of `records` is, for the ledger.
+        unit: what one of `records` is.
         seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
         private_test: records that the owner tests on; the results stay with it.
         policy: the owner's limits over all runs; None where one process plays all owners.
@@ -59,7 +61,7 @@ class Client:
     dataset: str
     seed: int
     micro_batch_tokens: int
-    unit: str = "record"
+    unit: PrivacyUnit = RECORD
     private_test: Records | None = None
     policy: Policy | None = None
     held: dict[str, Tensor] = field(default_factory=dict)
@@ -96,7 +98,7 @@ class Client:
                 self._review(self.ledger.releases(), request)
         release = Release(
             dataset=self.dataset,
-            owner=self.records.fingerprint(),
+            records=self.records.fingerprint(),
             run=request.run,
             client=self.number,
             round=request.round,
@@ -191,7 +193,7 @@ class Client:
                         randomness,
                         self.micro_batch_tokens,
                     )
-                shaped = shape(gradients, values, start, work.corrections, work.local)
+                shaped = transform_gradients(gradients, values, start, work.corrections, work.local)
                 for name, increment in optimizer.step(shaped, values).items():
                     updates[name] = post_process(torch.add, updates[name], increment) if name in updates else increment
                 values = adapter | {name: start[name] + update.tensor for name, update in updates.items()}
@@ -202,7 +204,7 @@ class Client:
         kept = {name: value for name, value in moved.items() if name in work.personal}
         if work.sketch_columns is not None:
             sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
-            kept |= {name: moved[name] for name in moved if name.endswith((".A", ".B"))}
+            kept |= {name: moved[name] for name in moved if is_factor(name)}
             released = {name: value for name, value in released.items() if name not in kept} | sketches
         if work.last_step_energy:
             released |= {f"{ENERGY}{name}": post_process(_energy, gradient) for name, gradient in gradients.items()}

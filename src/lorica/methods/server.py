@@ -1,0 +1,153 @@
+"""What a method may see and change: the global adapter, and numbers that are public."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lorica.adapters.names import Pair
+from lorica.adapters.sites import Site
+from lorica.adapters.state import AdapterState, leading
+from lorica.aggregation.averaging import RoundAverage
+from lorica.aggregation.denoising import Denoiser
+from lorica.aggregation.memory import Memory
+from lorica.aggregation.noise import update_noise_variance
+from lorica.aggregation.robust import Aggregate
+from lorica.aggregation.scaffold import Scaffold
+from lorica.aggregation.server_optimizers import ServerAverage, ServerOptimizer
+from lorica.config import OptimizerConfig
+from lorica.local.step import LocalStep
+from lorica.methods.exchange import Replies
+from lorica.privacy.mechanism import Terms
+from lorica.streams import numpy_stream
+
+
+@dataclass
+class Server:
+    """What a method may see and change: the global adapter and public numbers.
+
+    Attributes:
+        model: the global adapter.
+        round, rounds: the current round, from 1, and how many there are.
+        terms: client -> its DP terms.
+        optimizer, local_steps: what clients do between two exchanges.
+        rates: tensor name -> learning rate.
+        seed: public.
+        local: what clients do with the noisy gradient before the optimiser, as configured.
+        ranks: client -> rank of its factors; empty if all have the whole one.
+        aggregate: what takes the place of the weighted mean; None for nothing.
+        optimize: the server optimiser.
+        denoise: what is done to a mean update before it.
+        average: the average over rounds that is evaluated and exported.
+        scaffold: control variates.
+    """
+
+    model: AdapterState
+    rounds: int
+    terms: Mapping[int, Terms]
+    optimizer: OptimizerConfig
+    local_steps: int
+    rates: Mapping[str, float]
+    seed: int
+    round: int = 0
+    local: LocalStep = field(default_factory=LocalStep)
+    ranks: Mapping[int, int] = field(default_factory=dict)
+    aggregate: Aggregate | None = None
+    optimize: ServerOptimizer = field(default_factory=lambda: ServerAverage(1.0))
+    denoise: Denoiser | None = None
+    average: RoundAverage | None = None
+    scaffold: Scaffold | None = None
+
+    @property
+    def private(self) -> bool:
+        """Whether clients add noise."""
+        return any(terms.private for terms in self.terms.values())
+
+    def generator(self, purpose: str) -> np.random.Generator:
+        """Public randomness of this round."""
+        return numpy_stream(self.seed, purpose, self.round)
+
+    def refined(self, replies: Replies) -> dict[str, Tensor]:
+        """The mean update after the configured denoising and server optimiser: for methods that do more than add it."""
+        mean = replies.mean
+        noise = self._noise(mean, replies)
+        if self.denoise is not None:
+            mean = self.denoise.step(mean, noise, self.round)
+        return self.optimize.step(mean, noise, self.round)
+
+    def step(self, replies: Replies) -> None:
+        """Move the global tensors by the mean update, after the configured denoising and server optimiser."""
+        self.model.add(self.refined(replies))
+
+    def step_head(self, replies: Replies) -> None:
+        """The same for the head alone, where the method aggregates the factors in its own way."""
+        if replies.means is not None:
+            means = {name: value for name, value in replies.means.items() if name in self.model.head}
+            self.step(replace(replies, means=means))
+            return
+        head = {
+            client: {name: value for name, value in updates.items() if name in self.model.head}
+            for client, updates in replies.updates.items()
+        }
+        self.step(replace(replies, updates=head))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the server-side pieces carry from round to round, for a checkpoint."""
+        return {name: piece.state_dict() for name, piece in self._pieces().items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        for name, piece in self._pieces().items():
+            piece.load_state_dict(state[name])
+
+    def _pieces(self) -> dict[str, Memory]:
+        pieces: dict[str, Memory | None] = {
+            "optimizer": self.optimize,
+            "denoise": self.denoise,
+            "average": self.average,
+            "scaffold": self.scaffold,
+        }
+        return {name: piece for name, piece in pieces.items() if piece is not None}
+
+    def finish_round(self) -> None:
+        """Take the round's model into the average over rounds."""
+        if self.average is not None:
+            self.average.update(self.model.tensors)
+
+    @property
+    def evaluated(self) -> dict[str, Tensor]:
+        """The tensors to evaluate and to export: the average over rounds where it is kept."""
+        if self.average is not None and self.average.tensors:
+            return dict(self.average.tensors)
+        return dict(self.model.tensors)
+
+    def _noise(self, names: Iterable[str], replies: Replies) -> dict[str, float]:
+        """Variance of the DP noise in each coordinate of the mean update."""
+        momentum = self.optimizer.momentum
+        return {
+            name: update_noise_variance(self.terms, replies.weights, self.rates[name], self.local_steps, momentum)
+            for name in names
+        }
+
+
+def is_zero(server: Server, sites: list[Site]) -> bool:
+    """Whether `B` is zero at some of these sites: then `∂L/∂A = γ Bᵀ G` is zero there, and training A uploads noise."""
+    return any(not bool(server.model.tensors[site.b].any()) for site in sites)
+
+
+def client_factors(server: Server, replies: Replies, site: Site, ranks: Mapping[int, int]) -> dict[int, Pair]:
+    """Client -> `(B_k, A_k)` as it ended: the leading ranks that it started from plus its updates.
+
+    Args:
+        ranks: as in the `Train` that was answered.
+    """
+    factors = {}
+    for client in sorted(replies.updates):
+        start = {name: leading(name, server.model.tensors[name], ranks.get(client)) for name in (site.b, site.a)}
+        b, a = (start[name] + replies.updates[client].get(name, 0) for name in (site.b, site.a))
+        factors[client] = (b, a)
+    return factors

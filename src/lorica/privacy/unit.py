@@ -1,0 +1,67 @@
+"""The unit of privacy: what is sampled, clipped and protected as one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lorica.config import PrivacyConfig
+
+_GROUP = re.compile(r"group (.*), at most (\d+) records", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class PrivacyUnit:
+    """A record, or all records of a group (a patient, a user).
+
+    `str` gives the words that the ledger and `privacy.json` have: `record`, or `group COLUMN, at most N records`.
+    Releases of different units do not add up.
+
+    Attributes:
+        column: whose values say which group a record belongs to; None for single records.
+        group_records: most records of a group that are used.
+    """
+
+    column: str | None = None
+    group_records: int = 1
+
+    @classmethod
+    def of(cls, privacy: PrivacyConfig | Literal["none"]) -> PrivacyUnit:
+        """The unit that a configuration asks for."""
+        if privacy == "none" or privacy.group is None:
+            return cls()
+        return cls(privacy.group, privacy.group_records)
+
+    @classmethod
+    def parse(cls, text: str) -> PrivacyUnit:
+        """The inverse of `str`.
+
+        Raises:
+            ValueError: no unit that this version knows.
+
+        >>> PrivacyUnit.parse("group patient, at most 8 records")
+        PrivacyUnit(column='patient', group_records=8)
+        """
+        if text == "record":
+            return cls()
+        found = _GROUP.fullmatch(text)
+        if found is None:
+            raise ValueError(f"{text!r} is no unit of privacy")
+        return cls(found[1], int(found[2]))
+
+    def __str__(self) -> str:
+        return "record" if self.column is None else f"group {self.column}, at most {self.group_records} records"
+
+    @property
+    def noun(self) -> str:
+        """`record` or `group`, for sentences."""
+        return "record" if self.column is None else "group"
+
+    @property
+    def level(self) -> str:
+        """`Record-level` or `Group-level`, as in "Record-level DP"."""
+        return f"{self.noun.capitalize()}-level"
+
+
+RECORD = PrivacyUnit()

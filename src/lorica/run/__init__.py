@@ -1,0 +1,1 @@
+"""One run: prepared, conducted round by round, kept in a folder, resumed."""

@@ -1,0 +1,61 @@
+"""What a finished run leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorica.config import ExperimentConfig
+from lorica.reporting.run_folder import read_run
+from lorica.run.folder import claim_folder
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder; `report.html` is in it.
+        adapter: the PEFT folder.
+        metrics: one dictionary a round, round 0 first.
+        privacy: the content of privacy.json.
+    """
+
+    folder: Path
+    adapter: Path
+    metrics: list[dict[str, Any]]
+    privacy: dict[str, Any]
+
+    @property
+    def score(self) -> float:
+        """The task's main metric after the last evaluated round."""
+        return float([row["score"] for row in self.metrics if "score" in row][-1])
+
+    @property
+    def starting_score(self) -> float:
+        return float(self.metrics[0]["score"])
+
+    @property
+    def epsilon(self) -> float:
+        """The largest over the clients; infinite without privacy."""
+        return float(max(client.get("epsilon", float("inf")) for client in self.privacy["clients"]))
+
+
+def read_result(folder: Path) -> Result:
+    """The result of a finished run, from its folder."""
+    run = read_run(folder)
+    return Result(folder, folder / "adapter", run.metrics, run.privacy or {})
+
+
+def finished_result(config: ExperimentConfig) -> Result | None:
+    """The result of this experiment's run if it has ended before.
+
+    Raises:
+        UserError: the run folder holds another experiment.
+    """
+    folder = config.folder
+    claim_folder(folder, config)
+    if (folder / "adapter").is_dir() and (folder / "privacy.json").is_file():
+        return read_result(folder)
+    return None

@@ -1,0 +1,202 @@
+"""Run the rounds that are left over any engine, and write what they give into the run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lorica.adapters.export import Export, export_adapter
+from lorica.aggregation.averaging import RoundAverage
+from lorica.aggregation.denoising import make_denoiser
+from lorica.aggregation.robust import make_aggregate
+from lorica.aggregation.scaffold import Scaffold
+from lorica.aggregation.server_optimizers import make_server_optimizer
+from lorica.files import append_line, replaced_folder, write_atomically
+from lorica.local.optimizers import learning_rates
+from lorica.local.step import LocalStep
+from lorica.methods.server import Server
+from lorica.privacy.statement import privacy_statement
+from lorica.privacy.unit import PrivacyUnit
+from lorica.reporting.card import model_card
+from lorica.reporting.html import write_report
+from lorica.reporting.run_folder import read_run
+from lorica.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lorica.run.folder import keep_rounds, open_run
+from lorica.run.result import Result, read_result
+from lorica.run.setup import Prepared
+from lorica.server.federation import Engine, Federation
+
+OnStart = Callable[[Prepared, Federation, int], None]
+
+
+def conduct(
+    prepared: Prepared,
+    engine: Engine,
+    on_start: OnStart,
+    on_round: Callable[[dict[str, Any]], None],
+) -> Result:
+    """Run the rounds that are left, whatever moves the messages, and write everything into the run folder.
+
+    Raises:
+        UserError: a client's budget does not allow the run, or too few clients take part.
+    """
+    config, folder = prepared.config, prepared.config.folder
+    run = open_run(folder, config, str(prepared.model.device))
+    if prepared.partition is not None:
+        write_atomically(folder / "partition.json", json.dumps(prepared.partition, ensure_ascii=False).encode())
+    checkpoint = load_checkpoint(folder / "checkpoint")
+    federation = _assemble(prepared, engine, run, checkpoint)
+    federation.join()
+    on_start(prepared, federation, federation.server.round)
+    keep_rounds(folder / "metrics.jsonl", federation.server.round)
+    keep_rounds(folder / "decisions.jsonl", federation.server.round)
+    if checkpoint is None:
+        keep_rounds(folder / "metrics.jsonl", -1)
+        metrics = {"round": 0} | _evaluate(prepared, federation)
+        append_line(folder / "metrics.jsonl", json.dumps(metrics))
+        on_round(metrics)
+    while federation.server.round < config.federation.rounds:
+        on_round(_one_round(prepared, federation))
+    return _finish(prepared, federation)
+
+
+def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoint | None) -> Federation:
+    config = prepared.config
+    server = Server(
+        model=prepared.state,
+        rounds=config.federation.rounds,
+        terms={},
+        optimizer=config.optimizer,
+        local_steps=config.federation.local_steps,
+        rates=learning_rates(config.optimizer, list(prepared.state.tensors)),
+        seed=config.seed,
+        local=LocalStep(
+            proximal=config.local.fedprox,
+            damping=config.local.damping if config.local.scaled_gd else None,
+            perturbation=config.local.flat_lora,
+        ),
+        ranks=prepared.ranks,
+        aggregate=make_aggregate(config.server),
+        optimize=make_server_optimizer(config.server),
+        denoise=make_denoiser(config.server),
+        average=RoundAverage(config.server.average) if config.server.average else None,
+        scaffold=Scaffold(config.federation.clients) if config.local.scaffold else None,
+    )
+    if checkpoint is not None:
+        server.round = checkpoint.round
+        server.model.assign(checkpoint.adapter)
+        server.model.merge(checkpoint.merged)
+        server.load_state_dict(checkpoint.server)
+        prepared.method.load_state_dict(checkpoint.method)
+    return Federation(
+        run=run,
+        method=prepared.method,
+        server=server,
+        engine=engine,
+        plans={},
+        schedule=prepared.schedule,
+        weighting=config.federation.weights,
+        min_clients=config.federation.min_clients,
+        secure_sum=config.federation.secure_sum,
+    )
+
+
+def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
+    folder = prepared.config.folder
+    started = time.perf_counter()
+    traffic = federation.round()
+    server = federation.server
+    metrics: dict[str, Any] = {"round": server.round}
+    last = server.round == server.rounds
+    if last or server.round % prepared.config.federation.evaluate_every == 0:
+        metrics |= _evaluate(prepared, federation)
+    spent = [
+        plan.epsilon(server.local_steps * sum(number in who for who in prepared.schedule[: server.round]))
+        for number, plan in federation.plans.items()
+        if plan.delta is not None
+    ]
+    metrics |= {"epsilon": max(spent)} if spent else {}
+    metrics |= {
+        "seconds": time.perf_counter() - started,
+        "server_seconds": traffic.server_seconds,
+        "participants": traffic.participants,
+        "missing": traffic.missing,
+        "bytes_up": traffic.bytes_up,
+        "bytes_down": traffic.bytes_down,
+    }
+    decisions = {"round": server.round, "factors": traffic.factors} | prepared.method.decisions()
+    append_line(folder / "decisions.jsonl", json.dumps(decisions))
+    append_line(folder / "metrics.jsonl", json.dumps(metrics))
+    save_checkpoint(
+        folder / "checkpoint",
+        Checkpoint(
+            server.round,
+            server.model.tensors,
+            server.model.merged,
+            prepared.method.state_dict(),
+            server.state_dict(),
+        ),
+    )
+    return metrics
+
+
+def _evaluate(prepared: Prepared, federation: Federation) -> dict[str, Any]:
+    """On the public test set: of the global model, or of every client's own and their mean.
+
+    Clients' own models that are not in this process are not evaluated.
+    """
+    config, model, server = prepared.config, prepared.model, federation.server
+    if config.federation.private_test or server.round == server.rounds:
+        federation.deliver(final=server.round == server.rounds)
+    models = _models(prepared, federation)
+    if not models:
+        return {}
+    model.merge(server.model.merged)
+    found = []
+    main = prepared.task.objective.metric
+    for tensors in models.values():
+        model.write(tensors)
+        found.append(
+            prepared.task.evaluate(model.peft_model, config.federation.pass_tokens(model.device.type), model.device)
+        )
+    mean = {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}
+    own = {"client_scores": {number: metrics[main] for number, metrics in enumerate(found)}}
+    return mean | {"metric": main, "score": mean[main]} | (own if prepared.method.personal else {})
+
+
+def _models(prepared: Prepared, federation: Federation) -> dict[str, dict[str, Tensor]]:
+    """Name -> tensors of every model that the method ends with and the server has.
+
+    One, named "", or one for each client of this process.
+    """
+    tensors = federation.server.evaluated
+    if not prepared.method.personal:
+        return {"": tensors}
+    personal = federation.engine.personal(federation.run)
+    return {f"client-{number}": tensors | dict(own) for number, own in personal.items()}
+
+
+def _finish(prepared: Prepared, federation: Federation) -> Result:
+    config, folder = prepared.config, prepared.config.folder
+    statement = privacy_statement(
+        federation.plans,
+        federation.engine.accounts(federation.run),
+        None if config.privacy == "none" else config.privacy.epsilon,
+        PrivacyUnit.of(config.privacy),
+    )
+    write_atomically(folder / "privacy.json", json.dumps(statement, indent=2).encode())
+    # What every client has in common, where the rest of a model is with its client.
+    models = _models(prepared, federation) or {"": federation.server.evaluated}
+    export = Export(config.model, config.task.type, prepared.task.label_names, config.seed)
+    with replaced_folder(folder / "adapter") as target:
+        for name, tensors in models.items():
+            prepared.model.write(tensors)
+            path = f"adapter/{name}".rstrip("/")
+            card = model_card(read_run(folder), f'import lorica\n\nmodel = lorica.load_adapter("{path}")')
+            export_adapter(prepared.model, federation.server.model.merged, target / name, export, card)
+    write_report(folder)
+    return read_result(folder)

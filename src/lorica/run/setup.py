@@ -1,0 +1,94 @@
+"""The server's side of a run, loaded and checked before anything is released or written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lorica.adapters.adapted import AdaptedModel
+from lorica.adapters.loading import check_isolated, load_model
+from lorica.adapters.state import AdapterState
+from lorica.aggregation.robust import check_aggregate
+from lorica.config import ExperimentConfig, FederationConfig
+from lorica.errors import UserError
+from lorica.methods.base import Method, make_method
+from lorica.methods.pieces import check_pieces
+from lorica.schedule import client_ranks, participation_schedule
+from lorica.tasks.records import Task
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The server's side of a run, checked; nothing has been released and no file written.
+
+    Attributes:
+        state: the global adapter.
+        schedule: participants of each round, index 0 for round 1.
+        ranks: client -> rank of its factors; empty if all have the whole one.
+        partition: label counts of each simulated client (`partition.json`), where they may be shown.
+    """
+
+    config: ExperimentConfig
+    task: Task
+    model: AdaptedModel
+    state: AdapterState
+    method: Method
+    schedule: list[list[int]]
+    ranks: dict[int, int]
+    partition: dict[str, Any] | None = None
+
+
+def prepare(config: ExperimentConfig, task: Task) -> Prepared:
+    """Load and check the server's side.
+
+    Args:
+        task: of its records the server needs the public test sets only.
+
+    Raises:
+        UserError: names the key, the value and the remedy.
+    """
+    model = load_model(config, task)
+    state = AdapterState(model.sites, model.read())
+    method = make_method(config.method, model.sites)
+    federation = config.federation
+    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
+    ranks = _client_ranks(config)
+    fewest = _fewest_replies(federation, len(schedule[0]))
+    # Of a secure sum the server sees as much as of one client's reply.
+    method.check(config.optimizer, 1 if federation.secure_sum else fewest, federation.local_steps)
+    check_pieces(config, method)
+    check_aggregate(config.server, fewest)
+    if federation.weights == "noise" and config.privacy == "none":
+        raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
+    check_isolated(config, model, task.test)
+    method.start(state, config.seed)
+    return Prepared(config, task, model, state, method, schedule, ranks)
+
+
+def _fewest_replies(federation: FederationConfig, participants: int) -> int:
+    """How many clients' replies a round has at least."""
+    if federation.min_clients is None:
+        return participants
+    if federation.min_clients > participants:
+        raise UserError(
+            "federation.min_clients",
+            federation.min_clients,
+            f"only {participants} clients take part in a round",
+            f"choose at most {participants}",
+        )
+    return federation.min_clients
+
+
+def _client_ranks(config: ExperimentConfig) -> dict[int, int]:
+    own, federation = config.lora.client_ranks, config.federation
+    if isinstance(own, list):
+        if len(own) != federation.clients:
+            raise UserError(
+                "lora.client_ranks",
+                own,
+                f"{len(own)} ranks for {federation.clients} clients",
+                "give one for each client",
+            )
+        if not all(1 <= rank <= config.lora.r for rank in own):
+            raise UserError("lora.client_ranks", own, f"not all between 1 and lora.r = {config.lora.r}", "change them")
+    return client_ranks(own, federation.clients, config.lora.r, config.seed)

@@ -1,0 +1,1 @@
+"""Packages that Lorica writes for its users."""
