@@ -43,3 +43,9 @@ class TextRegression(TaskKind):
 
     def made_up(self, label_names: list[str]) -> dict[str, list[Any]]:
         return dict.fromkeys(self.config.text, TEXTS) | {self.config.label: [0.0] * len(TEXTS)}
+
+    @classmethod
+    def prepare_model(cls, model: Any, base: str) -> None:
+        from lorica.tasks.models import pad_as_configured
+
+        pad_as_configured(model)
