@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,8 @@ def test_made_up_rows_are_read_by_the_kinds_own_reader(name: str, tmp_path: Path
     assert task.train.fingerprint() == task.test.fingerprint()
 
 
+# The made-up rows have one label.
+@pytest.mark.filterwarnings("ignore:A single label was found")
 @pytest.mark.parametrize(("name", "keys"), [(name, keys) for name in KINDS for keys in VARIANTS.get(name, [{}])])
 def test_a_private_test_computes_what_the_policy_asks_about(name: str, keys: dict[str, Any], tmp_path: Path) -> None:
     config = with_made_up_rows(tmp_path, name, **LENGTHS | keys)
@@ -129,6 +133,20 @@ def test_a_private_test_computes_what_the_policy_asks_about(name: str, keys: dic
     for missing in found:
         with pytest.raises(Refused, match=r"policy\.metrics"):
             review([metric for metric in found if metric != missing])
+
+
+def test_the_kind_in_the_contributors_page_is_a_whole_one() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = page.partition("## Add a kind of task")[2]
+    code = textwrap.dedent(section.partition("```python\n")[2].partition("```")[0])
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert not inspect.isabstract(names["Severity"])
+    config = TaskConfig(type="text-regression", train="a", test="b", text=["one", "two"], label="rate")
+    kind = names["Severity"](config)
+    assert kind.metrics == ["pearson", "spearman"]
+    assert made_up(kind, []).table.column_names == list(kind.column_keys())
+    assert kind.objective(None).metric == "pearson"
 
 
 def test_an_unknown_kind_is_one_clear_error() -> None:

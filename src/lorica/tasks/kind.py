@@ -90,13 +90,15 @@ class TaskKind(ABC):
 
     @abstractmethod
     def objective(self, processor: Any) -> Objective:
-        """What is minimised, and how a model is evaluated."""
+        """What is minimised, and how a model is evaluated.
+
+        The loss of a row of the model's input may depend on that row alone (`Batch.by_example`), since the clip bounds
+        nothing else.
+        """
 
     @abstractmethod
     def made_up(self, label_names: list[str]) -> dict[str, list[Any]]:
-        """Column -> three values that nobody wrote, of different lengths if they are texts: a model is checked on them
-        where no public records are at hand (`lorica.tasks.made_up`).
-        """
+        """Column -> three values that nobody wrote, of different lengths if they are texts (`lorica.tasks.made_up`)."""
 
     @classmethod
     def outputs(cls, label_names: list[str]) -> int:
