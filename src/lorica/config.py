@@ -130,12 +130,12 @@ class TaskConfig(Strict):
     answer_format: Literal["text", "gsm8k"] = "text"
     """Language modelling: compare answers as text, or the number after `####` with the last number of the answer."""
 
-    @field_validator("type")
+    @field_validator("type", mode="before")
     @classmethod
-    def _registered(cls, value: str) -> str:
+    def _registered(cls, value: Any) -> Any:
         kinds = registered(TASK_KINDS)
-        if value not in kinds:
-            raise _mistake("no such kind of task", remedy_for_unknown(value, kinds))
+        if value not in list(kinds):
+            raise _mistake("no such kind of task", remedy_for_unknown(str(value), kinds))
         return value
 
     @field_validator("metrics")

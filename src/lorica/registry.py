@@ -17,5 +17,5 @@ def registered(group: str) -> dict[str, EntryPoint]:
 def remedy_for_unknown(name: str, known: Iterable[str]) -> str:
     """What to do about a name that is not among the known ones: the nearest of them, and all of them."""
     known = list(known)
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    nearest = difflib.get_close_matches(name, known, n=1)
     return (f"did you mean {nearest[0]!r}? " if nearest else "") + f"Choose among: {', '.join(known)}"

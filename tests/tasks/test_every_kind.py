@@ -15,7 +15,7 @@ import transformers
 from pyarrow import parquet
 
 from lorica.adapters.base_model import load_base
-from lorica.config import ModelConfig, TaskConfig, load
+from lorica.config import ModelConfig, TaskConfig, load, validate
 from lorica.errors import UserError
 from lorica.privacy.plan import Refused
 from lorica.privacy.policy import Policy
@@ -149,13 +149,17 @@ def test_the_kind_in_the_contributors_page_is_a_whole_one() -> None:
     assert kind.objective(None).metric == "pearson"
 
 
-def test_an_unknown_kind_is_one_clear_error() -> None:
-    content = {"name": "x", "model": {"base": "b"}, "task": {"type": "text-clasification", "train": "a", "test": "b"}}
-    with pytest.raises(UserError) as caught:
+@pytest.mark.parametrize("value", ["text-clasification", None, 3, ["text-classification"]])
+def test_an_unknown_kind_is_one_clear_error(value: Any) -> None:
+    content = {"name": "x", "model": {"base": "b"}, "task": {"type": value, "train": "a", "test": "b"}}
+    with pytest.raises(UserError, match="no such kind of task") as caught:
         load(content)
-    assert (caught.value.key, caught.value.value) == ("task.type", "text-clasification")
-    assert "did you mean 'text-classification'?" in str(caught.value).lower()
+    assert (caught.value.key, caught.value.value) == ("task.type", value)
     assert all(name in str(caught.value) for name in KINDS)
+    if isinstance(value, str):
+        assert "Did you mean 'text-classification'?" in str(caught.value)
+    with pytest.raises(UserError, match=r"policy\.tasks\.type"):
+        validate(Policy, {"max_epsilon": 1, "delta": 0.1, "base_models": None, "tasks": [{"type": value}]}, "policy")
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,7 @@ from lorica.privacy.accounting import epsilon_above
 from lorica.privacy.ledger import Release, lifetime_above, lifetime_epsilon
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.unit import PrivacyUnit
-from lorica.registry import TASK_KINDS, registered
-from lorica.tasks.kind import kind_named, kind_of
+from lorica.tasks.kind import kind_of, kinds
 
 
 class Policy(Strict):
@@ -231,7 +230,7 @@ def _column_keys() -> list[str]:
 
     Where an entry of `tasks` leaves one out, its default is meant.
     """
-    used = {key for name in registered(TASK_KINDS) for key in kind_named(name).columns}
+    used = {key for kind in kinds() for key in kind.columns}
     return [key for key in TaskConfig.model_fields if key in used]
 
 

@@ -122,16 +122,21 @@ class TaskKind(ABC):
         return keys
 
 
+def kinds() -> list[type[TaskKind]]:
+    """The classes of all kinds that are registered."""
+    return [entry.load() for entry in registered(TASK_KINDS).values()]
+
+
 def kind_named(name: str) -> type[TaskKind]:
     """The class that is registered under a name.
 
     Raises:
         UserError: there is none.
     """
-    kinds = registered(TASK_KINDS)
-    if name not in kinds:
-        raise UserError("task.type", name, "no such kind of task", remedy_for_unknown(name, kinds))
-    kind: type[TaskKind] = kinds[name].load()
+    known = registered(TASK_KINDS)
+    if name not in known:
+        raise UserError("task.type", name, "no such kind of task", remedy_for_unknown(name, known))
+    kind: type[TaskKind] = known[name].load()
     return kind
 
 
