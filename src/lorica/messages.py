@@ -57,8 +57,9 @@ class Invitation:
             Refused: not an invitation.
         """
         try:
-            content = json.loads(text) if len(text) <= LONGEST_INVITATION else None
-            invitation = cls(**content)
+            if len(text) > LONGEST_INVITATION:
+                raise ValueError("too long")
+            invitation = cls(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
             invitation = None
         if invitation is None or not all(isinstance(value, str) for value in asdict(invitation).values()):

@@ -16,7 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-TYPES = {torch.float32: ("F32", np.dtype("<f4")), torch.int64: ("I64", np.dtype("<i8"))}
+TYPES: dict[torch.dtype, tuple[str, np.dtype[Any]]] = {
+    torch.float32: ("F32", np.dtype("<f4")),
+    torch.int64: ("I64", np.dtype("<i8")),
+}
 """All that Lorica writes: tensors of a model in fp32, and counts."""
 LARGEST_HEADER = 2**22
 """Bytes of a header, a request's JSON included."""
@@ -24,7 +27,7 @@ LONGEST_NAME = 1000
 _METADATA = "__metadata__"
 # Of a header's line beside the name: type, shape and byte range.
 _LINE = 200
-_NUMPY = dict(TYPES.values())
+_NUMPY: dict[str, np.dtype[Any]] = dict(TYPES.values())
 
 
 def encode(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
