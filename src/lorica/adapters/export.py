@@ -20,9 +20,11 @@ from lorica.adapters.names import Pair
 from lorica.adapters.state import fold, stack_pairs
 from lorica.config import ModelConfig
 from lorica.errors import UserError
+from lorica.pretrained import damaged_file
 
 DESCRIPTION = "lorica.json"
 WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 
 
@@ -60,7 +62,8 @@ def load_adapter(folder: str | Path) -> nn.Module:
     """Base model, head and adapter of a finished run, in evaluation mode, fp32.
 
     Raises:
-        UserError: the folder was not written by Lorica, or holds one adapter for each client.
+        UserError: the folder was not written by Lorica, or holds one adapter for each client; a file of it is missing
+            or damaged. Weights are read from safetensors only, and no module that the folder names is imported.
     """
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
@@ -70,13 +73,30 @@ def load_adapter(folder: str | Path) -> nn.Module:
                 "adapter", str(folder), "every client has an adapter of its own", f"give {Path(folder) / own[0]}, say"
             )
         raise UserError("adapter", str(folder), f"holds no {DESCRIPTION}", "give the adapter folder of a finished run")
-    description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
-    base = load_base(config, description["task_type"], description["label_names"], description["seed"])
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks for a property that transformers 5 has renamed.
-        warnings.simplefilter("ignore", FutureWarning)
-        model: nn.Module = PeftModel.from_pretrained(base.model, folder).eval()
+    for name in (WEIGHTS, ADAPTER_CONFIG):
+        if not (path.parent / name).is_file():
+            raise UserError("adapter", str(folder), f"holds no {name}", "give the adapter folder of a finished run")
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
+        for_peft = json.loads((path.parent / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        # PEFT imports the module that `megatron_core` names.
+        if for_peft["peft_type"] != "LORA" or for_peft.get("megatron_config") is not None:
+            raise ValueError(f"{ADAPTER_CONFIG} is not one that Lorica writes")
+        base = load_base(config, description["task_type"], description["label_names"], description["seed"])
+        with warnings.catch_warnings():
+            # PEFT 0.21 asks for a property that transformers 5 has renamed.
+            warnings.simplefilter("ignore", FutureWarning)
+            model: nn.Module = PeftModel.from_pretrained(base.model, folder).eval()
+    except UserError:
+        raise
+    # PEFT and the libraries below it raise errors of a dozen types.
+    except Exception as error:
+        damaged = damaged_file(path.parent)
+        unfit = f"{WEIGHTS} or {ADAPTER_CONFIG} does not fit: {type(error).__name__}: {error}".splitlines()[0]
+        reason = unfit if damaged is None else f"{damaged} is damaged"
+        problem = f"cannot be loaded ({reason})"
+        raise UserError("adapter", str(folder), problem, "export the adapter again, or get another copy") from error
     return model
 
 
@@ -96,7 +116,7 @@ def _raise_ranks(model: AdaptedModel, merged: Mapping[str, Pair], folder: Path) 
         ranks[site.name] = pair[0].shape[1]
         scales[site.name] = site.scale * ranks[site.name]
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config_path = folder / "adapter_config.json"
+    config_path = folder / ADAPTER_CONFIG
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config |= {"rank_pattern": ranks, "alpha_pattern": scales, "use_rslora": False}
     config |= {"r": max(ranks.values()), "lora_alpha": max(scales.values())}

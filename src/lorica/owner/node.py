@@ -20,6 +20,7 @@ from lorica.adapters.names import flat_pairs, pairs_under, under
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.files import replaced_folder, write_atomically
+from lorica.markdown import code
 from lorica.messages import OWNER, Delivery, Invitation, Request, encode_account, encode_plan
 from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.request_checks import check_request
@@ -210,7 +211,8 @@ class Node:
         self._model.write(dict(work.model) | own)
         export = Export(self._config.model, self._config.task.type, self._label_names, self._config.seed)
         whose = "this client's own" if own else "the federation's"
-        card = f"# {self._config.name}\n\nA LoRA adapter, {whose}, of run {run} ({self._config.method.name}).\n"
+        method = self._config.method.name
+        card = f"# {self._config.name}\n\nA LoRA adapter, {whose}, of run {run} (`{code(method)}`).\n"
         with replaced_folder(self._folder / "adapter") as target:
             export_adapter(self._model, work.merged, target, export, card)
         logger.info("the run has ended; its adapter is in %s", self._folder / "adapter")

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lorica.markdown import code, fenced, inline
 from lorica.reporting.clients import GUARANTEE, client_rows
 from lorica.reporting.run_folder import Run, metric_name, not_private
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
@@ -33,23 +34,23 @@ def model_card(run: Run, load_lines: str) -> str:
     tags = ["lora", "federated-learning", "differential-privacy", "lorica"]
     front["tags"] = [tag for tag in tags if tag != "differential-privacy" or _has_noise(run)]
     reason = not_private(run)
-    warning = f"\n> **Not a private release: {_inline(reason)}**\n" if reason else ""
+    warning = f"\n> **Not a private release: {inline(reason)}**\n" if reason else ""
     version = run.environment.get("lorica")
-    trained_with = "Lorica" if version is None else f"Lorica {_inline(version)}"
+    trained_with = "Lorica" if version is None else f"Lorica {inline(version)}"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
-# {_inline(run.name)}
+# {inline(run.name)}
 {warning}
-A LoRA adapter for `{_code(base)}`, trained with {trained_with} on data that stayed with its owners.
+A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that stayed with its owners.
 
-* Method: `{_code(run.method)}`
-* Test {metric_name(run.metrics)}: {score_text(run)}
+* Method: `{code(run.method)}`
+* Test {inline(metric_name(run.metrics))}: {score_text(run)}
 * Rounds: {rounds_text(run)}
 
 ## How to load it
 
-{_fenced(load_lines)}
+{fenced(load_lines)}
 
 ## Privacy
 
@@ -59,9 +60,10 @@ A LoRA adapter for `{_code(base)}`, trained with {trained_with} on data that sta
 def _privacy(run: Run) -> str:
     privacy = run.privacy or {}
     if not _has_noise(run):
-        return f"**Nothing here is a privacy guarantee: {_inline(not_private(run))}**\n"
-    lines = [f"* {name}: {_inline(privacy[key])}" for key, name in PRIVACY_TERMS if privacy.get(key)]
-    table = markdown_table(*client_rows(run.clients, GUARANTEE))
+        return f"**Nothing here is a privacy guarantee: {inline(not_private(run))}**\n"
+    lines = [f"* {name}: {inline(privacy[key])}" for key, name in PRIVACY_TERMS if privacy.get(key)]
+    headings, rows = client_rows(run.clients, GUARANTEE)
+    table = markdown_table(headings, [[inline(cell) for cell in row] for row in rows])
     return "\n".join(
         [
             "Each client has a guarantee of its own, about its own records.",
@@ -88,20 +90,4 @@ def _has_noise(run: Run) -> bool:
 
 
 def _bullets(lines: list[str] | None) -> list[str]:
-    return [f"* {_inline(line)}" for line in lines] if lines else ["* None listed."]
-
-
-def _inline(text: object) -> str:
-    """Text on one line that Markdown reads as text."""
-    return re.sub(r"([\\`*_<>\[\]])", r"\\\1", " ".join(str(text).split()))
-
-
-def _code(text: str) -> str:
-    """Text for between two backticks."""
-    return " ".join(text.replace("`", "'").split())
-
-
-def _fenced(code: str) -> str:
-    longest = max((len(ticks) for ticks in re.findall("`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}python\n{code.strip()}\n{fence}"
+    return [f"* {inline(line)}" for line in lines] if lines else ["* None listed."]
