@@ -36,7 +36,8 @@ class ModelConfig(Strict):
     """The frozen base model and the head on top of it."""
 
     base: str
-    """A folder or a Hugging Face hub id. `lorica:glyph-vit` is the embedded default."""
+    """A folder or a Hugging Face hub id. `lorica:glyph-vit` is the embedded default. Code that comes with a model is
+    never run, and of a pickle (`pytorch_model.bin`) only tensors are read."""
     head: Literal["train", "freeze"] = "train"
     """`train`: the last linear layer is trained under DP; it starts at zero unless the checkpoint contains one trained
     for these labels. `freeze`: the head stays as loaded (or as initialised from the seed)."""
