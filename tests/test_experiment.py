@@ -46,15 +46,6 @@ SMALL = [
 
 
 @pytest.fixture(scope="session")
-def some_digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides for a part of the digits: 300 records for each of two clients, and 120 to test on."""
-    folder = tmp_path_factory.mktemp("digits")
-    for split, count in (("train", 600), ("test", 120)):
-        parquet.write_table(digits.table(split, "image", "label").slice(0, count), folder / f"{split}.parquet")
-    return [f"task.{split}={folder / split}.parquet" for split in ("train", "test")]
-
-
-@pytest.fixture(scope="session")
 def small(some_digits: list[str]) -> list[str]:
     return [*SMALL, *some_digits]
 
