@@ -10,11 +10,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
-import pyarrow.parquet as parquet
 import pytest
 import torch
-
-from lorica.tasks import digits
 
 torch.set_num_threads(1)
 
@@ -58,6 +55,10 @@ def use_home(home: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
 @pytest.fixture(scope="session")
 def some_digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides that make a run small: 600 of the digits to train on and 120 to test on."""
+    from pyarrow import parquet
+
+    from lorica.tasks import digits
+
     folder = tmp_path_factory.mktemp("digits")
     for split, count in (("train", 600), ("test", 120)):
         parquet.write_table(digits.table(split, "image", "label").slice(0, count), folder / f"{split}.parquet")
