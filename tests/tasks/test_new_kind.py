@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import lorica
 from lorica.config import TaskConfig
 from lorica.errors import UserError
 from lorica.privacy.policy import Policy
+from lorica.registry import registered
 from lorica.tasks.kind import TaskKind
 from lorica.tasks.labels import label_numbers
 from lorica.tasks.loading import load_training
@@ -65,14 +67,16 @@ class Counting(TaskKind):
 
 
 @pytest.fixture
-def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def counting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Its name, once a package that registers it is on the path."""
     package = tmp_path / "site" / "lorica_counting-1.0.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: lorica-counting\nVersion: 1.0\n")
     (package / "entry_points.txt").write_text(f"[lorica.tasks]\ncounting = {__name__}:Counting\n")
     monkeypatch.syspath_prepend(str(package.parent))
-    return "counting"
+    registered.cache_clear()
+    yield "counting"
+    registered.cache_clear()
 
 
 def write_counts(path: Path, count: int, seed: int) -> str:
