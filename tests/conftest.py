@@ -63,3 +63,9 @@ def some_digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     for split, count in (("train", 600), ("test", 120)):
         parquet.write_table(digits.table(split, "image", "label").slice(0, count), folder / f"{split}.parquet")
     return [f"task.{split}={folder / split}.parquet" for split in ("train", "test")]
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a small run."""
+    monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)

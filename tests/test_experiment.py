@@ -77,12 +77,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, experiment: Load) -> Resu
     return experiment(tmp_path_factory.mktemp("finished")).run()
 
 
-@pytest.fixture
-def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than these runs."""
-    monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
-
-
 def test_a_run_writes_everything(finished: Result) -> None:
     names = {path.name for path in finished.folder.iterdir()}
     wanted = {"config.yaml", "environment.json", "metrics.jsonl", "decisions.jsonl", "privacy.json", "checkpoint"}
