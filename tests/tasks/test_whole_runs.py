@@ -212,7 +212,7 @@ def test_a_group_is_the_unit_of_everything(tmp_path: Path) -> None:
 
     train = write_rows(tmp_path / "train.jsonl", rows(160, 0))
     task = {"type": "text-classification", "train": train, "test": train}
-    privacy = {"epsilon": 8.0, "delta": 1e-2, "ledger": str(tmp_path / "ledger")}
+    privacy = {"epsilon": 3.0, "delta": 1e-2, "ledger": str(tmp_path / "ledger")}
     groups = privacy | {"unit": "group", "group": "who", "group_records": 3}
     result = experiment(tmp_path, task, privacy=groups).run()
     rates = [row["sampling_rate"] for row in result.privacy["clients"]]
@@ -222,7 +222,7 @@ def test_a_group_is_the_unit_of_everything(tmp_path: Path) -> None:
     assert "each group" in result.privacy["clipping"]
     card = (result.adapter / "README.md").read_text(encoding="utf-8")
     assert "all records of one group" in card
-    assert all(row["lifetime_epsilon"] <= 8.0 for row in result.privacy["clients"])
+    assert all(row["lifetime_epsilon"] <= 3.0 for row in result.privacy["clients"])
     # A run for single records: from then on there is one ε neither for patients nor for records.
     records = experiment(tmp_path, task, privacy=privacy, name="records").run()
     assert not any("lifetime_epsilon" in row for row in records.privacy["clients"])
