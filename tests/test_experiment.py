@@ -321,9 +321,9 @@ def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path: Path, whole_
 
 def test_a_folder_of_another_experiment_is_left_alone(finished: Result) -> None:
     config = yaml.safe_load((finished.folder / "config.yaml").read_text())
-    with pytest.raises(UserError, match="holds another experiment"):
+    with pytest.raises(UserError, match="contains another experiment"):
         lorica.Experiment.load(config, ["optimizer.lr=0.1"]).run()
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         lorica.Experiment.load(config, [f"output={finished.folder}", "name=checkpoint"]).run()
 
 

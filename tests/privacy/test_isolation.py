@@ -92,7 +92,7 @@ def test_a_model_that_mixes_examples_is_refused(kind: type[Any], owners: list[in
     model = kind().eval()
     trained = {"w": TrainedTensor(model.linear, "weight")}
     some = Batch({"x": torch.randn(3, 4)}, torch.tensor([0, 1, 2]), None if owners is None else torch.tensor(owners))
-    with pytest.raises(UserError, match="depends on the examples beside it") as error:
+    with pytest.raises(UserError, match="depends on the other examples") as error:
         check_isolation(model, losses, trained, some, 1e-3)
     assert error.value.key == "model.base"
 

@@ -71,7 +71,7 @@ FIXED = ["privacy.epsilon=null", "privacy.noise_multiplier=1.0"]
     [
         (["privacy=none"], r"policy\.noise: the server proposes noise = none; allowed are secure"),
         (["privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
-        ([FIXED[0], "privacy.noise_multiplier=0.3"], r"policy\.min_noise_multiplier: .* 0\.3; the least is 0\.7"),
+        ([FIXED[0], "privacy.noise_multiplier=0.3"], r"policy\.min_noise_multiplier: .* 0\.3; the minimum is 0\.7"),
         (["privacy.clip_norm=1.0e+9"], r"policy\.max_clip_norm: .* 1e\+09; the limit is 2"),
         (["privacy.clip_norm=.inf"], r"policy\.max_clip_norm: .* inf"),
         (["federation.batch_size=1000"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.2"),

@@ -1,4 +1,4 @@
-"""What an owner configures at its own machine; the server has no say in it."""
+"""The settings of an owner's node. Only the owner can change them; the server cannot."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from lorica.files import home_folder
 
 
 class NodeSettings(Strict):
-    """The node configuration of a SuperNode (`--node-config`)."""
+    """The configuration of a SuperNode (`--node-config`)."""
 
     client: int
-    """Number of this client, from 0, as agreed between the organisations."""
+    """Number of this client, counted from 0, as agreed between the organisations."""
     data: str | None = None
-    """The training data: a file, an image folder, or a folder of files. Only a simulation does without: its clients
-    share out the server's `task.train`."""
+    """The training data: a file, an image folder, or a folder of files. Required except in a simulation, where the
+    clients divide the server's `task.train`."""
     base: str | None = None
-    """Folder of the base model; by default `model.base` of the experiment, if that is embedded or a hub id."""
+    """Folder of the base model. Default: `model.base` of the experiment, if that is an embedded model or a hub id."""
     policy: str | None = None
-    """The owner's policy file; needed with `data`."""
+    """The owner's policy file. Required with `data`."""
     ledger: str | None = None
-    """SQLite file that records every release; by default beside the data."""
+    """SQLite file that records every release. Default: next to the data."""
     folder: str | None = None
-    """Where the node keeps the adapter between messages, its log and the final adapter; by default `DATA.lorica`."""
+    """Folder for the node's state, its log and the final adapter. Default: `DATA.lorica`."""
     device: str | None = None
-    """In place of `model.device` of the experiment."""
+    """Overrides `model.device` of the experiment."""
     worker: bool = True
-    """Keep a process alive between messages that holds the base model and the data."""
+    """Keep a process with the base model and the data running between messages."""
     worker_idle: float = 900.0
-    """Seconds without a message after which that process ends."""
+    """Seconds without a message after which that process exits."""
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> NodeSettings:
-        """From Flower's node configuration; `partition-id` stands for `client`, as in a simulation.
+        """Read Flower's node configuration. In a simulation, `partition-id` is the client's number.
 
         Raises:
-            UserError: a key is unknown or has a wrong value, or `data` is missing.
+            UserError: an unknown key, an invalid value, or `data` is missing.
         """
         given = {key: value for key, value in node_config.items() if key not in ("partition-id", "num-partitions")}
         if "partition-id" in node_config:
-            # The processes of simulated clients stay anyway.
+            # The processes of simulated clients keep running anyway.
             given = {"client": node_config["partition-id"], "worker": "data" in given} | given
         settings = validate(cls, given, prefix="node-config")
         if settings.data is None and not {"partition-id", "num-partitions"} <= node_config.keys():
-            # Without this, a server could name any file here.
-            raise UserError("node-config.data", None, "only a simulation has none", "give data=PATH")
+            # Otherwise the server could name any file on this machine.
+            raise UserError("node-config.data", None, "required except in a simulation", "add data=PATH")
         return settings
 
     @property
