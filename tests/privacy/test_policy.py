@@ -267,8 +267,8 @@ def test_what_an_owner_must_decide_has_no_default(key: str, tmp_path: Path) -> N
         ({"tasks": [{"text": "sentence"}]}, r"policy\.tasks\.type = None: this key is required"),
         ({"tasks": [{"type": "text-classification", "labl": "x"}]}, r"policy\.tasks\.labl .*Did you mean 'label'\?"),
         ({"noise": ["soft"]}, r"policy\.noise"),
-        ({"unit": "group"}, r"policy.* unit: group and the column group together"),
-        ({"group": "who"}, r"policy.* unit: group and the column group together"),
+        ({"unit": "group"}, r"policy.* set unit: group and group: COLUMN together"),
+        ({"group": "who"}, r"policy.* set unit: group and group: COLUMN together"),
     ],
 )
 def test_mistakes_in_a_policy_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:

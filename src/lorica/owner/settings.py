@@ -17,22 +17,22 @@ class NodeSettings(Strict):
     client: int
     """Number of this client, counted from 0, as agreed between the organisations."""
     data: str | None = None
-    """The training data: a file, an image folder, or a folder of files. Required except in a simulation, where the
-    clients divide the server's `task.train`."""
+    """The training data: a file, an image folder, or a folder of files. Required except in a simulation, whose clients
+    divide the server's `task.train`."""
     base: str | None = None
-    """Folder of the base model. Default: `model.base` of the experiment, if that is an embedded model or a hub id."""
+    """Folder of the base model; by default `model.base` of the experiment, if that is embedded or a hub id."""
     policy: str | None = None
-    """The owner's policy file. Required with `data`."""
+    """The owner's policy file; required with `data`."""
     ledger: str | None = None
-    """SQLite file that records every release. Default: next to the data."""
+    """SQLite file that records every release; by default beside the data."""
     folder: str | None = None
-    """Folder for the node's state, its log and the final adapter. Default: `DATA.lorica`."""
+    """Where the node keeps the adapter between messages, its log and the final adapter; by default `DATA.lorica`."""
     device: str | None = None
-    """Overrides `model.device` of the experiment."""
+    """Device to use instead of the experiment's `model.device`."""
     worker: bool = True
-    """Keep a process with the base model and the data running between messages."""
+    """Keep a process with the base model and the data alive between messages."""
     worker_idle: float = 900.0
-    """Seconds without a message after which that process exits."""
+    """How many seconds without a message until that process ends."""
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> NodeSettings:

@@ -12,7 +12,7 @@ from lorica.privacy.mechanism import Terms
 
 
 class Refused(Exception):
-    """An owner refuses a run or a request. The message is sent to the server, so it contains public information only."""
+    """An owner refuses a run or a request. The message is sent to the server: it contains public information only."""
 
 
 @dataclass(frozen=True)
