@@ -219,7 +219,7 @@ def test_every_method_exports_what_it_was_evaluated_with(tmp_path: Path, method:
     )
     if registry()[method].personal:
         assert len(set(result.metrics[-1]["client_scores"].values())) > 1
-        with pytest.raises(UserError, match="every client has an adapter of its own"):
+        with pytest.raises(UserError, match="it contains one adapter per client"):
             lorica.load_adapter(result.adapter)
     page = (result.folder / "report.html").read_text(encoding="utf-8")
     assert method in page

@@ -115,7 +115,7 @@ def test_an_unfrozen_parameter_stops_the_step(tmp_path: Path) -> None:
     """PEFT's `set_adapter` un-freezes every factor; training on would hand batch gradients to autograd."""
     client, model, request = owner(tmp_path)
     model.peft_model.set_adapter("default")
-    with pytest.raises(RuntimeError, match="un-frozen"):
+    with pytest.raises(RuntimeError, match="must stay frozen"):
         client.reply_to(model, request)
     assert client.ledger.releases("data") == []
 
