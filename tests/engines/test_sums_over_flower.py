@@ -157,7 +157,7 @@ def test_an_input_without_a_request_is_refused(config: Load, caplog: pytest.LogC
     grid.answer = without_request  # type: ignore[method-assign]
     with pytest.raises(TooFewReplies):
         serve(config("unsaid", "federation.rounds=1").config, grid)
-    assert "does not say of what" in caplog.text
+    assert "a masked input without a request" in caplog.text
 
 
 def test_a_run_of_sums_needs_three_clients(config: Load) -> None:
