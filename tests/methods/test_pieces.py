@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,9 @@ from lorica.errors import UserError
 from lorica.local.step import LocalStep
 from lorica.methods.base import make_method, registry
 from lorica.methods.pieces import PIECES, check_pieces, chosen_pieces
-from tests.methods.test_every_method import METHODS, assert_same_model, federation, run
+from lorica.testing.federation import checkpoint_of, resume, run_rounds, tiny_federation
+from tests.methods.conftest import METHODS
+from tests.methods.engines import assert_same_model
 
 PIECE: dict[str, tuple[list[str], Any]] = {
     "client_ranks": (["lora.client_ranks=[4, 2, 1, 4, 2, 1]"], lambda: {"ranks": {0: 2, 1: 1, 2: 2}}),
@@ -35,15 +39,27 @@ PIECE: dict[str, tuple[list[str], Any]] = {
     "kalman": (["server.denoise=kalman"], lambda: {"denoise": KalmanFilter()}),
     "average": (["server.average=0.9"], lambda: {"average": RoundAverage(0.9)}),
 }
-OFTEN = {"as-lora", "ffa-lora", "fed-avg", "flora"}
-"""Methods whose pairs with pieces run in the default tests; those of the others are slow ones."""
 ACCEPTED = [(name, piece) for name in METHODS for piece in PIECES if piece not in registry()[name].refuses]
 REFUSED = [(name, piece) for name in METHODS for piece in PIECES if piece in registry()[name].refuses]
 
 
-def rarely(pairs: list[tuple[str, str]]) -> list[Any]:
-    """The same parameters, slow but for the methods of `OFTEN`."""
-    return [pytest.param(*pair, marks=[] if pair[0] in OFTEN else pytest.mark.slow) for pair in pairs]
+def _some_of_each() -> set[tuple[str, str]]:
+    """One pair for each method and one for each piece, spread over the other side."""
+    pairs = set()
+    for side in (0, 1):
+        for index, value in enumerate(dict.fromkeys(pair[side] for pair in ACCEPTED)):
+            own = [pair for pair in ACCEPTED if pair[side] == value]
+            pairs.add(own[index % len(own)])
+    return pairs
+
+
+OFTEN = _some_of_each()
+"""Pairs that run in the default tests; the other ones are slow."""
+
+
+def sometimes_slow(pairs: list[tuple[str, str]]) -> list[Any]:
+    """The same parameters, marked slow but for those of `OFTEN`."""
+    return [pytest.param(*pair, marks=[] if pair in OFTEN else pytest.mark.slow) for pair in pairs]
 
 
 def config(name: str, *overrides: str) -> ExperimentConfig:
@@ -63,28 +79,24 @@ def test_every_piece_is_known_by_its_key() -> None:
     assert all(piece in PIECES for method in registry().values() for piece in method.refuses)
 
 
-@pytest.mark.parametrize(("name", "piece"), rarely(ACCEPTED))
+@pytest.mark.parametrize(("name", "piece"), sometimes_slow(ACCEPTED))
 def test_an_accepted_piece_changes_the_run_and_resumes(name: str, piece: str, tmp_path: Path) -> None:
     overrides, make = PIECE[piece]
     check(config(name, *overrides))
     # A single step is taken at the round's start, where FedProx does not pull; half of DEeR's four is two.
     steps = 4 if name == "deer" else 2
-    plain = run(federation(name, tmp_path / "plain", steps=steps), 3)
-    whole = run(federation(name, tmp_path / "whole", steps=steps, **make()), 3)
+    plain = run_rounds(tiny_federation(name, tmp_path / "plain", steps=steps), 3)
+    whole = run_rounds(tiny_federation(name, tmp_path / "whole", steps=steps, **make()), 2)
+    checkpoint = deepcopy(checkpoint_of(whole))
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    whole.round()
     one, other = plain.server.evaluated, whole.server.evaluated
     pairs = [(one[key], other[key]) for key in one]
     for key, pair in plain.server.model.merged.items():
         pairs += list(zip(pair, whole.server.model.merged[key], strict=True))
     assert any(x.shape != y.shape or not torch.equal(x, y) for x, y in pairs)
     assert all(torch.isfinite(y).all() for _, y in pairs)
-    first = run(federation(name, tmp_path / "halves", steps=steps, **make()), 2)
-    rest = federation(name, tmp_path / "halves", steps=steps, **make())
-    rest.method.load_state_dict(first.method.state_dict())
-    rest.server.model.assign(first.server.model.tensors)
-    rest.server.model.merge(first.server.model.merged)
-    rest.server.load_state_dict(first.server.state_dict())
-    rest.server.round = 2
-    run(rest, 1)
+    rest = run_rounds(resume(tiny_federation(name, tmp_path / "half", steps=steps, **make()), checkpoint), 1)
     assert_same_model(whole, rest)
     assert all(torch.equal(value, rest.server.evaluated[key]) for key, value in other.items())
 
@@ -139,18 +151,17 @@ def test_fedadam_runs_and_resumes(tmp_path: Path) -> None:
     def make() -> dict[str, Any]:
         return {"optimize": FedAdam(0.01, 0.9, 0.99, 1e-3)}
 
-    whole = run(federation("ro-lora", tmp_path / "whole", **make()), 4)
-    first = run(federation("ro-lora", tmp_path / "halves", **make()), 2)
-    rest = federation("ro-lora", tmp_path / "halves", **make())
-    rest.server.model.assign(first.server.model.tensors)
-    rest.server.load_state_dict(first.server.state_dict())
-    rest.server.round = 2
-    assert_same_model(whole, run(rest, 2))
+    whole = run_rounds(tiny_federation("ro-lora", tmp_path / "whole", **make()), 2)
+    checkpoint = deepcopy(checkpoint_of(whole))
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    run_rounds(whole, 2)
+    rest = resume(tiny_federation("ro-lora", tmp_path / "half", **make()), checkpoint)
+    assert_same_model(whole, run_rounds(rest, 2))
 
 
 def test_server_momentum_keeps_one_factor_rounds_exact(tmp_path: Path) -> None:
     """The idle factor does not move on stale momentum."""
-    some = federation("ro-lora", tmp_path, optimize=FedAvgM(1.0, 0.9))
+    some = tiny_federation("ro-lora", tmp_path, optimize=FedAvgM(1.0, 0.9))
     for _ in range(4):
         before = dict(some.server.model.tensors)
         some.round()
@@ -160,8 +171,8 @@ def test_server_momentum_keeps_one_factor_rounds_exact(tmp_path: Path) -> None:
 
 
 def test_the_average_over_rounds_is_evaluated_and_training_goes_on_from_the_last_model(tmp_path: Path) -> None:
-    plain = federation("ffa-lora", tmp_path / "a")
-    averaged = federation("ffa-lora", tmp_path / "b", average=RoundAverage(0.5))
+    plain = tiny_federation("ffa-lora", tmp_path / "a")
+    averaged = tiny_federation("ffa-lora", tmp_path / "b", average=RoundAverage(0.5))
     history = []
     for _ in range(3):
         plain.round()

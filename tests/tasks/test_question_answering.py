@@ -39,7 +39,7 @@ from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch
 from lorica.tasks.squad_files import read_squad_json
 from lorica.tasks.squad_metrics import exact_match, f1
-from tests.models import TEXT
+from lorica.testing.models import TEXT
 from tests.tasks.conftest import WORDS, write_tokenizer
 
 CLS, SEP = 2, 3
