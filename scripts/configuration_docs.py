@@ -17,14 +17,14 @@ from lorica.privacy.policy import Policy
 TARGET = Path(__file__).parent.parent / "docs" / "configuration.md"
 INTRODUCTION = """# Configuration
 
-Made by `python scripts/configuration_docs.py` from `src/lorica/config.py`; do not edit. On the command line any key can
-be set as `section.key=value`. An unknown key is an error that names the nearest one.
+Generated from `src/lorica/config.py` by `python scripts/configuration_docs.py`; do not edit. On the command line, set
+any key with `section.key=value`. An unknown key is an error that suggests the nearest known key.
 """
-POLICY = """A file of its own, which stays with the owner: see [privacy.md](privacy.md#the-owners-policy). From
+POLICY = """A separate file, which stays with the owner: see [privacy.md](privacy.md#the-owners-policy). Generated from
 `src/lorica/privacy/policy.py`.
 """
-NODE = """The `--node-config` of an owner's SuperNode: see [federation.md](federation.md). From
-`src/lorica/node_settings.py`.
+NODE = """The `--node-config` of an owner's SuperNode: see [federation.md](federation.md). Generated from
+`src/lorica/owner/settings.py`.
 """
 
 
@@ -38,7 +38,7 @@ def render() -> str:
             parts += [f"## `{name}`\n", f"{_text(section.__doc__)}\n{note}", _table(section)]
     parts += ["## An owner's policy\n", POLICY, _table(Policy)]
     parts += ["## An owner's node\n", NODE, _table(NodeSettings)]
-    parts.append("## Options of methods\n\nBeside `method.name`.\n")
+    parts.append("## Options of methods\n\nThese keys stand beside `method.name`.\n")
     for name, method in registry().items():
         if method.Options.model_fields:
             parts += [f"### `{name}`\n", _table(method.Options)]

@@ -50,69 +50,70 @@ Sizes = dict[str, float]
 
 INTRODUCTION = """# Methods
 
-Made by `python scripts/methods_docs.py` from the methods themselves; do not edit. `lorica methods` prints the table,
-`lorica new-method NAME` starts a method of your own.
+Generated from the methods themselves by `python scripts/methods_docs.py`; do not edit. `lorica methods` prints the
+table, and `lorica new-method NAME` creates a package for your own method.
 
-## Why there are so many
+## Why there are so many methods
 
-LoRA leaves the weight `W0` of a linear map as it is and learns a product beside it: `W = W0 + γ B A`, where A has `r`
-rows and B `r` columns, for a small rank `r`. Only A and B are trained and sent. In a federation client `k` comes back
-with its own `A_k` and `B_k`, and the server has to make one model of them. Two things go wrong.
+LoRA keeps the weight `W0` of a linear map fixed and learns a product beside it: `W = W0 + γ B A`, where A has `r` rows
+and B has `r` columns, for a small rank `r`. Only A and B are trained and sent. In a federation, each client `k` returns
+its own `A_k` and `B_k`, and the server has to combine them into one model. This causes two problems.
 
-**Averaging the factors is not averaging the models.** The weighted mean of the clients' models has `Σ_k w_k B_k A_k`. A
-server that averages A and B each for itself gets `B̄ Ā`, and what it misses is `Σ_k w_k (B_k - B̄)(A_k - Ā)`: what the
-clients disagree on in B times what they disagree on in A. That is zero where all clients have the same A, or the same
-B. It grows with the number of local steps and with the difference between the clients' data. Nor does the true mean fit
-into factors of rank `r`: it has up to `K r` ranks for `K` clients.
+**Averaging the factors is not averaging the models.** The weighted mean of the clients' models has
+`Σ_k w_k B_k A_k`. A server that averages A and B separately gets `B̄ Ā`, and its error is
+`Σ_k w_k (B_k - B̄)(A_k - Ā)`: the clients' disagreement in B times their disagreement in A. The error is zero if all
+clients have the same A or the same B. It grows with the number of local steps and with the difference between the
+clients' data. The true mean does not fit into factors of rank `r` either: its rank is up to `K r` for `K` clients.
 
-**Noise on both factors multiplies.** Under DP each client puts noise on whatever it trains. With noise on both,
-`(B + N_B)(A + N_A) = B A + N_B A + B N_A + N_B N_A`, and the last term has nothing of the signal in it: the noise in
-the weight is quadratic in that of the factors. With noise on B alone it is `N_B A`, linear. And as long as B is zero,
-as it is at the start, A has no gradient: a client that trains A then uploads nothing but noise.
+**Noise on both factors multiplies.** Under DP each client adds noise to whatever it trains. With noise on both factors,
+`(B + N_B)(A + N_A) = B A + N_B A + B N_A + N_B N_A`, and the last term contains no signal: the noise in the weight is
+quadratic in the noise of the factors. With noise on B alone it is `N_B A`, which is linear. Moreover, A has no gradient
+while B is zero, as it is at the start: a client that trains A then uploads nothing but noise.
 
-The methods differ in what they do about it.
+The methods solve these problems in different ways.
 
 * **One factor.** All clients share one factor and train the other one. The mean of the products is then the product of
-  the means, and the noise is linear; but the model moves only where the shared factor lets it. `ffa-lora` keeps the
-  first A, `fed-rac-lora` draws a new factor in every round, `fed-sb` fixes both and trains a small matrix between them.
-* **Alternate.** Train B while A is shared, then A while B is shared: exact each time, and both factors learn. `ro-lora`
-  alternates by round, `deer` by half of a round, `random-lora` by a coin for each layer, `as-lora` by a score for each
-  layer. `la-lora` alternates by local step, so that no step multiplies two noises; but at the end of a round both
-  factors have moved, and averaging them is inexact again.
-* **Re-factorise.** Form the mean product and take it apart again by an SVD. `fedsvd` does so after training B alone,
-  `flex-lora` after training both, cut to rank `r`, and `fedask` through two sketches of each client's product.
-* **Align or correct.** Average both factors, but lose less by it. `fedrot-lora` rotates the clients' factors into one
-  basis first, `lora-fair` corrects B afterwards, `het-lora` averages factors of different ranks, weighted by the size
-  of their products. `fed-avg` does nothing about it and is the baseline.
-* **Stack and merge.** Put what the factors cannot hold into the frozen weight. `flora` stacks the factors of all
-  clients into it, `fedex-lora` what averaging missed, `fed-rac-lora` the product of each round. Exact, but the way down
-  is the longer for it.
-* **Personal.** `fedsa-lora` averages A and leaves B and the head with the client, so that every client has a model of
-  its own.
-* **Projected.** `fed-galore` trains the weight itself, along a projection of its gradient that all clients share.
+  the means, and the noise is linear. But the model can move only in the directions that the shared factor allows.
+  `ffa-lora` keeps the initial A, `fed-rac-lora` draws a new factor in every round, and `fed-sb` fixes both factors and
+  trains a small matrix between them.
+* **Alternate.** Train B while A is shared, then A while B is shared. Aggregation is exact each time, and both factors
+  learn. `ro-lora` alternates by round and `deer` by half-round; `random-lora` chooses at random for each layer, and
+  `as-lora` by a score for each layer. `la-lora` alternates by local step, so no step multiplies two noises; but by the
+  end of a round both factors have moved, so averaging them is inexact again.
+* **Re-factorise.** Form the mean product and factorise it again by an SVD. `fedsvd` does so after training B alone,
+  `flex-lora` after training both factors, with truncation to rank `r`, and `fedask` from two sketches of each client's
+  product.
+* **Align or correct.** Average both factors, but reduce the error. `fedrot-lora` first rotates the clients' factors
+  into one basis, `lora-fair` corrects B afterwards, and `het-lora` averages factors of different ranks, weighted by the
+  size of their products. `fed-avg` does neither and is the baseline.
+* **Stack and merge.** Merge into the frozen weight what the factors cannot hold. `flora` merges the stacked factors of
+  all clients, `fedex-lora` the error of averaging, and `fed-rac-lora` the product of each round. This is exact, but the
+  server sends more down.
+* **Personalise.** `fedsa-lora` averages A and leaves B and the head with the client, so every client has its own model.
+* **Project.** `fed-galore` trains the weight itself, along a projection of its gradient that all clients share.
 """
 
 COLUMNS = """Aggregation is `exact` if the new global model is the weighted mean of the clients' models at every adapted
-map. Client ranks are `any` if `lora.client_ranks` may give every client another rank, and `one` if the method refuses
-that. Noise is linear or quadratic in the sense above. All methods run under the same step, which clips the gradient of
-every example, so what is said of privacy holds here, and not always for the code that was released with a paper.
+map. Client ranks are `any` if `lora.client_ranks` can give the clients different ranks, and `one` if the method refuses
+that. Noise is linear or quadratic in the sense above. All methods use the same step, which clips the gradient of every
+example. The statements about privacy therefore hold for Lorica, but not always for the code released with a paper.
 """
 
-TRAVELS = f"""What one client receives and sends in round {ROUNDS}, the last one of a tiny run under DP: {CLIENTS}
+TRAVELS = f"""What one client receives and sends in round {ROUNDS}, the last round of a tiny run under DP: {CLIENTS}
 clients, four adapted maps of 16 × 16, rank {RANK}, every method with its defaults (`fed-sb` with one round of warm-up,
-which is then over). Sizes are per adapted map, in factors: A counts 1, and so does B. The head travels with every
-method that shares it. A client receives what has changed since it last took part.
+which is over by then). Sizes are per adapted map, in units of one factor: A counts 1, and so does B. The head travels
+with every method that shares it. A client receives what has changed since it last took part.
 
 ![What a client sends and receives in one round of each method](images/methods.png)
 
-Some sizes depend on the setting. R has `r²` numbers, next to nothing in a wide model. Sketches and bases have `r + 8`
-columns (`method.oversampling`) and count `(r + 8) / r`. The merged increments of `flora` and `fedex-lora` have the
-ranks of all clients of the round, and grow with their number.
+Some sizes depend on the setting. R has `r²` numbers, which is negligible in a wide model. Sketches and bases have
+`r + 8` columns (`method.oversampling`) and count `(r + 8) / r`. The merged increments of `flora` and `fedex-lora` have
+the ranks of all clients of the round, so they grow with the number of clients.
 """
 
-COMPOSED = """These go with any method that does not refuse them; a refused one is an error before the run starts. A
-method that refuses `server.denoise=shrinkage` refuses `server.optimizer=fedadam` for the same reason. Some exclude each
-other or need plain SGD, and the error says which and why.
+COMPOSED = """These components work with any method that does not refuse them. A refused combination is an error before
+the run starts. A method that refuses `server.denoise=shrinkage` also refuses `server.optimizer=fedadam`, for the same
+reason. Some components exclude each other or need plain SGD; the error message says which ones and why.
 """
 
 
@@ -165,7 +166,7 @@ def _kind(name: str) -> str:
 def render() -> str:
     """The whole page."""
     parts = [_linked(INTRODUCTION), "## The methods\n", COLUMNS, _methods(), "## What travels\n", _linked(TRAVELS)]
-    parts += [_travelled(), "## What can be added\n", COMPOSED, _pieces(), "## Each method\n"]
+    parts += [_travelled(), "## Components that can be added\n", COMPOSED, _pieces(), "## Each method\n"]
     for name, method in registry().items():
         parts += [f"### `{name}`\n", _docstring(method), _refused(method)]
         if method.Options.model_fields:

@@ -203,40 +203,39 @@ def provenance(
 ) -> str:
     """The text of PROVENANCE.md, accuracies in 0..1."""
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    return f"""# glyph-vit: where these weights come from
+    return f"""# glyph-vit: provenance of the weights
 
 A small ViT (4 layers, width 96, 4 heads, 16x16 grey images in 4x4 patches) pre-trained **only** on machine-rendered
-font glyphs of the digits 0-9. **It has never seen handwriting**: no handwritten image was read for training or for
-choosing a checkpoint; the weights are those after the last epoch. The script's default settings were not tuned on
+font glyphs of the digits 0-9. **It has never seen handwriting**: no handwritten image was used for training or for
+selecting a checkpoint; the weights are those after the last epoch. The script's default settings were not tuned on
 handwriting either: the seed, the number of epochs and the distortions were fixed first, and the first complete run was
-kept. (A feasibility trial of the idea, before that script was written, had scored 71-74 % on scikit-learn's digits.)
+kept. (A feasibility test of the idea, before the script was written, had scored 71-74 % on scikit-learn's digits.)
 
 | | |
 |---|---|
 | Command | `python scripts/pretrain_glyph_vit.py --glyphs {arguments.glyphs} --epochs {arguments.epochs} --seed {arguments.seed}` |
 | Seed | {arguments.seed} |
 | Training data | {arguments.glyphs} glyphs from {len(TRAINING_FONTS)} fonts, with random slant, stretch, rotation, elastic distortion and stroke width |
-| Held-out data | {VALIDATION_GLYPHS} glyphs from {len(VALIDATION_FONTS)} fonts that were not trained on: {", ".join(VALIDATION_FONTS)} |
+| Held-out data | {VALIDATION_GLYPHS} glyphs from {len(VALIDATION_FONTS)} fonts not used for training: {", ".join(VALIDATION_FONTS)} |
 | Accuracy on the held-out glyphs | {validation_accuracy:.4f} |
-| Accuracy on scikit-learn's handwritten digits (all 1797) | {handwriting_accuracy:.4f}, measured once the weights were written; information only |
+| Accuracy on scikit-learn's handwritten digits (all 1797) | {handwriting_accuracy:.4f}, measured after the weights were written; for information only |
 | SHA-256 of model.safetensors | `{digest}` |
 | Size of model.safetensors | {weights.stat().st_size} bytes |
 | Versions | Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}, scipy {scipy.__version__}, Pillow {PIL.__version__}, matplotlib {matplotlib.__version__}, scikit-learn {sklearn.__version__} |
 | Licence of the weights | Apache-2.0, like the project |
 
-The same command gives the same bytes on one machine; another processor or another version of torch can round
-differently.
+On one machine the same command gives the same bytes; a different processor or version of torch may round differently.
 
 ## The images
 
-Each distorted glyph is fitted to the height of a 32x32 bitmap; its on-pixels are counted in 4x4 blocks, which gives
-8x8 values in 0..16. The UCI optical digits that scikit-learn ships were made from scans in the same way. The counts
-become grey values (value x 255 / 16, rounded) and preprocessor_config.json does the rest: bilinear to 16x16, to [0, 1],
-then mean 0.5 and standard deviation 0.5.
+Each distorted glyph is scaled to the height of a 32x32 bitmap. Its on-pixels are counted in 4x4 blocks, which gives
+8x8 values in 0..16. The UCI optical digits shipped with scikit-learn were made from scans in the same way. The counts
+become grey values (value x 255 / 16, rounded). preprocessor_config.json specifies the remaining steps: bilinear
+resizing to 16x16, scaling to [0, 1], then normalisation with mean 0.5 and standard deviation 0.5.
 
 ## The fonts
 
-All come with matplotlib {matplotlib.__version__}; no font file and no rendered glyph is part of this folder.
+All fonts come with matplotlib {matplotlib.__version__}. This folder contains no font file and no rendered glyph.
 
 | Fonts | Licence, as shipped with matplotlib |
 |---|---|

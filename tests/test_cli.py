@@ -1,4 +1,4 @@
-"""The command as a user runs it: a subprocess."""
+"""The command as a user runs it: a whole run and Ctrl-C in a process of their own, the rest in this one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
 
+from lorica import cli
 from lorica.config import load
 from lorica.reporting.methods import method_rows
 
@@ -24,20 +29,37 @@ SMALL = [
     "federation.local_steps=1",
     "privacy.noise=reproducible",
 ]
+HEAVY = {"transformers", "peft", "scipy", "sklearn", "matplotlib", "flwr", "dp_accounting"}
 
 
-def lorica(*arguments: str, folder: Path, code: int = 0, columns: int = 150) -> str:
-    environment = os.environ | {"COLUMNS": str(columns)}
+@pytest.fixture
+def lorica(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Runs the command in this process and in a folder of its own; gives back what it prints."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, code: int = 0, columns: int = 150) -> str:
+        monkeypatch.setattr(cli, "console", Console(width=columns))
+        done = CliRunner().invoke(cli.app, arguments)
+        assert done.exit_code == code, done.output
+        assert done.exception is None or isinstance(done.exception, SystemExit)
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    return run
+
+
+def in_a_process(*command: str | Path, folder: Path) -> str:
+    environment = os.environ | {"COLUMNS": "150"}
     done = subprocess.run(
-        [COMMAND, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout
 
 
-def test_run_shows_progress_and_ends_with_what_was_reached(tmp_path: Path) -> None:
-    output = lorica("run", *SMALL, folder=tmp_path)
+def test_run_shows_progress_and_ends_with_what_was_reached(lorica: Callable[..., str], tmp_path: Path) -> None:
+    output = in_a_process(COMMAND, "run", *SMALL, folder=tmp_path)
     for number in range(4):
         assert re.search(rf"round +{number} +accuracy +\d+\.\d %", output)
     assert "ε 3.00" in output
@@ -45,19 +67,19 @@ def test_run_shows_progress_and_ends_with_what_was_reached(tmp_path: Path) -> No
     assert "runs/digits-as-lora/adapter" in output
     assert "runs/digits-as-lora/report.html" in output
     assert (tmp_path / "runs/digits-as-lora/report.html").is_file()
-    again = lorica("run", *SMALL, folder=tmp_path)
+    again = lorica("run", *SMALL)
     assert "finished before" in again
     assert "name=digits-as-lora-2" in again
     (tmp_path / "runs/digits-as-lora/report.html").unlink()
-    assert "report.html" in lorica("report", "runs/digits-as-lora", folder=tmp_path)
+    assert "report.html" in lorica("report", "runs/digits-as-lora")
     assert (tmp_path / "runs/digits-as-lora/report.html").is_file()
 
 
-def test_an_error_may_quote_what_looks_like_markup(tmp_path: Path) -> None:
-    assert "'[/bold] [query].yaml': no such file" in lorica("run", "[/bold] [query].yaml", folder=tmp_path, code=2)
+def test_an_error_may_quote_what_looks_like_markup(lorica: Callable[..., str]) -> None:
+    assert "'[/bold] [query].yaml': no such file" in lorica("run", "[/bold] [query].yaml", code=2)
 
 
-def test_compare_is_resumable_and_writes_its_plots(tmp_path: Path) -> None:
+def test_compare_is_resumable_and_writes_its_plots(lorica: Callable[..., str], tmp_path: Path) -> None:
     sweep = [
         "compare",
         *SMALL,
@@ -67,7 +89,7 @@ def test_compare_is_resumable_and_writes_its_plots(tmp_path: Path) -> None:
         "--seeds",
         "0,1",
     ]
-    output = lorica(*sweep, folder=tmp_path)
+    output = lorica(*sweep)
     assert "ro-lora" in output
     assert "as-lora:score=energy" in output
     configs = {path.parent.name: load(path) for path in (tmp_path / "runs").glob("*/*/config.yaml")}
@@ -80,24 +102,24 @@ def test_compare_is_resumable_and_writes_its_plots(tmp_path: Path) -> None:
         assert (folder / name).is_file(), name
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
     assert len(before) == 4
-    assert "round" not in lorica(*sweep, folder=tmp_path).split("ro-lora, seed 0")[1].split("as-lora")[0].lower()
+    assert "round" not in lorica(*sweep).split("ro-lora, seed 0")[1].split("as-lora")[0].lower()
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
 
 
-def test_account_prints_both_accountants(tmp_path: Path) -> None:
+def test_account_prints_both_accountants(lorica: Callable[..., str]) -> None:
     counts = ["--records", "4000", "--batch-size", "64", "--steps", "500", "--delta", "1e-5"]
-    output = lorica("account", *counts, "--noise-multiplier", "0.8", folder=tmp_path)
+    output = lorica("account", *counts, "--noise-multiplier", "0.8")
     assert "3.74" in output
     assert "PLD" in output
     assert "RDP" in output
-    assert "0.872" in lorica("account", *counts, "--epsilon", "3", folder=tmp_path)
-    assert "give either" in lorica("account", *counts, folder=tmp_path, code=2)
+    assert "0.872" in lorica("account", *counts, "--epsilon", "3")
+    assert "give either" in lorica("account", *counts, code=2)
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_methods_are_listed(columns: int, tmp_path: Path) -> None:
+def test_methods_are_listed(lorica: Callable[..., str], columns: int) -> None:
     """Names and numbers stay whole, and of the cells that wrap no character is lost."""
-    output = lorica("methods", folder=tmp_path, columns=columns)
+    output = lorica("methods", columns=columns)
     assert max(len(line) for line in output.splitlines()) <= columns
     rows = method_rows()
     for name, *_, papers in rows:
@@ -114,24 +136,59 @@ def test_methods_are_listed(columns: int, tmp_path: Path) -> None:
         (["run", "absent.yaml"], "no such file"),
         (["report", "absent"], "no such folder"),
         (["compare", "--methods", "as-laura"], "no such method"),
+        (["compare", "--methods", "ffa-lora,as-lora:scor=energy"], "Did you mean 'score'?"),
+        (["compare", "--methods", "ffa-lora,as-lora:server.denoise=none+score=energi"], "method.score"),
+        (["compare", "--methods", "ffa-lora,as-lora:server.denoize=kalman"], "Did you mean 'denoise'?"),
         (["compare", "--seeds", "a,b"], "--seeds"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
-    output = lorica(*arguments, folder=tmp_path, code=2)
+def test_mistakes_are_one_line(lorica: Callable[..., str], tmp_path: Path, arguments: list[str], message: str) -> None:
+    output = lorica(*arguments, code=2)
     assert message in output
     assert len(output.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_command_is_a_module_too(tmp_path: Path) -> None:
+    for module in ("lorica", "lorica.cli"):
+        output = in_a_process(sys.executable, "-m", module, "--version", folder=tmp_path)
+        assert output == f"lorica {version('lorica')}\n"
+
+
+def test_help_imports_little(tmp_path: Path) -> None:
+    """Each of these packages costs up to a second, which a user would wait for nothing."""
+    code = "import sys, lorica.cli; lorica.cli.app(['--help'], standalone_mode=False); print(*sys.modules)"
+    output = in_a_process(sys.executable, "-c", code, folder=tmp_path)
+    assert "new-method" in output
+    imported = set(output.splitlines()[-1].split())
+    assert "lorica.cli" in imported
+    assert not imported & {"torch", "numpy", "pydantic", *HEAVY}
+
+
+def test_what_only_lists_or_refuses_imports_little_but_pytorch(tmp_path: Path) -> None:
+    code = """
+import sys
+from typer.testing import CliRunner
+from lorica.cli import app
+
+print(CliRunner().invoke(app, ["methods"]).output)
+print(CliRunner().invoke(app, ["compare", "--methods", "as-lora:scor=energy"]).output)
+print(*sys.modules)
+"""
+    output = in_a_process(sys.executable, "-c", code, folder=tmp_path)
+    assert "random-lora" in output
+    assert "Did you mean 'score'?" in output
+    imported = set(output.splitlines()[-1].split())
+    assert "torch" in imported
+    assert not imported & HEAVY
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_ctrl_c_that_python_drops_still_ends_the_run() -> None:
     """An interrupt that falls into an object's deletion is reported and forgotten; the round's end remembers it."""
-    from lorica.cli import _Rounds
-
     # Where tests run in the background, SIGINT is ignored.
     inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    with _Rounds() as rounds:
+    with cli._Rounds() as rounds:
 
         class Deleted:
             def __del__(self) -> None:

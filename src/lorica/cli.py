@@ -18,23 +18,35 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lorica.config import load
+import lorica
 from lorica.errors import UserError
 
 if TYPE_CHECKING:
+    from lorica.config import ExperimentConfig
     from lorica.run.setup import Prepared
     from lorica.server.federation import Federation
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    help="Federated LoRA fine-tuning under differential privacy.",
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 flower = typer.Typer(no_args_is_help=True, help="Federations across machines, over Flower.")
 app.add_typer(flower, name="flower")
 console = Console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as privacy.epsilon=1")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorica {lorica.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Federated LoRA fine-tuning under differential privacy."""
 
 
 @app.command()
@@ -44,7 +56,7 @@ def run(
 ) -> None:
     """Train a LoRA adapter over a federation, or resume where the same run stopped."""
     with _errors():
-        experiment_config = load(*_source(config, overrides))
+        experiment_config = _load(config, overrides)
         # After the configuration is known to be sound: these bring PyTorch and take seconds.
         from lorica.experiment import Experiment
         from lorica.reporting.run_folder import read_run
@@ -69,15 +81,20 @@ def compare(
 ) -> None:
     """Run several methods with several seeds, resume what was interrupted, and put them side by side."""
     with _errors():
-        experiment_config = load(*_source(config, overrides))
+        experiment_config = _load(config, overrides)
+        every_seed = _seeds(seeds)
+        from lorica.run.variants import parse_variant
+
+        variants = [parse_variant(label.strip(), experiment_config) for label in re.split(r",(?![^\[]*\])", methods)]
+        # After every argument is known to be sound: these bring transformers and PEFT, and take seconds.
         from lorica.compare import compare as compare_methods
         from lorica.reporting.tables import comparison_table
 
         with _Rounds() as rounds:
             page, results = compare_methods(
                 experiment_config,
-                [label.strip() for label in re.split(r",(?![^\[]*\])", methods)],
-                _seeds(seeds),
+                variants,
+                every_seed,
                 lambda label, seed, index, count: console.rule(f"{label}, seed {seed} ({index} of {count})"),
                 rounds.start,
                 rounds.round,
@@ -185,7 +202,7 @@ def flower_init(
 ) -> None:
     """Write a Flower app that runs an experiment, with a policy to start from and the commands."""
     with _errors():
-        experiment_config = load(*_source(config, overrides))
+        experiment_config = _load(config, overrides)
         from lorica.engines.flower.launch import with_absolute_paths, write_app
 
         write_app(with_absolute_paths(experiment_config), folder)
@@ -299,11 +316,14 @@ def _errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-def _source(config: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+def _load(config: str | None, overrides: list[str] | None) -> ExperimentConfig:
+    # Imported here: pydantic and the schema take longer than all of `lorica --help`.
+    from lorica.config import load
+
     # Without a file, the first override stands in the file's place.
     if config is not None and "=" in config and not Path(config).is_file():
-        return None, [config, *(overrides or [])]
-    return config, list(overrides or [])
+        return load(None, [config, *(overrides or [])])
+    return load(config, overrides)
 
 
 def _seeds(text: str) -> list[int]:
@@ -315,3 +335,7 @@ def _seeds(text: str) -> list[int]:
 
 def _next_name(folder: Path) -> str:
     return next(name for index in range(2, 10**6) if not folder.with_name(name := f"{folder.name}-{index}").exists())
+
+
+if __name__ == "__main__":
+    app()

@@ -25,7 +25,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """A configuration section: frozen, and a key it does not know is an error."""
+    """A configuration section: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
 
@@ -36,26 +36,26 @@ class ModelConfig(Strict):
     base: str
     """A folder or a Hugging Face hub id. `lorica:glyph-vit` is the embedded default."""
     head: Literal["train", "freeze"] = "train"
-    """`train`: the last linear layer is trained under DP; it starts at zero unless the checkpoint brings one that was
-    trained for these labels. `freeze`: the head stays as loaded (or as initialised from the seed)."""
+    """`train`: the last linear layer is trained under DP; it starts at zero unless the checkpoint contains one trained
+    for these labels. `freeze`: the head stays as loaded (or as initialised from the seed)."""
     pooling: Literal["auto", "mean"] = "auto"
     """`auto`: the model's own classification head. `mean`: a linear head on the mean of the last hidden states."""
     precision: Literal["fp32", "bf16", "int8", "nf4"] = "fp32"
     """Precision of the frozen base. Everything that is trained, clipped or noised stays fp32. `int8` and `nf4` (4 bits)
-    need bitsandbytes, and no method that adds to the frozen weights can use them."""
+    need bitsandbytes; methods that add to the frozen weights cannot use them."""
     gradient_checkpointing: bool = False
-    """Compute most activations of a layer again in the backward pass instead of keeping them: about half the memory,
-    about a third more time, the same gradients."""
+    """Recompute most activations of a layer in the backward pass instead of storing them: about half the memory, about
+    a third more time, the same gradients."""
     attention: Literal["auto", "eager", "sdpa"] = "auto"
     """`auto`: eager on CPU (faster on short sequences), sdpa elsewhere."""
     device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, …; `auto` is a GPU where there is one."""
+    """`cpu`, `cuda`, `cuda:1`, …; `auto` uses a GPU if there is one."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads of PyTorch; by default its own choice. Another number rounds sums differently."""
+    """CPU threads of PyTorch; by default PyTorch chooses. A different number rounds sums differently."""
 
 
 class LoraSection(Strict):
-    """Passed through to `peft.LoraConfig`, with its names; `client_ranks` is Lorica's."""
+    """Passed to `peft.LoraConfig` under the same names; only `client_ranks` is Lorica's own."""
 
     r: int = Field(8, ge=1)
     """Rank of the factors."""
@@ -64,18 +64,19 @@ class LoraSection(Strict):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before A."""
     target_modules: list[str] | str = "auto"
-    """`auto`: query and value, as in the papers of this field, or what PEFT takes for a family that has none. Otherwise
+    """`auto`: query and value, as in the papers of this field, or PEFT's choice for a family without them. Otherwise
     module names, one regular expression, or `all-linear`. `query`, `key`, `value` are found under each family's own
-    names (`q_proj`, `q_lin`, `query_proj`, …), and mean the fused map where one makes all three (`c_attn`, `Wqkv`)."""
+    names (`q_proj`, `q_lin`, `query_proj`, …); where one fused map computes all three (`c_attn`, `Wqkv`), they mean
+    that map."""
     use_rslora: bool = False
-    """`γ = lora_alpha / √r` instead."""
+    """Use `γ = lora_alpha / √r` instead."""
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
-    """How A starts: PEFT's default (Kaiming uniform), Gaussian, or orthogonal. Initialisations from data or from the
-    base weights are not offered: they leak, or make the base differ between nodes."""
+    """Initialisation of A: PEFT's default (Kaiming uniform), Gaussian, or orthogonal. Initialisations from data or from
+    the base weights are not offered: they leak, or make the base differ between nodes."""
     client_ranks: list[int] | Literal["halving", "random"] | None = None
-    """Ranks that differ between clients: a list with one for each, `halving` (r, r/2, r/4, … in turns) or `random`
-    (uniform on 1 to r, from the public seed). A client holds the leading ranks of the global factors; `γ` is that of
-    `r` for all. Methods that need one rank refuse it."""
+    """Ranks that differ between clients: a list with one rank per client, `halving` (r, r/2, r/4, … in turn) or
+    `random` (uniform on 1 to r, from the public seed). A client holds the leading ranks of the global factors; all
+    clients use the `γ` of rank `r`. Methods that need one rank refuse this key."""
 
 
 class TaskConfig(Strict):
@@ -84,49 +85,50 @@ class TaskConfig(Strict):
     type: Literal[
         "text-classification", "text-regression", "image-classification", "question-answering", "language-modelling"
     ]
-    """What a record is, and what is predicted: a label, a number, the place of an answer, or the next tokens."""
+    """What a record is, and what is predicted: a label, a number, the position of an answer, or the next tokens."""
     train: str | list[str]
     """A CSV, JSONL or Parquet file, an image folder, a Hugging Face dataset id (`ID`, `ID:CONFIG`, `ID[SPLIT]`), or
-    `lorica:digits/train`. Several of them: a list, a pattern (`hospitals/*.csv`) or a folder of such files, sorted by
-    name; see also `federation.partition: files`."""
+    `lorica:digits/train`. For several sources: a list, a pattern (`hospitals/*.csv`) or a folder of such files, sorted
+    by name; see also `federation.partition: files`."""
     test: str | dict[str, str]
-    """The public test set: the server evaluates on it after each round. Never private data. Several ones by name, such
-    as `{matched: …, mismatched: …}`: the first one's main metric is that of the run."""
+    """The public test set: the server evaluates on it after each round. Never use private data here. For several test
+    sets, give them names, such as `{matched: …, mismatched: …}`; the main metric of the first is that of the run."""
     text: list[str] = ["text"]
-    """Column or pair of columns that hold the text. For language modelling: a column of texts, `[prompt, completion]`,
-    or a column of conversations (`{role, content}` messages); the loss counts completions and the assistant's turns."""
+    """Column or pair of columns with the text. For language modelling: a column of texts, `[prompt, completion]`, or a
+    column of conversations (`{role, content}` messages); the loss covers completions and the assistant's turns."""
     image: str = "image"
-    """Column that holds the image: encoded bytes, or a path relative to the file."""
+    """Column with the image: encoded bytes, or a path relative to the file."""
     label: str = "label"
-    """Column that holds the label: text or whole numbers; any number for regression."""
+    """Column with the label: text or whole numbers; any number for regression."""
     labels: list[str] | None = Field(None, min_length=2)
-    """Names of all labels, in order. By default those of the training data, or, where that is with its owners, of the
+    """Names of all labels, in order. By default those of the training data or, if the owners hold it, those of the
     first test set."""
     metrics: list[Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]] | None = None
-    """What is reported of the test set, the main metric first. By default `[accuracy]`, for regression `[pearson,
-    spearman]`. GLUE: MRPC and QQP `[f1, accuracy]`, CoLA `[matthews]`, STS-B the default."""
+    """Metrics reported on the test set, the main one first. By default `[accuracy]`; for regression `[pearson,
+    spearman]`. For GLUE: `[f1, accuracy]` for MRPC and QQP, `[matthews]` for CoLA, the default for STS-B."""
     max_length: int = Field(128, ge=4)
-    """Texts are cut at this many tokens; nothing is padded to it. For question answering, tokens of a window."""
+    """Texts are truncated to this many tokens; nothing is padded to it. For question answering: tokens per window."""
     question: str = "question"
-    """Question answering: column of questions."""
+    """Question answering: column with the questions."""
     context: str = "context"
-    """Question answering: column of the texts that hold the answers."""
+    """Question answering: column with the texts that contain the answers."""
     answers: str = "answers"
-    """Question answering: column of answers, `{text: […], answer_start: […]}`, empty lists where there is none."""
+    """Question answering: column with the answers, `{text: […], answer_start: […]}`; empty lists if there is none."""
     stride: int = Field(128, ge=0)
-    """Question answering: tokens of context that consecutive windows share."""
+    """Question answering: number of context tokens that consecutive windows share."""
     max_question: int = Field(64, ge=1)
-    """Question answering: questions are cut at this many tokens."""
+    """Question answering: questions are truncated to this many tokens."""
     max_answer: int = Field(30, ge=1)
-    """Question answering: most tokens of an answer."""
+    """Question answering: maximum number of tokens in an answer."""
     null_threshold: float | None = None
-    """Question answering: answer nothing where that scores higher than the best answer by more than this; 0 for SQuAD
+    """Question answering: give no answer if that scores higher than the best answer by more than this; 0 for SQuAD
     v2.0. By default every question is answered, as in v1.1."""
     answer_tokens: int | None = Field(None, ge=1)
-    """Language modelling: also decode so many tokens greedily after each test prompt, and report how often the answer
-    is exactly the record's; this is then the main metric. By default it is the share of tokens predicted right."""
+    """Language modelling: also decode this many tokens greedily after each test prompt, and report how often the answer
+    is exactly the record's; this is then the main metric. By default it is the share of correctly predicted tokens."""
     answer_format: Literal["text", "gsm8k"] = "text"
-    """Language modelling: compare answers as text, or the number after `####` with the last number of the answer."""
+    """Language modelling: `text` compares answers as text; `gsm8k` compares the number after `####` with the last
+    number of the answer."""
 
     @field_validator("text", mode="before")
     @classmethod
@@ -166,47 +168,47 @@ class FederationConfig(Strict):
     partition: Literal[
         "dirichlet", "iid", "shards", "quantity", "column", "files", "as-lora-text", "as-lora-images"
     ] = "dirichlet"
-    """How the training records are dealt to the clients. `dirichlet`: skewed labels. `iid`: equal random parts.
-    `shards`: few labels each. `quantity`: sizes that differ, labels that do not. `column`: by a column, one client for
+    """How the training records are divided among the clients. `dirichlet`: skewed labels. `iid`: equal random parts.
+    `shards`: few labels per client. `quantity`: skewed sizes, the same labels. `column`: by a column, one client for
     each value. `files`: one client for each file of `task.train`. `as-lora-text`, `as-lora-images`: skewed labels,
-    drawn in the order of AS-LoRA's experiments; with `partition_seed: 42` the clients' sizes are theirs."""
+    drawn in the order of AS-LoRA's experiments; with `partition_seed: 42` the client sizes are the same as theirs."""
     alpha: float = Field(0.5, gt=0)
     """Concentration of the Dirichlet distribution over the clients, for each label (`dirichlet`, `as-lora-…`) or for
-    the sizes (`quantity`); small is skewed."""
+    the sizes (`quantity`); a small value gives a skewed partition."""
     shards_per_client: int = Field(2, ge=1)
-    """Of `shards`: about the number of labels that a client sees."""
+    """For `shards`: approximately the number of labels that a client has."""
     by: str | None = None
-    """Of `column`: the column that says whose record it is, such as a hospital. Clients are its values in order."""
+    """For `column`: the column with the owner of each record, such as a hospital. Its sorted values are the clients."""
     min_records: int = Field(1, ge=1)
-    """Fewest records of a client. Random sizes are drawn again, up to 100 times, until all clients have as many;
-    `batch_size` is a good choice, since no client may have fewer."""
+    """Minimum number of records of a client. Random sizes are redrawn, up to 100 times, until all clients have that
+    many; `batch_size` is a good choice, since no client may have fewer."""
     partition_seed: int | None = Field(None, ge=0, lt=2**63)
-    """Seeds the generator of the partition (NumPy's `default_rng`) with this number, for a published split or one that
-    stays while `seed` changes; by default a stream of `seed`."""
+    """Seeds the partition (NumPy's `default_rng`) with this number, to reproduce a published split or to keep the split
+    while `seed` changes; by default a stream derived from `seed`."""
     rounds: int = Field(100, ge=1)
     """Number of rounds."""
     local_steps: int = Field(10, ge=1)
-    """Noisy steps of each participating client in a round."""
+    """Number of noisy steps of each participating client in a round."""
     batch_size: int = Field(128, ge=1)
     """Expected size of a Poisson batch: the sampling rate is batch_size / records."""
     participation: float = Field(1.0, gt=0, le=1)
-    """Share of the clients in a round, in balanced rotation drawn from the public seed."""
+    """Fraction of the clients in each round, in balanced rotation drawn from the public seed."""
     min_clients: int | None = Field(None, ge=1)
-    """Fewest replies with which a round goes on, when clients fail, are late or send what cannot be right. By default
-    all of a round's participants must reply, or the run stops, to be resumed at that round."""
+    """Minimum number of replies for a round to continue when clients fail, are late or send invalid replies. By default
+    all participants of a round must reply; otherwise the run stops, and can be resumed at that round."""
     secure_sum: bool = False
-    """Add the clients' replies up under masks, so that the server sees their sum only (`lorica.secure_sum`). For at
-    least three clients a round, and methods that need sums alone. It does not change ε."""
+    """Sum the clients' replies under masks, so that the server sees only their sum (`lorica.secure_sum`). Needs at
+    least three clients per round and a method that needs only sums. It does not change ε."""
     private_test: float = Field(0.0, ge=0, lt=1)
-    """Share of each client's records that it does not train on but tests on. What comes out of it is private: it is
-    written beside the ledger, for the owner, and is in no report."""
+    """Fraction of each client's records that it holds out for testing. The results are private: they are written beside
+    the ledger, for the owner, and do not appear in any report."""
     weights: Literal["uniform", "records", "noise"] = "uniform"
-    """Weight of a client in the mean: equal, by its record count, or by 1/τ² of its noise."""
+    """Weight of a client in the mean: `uniform`, in proportion to its `records`, or to 1/τ² of its `noise`."""
     evaluate_every: int = Field(1, ge=1)
-    """Evaluate on the public test set after every so many rounds, and after the last."""
+    """Evaluate on the public test set every N rounds, and after the last round."""
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Padded tokens (text) or patches (images) in one forward pass; by default 1,024 on a CPU, where small passes over
-    texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes the result by rounding only."""
+    texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes results only by rounding."""
 
     @property
     def participants(self) -> int:
@@ -228,18 +230,18 @@ class FederationConfig(Strict):
 
 
 class OptimizerConfig(Strict):
-    """The local optimiser; it sees the noisy gradient only."""
+    """The local optimiser; it sees only the noisy gradient."""
 
     name: Literal["sgd", "adamw"] = "sgd"
-    """Fresh in every round: no state outlives it."""
+    """The optimiser starts afresh in every round; no state is carried over."""
     lr: float = Field(0.5, gt=0)
     """Learning rate."""
     lr_a: float | None = Field(None, gt=0)
-    """Rate of the factors A where it differs from `lr`."""
+    """Learning rate of the factors A, if different from `lr`."""
     lr_b: float | None = Field(None, gt=0)
-    """Rate of the factors B where it differs from `lr`. The head always uses `lr`."""
+    """Learning rate of the factors B, if different from `lr`. The head always uses `lr`."""
     momentum: float = Field(0.0, ge=0, lt=1)
-    """Of SGD."""
+    """Momentum of SGD."""
     weight_decay: float = Field(0.0, ge=0)
     """Coupled in SGD, decoupled in AdamW."""
 
@@ -248,49 +250,49 @@ class LocalConfig(Strict):
     """Additions to a client's step. They act on the noisy gradient or on public weights, so they cost no privacy."""
 
     fedprox: float = Field(0.0, ge=0)
-    """FedProx: `μ` of the pull `μ (θ - θ_t)` towards the round's start."""
+    """FedProx: `μ` of the proximal term `μ (θ - θ_t)`, which pulls towards the start of the round."""
     scaffold: bool = False
     """SCAFFOLD: control variates, tracked by the server."""
     scaled_gd: bool = False
     """Precondition each factor's gradient by the other factor: `(BᵀB + δI)⁻¹ ∂L/∂A`, `∂L/∂B (AAᵀ + δI)⁻¹`."""
     damping: float = Field(0.1, gt=0)
-    """`δ` of `scaled_gd`; it bounds the amplification of noise by `1/δ` while a factor is near zero."""
+    """`δ` of `scaled_gd`; while a factor is near zero, noise is amplified by at most `1/δ`."""
     flat_lora: float = Field(0.0, ge=0)
-    """Flat-LoRA: `ρ` of random noise on the frozen weights in every step; the paper uses 0.05."""
+    """Flat-LoRA: `ρ` of the random noise added to the frozen weights in every step; the paper uses 0.05."""
 
 
 class ServerConfig(Strict):
-    """How the server makes one update of a round's, and what it does with it: post-processing of releases."""
+    """How the server combines a round's updates, and how it applies the result: post-processing of releases."""
 
     aggregate: Literal["mean", "median", "trimmed-mean", "krum"] = "mean"
-    """`mean`: weighted by `federation.weights`. The others bear with a few bad clients and ignore weights; they act on
-    what clients released. `median`, `trimmed-mean`: of each coordinate. `krum`: the one update nearest to its
+    """`mean`: weighted by `federation.weights`. The others tolerate a few malicious clients and ignore weights; they
+    act on what clients released. `median`, `trimmed-mean`: of each coordinate. `krum`: the one update nearest to its
     neighbours."""
     trim: float = Field(0.2, gt=0, lt=0.5)
-    """Of `trimmed-mean`: the share of the values that is cut at each end."""
+    """For `trimmed-mean`: the fraction of the values that is cut off at each end."""
     byzantine: int = Field(1, ge=0)
-    """Of `krum`: how many clients `f` may be bad; a round needs `2f + 3` replies."""
+    """For `krum`: the number `f` of malicious clients to tolerate; a round needs `2f + 3` replies."""
     optimizer: Literal["average", "fedavgm", "fedadam"] = "average"
-    """`average`: add it. `fedavgm`: with momentum. `fedadam`: Adam, with the known noise taken off its second
-    moment."""
+    """`average`: add the update. `fedavgm`: add it with momentum. `fedadam`: Adam, with the known noise variance
+    subtracted from its second moment."""
     lr: float = Field(1.0, gt=0)
     """Server learning rate. For `fedadam` it is the size of a step: start near 0.01."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """Of `fedavgm`; `β₁` of `fedadam`."""
+    """Momentum of `fedavgm`; `β₁` of `fedadam`."""
     second_momentum: float = Field(0.99, ge=0, lt=1)
     """`β₂` of `fedadam`."""
     epsilon: float = Field(1e-3, gt=0)
-    """Of `fedadam`."""
+    """`ε` of `fedadam`."""
     denoise: Literal["none", "shrinkage", "kalman"] = "none"
     """`shrinkage`: optimal shrinkage of the update's singular values against the known noise. `kalman`: a scalar Kalman
     filter over rounds."""
     average: float = Field(0.0, ge=0, lt=1)
-    """Decay `β` of the average of the model over rounds, which is then what is evaluated and exported; 0 takes the last
-    round's model."""
+    """Decay `β` of the average of the model over rounds, which is then evaluated and exported; with 0, the model of the
+    last round is used."""
 
 
 class MethodConfig(BaseModel):
-    """The method's name with its own options beside it; the method checks those."""
+    """The method's name, and beside it the method's own options, which the method checks."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
     name: str = "as-lora"
@@ -308,24 +310,24 @@ class PrivacyConfig(Strict):
     """What is protected, added or removed: one record of one client, or all records of one group, such as a patient or
     a user."""
     group: str | None = None
-    """For `unit: group`: the column that says whose record it is. A group is sampled, clipped and counted as one."""
+    """For `unit: group`: the column with the group of each record. A group is sampled, clipped and counted as one."""
     group_records: int = Field(8, ge=1)
-    """For `unit: group`: most records of a group that are used, chosen by the public seed."""
+    """For `unit: group`: maximum number of records of a group that are used, chosen by the public seed."""
     epsilon: float | None = Field(3.0, gt=0)
-    """Target over the whole run, per client; the noise is calibrated to it."""
+    """Target ε of each client over the whole run; the noise is calibrated to it."""
     noise_multiplier: float | None = Field(None, gt=0)
-    """Give this and `epsilon: null` to fix the noise and have ε computed."""
+    """Set this and `epsilon: null` to fix the noise and compute ε from it."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """Choose it below 1/records."""
     clip_norm: float = Field(2.0, ge=1e-6)
-    """`C`: largest norm of one record's gradient over all tensors trained in a step."""
+    """`C`: maximum norm of one record's gradient over all tensors trained in a step."""
     noise: Literal["secure", "reproducible"] = "secure"
-    """`secure`: from the operating system's entropy. `reproducible`: from the seed, for research; not a private
-    release, and every report says so."""
+    """`secure`: noise from the operating system's entropy. `reproducible`: noise from the seed, for research; such a
+    run is not a private release, and every report says so."""
     ledger: str | None = None
     """SQLite file that records every release; by default beside the training data."""
     max_lifetime_epsilon: float | None = Field(None, gt=0)
-    """The owner's limit over all runs on the same data; a run that would pass it is refused before it starts."""
+    """The owner's limit over all runs on the same data; a run that would exceed it is refused before it starts."""
 
     @model_validator(mode="after")
     def _a_group_has_a_column(self) -> PrivacyConfig:
@@ -344,23 +346,23 @@ class FlowerConfig(Strict):
     """For `engine: flower`: which SuperLink, and how long the server waits."""
 
     superlink: str | None = None
-    """Name of a SuperLink connection in Flower's `config.toml`, with a SuperNode for each client. By default Flower
+    """Name of a SuperLink connection in Flower's `config.toml`; each client needs a SuperNode. By default Flower
     simulates the clients on this machine."""
     wait: float = Field(600.0, gt=0)
-    """Seconds that the server waits for the clients before it starts."""
+    """How many seconds the server waits for the clients before it starts."""
     timeout: float = Field(3600.0, gt=0)
-    """Seconds that a client has for an answer; then the round goes on without it."""
+    """How many seconds a client has to answer; after that the round continues without it."""
 
 
 class ExperimentConfig(Strict):
     """A whole experiment."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Names the run folder; the same name and configuration resume."""
+    """Names the run folder; the same name and configuration resume the run."""
     seed: int = Field(42, ge=0, lt=2**63)
-    """Public: client sampling, partition, initialisation. Never the source of secure noise."""
+    """Public seed of client sampling, partition and initialisation. Never the source of secure noise."""
     output: str = "runs"
-    """Folder in which the run folder `NAME` is made."""
+    """Folder in which the run folder `NAME` is created."""
     engine: Literal["local", "flower"] = "local"
     """What runs the clients: this process, or nodes that Flower connects."""
     model: ModelConfig

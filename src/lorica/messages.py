@@ -98,6 +98,12 @@ class Training:
 
     __pydantic_config__: ClassVar = _TENSORS
 
+    def plain(self) -> dict[str, Any]:
+        """All but the tensors, as JSON-able values."""
+        plain = {key: value for key, value in vars(self).items() if key != "corrections"}
+        plain |= {"terms": asdict(self.terms), "local": asdict(self.local), "rates": dict(self.rates)}
+        return plain | {"optimizer": self.optimizer.model_dump()}
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -177,10 +183,7 @@ class Request:
         }
         tensors = dict(adapter) | {f"{name}.{i}": part for name, pair in merged.items() for i, part in enumerate(pair)}
         if isinstance(self.work, Training):
-            work = {key: value for key, value in vars(self.work).items() if key != "corrections"}
-            work |= {"terms": asdict(self.work.terms), "local": asdict(self.work.local)}
-            work |= {"optimizer": self.work.optimizer.model_dump(), "rates": dict(self.work.rates)}
-            content["training"] = work
+            content["training"] = self.work.plain()
             tensors |= {f"correction:{name}": value for name, value in self.work.corrections.items()}
         elif isinstance(self.work, Projection):
             content["projection"] = sorted(self.work.bases)
@@ -243,14 +246,7 @@ class Request:
     def _plain(self) -> dict[str, Any]:
         plain: dict[str, Any] = {key: getattr(self, key) for key in _PLAIN}
         if isinstance(self.work, Training):
-            work = {key: value for key, value in vars(self.work).items() if key != "corrections"}
-            plain["work"] = work | {
-                "kind": "training",
-                "terms": asdict(self.work.terms),
-                "local": asdict(self.work.local),
-                "optimizer": self.work.optimizer.model_dump(),
-                "rates": dict(self.work.rates),
-            }
+            plain["work"] = {"kind": "training", **self.work.plain()}
         elif isinstance(self.work, Delivery):
             plain["work"] = {"kind": "delivery", "final": self.work.final, "personal": self.work.personal}
         else:

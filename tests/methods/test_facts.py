@@ -293,7 +293,7 @@ def test_scaffold_tracked_by_the_server_is_the_papers_algorithm() -> None:
         theta = theta + torch.stack(moves).mean(0)
         common = common + len(participants) / clients * torch.stack(changes).mean(0)
         replies = Replies(updates, dict.fromkeys(participants, 1 / len(participants)))
-        piece.learn(replies, server)
+        piece.learn(replies.updates, replies.weights, server.rates, server.local_steps)
         found = found + replies.mean["x"]
         torch.testing.assert_close(found, theta)
         torch.testing.assert_close(piece.tensors["all:x"], common)
@@ -318,7 +318,7 @@ def test_scaffold_removes_the_drift_of_different_clients(tmp_path: Path) -> None
                 updates[k] = {"x": local - theta}
             replies = Replies(updates, {0: 0.5, 1: 0.5})
             if piece is not None:
-                piece.learn(replies, server)
+                piece.learn(replies.updates, replies.weights, server.rates, server.local_steps)
             theta = theta + replies.mean["x"]
         results.append(float((theta - optimum).norm()))
     assert results[1] < 1e-4 < 0.05 < results[0]

@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 from lorica.config import ServerConfig
@@ -30,8 +29,11 @@ def trimmed_mean(updates: Sequence[Update], trim: float) -> dict[str, Tensor]:
 
     It lies in the range of the honest values as long as no more than that are bad. Yin et al., arXiv 1803.01498.
     """
+    low = int(trim * len(updates))
+    high = len(updates) - low
     return {
-        name: torch.from_numpy(np.asarray(stats.trim_mean(_stack(updates, name), trim, axis=0))) for name in updates[0]
+        name: torch.from_numpy(np.partition(_stack(updates, name), (low, high - 1), axis=0)[low:high].mean(axis=0))
+        for name in updates[0]
     }
 
 

@@ -15,11 +15,10 @@ from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.messages import Request, decode
 from lorica.owner.client import Client
-from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, planned
+from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned
 from lorica.privacy.ledger import Ledger, lifetime_above
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account, account
-from lorica.privacy.unit import PrivacyUnit
 from lorica.run.setup import Prepared, prepare
 from lorica.secure_sum.quantisation import Shapes
 from lorica.secure_sum.setup import Setup, SummationError
@@ -134,17 +133,7 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
     plans = [planned(config, client, len(records)) for client, (records, _) in enumerate(parts)]
     ledger = Ledger(ledger_path(config, dataset))
     clients = {
-        plan.client: Client(
-            number=plan.client,
-            records=records,
-            plan=plan,
-            ledger=ledger,
-            dataset=dataset,
-            unit=PrivacyUnit.of(config.privacy),
-            seed=config.seed,
-            micro_batch_tokens=config.federation.pass_tokens(prepared.model.device.type),
-            private_test=private_test,
-        )
+        plan.client: make_client(config, plan, records, private_test, ledger, dataset)
         for plan, (records, private_test) in zip(plans, parts, strict=True)
     }
     limit = None if config.privacy == "none" else config.privacy.max_lifetime_epsilon

@@ -1,4 +1,4 @@
-"""AS-LoRA: every layer picks its factor anew in every round, by a curvature-aware score."""
+"""AS-LoRA: every layer chooses its factor in every round, by a curvature-aware score."""
 
 from __future__ import annotations
 
@@ -56,35 +56,37 @@ REMEMBERED = ("gain", "variance", "complete", "energy", "gradient")
 class ASLoRA(Method):
     """AS-LoRA (Kim, Park, Han and Ahn, arXiv 2605.05769), with a score that is pure post-processing.
 
-    Idea: per layer and round train and average only one of A and B, so that aggregation is exact, and pick the one
-    whose step is predicted to lower the loss most, to second order.
-    Travels: the active factor of each layer; nothing else is uploaded (`last-step-energy` adds one number a tensor).
-    DP: sound. Scores and choices are functions of releases and public numbers, hence free.
+    Idea: in each layer and round, train and average only one of A and B, so that aggregation is exact, and choose the
+    one whose step is predicted to lower the loss most, to second order.
+    Travels: the active factor of each layer; nothing else is uploaded (`last-step-energy` adds one number per tensor).
+    DP: sound. Scores and choices are functions of releases and public numbers, so they have no privacy cost.
 
     Round `t`:
 
-    1. Warm-up (the first tenth of the rounds, at least two): B in odd rounds, A in even ones. Later `select` decides. A
-       layer whose B is zero trains B.
+    1. Warm-up (the first tenth of the rounds, at least two): B in odd rounds, A in even ones. After that, `select`
+       decides. A layer whose B is zero trains B.
     2. Clients train the active factors; the server adds the weighted mean of their updates.
-    3. Score of each active block, as the predicted decrease `a S`:
-       - `curvature`: `S_t = (Q_t + X_t)/2`, the trapezoid rule of the directional derivative along the executed noisy
-         step (`lorica.methods.scores`). `X_t` needs the block's next activation, so a score completes one
-         activation late; at first, `Q` alone.
-       - `energy`: `‖Ḡ‖² - d v`, which also stands for `Q` where a secure sum hides single updates.
-       - `last-step-energy`: `Σ_k w_k max(‖ĝ_k‖² - d τ_k², 0)` of the last local step, the released code's score in
-         most rounds, from the privatised gradient.
+    3. The server scores each active block by its predicted decrease `a S`:
+       - `curvature`: `S_t = (Q_t + X_t)/2`, the trapezoidal rule for the directional derivative along the executed
+         noisy step (`lorica.methods.scores`). `X_t` is known only at the block's next activation, so a score is
+         complete one activation later; before the first complete score, `Q` alone is used.
+       - `energy`: `‖Ḡ‖² - d v`. It also replaces `Q` when a secure sum hides single updates.
+       - `last-step-energy`: `Σ_k w_k max(‖ĝ_k‖² - d τ_k², 0)` of the last local step. This is the released code's
+         score in most rounds, computed here from the privatised gradient.
     4. `gain ← β gain + (1-β) a S` for the active blocks.
 
     `select: softmax`: with `D = (S_A - S_B)/(|S_A| + |S_B|)` and temperature `T = max(0.1, 0.95^(t - warm-up))`, A is
-    chosen with probability `1/(1 + exp(-D/T))`. `select: thompson`: with probability `Φ((S_A - S_B)/√(s_A² + s_B²))`,
-    kept within `[floor, 1 - floor]`; the variance of an inactive block grows by `(0.1 gain)²` a round, so nothing is
-    starved; with `freeze` a layer trains neither factor while both gains are below zero by a standard deviation.
+    chosen with probability `1/(1 + exp(-D/T))`. `select: thompson`: A is chosen with probability
+    `Φ((S_A - S_B)/√(s_A² + s_B²))`, clipped to `[floor, 1 - floor]`. The variance of an inactive block grows by
+    `(0.1 gain)²` per round, so no block is starved. With `freeze`, a layer trains neither factor while both gains are
+    below zero by a standard deviation.
 
-    Server optimisers and denoising may change the step; scores stay those of the plain mean.
+    Server optimisers and denoising may change the step, but scores always use the plain mean.
 
-    Where the released code differs: it scored the raw gradient at first (not private); later it uploads
-    finite-difference curvature of raw private batches in the last rounds (not private; not offered here); it compares
-    the factors without their learning rates; it scores a random projection of the gradient, of equal expected energy.
+    Where the released code differs: its first version scored the raw gradient (not private); its later version uploads
+    the finite-difference curvature of raw private batches in the last rounds (not private; not offered here); it
+    compares the factors without their learning rates; it scores a random projection of the gradient, with equal
+    expected energy.
     """
 
     name = "as-lora"
@@ -100,19 +102,19 @@ class ASLoRA(Method):
 
     class Options(Strict):
         granularity: Literal["layer", "module", "tied"] = "layer"
-        """What decides together: the sites of a layer, each site by itself, or all of them."""
+        """What shares one decision: the sites of a layer, each site by itself, or all sites."""
         score: Literal["curvature", "energy", "last-step-energy"] = "curvature"
-        """What predicts a factor's gain."""
+        """How a factor's gain is predicted."""
         select: Literal["softmax", "thompson"] = "softmax"
-        """How the gains decide."""
+        """How the gains determine the choice."""
         warm_up: float = Field(0.1, ge=0, le=1)
-        """Share of the rounds that alternate B, A, B, A… first; at least two rounds."""
+        """Fraction of the rounds, at the start, that alternate B, A, B, A…; at least two rounds."""
         ema: float = Field(0.9, ge=0, lt=1)
         """`β` of the gains' moving average."""
         floor: float = Field(0.05, ge=0, le=0.5)
-        """Least probability of either factor under `thompson`."""
+        """Minimum probability of either factor with `thompson`."""
         freeze: bool = False
-        """Under `thompson`, let a layer train neither factor while both seem to do harm."""
+        """With `thompson`, let a layer train neither factor while both appear harmful."""
 
     options: Options
 

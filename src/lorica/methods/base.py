@@ -28,6 +28,7 @@ __all__ = [
     "Server",
     "Train",
     "client_factors",
+    "find_method",
     "is_zero",
     "make_method",
     "registry",
@@ -113,8 +114,8 @@ def registry() -> dict[str, type[Method]]:
     return methods
 
 
-def make_method(config: MethodConfig, sites: list[Site]) -> Method:
-    """The configured method with its options checked.
+def find_method(config: MethodConfig) -> tuple[type[Method], BaseModel]:
+    """The configured method's class, and its options checked.
 
     Raises:
         UserError: no such method, or an option that it does not have.
@@ -125,4 +126,10 @@ def make_method(config: MethodConfig, sites: list[Site]) -> Method:
         remedy = f"did you mean {nearest[0]!r}?" if nearest else f"choose among: {', '.join(methods)}"
         raise UserError("method.name", config.name, "no such method", remedy)
     kind = methods[config.name]
-    return kind(validate(kind.Options, config.options, prefix="method"), sites)
+    return kind, validate(kind.Options, config.options, prefix="method")
+
+
+def make_method(config: MethodConfig, sites: list[Site]) -> Method:
+    """The configured method for these sites; raises what `find_method` raises."""
+    kind, options = find_method(config)
+    return kind(options, sites)

@@ -1,4 +1,4 @@
-"""DEeR: two half-rounds, and noise that is regulated by the frozen factor."""
+"""DEeR: two half-rounds, and noise regulated by the frozen factor."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from lorica.methods.server import Server
 class DEeR(Method):
     """DEeR (IEEE TMI, arXiv 2410.12926).
 
-    Idea: a round has two halves, B and then A, each averaged with the other factor common, so exactly; and the noise
-    in `W` is to be independent of the factors' sizes, by shaping it with the pseudo-inverse of the frozen factor.
-    Travels: B, then A, both ways; two exchanges a round, which share its local steps.
-    DP: sound here: isotropic noise on the clipped gradient first, then the *noisy gradient* is multiplied by
-    `(A Aᵀ + δI)⁻¹` (by `(BᵀB + δI)⁻¹` in the second half): scaled gradient descent, which is post-processing
+    Idea: a round has two halves, B and then A. In each half all clients share the other factor, so averaging is exact.
+    The noise is shaped with the pseudo-inverse of the frozen factor, to make the noise in `W` independent of the
+    factors' sizes.
+    Travels: B, then A, both ways; two exchanges per round, which share its local steps.
+    DP: sound here. Isotropic noise is added to the clipped gradient first. Then the *noisy gradient* is multiplied by
+    `(A Aᵀ + δI)⁻¹` (by `(BᵀB + δI)⁻¹` in the second half). This is scaled gradient descent, which is post-processing
     (`lorica.local.preconditioning`).
 
-    Where the released code differs: it clips each tensor of a client's update by itself without counting the tensors,
-    adds noise for a record-level accountant to that client-level bound, and shapes the noise by `B⁺`, so that it is
-    too small wherever B is large: it is not differentially private. It adds the noise on the server.
+    Where the released code differs: it clips each tensor of a client's update separately without accounting for the
+    number of tensors, adds noise for a record-level accountant to that client-level bound, and shapes the noise by
+    `B⁺`, so that the noise is too small wherever B is large. It is therefore not differentially private. It adds the
+    noise on the server.
     """
 
     name = "deer"
@@ -46,7 +48,7 @@ class DEeR(Method):
 
     class Options(Strict):
         damping: float = Field(0.1, gt=0)
-        """`δ`; it bounds the amplification of noise by `1/δ` where the frozen factor is near zero."""
+        """`δ`; where the frozen factor is near zero, noise is amplified by at most `1/δ`."""
 
     options: Options
 

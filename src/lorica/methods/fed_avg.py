@@ -14,8 +14,8 @@ class FedAvg(Method):
     Travels: A and B, both ways. Aggregation is inexact: `Σ w_k B_k A_k - B̄ Ā = Σ w_k (B_k - B̄)(A_k - Ā)`.
     DP: sound under the canonical step; the noise on A and the noise on B multiply.
 
-    Where the released code differs: the original has no DP; re-implementations often clip the batch gradient or the
-    whole update, and here each example is clipped.
+    Where the released code differs: the original has no DP. Re-implementations often clip the batch gradient or the
+    whole update; here each example is clipped.
     """
 
     name = "fed-avg"

@@ -21,18 +21,19 @@ class FedGaLore(Method):
     """GaLore on the clients, direct averaging of the full weights on the server (arXiv 2410.23111).
 
     Idea: train the frozen weight itself, but along a projected gradient: `W ← W - η P Opt(Pᵀ G)` with `P (d_out, r)`
-    orthonormal, or the same on the right. Averaging the weights is exact, and since P is common it is averaging the
-    projected updates: `W0 ← W0 + γ P Σ w_k Ā_k`. In LoRA's terms `B = P` is fixed and A starts at zero in each round.
-    Travels: the projected update up, `r d_in` (`r d_out` on the right); down the mean one with its projector.
-    DP: sound here. GaLore takes P from the singular vectors of the client's own gradient, which leaks; Lorica takes it
-    from the last mean update, which was released: the projected gradient `Pᵀ G` is what is clipped and noised.
+    orthonormal, or the same on the right. Averaging the weights is exact. Since all clients share P, it amounts to
+    averaging the projected updates: `W0 ← W0 + γ P Σ w_k Ā_k`. In LoRA's terms, `B = P` is fixed and A starts at zero
+    in each round.
+    Travels: the projected update up, `r d_in` (`r d_out` on the right); the mean update and its projector down.
+    DP: sound here. GaLore takes P from the singular vectors of the client's own gradient, which leaks. Lorica takes P
+    from the last mean update, which was already released; the projected gradient `Pᵀ G` is clipped and noised.
 
-    A left projector's update lies in the span of P, so it tells nothing new about the left side, but its row space is
-    what the gradient chose: each refresh turns to the other side, with the last projection's total update for its
-    singular vectors, as in subspace iteration. The first projector is random. Optimiser moments live for one round,
-    since they would be those of another subspace.
+    The update of a left projector lies in the span of P, so it says nothing new about the left side, but its row space
+    was chosen by the gradient. Each refresh therefore switches to the other side and uses the singular vectors of the
+    last projection's total update, as in subspace iteration. The first projector is random. Optimiser moments are reset
+    in every round, since they would belong to a different subspace.
 
-    Without privacy the projector is the same public one.
+    Runs without privacy use the same public projector.
     """
 
     name = "fed-galore"
@@ -49,7 +50,7 @@ class FedGaLore(Method):
 
     class Options(Strict):
         refresh: int = Field(5, ge=1)
-        """Rounds between two projectors."""
+        """Number of rounds for which a projector is used."""
 
     options: Options
 

@@ -17,16 +17,16 @@ from lorica.methods.server import Server
 class FedRACLoRA(Method):
     """Fed-RAC-LoRA (arXiv 2410.08305).
 
-    Idea: each round draws one factor at random, common to all clients, and trains the other one from zero; the mean
-    product is merged into the frozen weight, `W0 ← W0 + γ B_S Ā`, exactly, and the next round starts in a new
-    subspace. It is gradient descent sketched by `B_S B_Sᵀ`.
-    Travels: the trained factor up; down the fresh factor and the merged product in factored form, which for the next
-    round is `2 r d + r d`.
-    DP: well suited: one noisy factor that starts at zero, no product of noises, and subspaces that do not stay those
-    of A₀. Noise adds up in the frozen weight over rounds.
+    Idea: in each round one factor is drawn at random and shared by all clients, and the other one is trained from zero.
+    The mean product is merged into the frozen weight exactly, `W0 ← W0 + γ B_S Ā`, and the next round starts in a new
+    subspace. This is gradient descent sketched by `B_S B_Sᵀ`.
+    Travels: the trained factor up; the fresh factor and the merged product in factored form down, `2 r d + r d` for the
+    next round.
+    DP: well suited: one noisy factor that starts at zero, no product of noises, and subspaces that are not tied to A₀.
+    Noise accumulates in the frozen weight over rounds.
 
-    The drawn factor has orthonormal columns (rows), as the theory asks for, and is sent rather than its seed, so that
-    all clients have it bit for bit.
+    The drawn factor has orthonormal columns (rows), as the theory requires. The factor itself is sent rather than its
+    seed, so that all clients have the same bits.
     """
 
     name = "fed-rac-lora"
@@ -43,7 +43,7 @@ class FedRACLoRA(Method):
 
     class Options(Strict):
         trains: Literal["A", "B", "coin"] = "A"
-        """The factor that is trained, the other one being drawn; `coin` tosses for it in each round."""
+        """The factor that is trained; the other one is drawn. `coin` chooses at random in each round."""
 
     options: Options
 

@@ -18,15 +18,14 @@ from lorica.streams import numpy_stream
 class FedSB(Method):
     """Fed-SB (arXiv 2502.15436), LoRA-SB in a federation.
 
-    Idea: `W = W0 + γ B R A` with B and A fixed and orthonormal; clients train `R (r, r)`, so averaging is exact and
-    what is sent and noised has `r²` numbers a site, whatever the model's width.
+    Idea: `W = W0 + γ B R A` with B and A fixed and orthonormal. Clients train `R (r, r)`, so averaging is exact, and
+    only `r²` numbers per site are sent and noised, whatever the model's width.
     Travels: R, both ways.
     DP: sound; the least noise of all methods, in `r²` directions. The gradient `∂L/∂R = Bᵀ (γ G) Aᵀ` is clipped.
 
-    LoRA-SB takes B and A from the singular vectors of a first gradient, which is private data. Here that gradient is a
-    noisy one: in the first `warm_up` rounds B and A are trained in turns, under DP and exactly as in RoLoRA, and the
-    SVD of their product fixes the factors; `warm_up: 0` fixes random ones. Choose a larger rank than for other
-    methods.
+    LoRA-SB takes B and A from the singular vectors of a first gradient, which is private data. Here that gradient is
+    noisy: in the first `warm_up` rounds B and A are trained in turn, under DP and exactly as in RoLoRA, and the SVD of
+    their product fixes the factors. `warm_up: 0` fixes random factors. Choose a larger rank than for other methods.
     """
 
     name = "fed-sb"
@@ -45,7 +44,7 @@ class FedSB(Method):
 
     class Options(Strict):
         warm_up: int = Field(2, ge=0)
-        """Rounds of training B and A in turns that find the factors; 0 takes random ones."""
+        """Number of rounds that train B and A in turn to find the factors; 0 uses random factors."""
 
     options: Options
 

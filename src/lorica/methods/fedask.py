@@ -16,24 +16,25 @@ from lorica.methods.server import Server
 class FedASK(Method):
     """FedASK (NeurIPS 2025, arXiv 2507.09990).
 
-    Idea: the server gets the mean product `M = Σ w_k B_k A_k` through two sketches that can be summed, and
-    redistributes its truncated SVD:
+    Idea: the server recovers the mean product `M = Σ w_k B_k A_k` from two sketches that can be summed, and distributes
+    its truncated SVD:
 
-    1. clients train and send `Y_k = B_k (A_k Ω)`, `Ω (d_in, r + p)` Gaussian from the public seed; `Q = qr(Σ w_k Y_k)`;
+    1. clients train and send `Y_k = B_k (A_k Ω)`, with `Ω (d_in, r + p)` Gaussian from the public seed;
+       `Q = qr(Σ w_k Y_k)`;
     2. clients get Q and send `Z_k = A_kᵀ (B_kᵀ Q)`; with `(Σ w_k Z_k)ᵀ = U S Vᵀ`, `B ← Q U_r S_r^½`, `A ← S_r^½ V_rᵀ`.
 
-    `Q Qᵀ M = M` if `r + p` is at least the rank of M, so aggregation is then exact up to the truncation to rank r.
-    Travels: `(r + p)(d_in + d_out)` up; Q, A and B down; two exchanges a round, one more when a client fails between
-    them.
-    DP: sound. With noise only B is trained, A is public, and the sketches are functions of noisy factors, free; M then
-    has rank r. Without noise A and B are trained and M has up to `K r`.
+    If `r + p` is at least the rank of M, then `Q Qᵀ M = M`, and aggregation is exact up to the truncation to rank r.
+    Travels: `(r + p)(d_in + d_out)` up; Q, A and B down. There are two exchanges per round, and one more if a client
+    fails between them.
+    DP: sound. With noise, only B is trained, A is public, and the sketches are functions of noisy factors, so they have
+    no privacy cost; M then has rank r. Without noise, A and B are trained, and the rank of M is at most `K r`.
 
-    As in FedSVD, under DP the row space stays that of A₀. The balanced split makes A small while the product is, and
-    B's signal drowns in the noise under SGD; `balanced: false` gives A orthonormal rows instead.
+    As in FedSVD, the row space under DP stays that of A₀. The balanced split makes A small while the product is small,
+    and then noise dominates B's signal under SGD; `balanced: false` gives A orthonormal rows instead.
 
-    Where the released code differs: its budget is for the expected number of participations, noise is that of the
-    smallest client, one AdamW state is shared by all clients, and empty batches are skipped. The paper's formula adds
-    noise to the gradient of the full matrix; its code, and Lorica, to that of B.
+    Where the released code differs: its budget covers the expected number of participations, its noise is that of the
+    smallest client, all clients share one AdamW state, and empty batches are skipped. The paper's formula adds noise to
+    the gradient of the full matrix; its code, like Lorica, adds it to the gradient of B.
     """
 
     name = "fedask"
@@ -49,9 +50,9 @@ class FedASK(Method):
 
     class Options(Strict):
         oversampling: int = Field(8, ge=0)
-        """`p`: columns of the sketch beyond the rank."""
+        """`p`: number of sketch columns beyond the rank."""
         balanced: bool = True
-        """Split the singular values evenly between the factors, as in the paper; else all of them go to B."""
+        """Split the singular values evenly between the factors, as in the paper; if false, all of them go to B."""
 
     options: Options
 

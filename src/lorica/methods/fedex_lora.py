@@ -1,4 +1,4 @@
-"""FedEx-LoRA: average both factors, put what that misses into the frozen weight."""
+"""FedEx-LoRA: average both factors, and add the residual to the frozen weight."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from lorica.methods.server import Server
 class FedExLoRA(Method):
     """FedEx-LoRA (ACL 2025, arXiv 2410.09432).
 
-    Idea: FedAvg of both factors, and the residual into the frozen weight: `W0 ← W0 + γ (Σ w_k B_k A_k - B̄ Ā)`, so
-    that the model is the mean of the clients' models exactly.
-    Travels: A and B up; down A, B and the residual in factored form, `K r (d_in + d_out)` a site.
-    DP: sound; the residual is post-processing, but it is where the product of the two noises goes.
+    Idea: average both factors as in FedAvg, and add the residual to the frozen weight,
+    `W0 ← W0 + γ (Σ w_k B_k A_k - B̄ Ā)`, so that the model is exactly the mean of the clients' models.
+    Travels: A and B up; A, B and the residual in factored form down, `K r (d_in + d_out)` per site.
+    DP: sound; the residual is post-processing, but it contains the product of the two noises.
 
-    The residual is `Σ w_k (B_k - B̄)(A_k - Ā)`, formed from the updates' deviations, which avoids the cancellation of
-    two nearly equal products.
+    The residual is `Σ w_k (B_k - B̄)(A_k - Ā)`. It is computed from the updates' deviations, which avoids the
+    cancellation of two nearly equal products.
 
-    Where the released code differs: it transposes the residual for every model, right for GPT-2's Conv1D and silently
-    wrong for square linear maps.
+    Where the released code differs: it transposes the residual for every model, which is right for GPT-2's Conv1D and
+    silently wrong for square linear maps.
     """
 
     name = "fedex-lora"

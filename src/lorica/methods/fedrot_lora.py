@@ -17,14 +17,14 @@ from lorica.methods.server import Server, client_factors
 class FedRotLoRA(Method):
     """FedRot-LoRA (arXiv 2602.23638).
 
-    Idea: `B_k A_k = (B_k R)(Rᵀ A_k)` for every orthogonal R, so clients can drift apart in basis alone, and averaging
-    factors then destroys what they agree on. Each client's factors are rotated towards the last global A, `R_k =
-    argmin ‖Rᵀ A_k - A_t‖_F` (Procrustes), and averaged.
-    Travels: A and B, both ways. Aggregation is inexact, less so than FedAvg's.
+    Idea: `B_k A_k = (B_k R)(Rᵀ A_k)` for every orthogonal R, so clients can differ in basis alone, and averaging the
+    factors then destroys what they agree on. So each client's factors are first rotated towards the last global A, with
+    `R_k = argmin ‖Rᵀ A_k - A_t‖_F` (Procrustes), and then averaged.
+    Travels: A and B, both ways. Aggregation is inexact, but less so than in FedAvg.
     DP: sound; rotations are functions of uploads. Noise on A and B multiplies.
 
-    A soft alignment `λ` goes part of the way: the orthogonal matrix nearest to `(1 - λ) I + λ R_k`. The paper uses 0.4
-    to 0.6.
+    A soft alignment `λ` rotates only part of the way, by the orthogonal matrix nearest to `(1 - λ) I + λ R_k`. The
+    paper uses 0.4 to 0.6.
     """
 
     name = "fedrot-lora"

@@ -11,15 +11,15 @@ from lorica.methods.server import Server
 class FedSALoRA(Method):
     """FedSA-LoRA (ICLR 2025, arXiv 2410.01463).
 
-    Idea: A learns what is common and is averaged; B and the head learn what is a client's own and stay with it. Every
-    client has a model of its own, so evaluation is per client and there is no global product.
+    Idea: A learns what the clients have in common and is averaged; B and the head learn what is specific to a client
+    and stay there. Every client has its own model, so evaluation is per client and there is no global product.
     Travels: A, both ways.
     DP: sound here, since B and the head are trained under DP too. B never leaves the client, but the gradient of A is
-    `γ Bᵀ G`: later uploads of A depend through B on every earlier batch, so a B that was trained on raw gradients
-    would leak through A.
+    `γ Bᵀ G`. Later uploads of A depend through B on every earlier batch, so a B trained on raw gradients would leak
+    through A.
 
-    The reported accuracy is the mean over the clients' models, each on the public test set; a client that never took
-    part has the global A and the B and head that it started with. Exported is one adapter per client.
+    The reported accuracy is the mean over the clients' models, each on the public test set. A client that never took
+    part has the global A, and its initial B and head. One adapter per client is exported.
 
     Where the released code differs: it has no DP.
     """

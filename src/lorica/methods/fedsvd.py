@@ -17,19 +17,19 @@ from lorica.methods.server import Server
 class FedSVD(Method):
     """FedSVD (NeurIPS 2025, arXiv 2505.12805).
 
-    Idea: clients train B as in FFA-LoRA; the server takes the SVD `U S Vᵀ` of `B̄ A` and sends `A ← Vᵀ` with
-    orthonormal rows and `B ← U S`. The product has rank `r`, so nothing is lost.
+    Idea: clients train B as in FFA-LoRA. The server computes the SVD `U S Vᵀ` of `B̄ A` and sends `A ← Vᵀ`, which has
+    orthonormal rows, and `B ← U S`. The product has rank `r`, so nothing is lost.
     Travels: B up, A and B down.
     DP: sound; the SVD is post-processing.
 
-    The row space of `B̄ A` lies in that of A, which clients never train, so it is that of A₀ for ever: the server only
-    rotates its basis, to which SGD with isotropic noise and Frobenius clipping is blind. With SGD, FedSVD is FFA-LoRA
-    with an orthonormal A, and `ffa-lora` with `orthonormal_a` is its fair baseline. `factorise: factors` does QR of
-    the two factors and an SVD of `r × r`, `O((d_in + d_out) r²)`; `dense` forms the product, as the released code
-    does, and is here to compare the cost.
+    The row space of `B̄ A` lies in that of A. Clients never train A, so the row space always stays that of A₀: the
+    server only rotates its basis, and SGD with isotropic noise and Frobenius clipping is invariant to that. With SGD,
+    FedSVD is FFA-LoRA with an orthonormal A, so `ffa-lora` with `orthonormal_a` is the fair baseline.
+    `factorise: factors` computes a QR of the two factors and an SVD of size `r × r`, in `O((d_in + d_out) r²)`. `dense`
+    forms the product, as the released code does; it is provided to compare the cost.
 
-    Where the released code differs: it skips empty batches in place of adding noise; its budget is for the expected
-    number of participations, and before January 2026 its sampling rate was multiplied by the participation rate.
+    Where the released code differs: it skips empty batches instead of adding noise; its budget covers the expected
+    number of participations; and before January 2026 its sampling rate was multiplied by the participation rate.
     """
 
     name = "fedsvd"
@@ -45,9 +45,9 @@ class FedSVD(Method):
 
     class Options(Strict):
         factorise: Literal["factors", "dense"] = "factors"
-        """SVD in factor space, or of the whole product (slow, for comparing costs)."""
+        """SVD in factor space, or of the whole product (slow; for comparing costs)."""
         every: int = Field(1, ge=1)
-        """Re-factorise after every so many rounds."""
+        """Re-factorise every N rounds."""
 
     options: Options
 

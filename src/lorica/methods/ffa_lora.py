@@ -18,8 +18,8 @@ class FFALoRA(Method):
     Travels: B. The row space of every adapted map stays that of A₀.
     DP: sound under the canonical step.
 
-    With `orthonormal_a` the rows of A are made orthonormal first. FedSVD without its server work is this method, since
-    its re-factorisation never leaves row(A₀); it is the fair baseline for it.
+    With `orthonormal_a`, the rows of A are made orthonormal first. This is FedSVD without the work on the server, since
+    FedSVD's re-factorisation never leaves row(A₀). It is therefore the fair baseline for FedSVD.
     """
 
     name = "ffa-lora"

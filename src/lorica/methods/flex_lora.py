@@ -12,16 +12,16 @@ from lorica.methods.server import Server, client_factors
 class FlexLoRA(Method):
     """FlexLoRA (NeurIPS 2024, arXiv 2402.11505).
 
-    Idea: `M = Σ w_k B_k A_k` is the mean of the full updates, whatever the clients' ranks; with `U S Vᵀ = M` a client
+    Idea: `M = Σ w_k B_k A_k` is the mean of the full updates, whatever the clients' ranks. With `U S Vᵀ = M`, a client
     of rank `r_k` gets `A = V_{r_k}ᵀ`, `B = U_{r_k} S_{r_k}`. The sum is exact, the truncation is not.
     Travels: A and B of the client's rank, both ways.
-    DP: sound under the canonical step, but noise on A and B multiplies, and the leading singular directions of M are
-    the noise's where many clients' ranks add up.
+    DP: sound under the canonical step, but noise on A and B multiplies, and where the ranks of many clients add up, the
+    leading singular directions of M are those of the noise.
 
-    M is never formed: QR of the stacked factors and an SVD of `R × R`, `R = Σ r_k` (FLoRIST's identity). All ranks
-    share the scale γ of the largest, as the sum over clients needs.
+    M is never formed: the method uses a QR of the stacked factors and an SVD of size `R × R`, `R = Σ r_k` (FLoRIST's
+    identity). All ranks share the scale γ of the largest, as the sum over clients requires.
 
-    Where the released code differs: it forms M and takes its dense SVD.
+    Where the released code differs: it forms M and computes its dense SVD.
     """
 
     name = "flex-lora"

@@ -1,4 +1,4 @@
-"""FLoRA: stack the clients' factors into the frozen weight and start anew."""
+"""FLoRA: stack the clients' factors into the frozen weight and start again."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lorica.methods.server import Server, client_factors
 class FLoRA(Method):
     """FLoRA (NeurIPS 2024, arXiv 2409.05976).
 
-    Idea: each round starts from a fresh random A and `B = 0` of the client's rank; the server stacks what clients send,
-    `W0 ← W0 + γ [B_1 … B_K] [w_1 A_1; …; w_K A_K]`, which is the weighted mean of the products, exactly, for any ranks.
-    Travels: A and B up; down the stack of all clients' factors, and the fresh A.
-    DP: sound under the canonical step, but the noise on A and B multiplies, and in each round's first step A has no
-    gradient, since B is zero: it takes a step of noise.
+    Idea: each round starts from a fresh random A and `B = 0` of the client's rank. The server stacks what clients send,
+    `W0 ← W0 + γ [B_1 … B_K] [w_1 A_1; …; w_K A_K]`, which is exactly the weighted mean of the products, for any ranks.
+    Travels: A and B up; the stack of all clients' factors and the fresh A down.
+    DP: sound under the canonical step, but the noise on A and B multiplies. In each round's first step A has no
+    gradient, since B is zero, so this step of A is pure noise.
 
-    The fresh A has PEFT's initialisation, `U(-1/√d_in, 1/√d_in)`, from the public seed, and is sent, so that all
-    clients have it bit for bit. Only A carries the weights.
+    The fresh A has PEFT's initialisation, `U(-1/√d_in, 1/√d_in)`, from the public seed. It is sent, so that all clients
+    have the same bits. Only A is multiplied by the weights.
 
-    Where the released code differs: it has no DP. Its FedIT baseline is broken (a misspelt accumulator leaves client 0
-    alone).
+    Where the released code differs: it has no DP. Its FedIT baseline is broken (because of a misspelt accumulator, only
+    client 0 counts).
     """
 
     name = "flora"

@@ -22,14 +22,14 @@ from lorica.methods.server import Server, client_factors
 class HetLoRA(Method):
     """HetLoRA (EMNLP 2024, arXiv 2401.06432).
 
-    Idea: a client of rank `r_k` trains the first `r_k` ranks of the global factors; the server fills what it sends up
-    with zeros and averages each factor with weights `w_k ∝ ‖B_k A_k‖_F`. A penalty on the last ranks, `λ ‖B_t‖ ‖A_t‖`
-    with the tail after `γ r_k`, and pruning to `⌊γ r_k⌋` ranks where the tail's product shrank, let a client find its
-    rank.
+    Idea: a client of rank `r_k` trains the first `r_k` ranks of the global factors. The server pads the uploads with
+    zeros and averages each factor with weights `w_k ∝ ‖B_k A_k‖_F`. Two rules let a client find its rank: a penalty on
+    the last ranks, `λ ‖B_t‖ ‖A_t‖` with the tail after `γ r_k`, and pruning to `⌊γ r_k⌋` ranks where the tail's product
+    shrank.
     Travels: A and B of the client's rank, both ways. Aggregation is inexact.
     DP: sound. The penalty's gradient is added to the noisy gradient; norms and pruning are functions of uploads,
-    computed by the server. Norms of noisy factors are driven by the noise: `norm_weights: false` takes
-    `federation.weights` in their place.
+    computed by the server. Norms of noisy factors are dominated by the noise; `norm_weights: false` uses
+    `federation.weights` instead.
 
     All ranks share the scale γ of the largest. A rank never grows again.
     """
@@ -47,13 +47,13 @@ class HetLoRA(Method):
 
     class Options(Strict):
         norm_weights: bool = True
-        """Weight clients by `‖B_k A_k‖_F` over all sites; else by `federation.weights`."""
+        """Weight clients by `‖B_k A_k‖_F` over all sites; if false, by `federation.weights`."""
         pruning: float = Field(0.99, gt=0, le=1)
-        """`γ`: the share of its ranks that a client keeps when it prunes; 1 never prunes."""
+        """`γ`: the fraction of its ranks that a client keeps when it prunes; 1 never prunes."""
         penalty: float = Field(0.0, ge=0)
         """`λ` of the penalty on the last ranks."""
         smallest_rank: int = Field(1, ge=1)
-        """No client prunes below it."""
+        """Minimum rank: no client prunes below it."""
 
     options: Options
 

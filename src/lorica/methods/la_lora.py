@@ -17,20 +17,20 @@ class LALoRA(Method):
     """LA-LoRA (ICLR 2026, arXiv 2602.19926).
 
     Idea: within a round, odd local steps train B and even ones A, so that no step multiplies two noises; a low-pass
-    filter takes noise off each gradient. Both factors are averaged, which is inexact, since both moved on every
+    filter removes noise from each gradient. Both factors are averaged, which is inexact, since both moved on every
     client.
     Travels: A and B, both ways.
     DP: sound here, where every example is clipped and the filter acts on the noisy gradient.
 
-    `smoothing: gaussian` filters A along `d_in` and B along `d_out` with `[1, 4, 6, 4, 1]/16`. Neighbouring
-    coordinates of a factor are no neighbours in any other sense, so the filter may be no more than a shrinkage of the
-    noise: `rescale` multiplies by `√(Σ k²) = 0.523` instead, which shrinks noise just as much and smooths nothing, and
-    `none` does neither. The authors set `lr_b = 2 lr_a`.
+    `smoothing: gaussian` filters A along `d_in` and B along `d_out` with `[1, 4, 6, 4, 1]/16`. The order of a factor's
+    coordinates has no meaning, so neighbouring coordinates are not related, and the filter may do no more than shrink
+    the noise. For comparison, `rescale` multiplies by `√(Σ k²) = 0.523` instead, which shrinks the noise just as much
+    without smoothing, and `none` does neither. The authors set `lr_b = 2 lr_a`.
 
     Where the released code differs: it clips the gradient of the whole batch, per tensor, at a bound that is itself
-    computed from private gradients, adds noise for a sensitivity that is a batch size too small, and has no
-    accountant, so it is not differentially private; it starts with A while B is zero; its filter is two-dimensional
-    and periodic, mixes ranks, and its unsmoothed step is applied as well.
+    computed from private gradients, adds noise for a sensitivity that is too small by a factor of the batch size, and
+    has no accountant, so it is not differentially private. It starts with A while B is zero. Its filter is
+    two-dimensional and periodic, mixes ranks, and its unsmoothed step is applied as well.
     """
 
     name = "la-lora"
@@ -46,7 +46,7 @@ class LALoRA(Method):
 
     class Options(Strict):
         smoothing: Literal["gaussian", "rescale", "none"] = "gaussian"
-        """The paper's filter, a plain rescaling with the same noise energy, or nothing."""
+        """The paper's filter, a plain rescaling to the same noise energy, or nothing."""
 
     options: Options
 

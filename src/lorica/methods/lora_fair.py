@@ -1,4 +1,4 @@
-"""LoRA-FAIR: average both factors, correct B for what that misses."""
+"""LoRA-FAIR: average both factors, and correct B for the error of that."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lorica.methods.server import Server, client_factors
 class LoRAFair(Method):
     """LoRA-FAIR (ICCV 2025, arXiv 2411.14961).
 
-    Idea: average both factors, then correct B so that `(B̄ + ΔB) Ā` is close to the mean product `M = Σ w_k B_k A_k`;
-    the correction is penalised, to stay near the mean that clients start from.
-    Travels: A and B, both ways. Aggregation is approximate: what M has outside the row space of Ā is lost.
-    DP: sound; a correction is post-processing, but M carries the product of the two noises.
+    Idea: average both factors, then correct B so that `(B̄ + ΔB) Ā` is close to the mean product `M = Σ w_k B_k A_k`.
+    The correction is penalised, to stay near the mean from which clients start.
+    Travels: A and B, both ways. Aggregation is approximate: the part of M outside the row space of Ā is lost.
+    DP: sound; the correction is post-processing, but M contains the product of the two noises.
 
-    `solver: closed-form` is regularised least squares, `ΔB = (M - B̄ Ā) Āᵀ (Ā Āᵀ + λ I)⁻¹`. `iterative` is the paper's
-    objective, `1 - cos(M, (B̄ + ΔB) Ā) + λ ‖ΔB‖²`, by gradient descent. Both work in factor space: inner products of
-    products are traces of small matrices.
+    `solver: closed-form` is regularised least squares, `ΔB = (M - B̄ Ā) Āᵀ (Ā Āᵀ + λ I)⁻¹`. `iterative` minimises the
+    paper's objective, `1 - cos(M, (B̄ + ΔB) Ā) + λ ‖ΔB‖²`, by gradient descent. Both work in factor space: inner
+    products of products are traces of small matrices.
     """
 
     name = "lora-fair"
@@ -45,9 +45,9 @@ class LoRAFair(Method):
         solver: Literal["closed-form", "iterative"] = "closed-form"
         """Least squares, or gradient descent on the cosine objective of the paper."""
         regularisation: float = Field(0.01, gt=0)
-        """`λ`."""
+        """`λ`: strength of the penalty on the correction."""
         iterations: int = Field(100, ge=1)
-        """Steps of the iterative solver."""
+        """Number of steps of the iterative solver."""
         lr: float = Field(0.01, gt=0)
         """Learning rate of the iterative solver."""
 

@@ -1,4 +1,4 @@
-"""Random-LoRA: a coin per layer and round, the ablation of AS-LoRA."""
+"""Random-LoRA: a random factor per layer and round, an ablation of AS-LoRA."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from lorica.methods.server import Server, is_zero
 
 
 class RandomLoRA(Method):
-    """AS-LoRA with its score taken away: an ablation.
+    """AS-LoRA without its score: an ablation.
 
-    Idea: one independent fair coin per layer and round picks the factor. AS-LoRA's released score is nearly a coin
-    under DP noise, so this is the baseline that a score has to beat. A layer whose B is still zero trains B.
+    Idea: an independent fair coin chooses the factor for each layer and round. Under DP noise AS-LoRA's released score
+    is almost a coin flip, so this is the baseline that a score has to beat. A layer whose B is still zero trains B.
     Travels: the active factors. Aggregation is exact.
     DP: sound under the canonical step.
     """

@@ -1,4 +1,4 @@
-"""RoLoRA: the factor alternates per round."""
+"""RoLoRA: the factor alternates by round."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from lorica.methods.server import Server
 class RoLoRA(Method):
     """RoLoRA (Chen et al., NeurIPS 2025, arXiv 2502.01755; workshop version 2409.02346).
 
-    Idea: B in odd rounds, A in even rounds, in all layers alike; the other factor is common, so averaging is exact and
-    A's subspace is learned too.
+    Idea: train B in odd rounds and A in even rounds, in all layers. All clients share the other factor, so averaging is
+    exact and A's subspace is learned too.
     Travels: the active factor.
-    DP: the paper has none; sound under the canonical step. Starts with B, since A has no gradient while B is zero.
+    DP: the paper has none; sound under the canonical step. Training starts with B, since A has no gradient while B is
+    zero.
     """
 
     name = "ro-lora"

@@ -21,15 +21,14 @@ from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.files import replaced_folder, write_atomically
 from lorica.messages import OWNER, Delivery, Invitation, Request, decode, encode, encode_account, encode_plan
-from lorica.owner.client import Client
+from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.request_checks import check_request
 from lorica.owner.settings import NodeSettings
-from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, planned
+from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.statement import Account, charged
-from lorica.privacy.unit import PrivacyUnit
 from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.stages import Part, answer
 from lorica.tasks import load_training
@@ -69,22 +68,11 @@ class Node:
         ledger = Ledger(_ledger(self._config, settings, dataset))
         # A name that a server chose cannot lead out of the node's folder.
         self._folder = settings.place / f"run-{hashlib.sha256(invitation.run.encode()).hexdigest()[:16]}"
-        self._client = Client(
-            number=settings.client,
-            records=records,
-            plan=self.plan,
-            ledger=ledger,
-            dataset=dataset,
-            unit=PrivacyUnit.of(self._config.privacy),
-            seed=self._config.seed,
-            micro_batch_tokens=0,
-            private_test=private_test,
-        )
+        self._client = make_client(self._config, self.plan, records, private_test, ledger, dataset)
         self._review()
         self._pin()
         self._model = load_model(self._config, task)
         self._shapes = {name: tuple(value.shape) for name, value in self._model.read().items()}
-        self._client.micro_batch_tokens = self._config.federation.pass_tokens(self._model.device.type)
         # Not on the owner's records: the answer would tell the server something of them, free of charge.
         _check_model(self._config, self._model, task.test)
         self._restore()
@@ -322,7 +310,7 @@ def respond(
         return {"refused": str(refusal)}
     except UserError as error:
         logger.error("%s", error)
-        return {"refused": f"the node cannot take part because of its {error.key}; its log has the rest"}
+        return {"refused": because_of(error)}
     except Exception:
         logger.exception("failed")
-        return {"refused": "an error at the node; its log has it"}
+        return {"refused": ERROR}

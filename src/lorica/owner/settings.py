@@ -15,24 +15,24 @@ class NodeSettings(Strict):
     """The node configuration of a SuperNode (`--node-config`)."""
 
     client: int
-    """Number of this client, from 0, as agreed between the organisations."""
+    """Number of this client, counted from 0, as agreed between the organisations."""
     data: str | None = None
-    """The training data: a file, an image folder, or a folder of files. Only a simulation does without: its clients
-    share out the server's `task.train`."""
+    """The training data: a file, an image folder, or a folder of files. Required except in a simulation, whose clients
+    divide the server's `task.train`."""
     base: str | None = None
     """Folder of the base model; by default `model.base` of the experiment, if that is embedded or a hub id."""
     policy: str | None = None
-    """The owner's policy file; needed with `data`."""
+    """The owner's policy file; required with `data`."""
     ledger: str | None = None
     """SQLite file that records every release; by default beside the data."""
     folder: str | None = None
     """Where the node keeps the adapter between messages, its log and the final adapter; by default `DATA.lorica`."""
     device: str | None = None
-    """In place of `model.device` of the experiment."""
+    """Device to use instead of the experiment's `model.device`."""
     worker: bool = True
-    """Keep a process alive between messages that holds the base model and the data."""
+    """Keep a process with the base model and the data alive between messages."""
     worker_idle: float = 900.0
-    """Seconds without a message after which that process ends."""
+    """How many seconds without a message until that process ends."""
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> NodeSettings:

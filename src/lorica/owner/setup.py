@@ -1,4 +1,4 @@
-"""What an owner brings to a federation: its records, those it tests on, and the plan that it agrees to."""
+"""What an owner brings to a federation: its records, those it tests on, the plan that it agrees to, its ledger."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lorica.adapters.base_model import resolve_device
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.files import home_folder
-from lorica.privacy.ledger import ledger_beside
+from lorica.owner.client import Client
+from lorica.privacy.ledger import Ledger, ledger_beside
 from lorica.privacy.plan import ClientPlan, plan_client
 from lorica.privacy.unit import RECORD, PrivacyUnit
 from lorica.schedule import participation_schedule
@@ -100,3 +102,29 @@ def ledger_path(config: ExperimentConfig, dataset: str) -> Path:
     if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
         return ledger_beside(train)
     return home_folder() / "ledgers" / f"{dataset[:16]}.sqlite"
+
+
+def make_client(
+    config: ExperimentConfig,
+    plan: ClientPlan,
+    records: Records,
+    private_test: Records | None,
+    ledger: Ledger,
+    dataset: str,
+) -> Client:
+    """The owner that agreed to a plan.
+
+    Args:
+        dataset: fingerprint of the data set that the records are part of.
+    """
+    return Client(
+        number=plan.client,
+        records=records,
+        plan=plan,
+        ledger=ledger,
+        dataset=dataset,
+        unit=PrivacyUnit.of(config.privacy),
+        seed=config.seed,
+        micro_batch_tokens=config.federation.pass_tokens(resolve_device(config.model.device).type),
+        private_test=private_test,
+    )

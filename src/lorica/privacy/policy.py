@@ -31,41 +31,43 @@ class Policy(Strict):
     """Limits on what leaves an owner's data over its whole life. A server cannot change them."""
 
     max_epsilon: float = Field(gt=0, allow_inf_nan=False)
-    """Largest ε at `delta` of everything that is ever released from the data: all runs in its ledger together."""
+    """Maximum ε at `delta` of everything ever released from the data: all runs in its ledger together."""
     delta: float = Field(gt=0, lt=1)
-    """δ at which the owner counts, whatever δ the server proposes. Choose it below 1/records."""
+    """The owner's δ, used whatever δ the server proposes. Choose it below 1/records."""
     base_models: list[str] | None
-    """Base models that may be trained on the data, as `lorica hash FOLDER` prints them. `null` allows any, which is a
-    risk: what a model's author hid in it then runs on private records, with no one at the owner having looked at it."""
+    """Base models that may be trained on the data, as `lorica hash FOLDER` prints them. `null` allows any model, which
+    is a risk: a model that nobody at the owner has reviewed, with whatever its author hid in it, then runs on private
+    records."""
     tasks: list[dict[str, Any]] = Field(min_length=1)
-    """What may be learned. Each entry lists keys of the section `task` that must equal the server's. The columns
-    (`text`, `image`, `label`, `question`, `context`, `answers`) must equal their defaults where the entry leaves them
-    out."""
+    """What may be learned. Each entry lists keys of the section `task` whose values must equal the server's. Columns
+    (`text`, `image`, `label`, `question`, `context`, `answers`) that an entry does not list must equal their
+    defaults."""
     unit: Literal["record", "group"] = "record"
-    """What a run has to protect; another unit is refused, as it would not add up with what the ledger holds."""
+    """What a run must protect; a different unit is refused, since it would not add up with the releases in the
+    ledger."""
     group: str | None = None
-    """For `unit: group`: the column that says whose record it is."""
+    """For `unit: group`: the column with the group of each record."""
     max_group_records: int = Field(8, ge=1)
-    """For `unit: group`: most records of a group that may be used."""
+    """For `unit: group`: maximum number of records of a group that may be used."""
     min_noise_multiplier: float = Field(0.5, gt=0)
-    """Smallest noise multiplier σ of a step."""
+    """Minimum noise multiplier σ of a step."""
     max_clip_norm: float = Field(10.0, gt=0, allow_inf_nan=False)
-    """Largest norm C to which one record's gradient is clipped."""
+    """Maximum norm C to which one record's gradient is clipped."""
     max_sampling_rate: float = Field(0.5, gt=0, le=1)
-    """Largest probability with which a record enters a batch."""
+    """Maximum probability that a record is in a batch."""
     max_steps: int = Field(100_000, ge=1)
-    """Most noisy steps of one run."""
+    """Maximum number of noisy steps in one run."""
     noise: list[Literal["secure", "reproducible", "none"]] = Field(["secure"], min_length=1)
-    """Kinds of noise that a run may use. `reproducible` and `none` protect nothing: no ε holds for data that was
-    released with them, so that nothing more is released from it unless they are listed here. `max_epsilon` then bounds
-    only what was released with secure noise."""
+    """Kinds of noise that a run may use. `reproducible` and `none` protect nothing: after such a release no ε holds for
+    the data, so nothing more is released from it unless these kinds are listed here. `max_epsilon` then bounds only
+    what was released with secure noise."""
     sums_only: bool = False
-    """Take part only in runs whose server sees sums over clients (`federation.secure_sum`)."""
+    """Take part only in runs whose server sees only sums over clients (`federation.secure_sum`)."""
     metrics: list[str] = Field([])
-    """Metrics that a test on the owner's own held-out records (`federation.private_test`) may compute, its `loss`
-    included, such as `[loss, accuracy]`. They stay with the owner. By default there is no such test."""
+    """Metrics, including `loss`, that a test on the owner's own held-out records (`federation.private_test`) may
+    compute, such as `[loss, accuracy]`. The results stay with the owner. By default there is no such test."""
     records: int | None = Field(None, ge=1)
-    """Number of records to declare to the server, which decides the sampling rate; by default the true one."""
+    """Number of records to declare to the server, which determines the sampling rate; by default the true number."""
 
     @field_validator("base_models")
     @classmethod

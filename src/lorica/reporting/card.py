@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from lorica.reporting.clients import GUARANTEE, client_rows
 from lorica.reporting.run_folder import Run, metric_name, not_private
-from lorica.reporting.style import rounded_up
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -61,8 +61,7 @@ def _privacy(run: Run) -> str:
     if not _has_noise(run):
         return f"**Nothing here is a privacy guarantee: {_inline(not_private(run))}**\n"
     lines = [f"* {name}: {_inline(privacy[key])}" for key, name in PRIVACY_TERMS if privacy.get(key)]
-    headings = ["Client", "Records", "Sampling rate q", "Noise multiplier σ", "Clipping norm C", "Steps", "ε", "δ"]
-    table = markdown_table(headings, [_client_row(client) for client in run.clients])
+    table = markdown_table(*client_rows(run.clients, GUARANTEE))
     return "\n".join(
         [
             "Each client has a guarantee of its own, about its own records.",
@@ -86,19 +85,6 @@ def _privacy(run: Run) -> str:
 
 def _has_noise(run: Run) -> bool:
     return bool((run.privacy or {}).get("noise", "none") != "none")
-
-
-def _client_row(client: dict[str, Any]) -> list[str]:
-    return [
-        str(client["client"]),
-        f"{client['records']:,}",
-        f"{client['sampling_rate']:.4g}",
-        f"{client['noise_multiplier']:.4g}",
-        f"{client['clip_norm']:g}",
-        f"{client['steps']:,}",
-        rounded_up(client["epsilon"]),
-        rounded_up(client["delta"]),
-    ]
 
 
 def _bullets(lines: list[str] | None) -> list[str]:

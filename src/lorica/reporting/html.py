@@ -17,6 +17,7 @@ from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from lorica.files import write_atomically
+from lorica.reporting.clients import client_rows
 from lorica.reporting.comparison import Result, summarise
 from lorica.reporting.factors import factor_rows
 from lorica.reporting.partition import partition_figure
@@ -159,7 +160,7 @@ def _run_view(run: Run) -> dict[str, Any]:
     privacy = run.privacy or {}
     lifetime = max((client.get("lifetime_epsilon") or 0 for client in run.clients), default=0)
     server = seconds_per_round(run.metrics, "server_seconds")
-    client_rows = [_client_row(client) for client in sorted(run.clients, key=lambda client: client["client"])]
+    headings, rows = client_rows(run.clients)
     return {
         "title": run.name,
         "metric": metric_name(run.metrics),
@@ -185,9 +186,9 @@ def _run_view(run: Run) -> dict[str, Any]:
         "private": privacy.get("noise", "none") != "none",
         "terms": [(name, privacy[key]) for key, name in PRIVACY_TERMS if privacy.get(key)],
         "target": None if privacy.get("target_epsilon") is None else f"{privacy['target_epsilon']:g}",
-        "client_headings": [heading for heading, *_ in _CLIENT_COLUMNS],
-        "client_rows": client_rows,
-        "open_clients": len(client_rows) <= MOST_OPEN_ROWS,
+        "client_headings": headings,
+        "client_rows": rows,
+        "open_clients": len(rows) <= MOST_OPEN_ROWS,
         "assumptions": privacy.get("assumptions") or [],
         "not_covered": privacy.get("not_covered") or [],
         "traffic": _traffic(run),
@@ -208,29 +209,6 @@ def _subtitle(run: Run) -> str:
         f"seed {run.config.get('seed', 'unknown')}",
     ]
     return ", ".join(part for part in parts if part)
-
-
-_CLIENT_COLUMNS = (
-    ("Client", "client", "{}"),
-    ("Records", "records", "{:,}"),
-    ("Sampling rate q", "sampling_rate", "{:.4f}"),
-    ("Noise multiplier σ", "noise_multiplier", "{:.3f}"),
-    ("Clipping norm C", "clip_norm", "{:g}"),
-    ("Steps", "steps", "{:,}"),
-    ("Releases", "releases", "{:,}"),
-    ("ε", "epsilon", None),
-    ("ε by RDP", "epsilon_rdp", None),
-    ("δ", "delta", None),
-    ("ε, life of the data", "lifetime_epsilon", None),
-)
-
-
-def _client_row(client: dict[str, Any]) -> list[str]:
-    """A cell per column; costs (those without a format) are rounded up."""
-    return [
-        "–" if client.get(key) is None else rounded_up(client[key]) if form is None else form.format(client[key])
-        for _, key, form in _CLIENT_COLUMNS
-    ]
 
 
 def _traffic(run: Run) -> list[list[str]]:

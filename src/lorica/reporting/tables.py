@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lorica.reporting.clients import SHORT, client_rows
 from lorica.reporting.comparison import Result, Summary, summarise
 from lorica.reporting.factors import FactorRow, factor_rows
 from lorica.reporting.run_folder import (
@@ -185,19 +186,12 @@ def _summary_table(run: Run) -> Table:
 
 
 def _client_table(run: Run) -> Table:
+    headings, rows = client_rows(run.clients, SHORT)
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("Client", "Records", "σ", "Steps", "ε", "δ"):
+    for heading in headings:
         table.add_column(heading, justify="right")
-    for client in sorted(run.clients, key=lambda client: client["client"]):
-        noise = client.get("noise_multiplier")
-        table.add_row(
-            str(client["client"]),
-            f"{client['records']:,}",
-            "–" if noise is None else f"{noise:.3f}",
-            f"{client['steps']:,}",
-            rounded_up(client.get("epsilon")),
-            rounded_up(client.get("delta")),
-        )
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 
 from lorica.errors import UserError
+from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.settings import NodeSettings
 
 START_SECONDS = 120.0
@@ -51,10 +52,10 @@ def ask(
                 return _ask_worker(settings, invitation, request, question)
     except UserError as error:
         logger.error("%s", error)
-        return {"refused": f"the node cannot take part because of its {error.key}; its log has the rest"}
+        return {"refused": because_of(error)}
     except (OSError, EOFError):
         logger.exception("two workers ended before they answered")
-        return {"refused": "an error at the node; its log has it"}
+        return {"refused": ERROR}
     from lorica.owner.node import respond
 
     return respond(settings, invitation, request, question)

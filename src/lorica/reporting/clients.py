@@ -1,0 +1,43 @@
+"""The table of clients, of which terminal, report and model card show as many columns as fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lorica.reporting.style import rounded_up
+
+# Key of a client in privacy.json -> heading and format. Costs have no format: they are rounded up.
+_COLUMNS: dict[str, tuple[str, str | None]] = {
+    "client": ("Client", "{}"),
+    "records": ("Records", "{:,}"),
+    "sampling_rate": ("Sampling rate q", "{:.4g}"),
+    "noise_multiplier": ("Noise multiplier σ", "{:.4g}"),
+    "clip_norm": ("Clipping norm C", "{:g}"),
+    "steps": ("Steps", "{:,}"),
+    "releases": ("Releases", "{:,}"),
+    "epsilon": ("ε", None),
+    "epsilon_rdp": ("ε by RDP", None),
+    "delta": ("δ", None),
+    "lifetime_epsilon": ("ε, life of the data", None),
+}
+ALL = tuple(_COLUMNS)
+GUARANTEE = ("client", "records", "sampling_rate", "noise_multiplier", "clip_norm", "steps", "epsilon", "delta")
+SHORT = ("client", "records", "noise_multiplier", "steps", "epsilon", "delta")
+
+
+def client_rows(clients: list[dict[str, Any]], columns: Sequence[str] = ALL) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row for each client in the order of their numbers; what a client lacks is a dash."""
+    headings = [_COLUMNS[key][0] for key in columns]
+    return headings, [[_cell(client, key) for key in columns] for client in sorted(clients, key=_number)]
+
+
+def _number(client: dict[str, Any]) -> int:
+    return int(client["client"])
+
+
+def _cell(client: dict[str, Any], key: str) -> str:
+    value, form = client.get(key), _COLUMNS[key][1]
+    if value is None:
+        return "–"
+    return rounded_up(value) if form is None else form.format(value)
