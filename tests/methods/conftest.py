@@ -1,17 +1,38 @@
-"""One run of each method, made once in a process and read by many tests."""
+"""Runs of each method, made once in a process and read by many tests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import pytest
 
 from lorica.methods.base import registry
+from lorica.server.federation import Federation
 from lorica.testing.checks import PARTICIPANTS, Recording, record
+from lorica.testing.federation import STEPS, Adapter, tiny_federation
 
 METHODS = sorted(registry())
+
+
+@dataclass(frozen=True)
+class History:
+    """Three rounds of three clients, weighted by records.
+
+    Attributes:
+        folder: of the ledger.
+        adapters: after each round.
+    """
+
+    folder: Path
+    federation: Federation
+    adapters: list[Adapter]
+
+
 Recordings = Callable[..., Recording]
+Histories = Callable[..., History]
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +44,21 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Recordings:
         return record(name, tmp_path_factory.mktemp(name), participants=participants)
 
     return recorded
+
+
+@pytest.fixture(scope="session")
+def histories(tmp_path_factory: pytest.TempPathFactory) -> Histories:
+    """Method, clients that the schedule of round 2 never had, and steps -> its run."""
+
+    @cache
+    def run(name: str, absent: tuple[int, ...] = (), steps: int = STEPS) -> History:
+        folder = tmp_path_factory.mktemp(name)
+        some = tiny_federation(name, folder, steps=steps, weighting="records")
+        some.schedule[1] = [client for client in some.schedule[1] if client not in absent]
+        adapters = []
+        for _ in range(3):
+            some.round()
+            adapters.append(Adapter.of(some.server.model))
+        return History(folder, some, adapters)
+
+    return run

@@ -1,8 +1,8 @@
-"""Engines around other ones, and when two federations are the same."""
+"""What tests of federations share: engines around other ones, changed replies, equality."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lorica.messages import Request
 from lorica.server.federation import Federation
+from lorica.server.reply_checks import Expected, check_reply, expected_reply
+from lorica.testing.federation import Adapter, RecordingEngine
 
 
 class Wrapped:
@@ -35,13 +37,47 @@ class Losing(Wrapped):
         return {client: reply for client, reply in self.engine.exchange(reached).items() if client not in gone}
 
 
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def times(factor: float) -> Change:
+    return lambda reply: {name: factor * value for name, value in reply.items()}
+
+
+def checked(some: Federation, client: int = 1) -> Iterator[tuple[Request, dict[str, Tensor], Expected]]:
+    """What a client of a recorded run was asked, what it replied, and what the server expected of it."""
+    engine, earlier = some.engine, None
+    assert isinstance(engine, RecordingEngine)
+    for model, requests, replies in zip(engine.models, engine.requests, engine.replies, strict=True):
+        if client in requests:
+            records = some.plans[client].records
+            earlier = expected_reply(requests[client], records, model.tensors, some.server.seed, earlier)
+            yield requests[client], replies[client], earlier
+
+
+def assert_honest_pass_and_large_do_not(some: Federation, factor: float, client: int = 1) -> None:
+    """Of every exchange of a recorded run."""
+    found = list(checked(some, client))
+    assert found
+    for request, reply, expected in found:
+        assert check_reply(reply, expected) is None
+        wrong = check_reply(times(factor)(reply), expected)
+        assert wrong is not None, f"round {request.round}, exchange {request.exchange}"
+        assert "and its steps allow" in wrong or "AdamW" in wrong
+
+
+def assert_same_adapter(one: Adapter, other: Adapter) -> None:
+    """Bit for bit: tensors, and what was merged."""
+    for key, value in one.tensors.items():
+        assert torch.equal(value, other.tensors[key]), key
+    assert one.merged.keys() == other.merged.keys()
+    for key, pair in one.merged.items():
+        assert all(torch.equal(x, y) for x, y in zip(pair, other.merged[key], strict=True)), key
+
+
 def assert_same_model(one: Federation, other: Federation) -> None:
-    """Bit for bit: tensors, what was merged, and what clients keep."""
-    for key, value in one.server.model.tensors.items():
-        assert torch.equal(value, other.server.model.tensors[key]), key
-    assert one.server.model.merged.keys() == other.server.model.merged.keys()
-    for key, pair in one.server.model.merged.items():
-        assert all(torch.equal(x, y) for x, y in zip(pair, other.server.model.merged[key], strict=True)), key
+    """The adapters, and what clients keep, bit for bit."""
+    assert_same_adapter(Adapter.of(one.server.model), Adapter.of(other.server.model))
     for number, client in one.engine.clients.items():
         mine, theirs = client.personal("run"), other.engine.clients[number].personal("run")
         assert mine.keys() == theirs.keys()

@@ -11,9 +11,9 @@ import torch
 from lorica.methods.base import registry
 from lorica.privacy.ledger import Ledger
 from lorica.server.federation import Federation, TooFewReplies
-from lorica.testing.federation import STEPS, checkpoint_of, resume, run_rounds, tiny_federation
-from tests.methods.conftest import METHODS, Recordings
-from tests.methods.engines import Losing, assert_same_model
+from lorica.testing.federation import STEPS, Adapter, checkpoint_of, resume, run_rounds, tiny_federation
+from tests.methods.conftest import METHODS, Histories, Recordings
+from tests.methods.engines import Losing, assert_same_adapter, assert_same_model
 from tests.methods.test_pieces import ACCEPTED, PIECE, sometimes_slow
 
 SEVERAL_EXCHANGES = {"deer", "fedask"}
@@ -31,47 +31,38 @@ def losing(
     return some
 
 
-def without(name: str, folder: Path, round_number: int, clients: set[int], **more: Any) -> Federation:
-    """A federation whose schedule never had these clients in that round, on the same terms."""
-    some = tiny_federation(name, folder, weighting="records", **more)
-    some.schedule[round_number - 1] = [client for client in some.schedule[round_number - 1] if client not in clients]
-    return some
-
-
 @pytest.mark.parametrize("name", EACH)
-def test_a_round_without_a_client_is_the_round_that_never_had_it(name: str, tmp_path: Path) -> None:
+def test_a_round_without_a_client_is_the_round_that_never_had_it(
+    name: str, tmp_path: Path, histories: Histories
+) -> None:
     """Bit for bit, then and in the next round."""
-    some = losing(name, tmp_path / "lost", {(2, 1, 1)})
+    some = losing(name, tmp_path, {(2, 1, 1)})
     traffic = [some.round() for _ in range(3)]
     assert [each.missing for each in traffic] == [[], [1], []]
     assert [each.participants for each in traffic] == [[0, 1, 2], [0, 2], [0, 1, 2]]
     assert traffic[1].bytes_up[1] == 0 < traffic[1].bytes_down[1]
-    assert_same_model(some, run_rounds(without(name, tmp_path / "absent", 2, {1}), 3))
+    assert_same_model(some, histories(name, absent=(1,)).federation)
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_a_late_reply_changes_nothing_for_the_others(name: str, tmp_path: Path) -> None:
+def test_a_late_reply_changes_nothing_for_the_others(name: str, tmp_path: Path, histories: Histories) -> None:
     """The client did the work and was charged, and is sent everything again. A model of its own has moved with it."""
-    some = losing(name, tmp_path / "late", {(2, 1, 1)}, late=True)
+    some, other = losing(name, tmp_path, {(2, 1, 1)}, late=True), histories(name, absent=(1,))
     run_rounds(some, 2)
-    other = run_rounds(without(name, tmp_path / "absent", 2, {1}), 2)
-    for key, value in some.server.model.tensors.items():
-        assert torch.equal(value, other.server.model.tensors[key]), key
+    before = Adapter.of(some.server.model)
+    assert_same_adapter(before, other.adapters[1])
     count = len(some.engine.requests)
-    before, merged = dict(some.server.model.tensors), dict(some.server.model.merged)
     some.round()
     request = some.engine.requests[count][1]
     assert request.restart
-    assert request.tensors.keys() == before.keys()
-    assert request.increments.keys() == merged.keys() or not request.increments
-    other.round()
+    assert request.tensors.keys() == before.tensors.keys()
+    assert request.increments.keys() == before.merged.keys() or not request.increments
     if not registry()[name].personal:
-        assert_same_model(some, other)
-    ledger = Ledger(tmp_path / "late" / "ledger.sqlite")
-    absent = Ledger(tmp_path / "absent" / "ledger.sqlite")
+        assert_same_adapter(Adapter.of(some.server.model), other.adapters[2])
+    late, absent = (Ledger(folder / "ledger.sqlite").steps("run", 1) for folder in (tmp_path, other.folder))
     # DEeR's first exchange has half of the round's steps.
-    assert ledger.steps("run", 1) - absent.steps("run", 1) == (1 if name == "deer" else 2)
-    assert ledger.steps("run", 1) <= some.plans[1].max_steps
+    assert late - absent == (1 if name == "deer" else 2)
+    assert late <= some.plans[1].max_steps
 
 
 def test_these_methods_have_several_exchanges_in_a_round(recordings: Recordings) -> None:
@@ -93,12 +84,10 @@ def test_who_leaves_between_exchanges_is_asked_no_more_in_that_round(name: str, 
     assert some.round().participants == [0, 1, 2]
 
 
-def test_fedask_forgets_who_left_between_its_sketches(tmp_path: Path) -> None:
+def test_fedask_forgets_who_left_between_its_sketches(tmp_path: Path, histories: Histories) -> None:
     """A basis of three clients' mean product does not hold that of two: the round is as if the third had never come."""
-    some = run_rounds(losing("fedask", tmp_path / "lost", {(2, 2, 1)}), 3)
-    other = run_rounds(without("fedask", tmp_path / "absent", 2, {1}), 3)
-    for key, value in some.server.model.tensors.items():
-        assert torch.equal(value, other.server.model.tensors[key]), key
+    some = run_rounds(losing("fedask", tmp_path, {(2, 2, 1)}), 3)
+    assert_same_adapter(Adapter.of(some.server.model), histories("fedask", absent=(1,)).adapters[2])
 
 
 def test_each_half_of_a_deer_round_is_the_mean_of_those_that_replied_to_it(tmp_path: Path) -> None:
@@ -120,17 +109,20 @@ def test_pieces_remember_only_who_took_part(name: str, piece: str, tmp_path: Pat
     gone = {0, 2} if piece == "client_ranks" else {1}
     make = PIECE[piece][1]
     some = run_rounds(losing(name, tmp_path / "lost", {(2, 1, client) for client in gone}, **make()), 3)
-    other = run_rounds(without(name, tmp_path / "absent", 2, gone, **make()), 3)
+    other = tiny_federation(name, tmp_path / "absent", weighting="records", **make())
+    other.schedule[1] = [client for client in other.schedule[1] if client not in gone]
+    run_rounds(other, 3)
     assert_same_model(some, other)
     for key, value in some.server.evaluated.items():
         assert torch.equal(value, other.server.evaluated[key]), key
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_a_round_with_too_few_replies_stops_and_resumes_at_no_further_cost(name: str, tmp_path: Path) -> None:
+def test_a_round_with_too_few_replies_stops_and_resumes_at_no_further_cost(
+    name: str, tmp_path: Path, histories: Histories
+) -> None:
     """The client is lost on the way back, in the round's last exchange: all had been charged."""
-    whole = run_rounds(tiny_federation(name, tmp_path / "whole", weighting="records"), 3)
-    first = losing(name, tmp_path / "stopped", {(2, 2 if name in SEVERAL_EXCHANGES else 1, 1)}, late=True)
+    first = losing(name, tmp_path, {(2, 2 if name in SEVERAL_EXCHANGES else 1, 1)}, late=True)
     first.min_clients = None
     first.round()
     checkpoint = checkpoint_of(first)
@@ -138,9 +130,8 @@ def test_a_round_with_too_few_replies_stops_and_resumes_at_no_further_cost(name:
         TooFewReplies, match=r"min_clients = None: round 2 needs 3 replies and has 2 \(client 1: no reply"
     ):
         first.round()
-    rest = resume(tiny_federation(name, tmp_path / "stopped", weighting="records"), checkpoint)
+    rest = resume(tiny_federation(name, tmp_path, weighting="records"), checkpoint)
     run_rounds(rest, 2)
-    assert_same_model(whole, rest)
-    ledgers = [Ledger(tmp_path / folder / "ledger.sqlite") for folder in ("whole", "stopped")]
-    for number in rest.plans:
-        assert ledgers[0].steps("run", number) == ledgers[1].steps("run", number) == 3 * STEPS
+    assert_same_model(rest, histories(name).federation)
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    assert [ledger.steps("run", number) for number in rest.plans] == 3 * [3 * STEPS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from lorica.local.step import LocalStep
 from lorica.methods.base import make_method, registry
 from lorica.methods.pieces import PIECES, check_pieces, chosen_pieces
 from lorica.testing.federation import checkpoint_of, resume, run_rounds, tiny_federation
-from tests.methods.conftest import METHODS
-from tests.methods.engines import assert_same_model
+from tests.methods.conftest import METHODS, Histories
+from tests.methods.engines import assert_honest_pass_and_large_do_not, assert_same_model
 
 PIECE: dict[str, tuple[list[str], Any]] = {
     "client_ranks": (["lora.client_ranks=[4, 2, 1, 4, 2, 1]"], lambda: {"ranks": {0: 2, 1: 1, 2: 2}}),
@@ -43,18 +44,11 @@ ACCEPTED = [(name, piece) for name in METHODS for piece in PIECES if piece not i
 REFUSED = [(name, piece) for name in METHODS for piece in PIECES if piece in registry()[name].refuses]
 
 
-def _some_of_each() -> set[tuple[str, str]]:
-    """One pair for each method and one for each piece, spread over the other side."""
-    pairs = set()
-    for side in (0, 1):
-        for index, value in enumerate(dict.fromkeys(pair[side] for pair in ACCEPTED)):
-            own = [pair for pair in ACCEPTED if pair[side] == value]
-            pairs.add(own[index % len(own)])
-    return pairs
-
-
-OFTEN = _some_of_each()
-"""Pairs that run in the default tests; the other ones are slow."""
+OFTEN = {
+    pairs[index % len(pairs)]
+    for index, pairs in enumerate([[pair for pair in ACCEPTED if pair[1] == piece] for piece in PIECES])
+}
+"""One pair for each piece, spread over the methods: they run in the default tests, the other ones are slow."""
 
 
 def sometimes_slow(pairs: list[tuple[str, str]]) -> list[Any]:
@@ -62,6 +56,7 @@ def sometimes_slow(pairs: list[tuple[str, str]]) -> list[Any]:
     return [pytest.param(*pair, marks=[] if pair in OFTEN else pytest.mark.slow) for pair in pairs]
 
 
+@cache
 def config(name: str, *overrides: str) -> ExperimentConfig:
     return load(None, [f"method.name={name}", *overrides])
 
@@ -80,13 +75,16 @@ def test_every_piece_is_known_by_its_key() -> None:
 
 
 @pytest.mark.parametrize(("name", "piece"), sometimes_slow(ACCEPTED))
-def test_an_accepted_piece_changes_the_run_and_resumes(name: str, piece: str, tmp_path: Path) -> None:
+def test_an_accepted_piece_changes_the_run_and_resumes(
+    name: str, piece: str, tmp_path: Path, histories: Histories
+) -> None:
     overrides, make = PIECE[piece]
     check(config(name, *overrides))
     # A single step is taken at the round's start, where FedProx does not pull; half of DEeR's four is two.
     steps = 4 if name == "deer" else 2
-    plain = run_rounds(tiny_federation(name, tmp_path / "plain", steps=steps), 3)
-    whole = run_rounds(tiny_federation(name, tmp_path / "whole", steps=steps, **make()), 2)
+    plain = histories(name, steps=steps).federation
+    settings = {"steps": steps, "weighting": "records"} | make()
+    whole = run_rounds(tiny_federation(name, tmp_path / "whole", **settings), 2)
     checkpoint = deepcopy(checkpoint_of(whole))
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     whole.round()
@@ -96,15 +94,18 @@ def test_an_accepted_piece_changes_the_run_and_resumes(name: str, piece: str, tm
         pairs += list(zip(pair, whole.server.model.merged[key], strict=True))
     assert any(x.shape != y.shape or not torch.equal(x, y) for x, y in pairs)
     assert all(torch.isfinite(y).all() for _, y in pairs)
-    rest = run_rounds(resume(tiny_federation(name, tmp_path / "half", steps=steps, **make()), checkpoint), 1)
+    rest = run_rounds(resume(tiny_federation(name, tmp_path / "half", **settings), checkpoint), 1)
     assert_same_model(whole, rest)
     assert all(torch.equal(value, rest.server.evaluated[key]) for key, value in other.items())
+    if piece in ("scaled_gd", "fedprox", "scaffold"):
+        assert_honest_pass_and_large_do_not(whole, 100)
 
 
 @pytest.mark.parametrize(("name", "piece"), REFUSED)
 def test_a_refused_piece_is_named_with_its_reason(name: str, piece: str) -> None:
+    kind = registry()[name]
     with pytest.raises(UserError) as error:
-        check(config(name, *PIECE[piece][0]))
+        check_pieces(config("ffa-lora", *PIECE[piece][0]), kind(kind.Options(), []))
     assert PIECES[piece][0] in str(error.value)
     assert registry()[name].refuses[piece] in str(error.value)
 
