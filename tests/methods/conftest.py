@@ -14,7 +14,8 @@ from lorica.server.federation import Federation
 from lorica.testing.checks import PARTICIPANTS, Recording, record
 from lorica.testing.federation import STEPS, Adapter, tiny_federation
 
-METHODS = sorted(registry())
+REGISTRY = registry()
+METHODS = sorted(REGISTRY)
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Recordings:
 
     @cache
     def recorded(name: str, participants: int = PARTICIPANTS) -> Recording:
-        return record(name, tmp_path_factory.mktemp(name), participants=participants)
+        return record(REGISTRY[name], tmp_path_factory.mktemp(name), participants=participants)
 
     return recorded
 
@@ -53,7 +54,7 @@ def histories(tmp_path_factory: pytest.TempPathFactory) -> Histories:
     @cache
     def run(name: str, absent: tuple[int, ...] = (), steps: int = STEPS) -> History:
         folder = tmp_path_factory.mktemp(name)
-        some = tiny_federation(name, folder, steps=steps, weighting="records")
+        some = tiny_federation(REGISTRY[name], folder, steps=steps, weighting="records")
         some.schedule[1] = [client for client in some.schedule[1] if client not in absent]
         adapters = []
         for _ in range(3):

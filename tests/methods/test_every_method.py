@@ -10,11 +10,11 @@ from torch import Tensor
 
 from lorica.config import PrivacyConfig
 from lorica.messages import Training
-from lorica.methods.base import Method, registry
+from lorica.methods.base import Method
 from lorica.privacy.ledger import Ledger
 from lorica.testing.checks import CHECKS, CLIENTS, centralised_updates, moved_sites, record, untrained
 from lorica.testing.federation import DATASET, ROUNDS, RUN, run_rounds, tiny_federation
-from tests.methods.conftest import METHODS, Recordings
+from tests.methods.conftest import METHODS, REGISTRY, Recordings
 
 TRAIN_BOTH = {
     *("fed-avg", "fedex-lora", "fedrot-lora", "fedsa-lora", "flex-lora", "flora", "het-lora", "la-lora", "lora-fair")
@@ -110,7 +110,7 @@ def test_averaging_both_factors_has_the_known_error(recordings: Recordings) -> N
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_described(name: str) -> None:
-    method = registry()[name]
+    method = REGISTRY[name]
     assert issubclass(method, Method)
     assert method.name == name
     assert "arXiv" in (method.__doc__ or "") or "ablation" in method.about.paper

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lorica.methods.base import registry
 from lorica.privacy.ledger import Ledger
 from lorica.server.federation import Federation, TooFewReplies
 from lorica.testing.federation import STEPS, Adapter, checkpoint_of, resume, run_rounds, tiny_federation
-from tests.methods.conftest import METHODS, Histories, Recordings
+from tests.methods.conftest import METHODS, REGISTRY, Histories, Recordings
 from tests.methods.engines import Losing, assert_same_adapter, assert_same_model
 from tests.methods.test_pieces import ACCEPTED, PIECE, sometimes_slow
 
@@ -26,7 +25,7 @@ EACH = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for 
 def losing(
     name: str, folder: Path, lost: set[tuple[int, int, int]], late: bool = False, min_clients: int = 1, **more: Any
 ) -> Federation:
-    some = tiny_federation(name, folder, weighting="records", **more)
+    some = tiny_federation(REGISTRY[name], folder, weighting="records", **more)
     some.engine, some.min_clients = Losing(some.engine, lost, late), min_clients
     return some
 
@@ -57,7 +56,7 @@ def test_a_late_reply_changes_nothing_for_the_others(name: str, tmp_path: Path, 
     assert request.restart
     assert request.tensors.keys() == before.tensors.keys()
     assert request.increments.keys() == before.merged.keys() or not request.increments
-    if not registry()[name].personal:
+    if not REGISTRY[name].personal:
         assert_same_adapter(Adapter.of(some.server.model), other.adapters[2])
     late, absent = (Ledger(folder / "ledger.sqlite").steps("run", 1) for folder in (tmp_path, other.folder))
     # DEeR's first exchange has half of the round's steps.
@@ -109,7 +108,7 @@ def test_pieces_remember_only_who_took_part(name: str, piece: str, tmp_path: Pat
     gone = {0, 2} if piece == "client_ranks" else {1}
     make = PIECE[piece][1]
     some = run_rounds(losing(name, tmp_path / "lost", {(2, 1, client) for client in gone}, **make()), 3)
-    other = tiny_federation(name, tmp_path / "absent", weighting="records", **make())
+    other = tiny_federation(REGISTRY[name], tmp_path / "absent", weighting="records", **make())
     other.schedule[1] = [client for client in other.schedule[1] if client not in gone]
     run_rounds(other, 3)
     assert_same_model(some, other)
@@ -130,7 +129,7 @@ def test_a_round_with_too_few_replies_stops_and_resumes_at_no_further_cost(
         TooFewReplies, match=r"min_clients = None: round 2 needs 3 replies and has 2 \(client 1: no reply"
     ):
         first.round()
-    rest = resume(tiny_federation(name, tmp_path, weighting="records"), checkpoint)
+    rest = resume(tiny_federation(REGISTRY[name], tmp_path, weighting="records"), checkpoint)
     run_rounds(rest, 2)
     assert_same_model(rest, histories(name).federation)
     ledger = Ledger(tmp_path / "ledger.sqlite")

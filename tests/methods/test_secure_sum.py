@@ -9,19 +9,18 @@ import torch
 
 import lorica
 from lorica.errors import UserError
-from lorica.methods.base import registry
 from lorica.methods.pieces import check_pieces
 from lorica.secure_sum.setup import SummationError
 from lorica.testing.federation import tiny_federation
-from tests.methods.conftest import METHODS
+from tests.methods.conftest import METHODS, REGISTRY
 
 SUMS = ["federation.secure_sum=true", "federation.clients=4", "privacy.noise=reproducible"]
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if "secure_sum" in registry()[name].refuses])
+@pytest.mark.parametrize("name", [name for name in METHODS if "secure_sum" in REGISTRY[name].refuses])
 def test_methods_that_combine_single_replies_refuse_sums(name: str, tmp_path: Path) -> None:
     config = lorica.Experiment.load(overrides=[*SUMS, f"method.name={name}"]).config
-    method = registry()[name](registry()[name].Options(), [])
+    method = REGISTRY[name](REGISTRY[name].Options(), [])
     with pytest.raises(UserError, match=r"federation\.secure_sum"):
         check_pieces(config, method)
 

@@ -74,7 +74,8 @@ class Recording:
     """One run of a method, and where it was on the way.
 
     Attributes:
-        method, options: as in `check_method`.
+        kind: the method's class.
+        options: keys beside `method.name`.
         participants: clients a round.
         folder: of the ledger. `half` in it has the checkpoint and the ledger after the first half of the rounds.
         federation: after the last round. Its engine holds every request and reply.
@@ -83,7 +84,7 @@ class Recording:
         replies: as they were before they were encoded.
     """
 
-    method: str | type[Method]
+    kind: type[Method]
     options: Mapping[str, Any]
     participants: int
     folder: Path
@@ -97,20 +98,16 @@ class Recording:
         assert isinstance(self.federation.engine, RecordingEngine)
         return self.federation.engine
 
-    @property
-    def kind(self) -> type[Method]:
-        return type(self.federation.method)
-
     @cached_property
     def alone(self) -> Federation:
         """Client 0 alone, after the last round: all records in every batch, and no noise."""
         with TemporaryDirectory() as folder:
             settings = {"clients": 1, "privacy": "none", "batch_size": ALONE}
-            return run_rounds(tiny_federation(self.method, Path(folder), self.options, **settings))
+            return run_rounds(tiny_federation(self.kind, Path(folder), self.options, **settings))
 
     def again(self, folder: Path) -> Federation:
         """The same federation, before its first round."""
-        return _federation(self.method, self.options, self.participants, folder)
+        return _federation(self.kind, self.options, self.participants, folder)
 
     def require(self, holds: bool, problem: str) -> None:
         """Raise AssertionError with the method's name unless something holds."""
@@ -168,7 +165,10 @@ def record(
         UserError: no such method, or an option that it does not have.
     """
     some = _federation(method, options or {}, participants, folder)
-    recording = Recording(method, options or {}, participants, folder, some, [Adapter.of(some.server.model)], [], [])
+    # The class: looking a name up takes longer than a step.
+    recording = Recording(
+        type(some.method), options or {}, participants, folder, some, [Adapter.of(some.server.model)], [], []
+    )
     encode = Reply.encode
 
     def keep(reply: Reply) -> bytes:
@@ -278,7 +278,7 @@ def check_released(recording: Recording) -> None:
             recording.require(isinstance(value, Released), f"{name} left client {reply.client} without a mechanism")
     with TemporaryDirectory() as folder:
         louder = PRIVACY.model_copy(update={"noise_multiplier": 2.0})
-        other = _federation(recording.method, recording.options, recording.participants, Path(folder), louder)
+        other = _federation(recording.kind, recording.options, recording.participants, Path(folder), louder)
         # Batches are the same ones, and so the first step differs by its noise alone.
         other.round()
         assert isinstance(other.engine, RecordingEngine)
