@@ -26,6 +26,15 @@ class AdapterState:
         merged: site name -> `(B, A)` with the site's weight `W0 + γ (B A + SITE.B SITE.A)`; `B` is `(d_out, R)`, with a
             column for every rank that was ever merged, until it is folded.
         epoch: how often `merged` was folded; ranks of different epochs have nothing in common.
+
+    >>> site = Site("layer.0.query", "layer.0", d_in=3, d_out=2, rank=1, scale=1.0)
+    >>> model = AdapterState([site], {site.a: torch.ones(1, 3), site.b: torch.zeros(2, 1)})
+    >>> model.trained("B")
+    ['layer.0.query.B']
+    >>> model.add({site.b: torch.ones(2, 1)})
+    >>> model.tensors[site.b] @ model.tensors[site.a]
+    tensor([[1., 1., 1.],
+            [1., 1., 1.]])
     """
 
     def __init__(self, sites: list[Site], tensors: Mapping[str, Tensor]) -> None:
@@ -107,7 +116,11 @@ def fold(pair: Pair) -> Pair:
 
 
 def leading(name: str, value: Tensor, rank: int | None) -> Tensor:
-    """The first `rank` rows of a factor A or columns of a factor B; anything else, and `rank` None, unchanged."""
+    """The first `rank` rows of a factor A or columns of a factor B; anything else, and `rank` None, unchanged.
+
+    >>> leading("layer.0.query.A", torch.eye(3), rank=1)
+    tensor([[1., 0., 0.]])
+    """
     if rank is None:
         return value
     if is_a(name):

@@ -63,6 +63,13 @@ class Replies:
         aggregate: what takes the place of the weighted mean of updates; None for nothing.
         means, mean_sketches: `mean` and `mean_sketch` where clients sent masked summands, and the fields above are
             empty. None where they sent their replies.
+
+    >>> replies = Replies(
+    ...     updates={0: {"x": torch.tensor([4.0])}, 1: {"x": torch.tensor([0.0])}},
+    ...     weights={0: 0.25, 1: 0.75},
+    ... )
+    >>> replies.mean
+    {'x': tensor([1.])}
     """
 
     updates: Mapping[int, Mapping[str, Tensor]]
