@@ -12,7 +12,7 @@ import pytest
 from lorica.methods.base import registry
 from lorica.server.federation import Federation
 from lorica.testing.checks import PARTICIPANTS, Recording, record
-from lorica.testing.federation import STEPS, Adapter, tiny_federation
+from lorica.testing.federation import Adapter, tiny_federation
 
 REGISTRY = registry()
 METHODS = sorted(REGISTRY)
@@ -49,12 +49,12 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> Recordings:
 
 @pytest.fixture(scope="session")
 def histories(tmp_path_factory: pytest.TempPathFactory) -> Histories:
-    """Method, clients that the schedule of round 2 never had, and steps -> its run."""
+    """Method, clients that the schedule of round 2 never had -> its run."""
 
     @cache
-    def run(name: str, absent: tuple[int, ...] = (), steps: int = STEPS) -> History:
+    def run(name: str, absent: tuple[int, ...] = ()) -> History:
         folder = tmp_path_factory.mktemp(name)
-        some = tiny_federation(REGISTRY[name], folder, steps=steps, weighting="records")
+        some = tiny_federation(REGISTRY[name], folder, weighting="records")
         some.schedule[1] = [client for client in some.schedule[1] if client not in absent]
         adapters = []
         for _ in range(3):

@@ -22,14 +22,15 @@ from lorica.errors import UserError
 from lorica.local.step import LocalStep
 from lorica.methods.base import make_method
 from lorica.methods.pieces import PIECES, check_pieces, chosen_pieces
-from lorica.testing.federation import checkpoint_of, resume, run_rounds, tiny_federation
-from tests.methods.conftest import METHODS, REGISTRY, Histories
+from lorica.testing.checks import CLIENTS, PARTICIPANTS
+from lorica.testing.federation import Adapter, checkpoint_of, resume, run_rounds, tiny_federation
+from tests.methods.conftest import METHODS, REGISTRY, Recordings
 from tests.methods.engines import assert_honest_pass_and_large_do_not, assert_same_model
 
 PIECE: dict[str, tuple[list[str], Any]] = {
     "client_ranks": (["lora.client_ranks=[4, 2, 1, 4, 2, 1]"], lambda: {"ranks": {0: 2, 1: 1, 2: 2}}),
     "fedprox": (["local.fedprox=0.1"], lambda: {"local": LocalStep(proximal=0.1)}),
-    "scaffold": (["local.scaffold=true"], lambda: {"scaffold": Scaffold(3)}),
+    "scaffold": (["local.scaffold=true"], lambda: {"scaffold": Scaffold(CLIENTS)}),
     "scaled_gd": (["local.scaled_gd=true"], lambda: {"local": LocalStep(damping=0.1)}),
     "flat_lora": (["local.flat_lora=0.05"], lambda: {"local": LocalStep(perturbation=0.05)}),
     "secure_sum": (["federation.secure_sum=true"], lambda: {"secure_sum": True}),
@@ -76,21 +77,24 @@ def test_every_piece_is_known_by_its_key() -> None:
 
 @pytest.mark.parametrize(("name", "piece"), sometimes_slow(ACCEPTED))
 def test_an_accepted_piece_changes_the_run_and_resumes(
-    name: str, piece: str, tmp_path: Path, histories: Histories
+    name: str, piece: str, tmp_path: Path, recordings: Recordings
 ) -> None:
     overrides, make = PIECE[piece]
     check(config(name, *overrides))
-    # A single step is taken at the round's start, where FedProx does not pull; half of DEeR's four is two.
-    steps = 4 if (name, piece) == ("deer", "fedprox") else 2
-    plain = histories(name, steps=steps).federation
-    settings = {"steps": steps, "weighting": "records"} | make()
+    settings = {"clients": CLIENTS, "participants": PARTICIPANTS, "weighting": "records"} | make()
+    plain = recordings(name).adapters[3]
+    if (name, piece) == ("deer", "fedprox"):
+        # A single step is taken at the round's start, where FedProx does not pull; half of DEeR's four is two.
+        settings["steps"] = 4
+        four = run_rounds(tiny_federation("deer", tmp_path, clients=CLIENTS, participants=PARTICIPANTS, steps=4), 3)
+        plain = Adapter.of(four.server.model)
     whole = run_rounds(tiny_federation(REGISTRY[name], tmp_path / "whole", **settings), 2)
     checkpoint = deepcopy(checkpoint_of(whole))
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     whole.round()
-    one, other = plain.server.evaluated, whole.server.evaluated
-    pairs = [(one[key], other[key]) for key in one]
-    for key, pair in plain.server.model.merged.items():
+    other = whole.server.evaluated
+    pairs = [(value, other[key]) for key, value in plain.tensors.items()]
+    for key, pair in plain.merged.items():
         pairs += list(zip(pair, whole.server.model.merged[key], strict=True))
     assert any(x.shape != y.shape or not torch.equal(x, y) for x, y in pairs)
     assert all(torch.isfinite(y).all() for _, y in pairs)

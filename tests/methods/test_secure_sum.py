@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import lorica
+from lorica.config import load
 from lorica.errors import UserError
+from lorica.methods.base import make_method
 from lorica.methods.pieces import check_pieces
 from lorica.secure_sum.setup import SummationError
 from lorica.testing.federation import tiny_federation
@@ -18,8 +20,8 @@ SUMS = ["federation.secure_sum=true", "federation.clients=4", "privacy.noise=rep
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if "secure_sum" in REGISTRY[name].refuses])
-def test_methods_that_combine_single_replies_refuse_sums(name: str, tmp_path: Path) -> None:
-    config = lorica.Experiment.load(overrides=[*SUMS, f"method.name={name}"]).config
+def test_methods_that_combine_single_replies_refuse_sums(name: str) -> None:
+    config = load(overrides=[*SUMS, f"method.name={name}"])
     method = REGISTRY[name](REGISTRY[name].Options(), [])
     with pytest.raises(UserError, match=r"federation\.secure_sum"):
         check_pieces(config, method)
@@ -33,14 +35,20 @@ def test_methods_that_combine_single_replies_refuse_sums(name: str, tmp_path: Pa
         ("lora.client_ranks=halving", r"lora\.client_ranks"),
         ("privacy=none", "privacy"),
         ("federation.participation=0.5", r"federation\.participation"),
-        ("method.score=last-step-energy", r"federation\.secure_sum"),
-        ("optimizer.name=adamw", r"optimizer\.name"),
     ],
 )
-def test_what_looks_at_single_replies_does_not_go_with_sums(override: str, key: str, tmp_path: Path) -> None:
+def test_pieces_that_look_at_single_replies_do_not_go_with_sums(override: str, key: str) -> None:
+    config = load(overrides=[*(SUMS[:2] if override == "privacy=none" else SUMS), override])
+    with pytest.raises(UserError, match=f"^{key}"):
+        check_pieces(config, make_method(config.method, []))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("method.score=last-step-energy", r"federation\.secure_sum"), ("optimizer.name=adamw", r"optimizer\.name")],
+)
+def test_scores_of_single_replies_are_refused_before_the_run(override: str, key: str, tmp_path: Path) -> None:
     overrides = [*SUMS, override, f"output={tmp_path}", f"privacy.ledger={tmp_path / 'ledger'}", "name=x"]
-    if override == "privacy=none":
-        overrides = [*SUMS[:2], override, f"output={tmp_path}", "name=x"]
     with pytest.raises(UserError, match=f"^{key}"):
         lorica.Experiment.load(overrides=overrides).run()
     assert not (tmp_path / "x").exists()

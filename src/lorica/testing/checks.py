@@ -100,10 +100,10 @@ class Recording:
 
     @cached_property
     def alone(self) -> Federation:
-        """Client 0 alone, after the last round: all records in every batch, and no noise."""
+        """Client 0 alone, after three rounds: all records in every batch, and no noise."""
         with TemporaryDirectory() as folder:
             settings = {"clients": 1, "privacy": "none", "batch_size": ALONE}
-            return run_rounds(tiny_federation(self.kind, Path(folder), self.options, **settings))
+            return run_rounds(tiny_federation(self.kind, Path(folder), self.options, **settings), 3)
 
     def again(self, folder: Path) -> Federation:
         """The same federation, before its first round."""
