@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -62,6 +62,7 @@ from lorica.testing.federation import (
 )
 from lorica.testing.models import mean_gradient, tiny_bert
 
+Value = TypeVar("Value")
 CLIENTS, PARTICIPANTS = 4, 3
 """Some sit out each round, and three is the least that a secure sum takes."""
 ALONE = 20
@@ -102,8 +103,8 @@ class Recording:
     def alone(self) -> Federation:
         """Client 0 alone, after three rounds: all records in every batch, and no noise."""
         with TemporaryDirectory() as folder:
-            settings = {"clients": 1, "privacy": "none", "batch_size": ALONE}
-            return run_rounds(tiny_federation(self.kind, Path(folder), self.options, **settings), 3)
+            some = tiny_federation(self.kind, Path(folder), self.options, clients=1, privacy="none", batch_size=ALONE)
+            return run_rounds(some, 3)
 
     def again(self, folder: Path) -> Federation:
         """The same federation, before its first round."""
@@ -282,8 +283,8 @@ def check_released(recording: Recording) -> None:
         # Batches are the same ones, and so the first step differs by its noise alone.
         other.round()
         assert isinstance(other.engine, RecordingEngine)
-        for client, reply in other.engine.replies[0].items():
-            for name, value in reply.items():
+        for client, sent in other.engine.replies[0].items():
+            for name, value in sent.items():
                 same = torch.equal(value, recording.engine.replies[0][client].get(name, torch.zeros(())))
                 recording.require(not same, f"{name} does not depend on the noise")
 
@@ -337,14 +338,22 @@ class _Reversed:
         asked = next(steps)
         while True:
             replies = yield asked
-            turned = {
-                field: dict(reversed(getattr(replies, field).items()))
-                for field in ("updates", "weights", "energies", "sketches")
-            }
             try:
-                asked = steps.send(replace(replies, **turned))
+                asked = steps.send(
+                    replace(
+                        replies,
+                        updates=_turned(replies.updates),
+                        weights=_turned(replies.weights),
+                        energies=_turned(replies.energies),
+                        sketches=_turned(replies.sketches),
+                    )
+                )
             except StopIteration:
                 return
+
+
+def _turned(values: Mapping[int, Value]) -> dict[int, Value]:
+    return dict(reversed(list(values.items())))
 
 
 class _Replay:
@@ -477,7 +486,8 @@ def _scaled(name: str, gradient: Tensor, values: Mapping[str, Tensor], damping: 
     other = values[other_factor(name)]
     gram = other.T @ other if is_a(name) else other @ other.T
     inverse = torch.linalg.inv(gram + damping * torch.eye(len(gram)))
-    return inverse @ gradient if is_a(name) else gradient @ inverse
+    scaled: Tensor = inverse @ gradient if is_a(name) else gradient @ inverse
+    return scaled
 
 
 def check_sums(recording: Recording) -> None:
