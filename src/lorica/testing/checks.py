@@ -284,8 +284,8 @@ def check_released(recording: Recording) -> None:
         other.round()
         assert isinstance(other.engine, RecordingEngine)
         for client, sent in other.engine.replies[0].items():
-            for name, value in sent.items():
-                same = torch.equal(value, recording.engine.replies[0][client].get(name, torch.zeros(())))
+            for name, noisy in sent.items():
+                same = torch.equal(noisy, recording.engine.replies[0][client].get(name, torch.zeros(())))
                 recording.require(not same, f"{name} does not depend on the noise")
 
 
