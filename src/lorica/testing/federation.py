@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,8 +130,8 @@ def tiny_federation(
     Raises:
         UserError: no such method, or an option that it does not have.
     """
-    model = tiny_bert(seed, rank)
-    state = AdapterState(model.sites, model.read())
+    model, start = _shared_model(seed, rank)
+    state = AdapterState(model.sites, start)
     made = _make(method, dict(options or {}), model.sites)
     made.start(state, seed)
     schedule = participation_schedule(clients, ROUNDS, clients if participants is None else participants, seed)
@@ -157,6 +158,17 @@ def tiny_federation(
     )
     engine = RecordingEngine(model, members, driven)
     return Federation(RUN, made, driven, engine, plans, schedule, weighting, secure_sum=secure_sum)
+
+
+@lru_cache(maxsize=4)
+def _shared_model(seed: int, rank: int) -> tuple[AdaptedModel, dict[str, Tensor]]:
+    """One model for all federations of a process, as for all clients of one: whoever works writes all of its tensors.
+
+    Returns:
+        The model, and its trainable tensors before anybody trained them.
+    """
+    model = tiny_bert(seed, rank)
+    return model, model.read()
 
 
 def _make(method: str | type[Method], options: dict[str, Any], sites: list[Site]) -> Method:
