@@ -13,7 +13,7 @@ from lorica.messages import Training
 from lorica.methods.base import Method
 from lorica.privacy.ledger import Ledger
 from lorica.testing.checks import CHECKS, CLIENTS, centralised_updates, moved_sites, record, untrained
-from lorica.testing.federation import DATASET, ROUNDS, RUN, run_rounds, tiny_federation
+from lorica.testing.federation import DATASET, RUN, run_rounds, tiny_federation
 from tests.methods.conftest import METHODS, REGISTRY, Recordings
 
 TRAIN_BOTH = {
@@ -30,11 +30,11 @@ def test_what_check_method_checks(name: str, check: str, recordings: Recordings)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("participants", [1, CLIENTS])
-def test_it_holds_with_all_clients_and_with_one(
+@pytest.mark.parametrize("participants", [2, CLIENTS])
+def test_it_holds_with_all_clients_and_with_half_of_them(
     name: str, check: str, participants: int, recordings: Recordings
 ) -> None:
-    """One client a round misses three rounds in between; no secure sum takes so few."""
+    """No secure sum takes two."""
     if check != "sums" or participants > 2:
         CHECKS[check](recordings(name, participants))
 
@@ -79,7 +79,7 @@ def test_a_calibrated_run_stays_within_its_epsilon(tmp_path: Path) -> None:
     privacy = PrivacyConfig(epsilon=5.0, delta=1e-3, clip_norm=1.0, noise="reproducible")
     some = run_rounds(tiny_federation("ffa-lora", tmp_path, clients=1, privacy=privacy))
     ledger = Ledger(tmp_path / "ledger.sqlite")
-    assert len(ledger.releases(DATASET)) == ROUNDS
+    assert len(ledger.releases(DATASET)) == 4
     for number, plan in some.plans.items():
         assert 4.9 < plan.epsilon(ledger.steps(RUN, number)) <= 5.0
 

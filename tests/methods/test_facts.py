@@ -20,8 +20,8 @@ from lorica.methods.exchange import Replies
 from lorica.methods.server import Server
 from lorica.privacy.mechanism import Terms
 from lorica.server.federation import Federation
-from lorica.testing.checks import Recording
-from lorica.testing.federation import ROUNDS, dense, tiny_federation
+from lorica.testing.checks import ROUNDS, Recording
+from lorica.testing.federation import dense, tiny_federation
 from tests.methods.conftest import Recordings
 
 

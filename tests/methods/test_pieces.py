@@ -22,7 +22,7 @@ from lorica.errors import UserError
 from lorica.local.step import LocalStep
 from lorica.methods.base import make_method
 from lorica.methods.pieces import PIECES, check_pieces, chosen_pieces
-from lorica.testing.checks import CLIENTS, PARTICIPANTS
+from lorica.testing.checks import CLIENTS, PARTICIPANTS, ROUNDS
 from lorica.testing.federation import Adapter, checkpoint_of, resume, run_rounds, tiny_federation
 from tests.methods.conftest import METHODS, REGISTRY, Recordings
 from tests.methods.engines import assert_honest_pass_and_large_do_not, assert_same_model
@@ -81,13 +81,13 @@ def test_an_accepted_piece_changes_the_run_and_resumes(
 ) -> None:
     overrides, make = PIECE[piece]
     check(config(name, *overrides))
-    settings = {"clients": CLIENTS, "participants": PARTICIPANTS, "weighting": "records"} | make()
+    settings = {"clients": CLIENTS, "participants": PARTICIPANTS, "rounds": ROUNDS, "weighting": "records"}
     plain = recordings(name).adapters[3]
     if (name, piece) == ("deer", "fedprox"):
         # A single step is taken at the round's start, where FedProx does not pull; half of DEeR's four is two.
         settings["steps"] = 4
-        four = run_rounds(tiny_federation("deer", tmp_path, clients=CLIENTS, participants=PARTICIPANTS, steps=4), 3)
-        plain = Adapter.of(four.server.model)
+        plain = Adapter.of(run_rounds(tiny_federation("deer", tmp_path / "plain", **settings)).server.model)
+    settings |= make()
     whole = run_rounds(tiny_federation(REGISTRY[name], tmp_path / "whole", **settings), 2)
     checkpoint = deepcopy(checkpoint_of(whole))
     shutil.copytree(tmp_path / "whole", tmp_path / "half")

@@ -127,7 +127,7 @@ class Infinite(Mine):
     ("method", "problem"),
     [
         (Inexact, "about.exact is set, and after round 1 the weight of bert"),
-        (Unsaved, "resumed after round 2, it has another adapter after round 3"),
+        (Unsaved, "resumed after round 2, it has another adapter"),
         (Unsavable, "state_dict gives what a checkpoint cannot hold"),
         (Ordered, "the adapter after round 1 depends on the order in which clients are listed"),
         (Single, "fails under secure sums with KeyError"),

@@ -48,7 +48,6 @@ from lorica.tasks.records import Batch
 from lorica.testing.federation import (
     DATASET,
     PRIVACY,
-    ROUNDS,
     RUN,
     Adapter,
     ClientModel,
@@ -67,7 +66,8 @@ CLIENTS, PARTICIPANTS = 4, 3
 """Some sit out each round, and three is the least that a secure sum takes."""
 ALONE = 20
 """Records of client 0, the only one where a client is compared with centralised training."""
-HALF = ROUNDS // 2
+ROUNDS, STOP = 3, 2
+"""Rounds of a run, and those before it is stopped and resumed."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Recording:
         kind: the method's class.
         options: keys beside `method.name`.
         participants: clients a round.
-        folder: of the ledger. `half` in it has the checkpoint and the ledger after the first half of the rounds.
+        folder: of the ledger. `stopped` in it has the checkpoint and the ledger as they were after `STOP` rounds.
         federation: after the last round. Its engine holds every request and reply.
         adapters: before the first round and after each.
         exchanges: of each round: the places of its exchanges in the engine's lists.
@@ -101,10 +101,19 @@ class Recording:
 
     @cached_property
     def alone(self) -> Federation:
-        """Client 0 alone, after three rounds: all records in every batch, and no noise."""
+        """Client 0 alone, after all rounds: all records in every batch, and no noise."""
         with TemporaryDirectory() as folder:
-            some = tiny_federation(self.kind, Path(folder), self.options, clients=1, privacy="none", batch_size=ALONE)
-            return run_rounds(some, 3)
+            return run_rounds(
+                tiny_federation(
+                    self.kind,
+                    Path(folder),
+                    self.options,
+                    clients=1,
+                    privacy="none",
+                    batch_size=ALONE,
+                    rounds=ROUNDS,
+                )
+            )
 
     def again(self, folder: Path) -> Federation:
         """The same federation, before its first round."""
@@ -119,7 +128,7 @@ class Recording:
 def check_method(method: str | type[Method], options: Mapping[str, Any] | None = None) -> None:
     """Check what must hold for every method: run it on a tiny federation, and compare with what was asked for.
 
-    Four clients, of which three take part in a round, train a random BERT of two layers for four rounds of two steps.
+    Four clients, of which three take part in a round, train a random BERT of two layers for three rounds of two steps.
     Takes about a second.
 
     * Names and shapes of the adapter's tensors stay, values are finite, and some site's weight moves.
@@ -185,13 +194,13 @@ def record(
                 raise AssertionError(f"{recording.kind.name}: round {number} fails: {error}") from error
             recording.exchanges.append(range(first, len(recording.engine.requests)))
             recording.adapters.append(Adapter.of(some.server.model))
-            if number == HALF:
+            if number == STOP:
                 try:
-                    save_checkpoint(folder / "half", checkpoint_of(some))
+                    save_checkpoint(folder / "stopped", checkpoint_of(some))
                 except (TypeError, ValueError) as error:
                     problem = f"state_dict gives what a checkpoint cannot hold: {error}"
                     raise AssertionError(f"{recording.kind.name}: {problem}") from error
-                shutil.copy(folder / "ledger.sqlite", folder / "half")
+                shutil.copy(folder / "ledger.sqlite", folder / "stopped")
     return recording
 
 
@@ -379,26 +388,24 @@ def check_resume(recording: Recording) -> None:
     """A run that is resumed from a checkpoint ends as one that never stopped, bit for bit."""
     with TemporaryDirectory() as folder:
         some = _resumed(recording, Path(folder))
-        for number in range(HALF + 1, ROUNDS + 1):
-            try:
-                some.round()
-            except (Refused, UserError) as error:
-                raise AssertionError(f"{recording.kind.name}: resumed, round {number} fails: {error}") from error
-            same = _same_adapter(Adapter.of(some.server.model), recording.adapters[number])
-            recording.require(
-                same,
-                f"resumed after round {HALF}, it has another adapter after round {number}; state_dict and "
-                "load_state_dict carry what its rounds depend on",
-            )
+        try:
+            some.round()
+        except (Refused, UserError) as error:
+            raise AssertionError(f"{recording.kind.name}: resumed after round {STOP}, it fails: {error}") from error
+        recording.require(
+            _same_adapter(Adapter.of(some.server.model), recording.adapters[STOP + 1]),
+            f"resumed after round {STOP}, it has another adapter after the next one; state_dict and load_state_dict "
+            "carry what its rounds depend on",
+        )
         own, other = (each.engine.personal(RUN) for each in (recording.federation, some))
     same = all(_same(own[client], other[client]) for client in own)
     recording.require(same, "resumed, clients end with other tensors of their own")
 
 
 def _resumed(recording: Recording, folder: Path) -> Federation:
-    """A new federation after the first half of the rounds, with the ledger as it was then."""
-    shutil.copy(recording.folder / "half" / "ledger.sqlite", folder)
-    found = load_checkpoint(recording.folder / "half")
+    """A new federation after `STOP` rounds, with the ledger as it was then."""
+    shutil.copy(recording.folder / "stopped" / "ledger.sqlite", folder)
+    found = load_checkpoint(recording.folder / "stopped")
     assert found is not None
     return resume(recording.again(folder), found)
 
@@ -510,7 +517,7 @@ def check_sums(recording: Recording) -> None:
             raise AssertionError(f"{recording.kind.name}: {problem}") from error
     assert isinstance(some.engine, RecordingEngine)
     recording.require(not some.engine.requests, "single replies were asked for under secure sums")
-    model, plain = some.server.model, recording.adapters[HALF + 1]
+    model, plain = some.server.model, recording.adapters[STOP + 1]
     pairs = [(site.name, dense(model, site), dense(plain, site)) for site in model.sites]
     pairs += [(name, model.tensors[name], plain.tensors[name]) for name in model.head]
     for name, summed, single in pairs:
@@ -540,7 +547,9 @@ def _federation(
     folder: Path,
     privacy: PrivacyConfig = PRIVACY,
 ) -> Federation:
-    return tiny_federation(method, folder, options, CLIENTS, participants, privacy=privacy, weighting="records")
+    return tiny_federation(
+        method, folder, options, CLIENTS, participants, privacy=privacy, rounds=ROUNDS, weighting="records"
+    )
 
 
 def _same_adapter(one: Adapter, other: Adapter) -> bool:

@@ -32,7 +32,7 @@ from lorica.testing.records import TinyRecords
 
 RUN = "run"
 DATASET = "data"
-ROUNDS, STEPS, LEARNING_RATE = 4, 2, 0.5
+STEPS, LEARNING_RATE = 2, 0.5
 # A fixed noise multiplier: calibrating one takes a second, and nothing here depends on its value.
 PRIVACY = PrivacyConfig(epsilon=None, noise_multiplier=1.0, delta=1e-3, clip_norm=1.0, noise="reproducible")
 
@@ -111,6 +111,7 @@ def tiny_federation(
     seed: int = 0,
     privacy: PrivacyConfig | Literal["none"] = PRIVACY,
     batch_size: int = 8,
+    rounds: int = 4,
     steps: int = STEPS,
     rank: int = 2,
     weighting: Weighting = "uniform",
@@ -134,7 +135,7 @@ def tiny_federation(
     state = AdapterState(model.sites, start)
     made = _make(method, dict(options or {}), model.sites)
     made.start(state, seed)
-    schedule = participation_schedule(clients, ROUNDS, clients if participants is None else participants, seed)
+    schedule = participation_schedule(clients, rounds, clients if participants is None else participants, seed)
     records = {number: 20 + 5 * number for number in range(clients)}
     plans = {
         number: plan_client(number, count, batch_size, steps * sum(number in who for who in schedule), privacy)
@@ -148,7 +149,7 @@ def tiny_federation(
     }
     driven = Server(
         model=state,
-        rounds=ROUNDS,
+        rounds=rounds,
         terms={number: plan.terms for number, plan in plans.items()},
         optimizer=optimizer,
         local_steps=steps,
@@ -177,9 +178,9 @@ def _make(method: str | type[Method], options: dict[str, Any], sites: list[Site]
     return method(validate(method.Options, options, prefix="method"), sites)
 
 
-def run_rounds(some: Federation, rounds: int = ROUNDS) -> Federation:
-    """The same federation, so many rounds later."""
-    for _ in range(rounds):
+def run_rounds(some: Federation, rounds: int | None = None) -> Federation:
+    """The same federation, so many rounds later; by default after its last one."""
+    for _ in range(some.server.rounds - some.server.round if rounds is None else rounds):
         some.round()
     return some
 
