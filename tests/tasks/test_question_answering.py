@@ -36,7 +36,7 @@ from lorica.tasks.questions.squad_json import read_squad_json
 from lorica.tasks.questions.tokenising import tokenise_questions
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch
-from tests.models import TEXT
+from lorica.testing.models import TEXT
 from tests.tasks.conftest import WORDS, write_tokenizer
 
 CLS, SEP = 2, 3

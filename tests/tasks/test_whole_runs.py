@@ -13,7 +13,7 @@ import transformers
 
 import lorica
 from lorica.errors import UserError
-from tests.models import TEXT
+from lorica.testing.models import TEXT
 from tests.tasks.conftest import WORDS, write_tokenizer
 
 
