@@ -168,7 +168,7 @@ ROWS = st.builds(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=st.lists(ROWS, max_size=4),
     limit=st.floats(0.2, 12),
