@@ -28,7 +28,7 @@ from lorica.privacy.plan import plan_client
 from lorica.schedule import participation_schedule
 from lorica.streams import stream_seed
 from lorica.tasks.partition import partition
-from tests.models import TEXT
+from lorica.testing.models import TEXT
 from tests.tasks.conftest import WORDS, write_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -18,8 +18,8 @@ from lorica.privacy.mechanism import Terms, noisy_gradient
 from lorica.privacy.randomness import ReproducibleRandomness
 from lorica.tasks.groups import GroupedRecords, grouped
 from lorica.tasks.records import Batch
+from lorica.testing.records import TinyRecords
 from tests.models import adapted, one_at_a_time
-from tests.records import TinyRecords
 from tests.tasks.test_records import text_records
 
 MODEL = adapted("bert")
