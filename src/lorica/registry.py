@@ -18,4 +18,4 @@ def remedy_for_unknown(name: str, known: Iterable[str]) -> str:
     """What to do about a name that is not among the known ones: the nearest of them, and all of them."""
     known = list(known)
     nearest = difflib.get_close_matches(name, known, n=1)
-    return (f"did you mean {nearest[0]!r}? " if nearest else "") + f"Choose among: {', '.join(known)}"
+    return (f"did you mean {nearest[0]!r}? " if nearest else "") + f"Choose one of: {', '.join(known)}"

@@ -203,7 +203,7 @@ def test_a_quantised_base_has_the_gradients_of_one_example_at_a_time(
     if precision == "int8":
         # Otherwise one example's large activations would change how the others are computed.
         assert frozen.state.threshold == 0.0
-    with pytest.raises(UserError, match=r"model\.precision.*adds to the frozen weights"):
+    with pytest.raises(UserError, match=r"model\.precision.*changes the frozen weights"):
         model.merge({site.name: (torch.ones(site.d_out, 1), torch.ones(1, site.d_in))})
     with pytest.raises(UserError, match=r"model\.precision"), model.perturbed(0.1, torch.Generator()):
         pass

@@ -234,10 +234,10 @@ def test_errors_count_records_from_the_first_and_not_from_the_slice(
     with pytest.raises(UserError, match=r"record 2 .*nothing to learn"):
         tokenise_causal(silent, ["text"], tokenizer(eos_token=None), 64)
     incomplete = source({"messages": [*TALKS["messages"], [{"role": "user", "content": None}]]})
-    with pytest.raises(UserError, match=r"record 3 .*no list of messages"):
+    with pytest.raises(UserError, match=r"record 3 .*not a list of messages"):
         tokenise_causal(incomplete, ["messages"], tokenizer(chat_template=CHAT), 64)
     refusing = CHAT.replace("{{ '<|' + m", "{{ raise_exception('') if 'secret' in m.content else '<|' + m")
-    with pytest.raises(UserError, match=r"cannot write out record 2 "):
+    with pytest.raises(UserError, match=r"the chat template failed on record 2 "):
         tokenise_causal(source(TALKS), ["messages"], tokenizer(chat_template=refusing), 64)
     words = transformers.AutoTokenizer.from_pretrained(text_base)
     names = ("question", "context", "answers")
