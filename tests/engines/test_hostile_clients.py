@@ -191,7 +191,7 @@ def test_garbage_is_neither_plan_nor_account(content: Any, caplog: pytest.LogCap
     some = engine(config, account=content)
     some.join("run")
     assert some.exchange(requests(config)).keys() == {0, 2}
-    assert "client 1: its answer cannot be read" in caplog.text
+    assert "client 1 sent an unreadable answer" in caplog.text
     assert all(len(message) < 3000 and message.isprintable() for message in caplog.messages)
 
 
@@ -200,7 +200,7 @@ def test_a_refusal_is_somebody_elses_words(caplog: pytest.LogCaptureFixture) -> 
     some = engine(config, refused="no\nround 3 is fine\x1b[2J" + "x" * 10**5)
     some.join("run")
     assert some.exchange(requests(config)).keys() == {0, 2}
-    (message,) = [message for message in caplog.messages if "refuses" in message]
+    (message,) = [message for message in caplog.messages if "refused" in message]
     assert message.isprintable()
     assert len(message) < 2000
 
@@ -356,7 +356,7 @@ def test_answers_that_are_errors_or_nothing(caplog: pytest.LogCaptureFixture) ->
 
     some._grid.answer = failing  # type: ignore[attr-defined]
     assert some.exchange(requests(config)).keys() == {0}
-    assert "answers without a record 'lorica'" in caplog.text
+    assert "answered without a record 'lorica'" in caplog.text
     assert all(len(message) < 2000 and "\n" not in message for message in caplog.messages)
 
 

@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it is, how to load it, and the privacy statement."""
+"""The model card of an adapter: description, how to load it, and the privacy statement."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def model_card(run: Run, load_lines: str) -> str:
-    """Markdown with the front matter that Hugging Face reads, for `README.md` in the adapter folder.
+    """Markdown with Hugging Face front matter, for `README.md` in the adapter folder.
 
-    A base model that is no Hugging Face id (a folder, `lorica:...`) is named in the text only, since the hub refuses a
-    card whose `base_model` it does not know; of a folder only the last part is named, since cards are published.
+    A base model that is not a Hugging Face id (a folder, `lorica:...`) appears in the text only, because the hub
+    rejects cards with an unknown `base_model`. Only the last part of a folder's path is shown, because cards are
+    published.
 
     Args:
-        load_lines: Python that loads the adapter.
+        load_lines: Python code that loads the adapter.
     """
     base = str(run.config.get("model", {}).get("base", "unknown"))
     front: dict[str, Any] = {"library_name": "peft"}
@@ -42,7 +43,7 @@ def model_card(run: Run, load_lines: str) -> str:
 
 # {inline(run.name)}
 {warning}
-A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that stayed with its owners.
+A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that never left its owners.
 
 * Method: `{code(run.method)}`
 * Test {inline(metric_name(run.metrics))}: {score_text(run)}
@@ -60,13 +61,13 @@ A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that stay
 def _privacy(run: Run) -> str:
     privacy = run.privacy or {}
     if not _has_noise(run):
-        return f"**Nothing here is a privacy guarantee: {inline(not_private(run))}**\n"
+        return f"**No privacy guarantee: {inline(not_private(run))}**\n"
     lines = [f"* {name}: {inline(privacy[key])}" for key, name in PRIVACY_TERMS if privacy.get(key)]
     headings, rows = client_rows(run.clients, GUARANTEE)
     table = markdown_table(headings, [[inline(cell) for cell in row] for row in rows])
     return "\n".join(
         [
-            "Each client has a guarantee of its own, about its own records.",
+            "Each client has its own guarantee, for its own records.",
             "",
             *lines,
             "",
