@@ -144,7 +144,7 @@ def die_at(function):
         if moment == "after" and calls[0] == count: os.kill(os.getpid(), signal.SIGKILL)
         return found
     return wrapped
-if sys.argv[3] == "charge": Ledger.charge = die_at(Ledger.charge)
+if sys.argv[3] != "checkpoint": setattr(Ledger, sys.argv[3], die_at(getattr(Ledger, sys.argv[3])))
 else: lorica.run.rounds.save_checkpoint = die_at(lorica.run.rounds.save_checkpoint)
 lorica.Experiment.load(overrides=sys.argv[4:]).run()
 """
@@ -152,7 +152,7 @@ lorica.Experiment.load(overrides=sys.argv[4:]).run()
 
 @pytest.mark.parametrize(
     ("count", "moment", "where"),
-    [(4, "before", "charge"), (3, "after", "charge"), (4, "after", "charge"), (2, "before", "checkpoint")],
+    [(4, "before", "charge"), (3, "after", "charge"), (4, "after", "attach"), (2, "before", "checkpoint")],
 )
 def test_kill_9_in_a_round_then_resume_equals_an_uninterrupted_run(
     tmp_path: Path, whole_run: dict[str, Any], count: int, moment: str, where: str
@@ -187,7 +187,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_methods_with_more_state_resume_from_kill_9_too(tmp_path: Path, method: str, count: int) -> None:
     overrides = [*SMALL, f"method.name={method}"]
     paths = [f"output={tmp_path}/killed", f"privacy.ledger={tmp_path}/killed-ledger"]
-    arguments = [sys.executable, "-c", KILLER, str(count), "after", "charge", *overrides, *paths]
+    arguments = [sys.executable, "-c", KILLER, str(count), "after", "attach", *overrides, *paths]
     assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
     resumed = lorica.Experiment.load(overrides=[*overrides, *paths]).run()
     whole = experiment(tmp_path / "whole", *overrides).run()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -101,6 +103,19 @@ def test_an_honest_server_is_answered(owner: Owner) -> None:
     assert json.loads(str(answer["account"]))["steps"] == 2
     assert len(owner.releases()) == 1
     assert owner.files() == owner.outside
+
+
+def test_no_other_account_can_read_what_a_node_writes(owner: Owner) -> None:
+    before = os.umask(0)
+    try:
+        sent = owner.invitation()
+        owner.ask(sent, request(owner, sent))
+    finally:
+        os.umask(before)
+    written = [path for path in owner.place.rglob("*") if path not in owner.outside]
+    assert len([path for path in written if path.is_file()]) >= 3
+    modes = {path.relative_to(owner.place): stat.S_IMODE(path.stat().st_mode) for path in written}
+    assert all(mode == (0o700 if (owner.place / path).is_dir() else 0o600) for path, mode in modes.items()), modes
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from lorica.errors import UserError
 from lorica.messages import Request, decode
 from lorica.owner.client import Client
 from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned
-from lorica.privacy.ledger import Ledger, lifetime_above
+from lorica.privacy.ledger import Ledger
+from lorica.privacy.lifetime import lifetime_above
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account, account
 from lorica.run.setup import Prepared, prepare

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,14 +20,14 @@ from lorica.local.perturbation import strength
 from lorica.local.sketches import project, sketch
 from lorica.local.step import transform_gradients
 from lorica.messages import Delivery, Reply, Request, Training
-from lorica.privacy.ledger import Ledger, Release
+from lorica.privacy.ledger import Earlier, Ledger, Release
 from lorica.privacy.mechanism import noisy_gradient
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy
 from lorica.privacy.randomness import Randomness, ReproducibleRandomness, SecureRandomness
 from lorica.privacy.released import Released, post_process
 from lorica.privacy.unit import RECORD, PrivacyUnit
-from lorica.streams import stream_seed, torch_stream
+from lorica.streams import torch_stream
 from lorica.tasks.records import Records, evaluating
 
 Answer = tuple[dict[str, Released], dict[str, Released] | None]
@@ -43,7 +42,7 @@ class Client:
         number: public id.
         records: private.
         plan: what it agreed to; a request that goes beyond it is refused.
-        ledger: charged before a reply leaves. Also keeps what stays with the client, so that a crash loses nothing.
+        ledger: charged before a record is sampled. Also keeps what stays with the client, so that a crash loses nothing.
         dataset: fingerprint of the data set that the records are part of.
         unit: what one of `records` is.
         seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
@@ -71,8 +70,9 @@ class Client:
     def answer(self, model: AdaptedModel, request: Request) -> bytes:
         """Do the work and return the encoded reply.
 
-        The reply is charged to the ledger and stored before it is returned. A request that was answered before gets the
-        stored reply: the same release, at no further cost.
+        The release is charged to the ledger before the first record is sampled, and the reply is stored there before it
+        is returned. A request that was answered before gets the stored reply, and one whose answer was interrupted is
+        answered with the same batches and noise: the same release, at no further cost.
 
         Raises:
             Refused: the request goes beyond the owner's plan or policy, belongs to a round that is over, or builds on a
@@ -89,13 +89,6 @@ class Client:
         if stored is not None:
             return stored
         own = self.ledger.kept(request.run, self.number)
-        steps = 0
-        if isinstance(request.work, Training):
-            steps = request.work.steps
-            if self.policy is None:
-                self.plan.check(request.work.terms, self.ledger.steps(request.run, self.number) + steps)
-            else:
-                self._review(self.ledger.releases(), request)
         release = Release(
             dataset=self.dataset,
             records=self.records.fingerprint(),
@@ -105,41 +98,31 @@ class Client:
             sampling_rate=self.plan.terms.sampling_rate,
             noise_multiplier=self.plan.terms.noise_multiplier,
             clip_norm=self.plan.terms.clip_norm,
-            steps=steps,
+            steps=request.work.steps if isinstance(request.work, Training) else 0,
             noise=self.plan.noise,
             request=digest,
             unit=self.unit,
         )
         model.assert_frozen()
-        try:
-            if isinstance(request.work, Training):
-                released, kept = self._train(model, request, request.work, own)
-            else:
-                released, kept = project(request.work.bases, self.held, own), None
-        except Exception:
-            # The server learns that it failed, and whether it does may depend on the records: that is a release too.
-            self.ledger.charge(release, None)
-            raise
-        reply = Reply(self.number, released).encode()
-        # Asked again under the ledger's lock: another request on the same data may have been charged meanwhile. Where
-        # one process plays all owners nobody else charges, and a long ledger would be read for nothing.
-        allow = None if self.policy is None else lambda earlier: self._review(earlier, request)
-        self.ledger.charge(release, reply, kept, allow)
-        return reply
+        charge = self.ledger.charge(release, lambda earlier: self._allow(earlier, request))
+        if isinstance(request.work, Training):
+            released, kept = self._train(model, request, request.work, own, charge.seed)
+        else:
+            released, kept = project(request.work.bases, self.held, own), None
+        return self.ledger.attach(charge, Reply(self.number, released).encode(), kept)
 
     def personal(self, run: str) -> dict[str, Tensor]:
         """Tensors of this client's own model, noisy ones: those that it trained and did not send."""
         return {name: released.tensor for name, released in self.ledger.kept(run, self.number).items()}
 
-    def _review(self, releases: list[Release], request: Request) -> None:
+    def _allow(self, earlier: Earlier, request: Request) -> None:
         """Refuse steps beyond the policy or the plan; what does no step costs nothing."""
         if not isinstance(request.work, Training):
             return
         steps = request.work.steps
         if self.policy is not None:
-            self.policy.review_release(releases, self.unit, self.plan, steps)
-        charged = [release.steps for release in releases if (release.run, release.client) == (request.run, self.number)]
-        self.plan.check(request.work.terms, sum(charged) + steps)
+            self.policy.review_release(earlier.releases(), self.unit, self.plan, steps)
+        self.plan.check(request.work.terms, earlier.steps(request.run, self.number) + steps)
 
     def _receive(self, request: Request) -> None:
         if request.sequence not in (0, self.sequence) and self.sequence != request.sequence - 1:
@@ -161,9 +144,11 @@ class Client:
                 model.peft_model, self.private_test, self.micro_batch_tokens, model.device
             )
         line = {"run": request.run, "client": self.number, "round": request.round} | metrics
-        append_line(private_metrics_path(self.ledger.path), json.dumps(line))
+        append_line(private_metrics_path(self.ledger.path), json.dumps(line), private=True)
 
-    def _train(self, model: AdaptedModel, request: Request, work: Training, own: Mapping[str, Released]) -> Answer:
+    def _train(
+        self, model: AdaptedModel, request: Request, work: Training, own: Mapping[str, Released], seed: bytes | None
+    ) -> Answer:
         """`steps` noisy steps from the global adapter; each trained tensor's update is `θ_E - θ_0`."""
         personal = {name: own[name] for name in work.personal if name in own}
         adapter = self.held | {name: released.tensor for name, released in personal.items()}
@@ -173,13 +158,13 @@ class Client:
         start = {name: adapter[name] for name in work.trained}
         places = {name: model.trained(name, work.rank, adapter) for name in work.trained}
         optimizer = make_optimizer(work.optimizer, work.rates)
-        randomness = self._randomness(request)
+        randomness = self._reproducible(request) if seed is None else SecureRandomness(seed)
         updates: dict[str, Released] = {}
         gradients: dict[str, Released] = {}
         values = adapter
         model.peft_model.train()
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(self._dropout_seed(request))
+            torch.manual_seed(randomness.dropout_seed())
             for step in range(work.steps):
                 model.assert_frozen()
                 active = {name: places[name] for name in work.local.active(work.trained, step)}
@@ -222,18 +207,8 @@ class Client:
         with model.perturbed(ratio, generator):
             yield
 
-    def _dropout_seed(self, request: Request) -> int:
-        """From the operating system where the noise is: whose mask is whose depends on who else is in the batch, so
-        masks that a server can compute would let one record change the gradients of others.
-        """
-        if self.plan.noise == "secure":
-            return int.from_bytes(os.urandom(7))
-        return stream_seed(self.seed, "dropout", request.round, request.exchange, self.number)
-
-    def _randomness(self, request: Request) -> Randomness:
-        if self.plan.noise == "reproducible":
-            return ReproducibleRandomness(self.seed, request.round, request.exchange, self.number)
-        return SecureRandomness()
+    def _reproducible(self, request: Request) -> Randomness:
+        return ReproducibleRandomness(self.seed, request.round, request.exchange, self.number)
 
 
 def private_metrics_path(ledger: Path) -> Path:

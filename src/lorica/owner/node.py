@@ -19,7 +19,7 @@ from lorica.adapters.loading import check_isolated, load_model
 from lorica.adapters.names import flat_pairs, pairs_under, under
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
-from lorica.files import replaced_folder, write_atomically
+from lorica.files import private_folder, replaced_folder, write_atomically
 from lorica.messages import OWNER, Delivery, Invitation, Request, decode, encode, encode_account, encode_plan
 from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.request_checks import check_request
@@ -68,6 +68,7 @@ class Node:
         ledger = Ledger(_ledger(self._config, settings, dataset))
         # A name that a server chose cannot lead out of the node's folder.
         self._folder = settings.place / f"run-{hashlib.sha256(invitation.run.encode()).hexdigest()[:16]}"
+        _make_private(settings.place, self._folder)
         self._client = make_client(self._config, self.plan, records, private_test, ledger, dataset)
         self._review()
         self._pin()
@@ -173,7 +174,7 @@ class Node:
         content = self._invitation.encode().encode()
         if path.is_file() and path.read_bytes() != content:
             raise Refused(f"run {self._invitation.run} was agreed on with another experiment")
-        write_atomically(path, content)
+        write_atomically(path, content, mode=0o600)
 
     def _restore(self) -> None:
         path = self._folder / "adapter.safetensors"
@@ -189,7 +190,7 @@ class Node:
         tensors = {f"held:{name}": value for name, value in self._client.held.items()}
         tensors |= flat_pairs(self._client.merged, "merged.B:", "merged.A:")
         tensors["sequence"] = torch.tensor(self._client.sequence)
-        write_atomically(self._folder / "adapter.safetensors", encode(tensors))
+        write_atomically(self._folder / "adapter.safetensors", encode(tensors), mode=0o600)
 
     def _take(self, request: Request, work: Delivery) -> None:
         """Test the model on the owner's own records and keep the run's result; the server gets nothing of it."""
@@ -257,6 +258,15 @@ def _own_records(config: ExperimentConfig, settings: NodeSettings, task: Task) -
     task = by_privacy_unit(config, task)
     records = divide(config, task)[settings.client] if settings.data is None else task.train
     return hold_out(config, settings.client, records)
+
+
+def _make_private(*folders: Path) -> None:
+    for folder in folders:
+        try:
+            private_folder(folder)
+        except OSError as error:
+            problem = f"cannot be made ({error.strerror})"
+            raise UserError("node-config.folder", str(folder), problem, "give another folder=PATH") from error
 
 
 def _ledger(config: ExperimentConfig, settings: NodeSettings, dataset: str) -> Path:

@@ -1,20 +1,21 @@
-"""The owner's record of every release, in SQLite beside the data, written before a release leaves."""
+"""The owner's record of every release, in SQLite beside the data, written before the first record is sampled for it."""
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 
 from lorica.errors import UserError
-from lorica.privacy.accounting import Steps, epsilon, epsilon_above, epsilon_from_rdp, total_rdp
+from lorica.privacy import database
+from lorica.privacy.accounting import Steps
+from lorica.privacy.randomness import secret_seed
 from lorica.privacy.released import Released, _release
 from lorica.privacy.unit import RECORD, PrivacyUnit
 
@@ -24,9 +25,11 @@ CREATE TABLE IF NOT EXISTS releases (
     time REAL NOT NULL,
     dataset TEXT NOT NULL, owner TEXT NOT NULL, run TEXT NOT NULL, client INTEGER NOT NULL, round INTEGER NOT NULL,
     sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, steps INTEGER NOT NULL,
-    noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB, kept BLOB, unit TEXT NOT NULL DEFAULT 'record'
+    noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB, kept BLOB, unit TEXT NOT NULL DEFAULT 'record', seed BLOB
 )
 """
+# A ledger outlives the version of Lorica that made it.
+_ADDED = {"kept": "BLOB", "unit": "TEXT NOT NULL DEFAULT 'record'", "seed": "BLOB"}
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,27 @@ def _row_of(release: Release) -> tuple[Any, ...]:
     return tuple(str(value) if isinstance(value, PrivacyUnit) else value for value in vars(release).values())
 
 
+@dataclass(frozen=True)
+class Charge:
+    """A row of the ledger that waits for its reply.
+
+    Attributes:
+        row: its id.
+        seed: secret, of the batches and the noise that the release is made with; None for reproducible noise.
+    """
+
+    row: int
+    seed: bytes | None
+
+
 class Ledger:
     """Releases of one data set over its whole life.
 
-    A reply is stored in the transaction that charges it. If the same request comes again (a resumed run, a lost reply),
-    the owner sends the very same release: that costs nothing, and no noise is drawn twice. A crash between charging and
-    sending can only over-count.
+    A release is charged before the first record is sampled for it, and its reply is stored in the same row before it
+    leaves. So whatever ends an attempt, be it an error, a signal or a power cut, what it may have given away is in the
+    ledger. If the same request comes again, the owner sends the stored reply; if there is none yet, it repeats the
+    attempt with the row's own seed, which gives the very same release. Either way nothing is charged twice, and no
+    noise is drawn twice.
 
     Raises:
         UserError: the file cannot be opened or written, or is no ledger.
@@ -85,35 +103,25 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as connection, connection:
+        with self._errors():
+            database.create(path)
+            with database.transaction(path) as connection:
                 connection.execute(_SCHEMA)
                 columns = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
-                # A ledger outlives the version of Lorica that made it.
-                if "kept" not in columns:
-                    connection.execute("ALTER TABLE releases ADD COLUMN kept BLOB")
-                if "unit" not in columns:
-                    connection.execute("ALTER TABLE releases ADD COLUMN unit TEXT NOT NULL DEFAULT 'record'")
-        except (sqlite3.Error, OSError) as error:
-            raise self._unusable(error) from error
+                for name, kind in _ADDED.items():
+                    if name not in columns:
+                        connection.execute(f"ALTER TABLE releases ADD COLUMN {name} {kind}")
 
-    def charge(
-        self,
-        release: Release,
-        reply: bytes | None,
-        kept: Mapping[str, Released] | None = None,
-        allow: Callable[[list[Release]], None] | None = None,
-    ) -> None:
-        """Write one release with its reply and sync it to disk, before the reply leaves.
+    def charge(self, release: Release, allow: Callable[[Earlier], None] | None = None) -> Charge:
+        """Write one release and sync it to disk, before anything of it is computed.
 
-        Replies of the client's earlier rounds in this run are dropped: a server that has gone on cannot need them.
+        The client's latest row is used again where it is the very same release and has no reply: then this is the same
+        attempt once more. An attempt that another release of the client in this run has come after is charged anew,
+        since what the client keeps may have changed.
 
         Args:
-            reply: None if there is none, as the work failed.
-            kept: noisy tensors that stay with the owner and that its later replies in this run depend on.
-            allow: called with everything that was released before; nothing is written if it raises. No other release
-                can come between its look and this one.
+            allow: called with what was charged before, the attempt's own row left out; nothing is written if it raises.
+                No other release can come between its look and this one.
 
         Raises:
             UserError: the row cannot be written.
@@ -121,26 +129,54 @@ class Ledger:
         """
         if release.steps < 0:
             raise ValueError(f"a release has {release.steps} steps")
+        seed = None if release.noise == "reproducible" else secret_seed()
+        with self._errors(), database.transaction(self.path) as connection:
+            pending = _pending(connection, release)
+            if allow is not None:
+                allow(Earlier(connection, pending))
+            if pending is not None:
+                return pending
+            connection.execute(
+                "UPDATE releases SET seed = NULL WHERE run = ? AND client = ?", (release.run, release.client)
+            )
+            values = (time.time(), *_row_of(release), seed)
+            marks = ", ".join("?" * len(values))
+            row = connection.execute(
+                f"INSERT INTO releases (time, {_COLUMNS}, seed) VALUES ({marks})", values
+            ).lastrowid
+            assert row is not None
+            return Charge(row, seed)
+
+    def attach(self, charge: Charge, reply: bytes, kept: Mapping[str, Released] | None = None) -> bytes:
+        """Store the reply of a charged release and sync it to disk; returns the reply that may leave.
+
+        That is the stored one if another process was faster. The seed is erased, and replies of the client's earlier
+        rounds in this run are dropped: a server that has gone on cannot need them.
+
+        Args:
+            kept: noisy tensors that stay with the owner and that its later replies in this run depend on.
+
+        Raises:
+            UserError: the row cannot be written.
+        """
         state = None if kept is None else safetensors.torch.save({name: value.tensor for name, value in kept.items()})
-        try:
-            with closing(self._connect()) as connection, connection:
-                connection.execute(
-                    "UPDATE releases SET reply = NULL, kept = NULL WHERE run = ? AND client = ? AND round < ?",
-                    (release.run, release.client, release.round),
-                )
-                # The update has locked the file for all other writers.
-                if allow is not None:
-                    earlier = connection.execute(f"SELECT {_COLUMNS} FROM releases ORDER BY id")
-                    allow([_release_of(row) for row in earlier])
-                values = (time.time(), *_row_of(release), reply, state)
-                marks = ", ".join("?" * len(values))
-                connection.execute(f"INSERT INTO releases (time, {_COLUMNS}, reply, kept) VALUES ({marks})", values)
-        except (sqlite3.Error, OSError) as error:
-            raise self._unusable(error) from error
+        with self._errors(), database.transaction(self.path) as connection:
+            connection.execute(
+                "UPDATE releases SET reply = ?, kept = ?, seed = NULL WHERE id = ? AND reply IS NULL",
+                (reply, state, charge.row),
+            )
+            run, client, number, stored = connection.execute(
+                "SELECT run, client, round, reply FROM releases WHERE id = ?", (charge.row,)
+            ).fetchone()
+            connection.execute(
+                "UPDATE releases SET reply = NULL, kept = NULL WHERE run = ? AND client = ? AND round < ?",
+                (run, client, number),
+            )
+            return bytes(stored)
 
     def recall(self, run: str, client: int, request: str) -> bytes | None:
         """The stored reply to a request that was answered before, or None."""
-        with closing(self._connect()) as connection:
+        with self._reading() as connection:
             row = connection.execute(
                 "SELECT reply FROM releases WHERE run = ? AND client = ? AND request = ? AND reply IS NOT NULL",
                 (run, client, request),
@@ -149,47 +185,87 @@ class Ledger:
 
     def kept(self, run: str, client: int) -> dict[str, Released]:
         """What the client's latest release in this run left with the owner; empty if nothing did."""
-        with closing(self._connect()) as connection:
+        with self._reading() as connection:
             row = connection.execute(
                 "SELECT kept FROM releases WHERE run = ? AND client = ? AND kept IS NOT NULL ORDER BY id DESC LIMIT 1",
                 (run, client),
             ).fetchone()
-        # They were released when they were written: `charge` takes nothing else.
+        # They were released when they were written: `attach` takes nothing else.
         # Cloned for PyTorch's alignment, on which rounding can depend.
         tensors = safetensors.torch.load(row[0]) if row else {}
         return {name: _release(value.clone()) for name, value in tensors.items()}
 
     def steps(self, run: str, client: int) -> int:
         """Steps that a client has been charged for in a run."""
-        with closing(self._connect()) as connection:
-            query = "SELECT COALESCE(SUM(steps), 0) FROM releases WHERE run = ? AND client = ?"
-            return int(connection.execute(query, (run, client)).fetchone()[0])
+        with self._reading() as connection:
+            return _steps(connection, run, client)
 
     def last_round(self, run: str, client: int) -> int:
         """The latest round that a client was charged for in a run; 0 if there is none."""
-        with closing(self._connect()) as connection:
+        with self._reading() as connection:
             query = "SELECT COALESCE(MAX(round), 0) FROM releases WHERE run = ? AND client = ?"
             return int(connection.execute(query, (run, client)).fetchone()[0])
 
     def releases(self, dataset: str | None = None) -> list[Release]:
         """All releases of a data set, oldest first; by default of all data sets in the file."""
-        with closing(self._connect()) as connection:
+        with self._reading() as connection:
             query = f"SELECT {_COLUMNS} FROM releases WHERE dataset = COALESCE(?, dataset) ORDER BY id"
             return [_release_of(row) for row in connection.execute(query, (dataset,))]
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=60)
-        # Every commit reaches the disk before a release may leave.
-        connection.execute("PRAGMA synchronous = FULL")
-        return connection
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._errors(), database.reading(self.path) as connection:
+            yield connection
 
-    def _unusable(self, error: Exception) -> UserError:
-        return UserError(
-            "privacy.ledger",
-            str(self.path),
-            f"the ledger cannot be used ({error})",
-            "make the place writable, or give another one with privacy.ledger=PATH",
-        )
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(
+                "privacy.ledger",
+                str(self.path),
+                f"the ledger cannot be used ({error})",
+                "make the place writable, or give another one with privacy.ledger=PATH",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What was charged before a release, read under the ledger's lock."""
+
+    _connection: sqlite3.Connection
+    _pending: Charge | None
+
+    def steps(self, run: str, client: int) -> int:
+        """Steps that a client has been charged for in a run."""
+        return _steps(self._connection, run, client, self._besides)
+
+    def releases(self) -> list[Release]:
+        """All releases in the file, oldest first."""
+        query = f"SELECT {_COLUMNS} FROM releases WHERE id <> ? ORDER BY id"
+        return [_release_of(row) for row in self._connection.execute(query, (self._besides,))]
+
+    @property
+    def _besides(self) -> int:
+        return 0 if self._pending is None else self._pending.row
+
+
+def _pending(connection: sqlite3.Connection, release: Release) -> Charge | None:
+    """The client's latest row in the run, if it is this release and still without a reply."""
+    row = connection.execute(
+        f"SELECT id, seed, reply, {_COLUMNS} FROM releases WHERE run = ? AND client = ? ORDER BY id DESC LIMIT 1",
+        (release.run, release.client),
+    ).fetchone()
+    if row is None or row[2] is not None or _release_of(row[3:]) != release:
+        return None
+    # Versions before this one wrote such rows without a seed.
+    return None if row[1] is None and release.noise != "reproducible" else Charge(row[0], row[1])
+
+
+def _steps(connection: sqlite3.Connection, run: str, client: int, besides: int = 0) -> int:
+    query = "SELECT COALESCE(SUM(steps), 0) FROM releases WHERE run = ? AND client = ? AND id <> ?"
+    return int(connection.execute(query, (run, client, besides)).fetchone()[0])
 
 
 def ledger_beside(data: Path) -> Path:
@@ -222,8 +298,7 @@ def read_ledger(path: Path) -> list[tuple[float, Release]]:
         UserError: it is no ledger.
     """
     try:
-        uri = f"{path.absolute().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=60)) as connection:
+        with database.reading(path, only=True) as connection:
             known = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
             # A ledger outlives the version of Lorica that made it.
             columns = _COLUMNS if "unit" in known else _COLUMNS.replace("unit", "'record'")
@@ -237,69 +312,3 @@ def read_ledger(path: Path) -> list[tuple[float, Release]]:
 def _is_database(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(16) == b"SQLite format 3\0"
-
-
-def lifetime_epsilon(
-    releases: Iterable[Release],
-    records: str | None,
-    delta: float,
-    planned: Steps | None = None,
-    unit: PrivacyUnit = RECORD,
-) -> float:
-    """ε of everything ever released about one of `records`, at `delta`, with `planned` steps still to come.
-
-    Releases with different units do not add up, and make it infinite: what protects single records does not protect a
-    group, and a group that loses one record is another group rather than none, so that its clipped gradient may move
-    by 2C.
-
-    Releases of these very records compose by PLD. In a simulation, other runs may have split the same data set
-    differently; one of these records then was with some client of that run, nobody knows which, and the bound takes at
-    each Rényi order the most expensive client: `max_k RDP_k(α)`. Releases without noise, or with reproducible
-    noise, are not private and are left out: `unprotected` counts them.
-
-    Args:
-        records: fingerprint of a client's records, where this process dealt the records to the clients. None where a
-            server did: then no client's number says who has a record, and all releases compose by PLD.
-    """
-    own, foreign = _composed(releases, records, planned, unit)
-    return epsilon_from_rdp(total_rdp(own) + foreign, delta) if np.any(foreign) else epsilon(own, delta)
-
-
-def lifetime_above(
-    limit: float,
-    releases: Iterable[Release],
-    records: str | None,
-    delta: float,
-    planned: Steps | None = None,
-    unit: PrivacyUnit = RECORD,
-) -> float | None:
-    """`lifetime_epsilon` if it is above `limit`, else None; as cheap as `epsilon_above`."""
-    own, foreign = _composed(releases, records, planned, unit)
-    if not np.any(foreign):
-        return epsilon_above(limit, own, delta)
-    life = epsilon_from_rdp(total_rdp(own) + foreign, delta)
-    return life if life > limit else None
-
-
-def _composed(
-    releases: Iterable[Release], records: str | None, planned: Steps | None, unit: PrivacyUnit
-) -> tuple[list[Steps], np.ndarray]:
-    """Steps that surely saw these records, and the RDP curve of other partitions' worst clients."""
-    private = [release for release in releases if release.noise == "secure"]
-    own = [release.cost for release in private if records in (None, release.records)]
-    own_runs = {release.run for release in private if records in (None, release.records)}
-    own += [planned] if planned else []
-    foreign: dict[str, dict[int, list[Steps]]] = {}
-    for release in private:
-        if release.run not in own_runs:
-            foreign.setdefault(release.run, {}).setdefault(release.client, []).append(release.cost)
-    unlike = any(release.unit != unit for release in private)
-    curve = total_rdp([]) + (float("inf") if unlike else 0.0)
-    for clients in foreign.values():
-        curve = curve + np.max([total_rdp(steps) for steps in clients.values()], axis=0)
-    return own, curve
-
-
-def unprotected(releases: Iterable[Release]) -> int:
-    """Number of releases with seeded noise or none."""
-    return sum(release.noise != "secure" for release in releases)

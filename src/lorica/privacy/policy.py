@@ -11,7 +11,8 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from lorica.config import ExperimentConfig, Strict, TaskConfig, read_mapping, validate
 from lorica.privacy.accounting import epsilon_above
-from lorica.privacy.ledger import Release, lifetime_above, lifetime_epsilon
+from lorica.privacy.ledger import Release
+from lorica.privacy.lifetime import lifetime_above, lifetime_epsilon
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.unit import PrivacyUnit
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION, RELATION
-from lorica.privacy.ledger import Ledger, Release, lifetime_epsilon, unprotected
+from lorica.privacy.ledger import Ledger, Release
+from lorica.privacy.lifetime import lifetime_epsilon, unprotected
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.unit import RECORD, PrivacyUnit
 

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from lorica.privacy.accounting import epsilon
-from lorica.privacy.ledger import Release, find_ledger, lifetime_epsilon, read_ledger, unprotected
+from lorica.privacy.ledger import Release, find_ledger, read_ledger
+from lorica.privacy.lifetime import lifetime_epsilon, unprotected
 from lorica.privacy.policy import Policy
 from lorica.privacy.unit import PrivacyUnit
 from lorica.reporting.style import rounded_up
