@@ -177,16 +177,31 @@ def budget(
     delta: Annotated[float | None, typer.Option(help="δ of every ε; by default the policy's, or 1e-5.")] = None,
     policy: Annotated[Path | None, typer.Option(help="The owner's policy (YAML): shows what is left under it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    release: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Give back what a run holds that will not go on.")
+    ] = None,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Go on with a ledger that is older than it was, was changed or is lost.")
+    ] = False,
 ) -> None:
-    """Show what was released from an owner's data: when, to which run, at what ε. Reads only."""
+    """Show what was released from an owner's data: when, to which run, at what ε. Reads only, unless told otherwise."""
     with _errors():
         if delta is not None and not 0 < delta < 1:
             raise UserError("--delta", delta, "not between 0 and 1", "choose it below 1/records")
         if delta is not None and policy is not None:
             raise UserError("--delta", delta, "the policy has a δ of its own", "leave --delta or --policy out")
+        from lorica.privacy.ledger_file import accept_ledger, find_ledger, release_reservation
         from lorica.privacy.policy import load_policy
         from lorica.reporting.budget import budget_table, read_budget
 
+        if accept:
+            ledger = find_ledger(path, lost=True)
+            accept_ledger(ledger)
+            if not ledger.is_file():
+                console.print(f"The next run starts a new ledger at {ledger}.", soft_wrap=True, highlight=False)
+                return
+        if release is not None:
+            release_reservation(find_ledger(path), release)
         found = read_budget(path, delta or 1e-5, None if policy is None else load_policy(policy))
         if as_json:
             typer.echo(json.dumps(found, indent=2))

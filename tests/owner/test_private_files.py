@@ -38,7 +38,7 @@ def test_a_ledger_and_its_journal(tmp_path: Path) -> None:
     assert mode(path) == 0o600
     with database.transaction(ledger.path) as connection:
         connection.execute("UPDATE releases SET steps = 0")
-        connection.execute("INSERT INTO releases VALUES (1, 0, 'd', 'o', 'r', 0, 1, 1, 1, 1, 1, '', '', 0, 0, '', 0)")
+        connection.execute("INSERT INTO releases SELECT 1, 0, 'd', 'o', 'r', 0, 1, 1, 1, 1, 1, '', '', 0, 0, '', 0, ''")
         assert {mode(found) for found in tmp_path.glob("l.sqlite*")} == {0o600}
         assert len(list(tmp_path.glob("l.sqlite*"))) == 2
     for journal in ("wal", "delete"):
@@ -50,7 +50,7 @@ def test_a_ledger_and_its_journal(tmp_path: Path) -> None:
 
 
 def test_results_of_private_tests(tmp_path: Path) -> None:
-    client, model, request = owner(tmp_path)
+    client, model, _ = owner(tmp_path)
     client.private_test = TinyRecords.texts(4, seed=1)
     client.answer(model, Request("run", 0, 1, 0, {}, Delivery(model.read(), {}, final=False)))
     (found,) = tmp_path.glob("*.private-metrics.jsonl")

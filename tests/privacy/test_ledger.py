@@ -1,4 +1,4 @@
-"""The ledger never forgets, charges before anything is computed, and answers a repeated request with the stored reply."""
+"""The ledger never forgets, charges before anything is computed, and answers a request again with the stored reply."""
 
 import sqlite3
 import time
@@ -11,7 +11,8 @@ import torch
 
 from lorica.errors import UserError
 from lorica.privacy import database
-from lorica.privacy.ledger import Earlier, Ledger, Release, find_ledger, ledger_beside, read_ledger
+from lorica.privacy.ledger import Earlier, Ledger, Release
+from lorica.privacy.ledger_file import find_ledger, ledger_beside, read_ledger
 from lorica.privacy.plan import Refused
 from lorica.privacy.released import _release
 from tests.ledgers import write
@@ -184,7 +185,7 @@ def test_a_ledger_of_an_earlier_version_is_used_on(tmp_path: Path) -> None:
             "INSERT INTO releases VALUES "
             "(1, 0.0, 'data', 'alice', 'one', 0, 1, 0.1, 1.2, 1.0, 5, 'secure', 'first', X'00')"
         )
-    assert read_ledger(path) == [(0.0, RELEASE)]
+    assert read_ledger(path).entries == [(0.0, RELEASE)]
     ledger = Ledger(path)
     assert ledger.releases("data") == [RELEASE]
     write(ledger, replace(RELEASE, round=2, request="second"), b"next", {"x": _release(torch.ones(1))})
@@ -201,7 +202,7 @@ def test_reading_a_ledger_changes_nothing_and_gives_times(tmp_path: Path) -> Non
     write(Ledger(path), replace(RELEASE, dataset="more"), b"reply")
     content = path.read_bytes()
     assert find_ledger(data) == find_ledger(path) == path
-    (first, one), (second, two) = read_ledger(path)
+    (first, one), (second, two) = read_ledger(path).entries
     assert (one, two) == (RELEASE, replace(RELEASE, dataset="more"))
     assert before <= first <= second <= time.time()
     assert Ledger(path).releases() == [one, two]

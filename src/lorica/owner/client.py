@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from lorica.local.perturbation import strength
 from lorica.local.sketches import project, sketch
 from lorica.local.step import transform_gradients
 from lorica.messages import Delivery, Reply, Request, Training
+from lorica.privacy.exposures import Exposure
 from lorica.privacy.ledger import Earlier, Ledger, Release
 from lorica.privacy.mechanism import noisy_gradient
 from lorica.privacy.plan import ClientPlan, Refused
@@ -42,7 +43,7 @@ class Client:
         number: public id.
         records: private.
         plan: what it agreed to; a request that goes beyond it is refused.
-        ledger: charged before a record is sampled. Also keeps what stays with the client, so that a crash loses nothing.
+        ledger: charged before a record is sampled. Also keeps what stays with the client: a crash loses nothing.
         dataset: fingerprint of the data set that the records are part of.
         unit: what one of `records` is.
         seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
@@ -79,6 +80,8 @@ class Client:
                 request that did not arrive.
         """
         if isinstance(request.work, Delivery):
+            if request.work.final:
+                self.ledger.end(request.run, self.number)
             self._test_privately(model, request, request.work)
             return Reply(self.number, {}).encode()
         if request.round < self.ledger.last_round(request.run, self.number):
@@ -104,12 +107,44 @@ class Client:
             unit=self.unit,
         )
         model.assert_frozen()
+        self._introduce()
         charge = self.ledger.charge(release, lambda earlier: self._allow(earlier, request))
         if isinstance(request.work, Training):
             released, kept = self._train(model, request, request.work, own, charge.seed)
         else:
             released, kept = project(request.work.bases, self.held, own), None
         return self.ledger.attach(charge, Reply(self.number, released).encode(), kept)
+
+    def reserve(self, run: str, allow: Callable[[list[Release]], None]) -> None:
+        """Hold back the budget for all of a run, if `allow` finds that it fits; the end of the run gives back the rest.
+
+        Runs without secret noise have no budget, so that there is nothing to hold back.
+
+        Args:
+            allow: called with what other runs have reserved and not used, under the ledger's lock.
+        """
+        self._introduce()
+        if self.plan.noise != "secure":
+            allow([])
+            return
+        planned = Exposure(
+            ledger=self.ledger.identity,
+            run=run,
+            client=self.number,
+            records=self.records.fingerprint(),
+            unit=self.unit,
+            noise=self.plan.noise,
+            sampling_rate=self.plan.terms.sampling_rate,
+            noise_multiplier=self.plan.terms.noise_multiplier,
+            steps=0,
+            planned=self.plan.max_steps,
+            releases=0,
+        )
+        self.ledger.reserve(planned, allow)
+
+    def _introduce(self) -> None:
+        """What is charged to these records is then known of each of them, in whichever file it comes again."""
+        self.ledger.introduce(self.records.fingerprint(), self.records.tags)
 
     def personal(self, run: str) -> dict[str, Tensor]:
         """Tensors of this client's own model, noisy ones: those that it trained and did not send."""
@@ -121,7 +156,8 @@ class Client:
             return
         steps = request.work.steps
         if self.policy is not None:
-            self.policy.review_release(earlier.releases(), self.unit, self.plan, steps)
+            elsewhere = self.ledger.elsewhere(self.records.fingerprint())
+            self.policy.review_release([*earlier.releases(), *elsewhere], self.unit, self.plan, steps)
         self.plan.check(request.work.terms, earlier.steps(request.run, self.number) + steps)
 
     def _receive(self, request: Request) -> None:

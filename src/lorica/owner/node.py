@@ -25,7 +25,7 @@ from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.request_checks import check_request
 from lorica.owner.settings import NodeSettings
 from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned
-from lorica.privacy.ledger import Ledger
+from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.statement import Account, charged
@@ -70,8 +70,9 @@ class Node:
         self._folder = settings.place / f"run-{hashlib.sha256(invitation.run.encode()).hexdigest()[:16]}"
         _make_private(settings.place, self._folder)
         self._client = make_client(self._config, self.plan, records, private_test, ledger, dataset)
+        self._check_pinned()
         self._review()
-        self._pin()
+        write_atomically(self._folder / "invitation.json", invitation.encode().encode(), mode=0o600)
         self._model = load_model(self._config, task)
         self._shapes = {name: tuple(value.shape) for name, value in self._model.read().items()}
         # Not on the owner's records: the answer would tell the server something of them, free of charge.
@@ -165,16 +166,21 @@ class Node:
         client.policy = policy
         if policy is not None:
             policy.review(self._config, self.plan, self._base)
-            left = self.plan.max_steps - client.ledger.steps(self._invitation.run, client.number)
-            policy.review_release(client.ledger.releases(), client.unit, self.plan, left)
 
-    def _pin(self) -> None:
+        def allow(reserved: list[Release]) -> None:
+            if policy is not None:
+                left = self.plan.max_steps - client.ledger.steps(self._invitation.run, client.number)
+                elsewhere = client.ledger.elsewhere(client.records.fingerprint(), reserved=True)
+                releases = [*client.ledger.releases(), *elsewhere]
+                policy.review_release(releases, client.unit, self.plan, left, reserved)
+
+        client.reserve(self._invitation.run, allow)
+
+    def _check_pinned(self) -> None:
         """A run is one experiment: what it costs was agreed once."""
         path = self._folder / "invitation.json"
-        content = self._invitation.encode().encode()
-        if path.is_file() and path.read_bytes() != content:
+        if path.is_file() and path.read_bytes() != self._invitation.encode().encode():
             raise Refused(f"run {self._invitation.run} was agreed on with another experiment")
-        write_atomically(path, content, mode=0o600)
 
     def _restore(self) -> None:
         path = self._folder / "adapter.safetensors"

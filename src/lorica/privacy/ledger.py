@@ -6,86 +6,36 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import safetensors.torch
 
 from lorica.errors import UserError
-from lorica.privacy import database
-from lorica.privacy.accounting import Steps
-from lorica.privacy.randomness import secret_seed
-from lorica.privacy.released import Released, _release
-from lorica.privacy.unit import RECORD, PrivacyUnit
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS releases (
-    id INTEGER PRIMARY KEY,
-    time REAL NOT NULL,
-    dataset TEXT NOT NULL, owner TEXT NOT NULL, run TEXT NOT NULL, client INTEGER NOT NULL, round INTEGER NOT NULL,
-    sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, steps INTEGER NOT NULL,
-    noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB, kept BLOB, unit TEXT NOT NULL DEFAULT 'record', seed BLOB
+from lorica.privacy import database, record_sets
+from lorica.privacy.chain import Broken, verify
+from lorica.privacy.exposures import Exposure, merged
+from lorica.privacy.home import Home
+from lorica.privacy.ledger_rows import (
+    COLUMNS,
+    Charge,
+    Release,
+    as_release,
+    chained,
+    exposures_of,
+    head_of,
+    insert,
+    link_of,
+    pending_of,
+    prepare,
+    release_of,
+    steps_of,
+    terms_of,
 )
-"""
-# A ledger outlives the version of Lorica that made it.
-_ADDED = {"kept": "BLOB", "unit": "TEXT NOT NULL DEFAULT 'record'", "seed": "BLOB"}
+from lorica.privacy.released import Released, _release
 
-
-@dataclass(frozen=True)
-class Release:
-    """One row: what one reply was made of.
-
-    Attributes:
-        dataset: fingerprint of the whole training data.
-        records: fingerprint of the records of this client (the column `owner`).
-        run: identity of the run.
-        steps: noisy gradients that the reply is a function of.
-        noise: `secure`, `reproducible` or `none`.
-        request: digest of everything the server asked for; the same request gets the stored reply again.
-        unit: what was sampled and clipped as one.
-    """
-
-    dataset: str
-    records: str
-    run: str
-    client: int
-    round: int
-    sampling_rate: float
-    noise_multiplier: float
-    clip_norm: float
-    steps: int
-    noise: str
-    request: str
-    unit: PrivacyUnit = RECORD
-
-    @property
-    def cost(self) -> Steps:
-        return Steps(self.sampling_rate, self.noise_multiplier, self.steps)
-
-
-_COLUMNS = ", ".join("owner" if field.name == "records" else field.name for field in fields(Release))
-
-
-def _release_of(row: tuple[Any, ...]) -> Release:
-    return Release(*(*row[:-1], PrivacyUnit.parse(row[-1])))
-
-
-def _row_of(release: Release) -> tuple[Any, ...]:
-    return tuple(str(value) if isinstance(value, PrivacyUnit) else value for value in vars(release).values())
-
-
-@dataclass(frozen=True)
-class Charge:
-    """A row of the ledger that waits for its reply.
-
-    Attributes:
-        row: its id.
-        seed: secret, of the batches and the noise that the release is made with; None for reproducible noise.
-    """
-
-    row: int
-    seed: bytes | None
+__all__ = ["Charge", "Earlier", "Ledger", "Release"]
 
 
 class Ledger:
@@ -97,23 +47,38 @@ class Ledger:
     attempt with the row's own seed, which gives the very same release. Either way nothing is charged twice, and no
     noise is drawn twice.
 
+    The rows are a hash chain, whose head Lorica's home remembers (`Home`): a ledger from which rows are missing or in
+    which rows were changed is refused, and so is a new file in the place of one that was deleted.
+
+    Attributes:
+        identity: random, of the file and its copies.
+
     Raises:
-        UserError: the file cannot be opened or written, or is no ledger.
+        UserError: the file cannot be opened or written, is no ledger, or is not the one that was last used here.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._home = Home()
+        self._introduced: set[str] = set()
+        self._members: dict[tuple[str, str], bool] = {}
         with self._errors():
+            expected = self._home.at(path)
+            if expected and not path.exists():
+                raise Broken("it was deleted or moved")
             database.create(path)
             with database.transaction(path) as connection:
-                connection.execute(_SCHEMA)
-                columns = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
-                for name, kind in _ADDED.items():
-                    if name not in columns:
-                        connection.execute(f"ALTER TABLE releases ADD COLUMN {name} {kind}")
+                self.identity = prepare(connection)
+            if expected and self.identity not in expected:
+                raise Broken("another ledger was used here")
+            # Before the rows are read: another process may be adding some.
+            seen = self._home.head(self.identity)
+            with database.reading(path) as connection:
+                head = verify(self.identity, chained(connection), seen)
+            self._home.remember(self.identity, path, head)
 
     def charge(self, release: Release, allow: Callable[[Earlier], None] | None = None) -> Charge:
-        """Write one release and sync it to disk, before anything of it is computed.
+        """Write one release and sync it to disk, here and in Lorica's home, before anything of it is computed.
 
         The client's latest row is used again where it is the very same release and has no reply: then this is the same
         attempt once more. An attempt that another release of the client in this run has come after is charged anew,
@@ -129,23 +94,22 @@ class Ledger:
         """
         if release.steps < 0:
             raise ValueError(f"a release has {release.steps} steps")
-        seed = None if release.noise == "reproducible" else secret_seed()
         with self._errors(), database.transaction(self.path) as connection:
-            pending = _pending(connection, release)
+            # Not the whole chain: that was followed when the file was opened.
+            head = head_of(connection, self.identity)
+            seen = self._home.head(self.identity)
+            if seen is not None and seen.rows > 0 and link_of(connection, seen.rows) != seen.link:
+                raise Broken("rows are missing that were there before")
+            charge = pending_of(connection, release)
             if allow is not None:
-                allow(Earlier(connection, pending))
-            if pending is not None:
-                return pending
-            connection.execute(
-                "UPDATE releases SET seed = NULL WHERE run = ? AND client = ?", (release.run, release.client)
-            )
-            values = (time.time(), *_row_of(release), seed)
-            marks = ", ".join("?" * len(values))
-            row = connection.execute(
-                f"INSERT INTO releases (time, {_COLUMNS}, seed) VALUES ({marks})", values
-            ).lastrowid
-            assert row is not None
-            return Charge(row, seed)
+                allow(Earlier(connection, charge))
+            if charge is None:
+                charge = insert(connection, release, head.link)
+                head = head_of(connection, self.identity)
+            exposures = exposures_of(connection, self.identity, release.run, release.client)
+        # After the row: a crash in between leaves a charge that has not been computed, and that is repeated.
+        self._home.remember(self.identity, self.path, head, exposures)
+        return charge
 
     def attach(self, charge: Charge, reply: bytes, kept: Mapping[str, Released] | None = None) -> bytes:
         """Store the reply of a charged release and sync it to disk; returns the reply that may leave.
@@ -198,7 +162,7 @@ class Ledger:
     def steps(self, run: str, client: int) -> int:
         """Steps that a client has been charged for in a run."""
         with self._reading() as connection:
-            return _steps(connection, run, client)
+            return steps_of(connection, run, client)
 
     def last_round(self, run: str, client: int) -> int:
         """The latest round that a client was charged for in a run; 0 if there is none."""
@@ -209,8 +173,108 @@ class Ledger:
     def releases(self, dataset: str | None = None) -> list[Release]:
         """All releases of a data set, oldest first; by default of all data sets in the file."""
         with self._reading() as connection:
-            query = f"SELECT {_COLUMNS} FROM releases WHERE dataset = COALESCE(?, dataset) ORDER BY id"
-            return [_release_of(row) for row in connection.execute(query, (dataset,))]
+            query = f"SELECT {COLUMNS} FROM releases WHERE dataset = COALESCE(?, dataset) ORDER BY id"
+            return [release_of(row) for row in connection.execute(query, (dataset,))]
+
+    def introduce(self, records: str, tags: Callable[[], tuple[np.ndarray, np.ndarray]]) -> None:
+        """Store which records a fingerprint stands for, here and in Lorica's home.
+
+        In another file, order or ledger they are known again.
+
+        Args:
+            records: `Records.fingerprint()`.
+            tags: `Records.tags`.
+        """
+        if records in self._introduced:
+            return
+        with self._errors(), database.transaction(self.path) as connection:
+            record_sets.add(connection, records, tags)
+            exposures = [one for one in exposures_of(connection, self.identity) if one.records == records]
+        with self._home.writing() as connection:
+            record_sets.add(connection, records, tags)
+            self._home.note(connection, exposures)
+        self._introduced.add(records)
+
+    def members(self, records: str) -> dict[str, np.ndarray]:
+        """Fingerprint -> (n,) bool: which of a client's n records were in another set, here or in any other ledger.
+
+        Empty if the client's records were not introduced.
+        """
+        with self._reading() as connection:
+            found = record_sets.members(connection, records)
+        for name, inside in self._home.members(records).items():
+            found[name] = found[name] | inside if name in found else inside
+        return found
+
+    def exposures(self) -> list[Exposure]:
+        """Everything that is known of all ledgers."""
+        with self._reading() as connection:
+            own = exposures_of(connection, self.identity)
+        return merged([*own, *self._home.exposures()])
+
+    def unindexed(self, dataset: str) -> list[Release]:
+        """Releases of a data set about records that were never introduced: those of earlier versions."""
+        with self._reading() as connection:
+            query = (
+                f"SELECT {COLUMNS} FROM releases WHERE dataset = ? AND owner NOT IN (SELECT records FROM record_sets)"
+            )
+            return [release_of(row) for row in connection.execute(f"{query} ORDER BY id", (dataset,))]
+
+    def elsewhere(self, records: str, reserved: bool = False) -> list[Release]:
+        """What any of a client's records was in and this file does not hold: other ledgers' releases, and lost ones.
+
+        Args:
+            reserved: with what other runs may still do.
+        """
+        with self._reading() as connection:
+            own = {terms_of(one): one for one in exposures_of(connection, self.identity)}
+        known = self._home.exposures()
+        unasked = {one.records for one in known if (records, one.records) not in self._members}
+        if unasked:
+            members = self._home.members(records)
+            self._members |= {(records, name): name in members for name in unasked}
+        found = []
+        for one in known:
+            here = own.get(terms_of(one))
+            steps = one.cost(reserved).count - (0 if here is None else max(here.steps, here.planned if reserved else 0))
+            if steps > 0 and self._members[records, one.records]:
+                found.append(as_release(one, steps))
+        return found
+
+    def reserve(self, planned: Exposure, allow: Callable[[list[Release]], None] | None = None) -> None:
+        """Hold back the budget for all of a run, before its first step; what is charged later comes out of it.
+
+        A run that is resumed takes its own reservation over.
+
+        Args:
+            allow: called with what other runs in this file have reserved and not used; nothing is reserved if it
+                raises. No other run can reserve, or be charged, between its look and this.
+
+        Raises:
+            UserError: the reservation cannot be written.
+        """
+        run, client = planned.run, planned.client
+        with self._errors(), database.transaction(self.path) as connection, self._home.writing() as home:
+            if allow is not None:
+                others = [
+                    one for one in exposures_of(connection, self.identity) if (one.run, one.client) != (run, client)
+                ]
+                allow([as_release(one, one.outstanding) for one in others if one.outstanding])
+            connection.execute("DELETE FROM reservations WHERE run = ? AND client = ?", (run, client))
+            values = (run, client, planned.records, str(planned.unit), planned.noise)
+            terms = (planned.sampling_rate, planned.noise_multiplier, planned.planned, time.time())
+            connection.execute("INSERT INTO reservations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, *terms))
+            self._home.end(home, self.identity, run, client)
+            self._home.note(home, exposures_of(connection, self.identity, run, client))
+
+    def end(self, run: str, client: int | None = None) -> None:
+        """Give back what a run, or one client of it, has reserved and not used, and erase seeds of unanswered rows."""
+        with self._errors(), database.transaction(self.path) as connection:
+            where = "WHERE run = ? AND client = COALESCE(?, client)"
+            connection.execute(f"DELETE FROM reservations {where}", (run, client))
+            connection.execute(f"UPDATE releases SET seed = NULL {where}", (run, client))
+        with self._home.writing() as home:
+            self._home.end(home, self.identity, run, client)
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -221,6 +285,14 @@ class Ledger:
     def _errors(self) -> Iterator[None]:
         try:
             yield
+        except Broken as problem:
+            raise UserError(
+                "privacy.ledger",
+                str(self.path),
+                f"this is not the ledger that was last used here: {problem}",
+                "restore the newest copy of the file; if it is lost, accept that with "
+                f"lorica budget {self.path} --accept",
+            ) from None
         except (sqlite3.Error, OSError) as error:
             raise UserError(
                 "privacy.ledger",
@@ -239,76 +311,13 @@ class Earlier:
 
     def steps(self, run: str, client: int) -> int:
         """Steps that a client has been charged for in a run."""
-        return _steps(self._connection, run, client, self._besides)
+        return steps_of(self._connection, run, client, self._besides)
 
     def releases(self) -> list[Release]:
         """All releases in the file, oldest first."""
-        query = f"SELECT {_COLUMNS} FROM releases WHERE id <> ? ORDER BY id"
-        return [_release_of(row) for row in self._connection.execute(query, (self._besides,))]
+        query = f"SELECT {COLUMNS} FROM releases WHERE id <> ? ORDER BY id"
+        return [release_of(row) for row in self._connection.execute(query, (self._besides,))]
 
     @property
     def _besides(self) -> int:
         return 0 if self._pending is None else self._pending.row
-
-
-def _pending(connection: sqlite3.Connection, release: Release) -> Charge | None:
-    """The client's latest row in the run, if it is this release and still without a reply."""
-    row = connection.execute(
-        f"SELECT id, seed, reply, {_COLUMNS} FROM releases WHERE run = ? AND client = ? ORDER BY id DESC LIMIT 1",
-        (release.run, release.client),
-    ).fetchone()
-    if row is None or row[2] is not None or _release_of(row[3:]) != release:
-        return None
-    # Versions before this one wrote such rows without a seed.
-    return None if row[1] is None and release.noise != "reproducible" else Charge(row[0], row[1])
-
-
-def _steps(connection: sqlite3.Connection, run: str, client: int, besides: int = 0) -> int:
-    query = "SELECT COALESCE(SUM(steps), 0) FROM releases WHERE run = ? AND client = ? AND id <> ?"
-    return int(connection.execute(query, (run, client, besides)).fetchone()[0])
-
-
-def ledger_beside(data: Path) -> Path:
-    """Where the ledger of a data file or folder is."""
-    return data.parent / f"{data.name}.ledger.sqlite"
-
-
-def find_ledger(path: Path) -> Path:
-    """The ledger of a data file or folder, or the ledger itself.
-
-    Raises:
-        UserError: there is no such file, or no ledger beside it.
-    """
-    path = path.expanduser().absolute()
-    beside = ledger_beside(path)
-    if beside.is_file():
-        return beside
-    if not path.exists():
-        raise UserError("ledger", str(path), "no such file", "give a ledger, or the data that it lies beside")
-    if path.is_dir() or not _is_database(path):
-        problem = f"no ledger, and none lies beside it ({beside.name})"
-        raise UserError("ledger", str(path), problem, "give the ledger's own path")
-    return path
-
-
-def read_ledger(path: Path) -> list[tuple[float, Release]]:
-    """Time (seconds since 1970) and content of every release, oldest first. Writes nothing, and makes no file.
-
-    Raises:
-        UserError: it is no ledger.
-    """
-    try:
-        with database.reading(path, only=True) as connection:
-            known = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
-            # A ledger outlives the version of Lorica that made it.
-            columns = _COLUMNS if "unit" in known else _COLUMNS.replace("unit", "'record'")
-            rows = connection.execute(f"SELECT time, {columns} FROM releases ORDER BY id").fetchall()
-    except sqlite3.Error as error:
-        problem = f"it cannot be read as a ledger ({error})"
-        raise UserError("ledger", str(path), problem, "give the path of a ledger") from error
-    return [(row[0], _release_of(row[1:])) for row in rows]
-
-
-def _is_database(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(16) == b"SQLite format 3\0"

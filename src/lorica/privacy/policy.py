@@ -131,7 +131,14 @@ class Policy(Strict):
         self._review_learned(config, base)
         self._review_unit(config)
 
-    def review_release(self, releases: Iterable[Release], unit: PrivacyUnit, plan: ClientPlan, steps: int) -> None:
+    def review_release(
+        self,
+        releases: Iterable[Release],
+        unit: PrivacyUnit,
+        plan: ClientPlan,
+        steps: int,
+        reserved: Iterable[Release] = (),
+    ) -> None:
         """Refuse steps with which everything released so far would cost more than the owner allows.
 
         Asked before a run with all the steps that it may still take, and before each release with its own. All releases
@@ -143,12 +150,14 @@ class Policy(Strict):
             unit: what the steps would protect.
             plan: whose terms the steps have.
             steps: how many of them are to come.
+            reserved: what other runs may still do.
 
         Raises:
             Refused: names the key of the policy, what would be spent and the limit.
         """
         self._review_noise(plan)
-        releases = list(releases)
+        reserved = list(reserved)
+        releases = [*releases, *reserved]
         kinds = self._voiding(releases)
         if kinds:
             raise Refused(
@@ -167,7 +176,11 @@ class Policy(Strict):
         if life is not None:
             total = f"ε = {life:.4g} at δ = {self.delta:g}"
             proposed = f"{steps} steps with which all that was ever released from this data would cost {total}"
-            _refuse("max_epsilon", proposed, f"the limit is {self.max_epsilon:g}")
+            limit = f"the limit is {self.max_epsilon:g}"
+            if reserved:
+                holders = ", ".join(sorted({f"{one.run:.8}" for one in reserved}))
+                limit += f", and part of it is reserved for run {holders}"
+            _refuse("max_epsilon", proposed, limit)
 
     def spent(self, releases: Iterable[Release]) -> float:
         """ε at the owner's δ of all that a ledger holds.

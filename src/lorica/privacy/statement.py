@@ -9,7 +9,7 @@ from typing import Any
 
 from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION, RELATION
 from lorica.privacy.ledger import Ledger, Release
-from lorica.privacy.lifetime import lifetime_epsilon, unprotected
+from lorica.privacy.lifetime import history
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.unit import RECORD, PrivacyUnit
 
@@ -37,9 +37,9 @@ class Account:
 
     Attributes:
         steps, releases: every release that may have left counts, whether or not it arrived.
-        lifetime_epsilon: of everything ever released about its records; None where the owner keeps that to itself, or
-            where it has no meaning.
-        unprotected: earlier releases of the same data with seeded noise or none.
+        lifetime_epsilon: of everything ever released about the one of its records that was in most; None where the
+            owner keeps that to itself, or where it has no meaning.
+        unprotected: releases about any of its records with seeded noise or none.
         ledger: where it is recorded; None if with the owner.
     """
 
@@ -58,14 +58,14 @@ def charged(releases: Iterable[Release], run: str, client: int) -> Account:
 
 def account(ledger: Ledger, dataset: str, records: str, run: str, plan: ClientPlan, unit: PrivacyUnit) -> Account:
     """One client's account, from its ledger."""
-    releases = ledger.releases(dataset)
+    found = history(ledger, dataset, records)
     life = None
     if plan.noise == "secure" and plan.delta is not None:
-        life = lifetime_epsilon(releases, records, plan.delta, unit=unit)
+        life = found.epsilon(plan.delta, (run, plan.client), unit=unit)
     return replace(
-        charged(releases, run, plan.client),
+        charged(ledger.releases(dataset), run, plan.client),
         lifetime_epsilon=life,
-        unprotected=unprotected(releases),
+        unprotected=found.unprotected,
         ledger=str(ledger.path),
     )
 
@@ -134,7 +134,5 @@ def privacy_statement(
         statement["not_covered"].append("Earlier releases of the same data with another unit: they do not add up.")
     bare = max(own.unprotected for own in accounts.values())
     if noise == "secure" and bare:
-        statement["not_covered"].append(
-            f"{bare} earlier releases of the same data with reproducible or no noise, which the ledger lists."
-        )
+        statement["not_covered"].append(f"{bare} earlier releases of the same records with reproducible or no noise.")
     return statement
