@@ -20,8 +20,8 @@ from lorica.owner.client import Client
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.mechanism import Terms, noisy_gradient
 from lorica.privacy.plan import Refused, plan_client
+from lorica.testing.records import TinyRecords
 from tests.models import adapted
-from tests.records import TinyRecords
 
 
 def owner(folder: Path, noise: str = "secure", steps: int = 6) -> tuple[Client, Any, Request]:
@@ -42,12 +42,12 @@ def owner(folder: Path, noise: str = "secure", steps: int = 6) -> tuple[Client, 
 
 def test_a_repeated_request_costs_nothing_and_gives_the_same_release(tmp_path: Path) -> None:
     client, model, request = owner(tmp_path)
-    first = client.answer(model, request)
-    assert client.answer(model, request) == first
+    first = client.reply_to(model, request)
+    assert client.reply_to(model, request) == first
     assert client.ledger.steps("run", 0) == 2
     # Also to another process, and when the server sends all tensors again instead of the changed ones.
     again, model, _ = owner(tmp_path)
-    assert again.answer(model, request) == first
+    assert again.reply_to(model, request) == first
     assert again.ledger.steps("run", 0) == 2
 
 
@@ -73,17 +73,17 @@ def test_whatever_ends_an_attempt_it_is_charged_and_repeated_as_the_same_release
 
     monkeypatch.setattr("lorica.owner.client.noisy_gradient", watched)
     with pytest.raises(end):
-        client.answer(model, request)
+        client.reply_to(model, request)
     assert [release.steps for release in client.ledger.releases()] == [2]
     again, model, _ = owner(tmp_path)
-    reply = again.answer(model, request)
+    reply = again.reply_to(model, request)
     assert again.ledger.steps("run", 0) == 2
-    assert again.answer(model, request) == reply
+    assert again.reply_to(model, request) == reply
     attempts = drawn[:step], drawn[step:]
     for one, other in zip(*attempts, strict=False):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
     # The next request has a seed of its own.
-    again.answer(model, replace(request, round=2))
+    again.reply_to(model, replace(request, round=2))
     assert again.ledger.steps("run", 0) == 4
 
 
@@ -105,7 +105,7 @@ def test_a_failure_that_records_cause_is_charged_and_fails_again(
     for _ in range(3):
         attempts.append([])
         with pytest.raises(ValueError, match="does not take"):
-            client.answer(model, request)
+            client.reply_to(model, request)
         assert [release.steps for release in client.ledger.releases()] == [2]
     assert attempts[0] == attempts[1] == attempts[2]
 
@@ -124,27 +124,27 @@ def dying(*arguments):
     return found
 lorica.owner.client.noisy_gradient = dying
 client, model, request = owner(Path(sys.argv[1]))
-client.answer(model, request)
+client.reply_to(model, request)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_kill_9_in_training_leaves_a_charged_row(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     for _ in range(2):
         assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
         assert [release.steps for release in Ledger(tmp_path / "l.sqlite").releases()] == [2]
     client, model, request = owner(tmp_path)
-    reply = client.answer(model, request)
-    assert client.answer(model, request) == reply
+    reply = client.reply_to(model, request)
+    assert client.reply_to(model, request) == reply
     assert client.ledger.steps("run", 0) == 2
 
 
 def test_any_other_request_is_a_new_release(tmp_path: Path) -> None:
     client, model, request = owner(tmp_path)
-    first = client.answer(model, request)
+    first = client.reply_to(model, request)
     moved = {name: value + 1 for name, value in request.tensors.items() if name == request.work.trained[0]}
-    second = client.answer(model, replace(request, tensors=moved, sequence=1))
+    second = client.reply_to(model, replace(request, tensors=moved, sequence=1))
     assert second != first
     assert client.ledger.steps("run", 0) == 4
 
@@ -153,7 +153,7 @@ def test_secure_noise_is_fresh_for_every_release(tmp_path: Path) -> None:
     replies = []
     for index in range(2):
         client, model, request = owner(tmp_path / str(index))
-        replies.append(decode(client.answer(model, request)))
+        replies.append(decode(client.reply_to(model, request)))
     assert all(not torch.equal(replies[0][name], replies[1][name]) for name in replies[0])
 
 
@@ -161,7 +161,7 @@ def test_reproducible_noise_is_the_same_in_every_process(tmp_path: Path) -> None
     replies = []
     for index in range(2):
         client, model, request = owner(tmp_path / str(index), "reproducible")
-        replies.append(client.answer(model, request))
+        replies.append(client.reply_to(model, request))
     assert replies[0] == replies[1]
 
 
@@ -177,16 +177,18 @@ def test_reproducible_noise_is_the_same_in_every_process(tmp_path: Path) -> None
 def test_a_hostile_server_gets_an_error_and_no_gradient(tmp_path: Path, change: dict[str, float]) -> None:
     client, model, request = owner(tmp_path)
     with pytest.raises(Refused):
-        client.answer(model, replace(request, work=replace(request.work, terms=replace(request.work.terms, **change))))
+        client.reply_to(
+            model, replace(request, work=replace(request.work, terms=replace(request.work.terms, **change)))
+        )
     assert client.ledger.releases("data") == []
 
 
 def test_more_rounds_than_planned_are_refused(tmp_path: Path) -> None:
     client, model, request = owner(tmp_path, steps=4)
-    client.answer(model, request)
-    client.answer(model, replace(request, round=2))
+    client.reply_to(model, request)
+    client.reply_to(model, replace(request, round=2))
     with pytest.raises(Refused, match="6 steps"):
-        client.answer(model, replace(request, round=3))
+        client.reply_to(model, replace(request, round=3))
     assert client.ledger.steps("run", 0) == 4
 
 
@@ -198,7 +200,7 @@ def test_nothing_leaves_if_the_ledger_cannot_be_written(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(client.ledger, "charge", full)
     with pytest.raises(UserError, match="full"):
-        client.answer(model, request)
+        client.reply_to(model, request)
     assert client.ledger.releases() == []
 
 
@@ -211,9 +213,9 @@ def test_a_reply_that_cannot_be_stored_does_not_leave(tmp_path: Path, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(client.ledger, "attach", full)
         with pytest.raises(UserError, match="full"):
-            client.answer(model, request)
+            client.reply_to(model, request)
     assert client.ledger.steps("run", 0) == 2
-    client.answer(model, request)
+    client.reply_to(model, request)
     assert client.ledger.steps("run", 0) == 2
 
 
@@ -221,15 +223,15 @@ def test_an_unfrozen_parameter_stops_the_step(tmp_path: Path) -> None:
     """PEFT's `set_adapter` un-freezes every factor; training on would hand batch gradients to autograd."""
     client, model, request = owner(tmp_path)
     model.peft_model.set_adapter("default")
-    with pytest.raises(RuntimeError, match="un-frozen"):
-        client.answer(model, request)
+    with pytest.raises(RuntimeError, match="must stay frozen"):
+        client.reply_to(model, request)
     assert client.ledger.releases("data") == []
 
 
 def test_training_moves_only_what_was_asked_for(tmp_path: Path) -> None:
     client, model, request = owner(tmp_path)
     before = model.read()
-    reply = decode(client.answer(model, request))
+    reply = decode(client.reply_to(model, request))
     assert set(reply) == set(request.work.trained)
     for name, value in model.read().items():
         if name in reply:

@@ -16,8 +16,8 @@ from lorica.messages import Delivery, Request
 from lorica.owner.settings import NodeSettings
 from lorica.privacy import database
 from lorica.privacy.ledger import Ledger
+from lorica.testing.records import TinyRecords
 from tests.owner.test_client import owner
-from tests.records import TinyRecords
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def test_a_ledger_and_its_journal(tmp_path: Path) -> None:
 def test_results_of_private_tests(tmp_path: Path) -> None:
     client, model, _ = owner(tmp_path)
     client.private_test = TinyRecords.texts(4, seed=1)
-    client.answer(model, Request("run", 0, 1, 0, {}, Delivery(model.read(), {}, final=False)))
+    client.reply_to(model, Request("run", 0, 1, 0, {}, Delivery(model.read(), {}, final=False)))
     (found,) = tmp_path.glob("*.private-metrics.jsonl")
     assert mode(found) == 0o600
 

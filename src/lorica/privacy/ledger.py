@@ -39,7 +39,7 @@ __all__ = ["Charge", "Earlier", "Ledger", "Release"]
 
 
 class Ledger:
-    """Releases of one data set over its whole life.
+    """All releases of a data set over its lifetime.
 
     A release is charged before the first record is sampled for it, and its reply is stored in the same row before it
     leaves. So whatever ends an attempt, be it an error, a signal or a power cut, what it may have given away is in the
@@ -90,7 +90,7 @@ class Ledger:
 
         Raises:
             UserError: the row cannot be written.
-            ValueError: fewer than no steps, which would give budget back.
+            ValueError: a negative number of steps, which would refund budget.
         """
         if release.steps < 0:
             raise ValueError(f"a release has {release.steps} steps")

@@ -57,18 +57,18 @@ class Book:
 
 
 def ledger_beside(data: Path) -> Path:
-    """Where the ledger of a data file or folder is."""
+    """Default path of the ledger of a data file or folder."""
     return data.parent / f"{data.name}.ledger.sqlite"
 
 
 def find_ledger(path: Path, lost: bool = False) -> Path:
-    """The ledger of a data file or folder, or the ledger itself.
+    """Find the ledger next to a data file or folder; a path of a ledger is returned as it is.
 
     Args:
         lost: find a ledger, too, that is known to have been there and is not there any more.
 
     Raises:
-        UserError: there is no such file, or no ledger beside it.
+        UserError: there is no such file, or no ledger next to it.
     """
     path = path.expanduser().absolute()
     beside = ledger_beside(path)
@@ -77,10 +77,10 @@ def find_ledger(path: Path, lost: bool = False) -> Path:
     if lost and Home().at(path):
         return path
     if not path.exists():
-        raise UserError("ledger", str(path), "no such file", "give a ledger, or the data that it lies beside")
+        raise UserError("ledger", str(path), "no such file", "give the path of a ledger or of its data")
     if path.is_dir() or not _is_database(path):
-        problem = f"no ledger, and none lies beside it ({beside.name})"
-        raise UserError("ledger", str(path), problem, "give the ledger's own path")
+        problem = f"not a ledger, and there is no ledger next to it ({beside.name})"
+        raise UserError("ledger", str(path), problem, "give the path of the ledger itself")
     return path
 
 
@@ -88,7 +88,7 @@ def read_ledger(path: Path) -> Book:
     """What a ledger says. Writes nothing to it, and makes no ledger.
 
     Raises:
-        UserError: it is no ledger.
+        UserError: the file is not a ledger.
     """
     with _readable(path), database.reading(path, only=True) as connection:
         tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
@@ -156,5 +156,5 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        problem = f"it cannot be read as a ledger ({error})"
+        problem = f"cannot be read as a ledger ({error})"
         raise UserError("ledger", str(path), problem, "give the path of a ledger") from error

@@ -1,4 +1,4 @@
-"""Where a mechanism's randomness comes from: a secret seed of the operating system's, or a public one for research."""
+"""Sources of randomness for a mechanism: a secret seed from the operating system, or a public seed for research."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class SecureRandomness:
         return _open_unit(self._batches, count)
 
     def normal(self, count: int) -> Tensor:
-        """Box-Muller on pairs of uniform draws."""
+        """The Box-Muller transform of pairs of uniform draws."""
         half = (count + 1) // 2
         radius = torch.sqrt(-2.0 * torch.log(_open_unit(self._noise, half)))
         angle = 2.0 * torch.pi * _open_unit(self._noise, half)
@@ -101,7 +101,7 @@ def _open_unit(stream: _Stream, count: int) -> Tensor:
 
 
 class ReproducibleRandomness:
-    """Draws that are a function of public numbers, for comparisons and tests. Gives no privacy."""
+    """Draws that are a function of public numbers, for comparisons and tests. Provides no privacy."""
 
     def __init__(self, seed: int, round_number: int, exchange: int, client: int) -> None:
         self._generator = torch_stream(seed, "mechanism", round_number, exchange, client)
