@@ -188,18 +188,16 @@ def budget(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     release: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Give back what a run holds that will not go on.")
+        str | None, typer.Option(metavar="RUN", help="Release the budget reserved by RUN, which will not continue.")
     ] = None,
-    accept: Annotated[
-        bool, typer.Option("--accept", help="Go on with a ledger that is older than it was, was changed or is lost.")
-    ] = False,
+    accept: Annotated[bool, typer.Option("--accept", help="Accept that the ledger is lost, older or changed.")] = False,
 ) -> None:
-    """Show what was released from an owner's data: when, to which run, at what ε. Reads only, unless told otherwise."""
+    """Show what was released from an owner's data: when, in which run, at what ε. Only --release and --accept write."""
     with _errors():
         if delta is not None and not 0 < delta < 1:
             raise UserError("--delta", delta, "not between 0 and 1", "choose a value below 1/records")
         if delta is not None and policy is not None:
-            raise UserError("--delta", delta, "the policy has a δ of its own", "leave --delta or --policy out")
+            raise UserError("--delta", delta, "the policy has its own δ", "remove --delta or --policy")
         from lorica.privacy.ledger_file import accept_ledger, find_ledger, release_reservation
         from lorica.privacy.policy import load_policy
         from lorica.reporting.budget import budget_table, read_budget

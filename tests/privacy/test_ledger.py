@@ -191,6 +191,11 @@ def test_a_ledger_of_an_earlier_version_is_used_on(tmp_path: Path) -> None:
     write(ledger, replace(RELEASE, round=2, request="second"), b"next", {"x": _release(torch.ones(1))})
     assert ledger.steps("one", 0) == 10
     assert set(ledger.kept("one", 0)) == {"x"}
+    # Its rows are a chain from now on.
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE releases SET steps = 1 WHERE id = 1")
+    with pytest.raises(UserError, match="not the ledger that was last used"):
+        Ledger(path)
 
 
 def test_reading_a_ledger_changes_nothing_and_gives_times(tmp_path: Path) -> None:

@@ -118,13 +118,13 @@ class LocalEngine:
         life = found.above(limit, plan.delta, (run, client.number), remaining, client.unit)
         if life is None:
             return
-        problem = f"with this run, client {client.number} would have released ε = {life:.3f} in all"
-        remedy = "lower privacy.epsilon, run fewer rounds, or raise the limit"
+        problem = f"with this run, the total ε of client {client.number} would be {life:.3f}"
+        remedy = "lower privacy.epsilon, run fewer rounds, or raise privacy.max_lifetime_epsilon"
         holders = sorted({one.run for one in found.holders(run)})
         if holders:
-            problem += f", with what is reserved for run {', '.join(holders)}"
+            problem += f", of which a part is reserved for run {', '.join(holders)}"
             remedy += (
-                "; or finish that run; or, if it will never go on, give back what it holds: "
+                "; or finish that run first, or release what it reserved: "
                 f"lorica budget {client.ledger.path} --release {holders[0]}"
             )
         raise UserError("privacy.max_lifetime_epsilon", limit, problem, remedy)

@@ -93,7 +93,7 @@ class Ledger:
             ValueError: a negative number of steps, which would refund budget.
         """
         if release.steps < 0:
-            raise ValueError(f"a release has {release.steps} steps")
+            raise ValueError(f"a release cannot have {release.steps} steps")
         with self._errors(), database.transaction(self.path) as connection:
             # Not the whole chain: that was followed when the file was opened.
             head = head_of(connection, self.identity)
@@ -139,7 +139,7 @@ class Ledger:
             return bytes(stored)
 
     def recall(self, run: str, client: int, request: str) -> bytes | None:
-        """The stored reply to a request that was answered before, or None."""
+        """The stored reply to an earlier request, or None."""
         with self._reading() as connection:
             row = connection.execute(
                 "SELECT reply FROM releases WHERE run = ? AND client = ? AND request = ? AND reply IS NOT NULL",
@@ -148,30 +148,29 @@ class Ledger:
         return row[0] if row else None
 
     def kept(self, run: str, client: int) -> dict[str, Released]:
-        """What the client's latest release in this run left with the owner; empty if nothing did."""
+        """The tensors that the client kept from its latest release in this run; empty if none."""
         with self._reading() as connection:
             row = connection.execute(
                 "SELECT kept FROM releases WHERE run = ? AND client = ? AND kept IS NOT NULL ORDER BY id DESC LIMIT 1",
                 (run, client),
             ).fetchone()
-        # They were released when they were written: `attach` takes nothing else.
-        # Cloned for PyTorch's alignment, on which rounding can depend.
+        # They are released: `attach` accepts nothing else. Cloned for PyTorch's alignment, which can affect rounding.
         tensors = safetensors.torch.load(row[0]) if row else {}
         return {name: _release(value.clone()) for name, value in tensors.items()}
 
     def steps(self, run: str, client: int) -> int:
-        """Steps that a client has been charged for in a run."""
+        """Number of steps charged to a client in a run."""
         with self._reading() as connection:
             return steps_of(connection, run, client)
 
     def last_round(self, run: str, client: int) -> int:
-        """The latest round that a client was charged for in a run; 0 if there is none."""
+        """The latest round charged to a client in a run; 0 if there is none."""
         with self._reading() as connection:
             query = "SELECT COALESCE(MAX(round), 0) FROM releases WHERE run = ? AND client = ?"
             return int(connection.execute(query, (run, client)).fetchone()[0])
 
     def releases(self, dataset: str | None = None) -> list[Release]:
-        """All releases of a data set, oldest first; by default of all data sets in the file."""
+        """All releases of a data set (default: of all data sets in the file), oldest first."""
         with self._reading() as connection:
             query = f"SELECT {COLUMNS} FROM releases WHERE dataset = COALESCE(?, dataset) ORDER BY id"
             return [release_of(row) for row in connection.execute(query, (dataset,))]
@@ -290,7 +289,7 @@ class Ledger:
                 "privacy.ledger",
                 str(self.path),
                 f"this is not the ledger that was last used here: {problem}",
-                "restore the newest copy of the file; if it is lost, accept that with "
+                "restore the newest copy of the file; if it is lost, accept the loss with "
                 f"lorica budget {self.path} --accept",
             ) from None
         except (sqlite3.Error, OSError) as error:
@@ -298,7 +297,7 @@ class Ledger:
                 "privacy.ledger",
                 str(self.path),
                 f"the ledger cannot be used ({error})",
-                "make the place writable, or give another one with privacy.ledger=PATH",
+                "make the file and its folder writable, or set privacy.ledger=PATH to another file",
             ) from error
 
 
@@ -310,7 +309,7 @@ class Earlier:
     _pending: Charge | None
 
     def steps(self, run: str, client: int) -> int:
-        """Steps that a client has been charged for in a run."""
+        """Number of steps charged to a client in a run."""
         return steps_of(self._connection, run, client, self._besides)
 
     def releases(self) -> list[Release]:

@@ -22,7 +22,8 @@ class Policy(Strict):
     """Limits on what leaves an owner's data over its whole life. A server cannot change them."""
 
     max_epsilon: float = Field(gt=0, allow_inf_nan=False)
-    """Maximum ε at `delta` of everything ever released from the data: all runs in its ledger together."""
+    """Maximum ε at `delta` of everything ever released from the data: all runs in its ledger together, those that are
+    still running, and runs in other ledgers of this account that used any of the records."""
     delta: float = Field(gt=0, lt=1)
     """The owner's δ, used whatever δ the server proposes. Choose it below 1/records."""
     base_models: list[str] | None
