@@ -151,7 +151,7 @@ def test_running_again_reads_the_finished_run(finished: Result) -> None:
     ("call", "moment", "where"),
     [
         (4, "before", "charge"),
-        (4, "after", "charge"),
+        (4, "after", "attach"),
         pytest.param(3, "after", "charge", marks=pytest.mark.integration),
         pytest.param(2, "before", "checkpoint", marks=pytest.mark.integration),
     ],
@@ -182,7 +182,7 @@ def test_methods_with_more_state_resume_from_kill_9_too(
     tmp_path: Path, small: list[str], experiment: Load, method: str, call: int
 ) -> None:
     overrides = [*small, *placed(tmp_path / "killed"), f"method.name={method}"]
-    kill_run(overrides, call, "after", "charge")
+    kill_run(overrides, call, "after", "attach")
     resumed = lorica.Experiment.load(overrides=overrides).run()
     whole = experiment(tmp_path / "whole", f"method.name={method}").run()
     files = sorted(path.relative_to(whole.adapter) for path in whole.adapter.rglob("adapter_model.safetensors"))

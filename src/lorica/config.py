@@ -361,7 +361,8 @@ class PrivacyConfig(Strict):
     ledger: str | None = None
     """SQLite file that records every release; by default beside the training data."""
     max_lifetime_epsilon: float | None = Field(None, gt=0)
-    """The owner's limit over all runs on the same data; a run that would exceed it is refused before it starts."""
+    """The owner's limit for each record over all runs, in whichever file the record comes, with what other runs have
+    reserved. A run that would exceed it is refused before it starts."""
 
     @model_validator(mode="after")
     def _a_group_has_a_column(self) -> PrivacyConfig:

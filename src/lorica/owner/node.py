@@ -19,14 +19,14 @@ from lorica.adapters.loading import check_isolated, load_model
 from lorica.adapters.names import flat_pairs, pairs_under, under
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
-from lorica.files import replaced_folder, write_atomically
+from lorica.files import private_folder, replaced_folder, write_atomically
 from lorica.markdown import code
 from lorica.messages import OWNER, Delivery, Invitation, Request, encode_account, encode_plan
 from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.request_checks import check_request
 from lorica.owner.settings import NodeSettings
 from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned
-from lorica.privacy.ledger import Ledger
+from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.statement import Account, charged
@@ -70,9 +70,11 @@ class Node:
         ledger = Ledger(_ledger(self._config, settings, dataset))
         # Hashed, because the server chose the name of the run: it must not lead out of the node's folder.
         self._folder = settings.place / f"run-{hashlib.sha256(invitation.run.encode()).hexdigest()[:16]}"
+        _make_private(settings.place, self._folder)
         self._client = make_client(self._config, self.plan, records, private_test, ledger, dataset)
+        self._check_pinned()
         self._review()
-        self._pin()
+        write_atomically(self._folder / "invitation.json", invitation.encode().encode(), mode=0o600)
         self._model = load_model(self._config, task)
         self._shapes = {name: tuple(value.shape) for name, value in self._model.read().items()}
         # Not on the owner's records: a refusal would tell the server about them without being charged.
@@ -170,16 +172,21 @@ class Node:
         client.policy = policy
         if policy is not None:
             policy.review(self._config, self.plan, self._base)
-            left = self.plan.max_steps - client.ledger.steps(self._invitation.run, client.number)
-            policy.review_release(client.ledger.releases(), client.unit, self.plan, left)
 
-    def _pin(self) -> None:
-        """Pin the run to one experiment: its cost is agreed once."""
+        def allow(reserved: list[Release]) -> None:
+            if policy is not None:
+                left = self.plan.max_steps - client.ledger.steps(self._invitation.run, client.number)
+                elsewhere = client.ledger.elsewhere(client.records.fingerprint(), reserved=True)
+                releases = [*client.ledger.releases(), *elsewhere]
+                policy.review_release(releases, client.unit, self.plan, left, reserved)
+
+        client.reserve(self._invitation.run, allow)
+
+    def _check_pinned(self) -> None:
+        """Refuse another experiment under the name of a run whose cost was agreed."""
         path = self._folder / "invitation.json"
-        content = self._invitation.encode().encode()
-        if path.is_file() and path.read_bytes() != content:
+        if path.is_file() and path.read_bytes() != self._invitation.encode().encode():
             raise Refused(f"run {self._invitation.run} was agreed with another experiment")
-        write_atomically(path, content)
 
     def _restore(self) -> None:
         path = self._folder / "adapter.safetensors"
@@ -195,7 +202,7 @@ class Node:
         tensors = {f"held:{name}": value for name, value in self._client.held.items()}
         tensors |= flat_pairs(self._client.merged, "merged.B:", "merged.A:")
         tensors["sequence"] = torch.tensor(self._client.sequence)
-        write_atomically(self._folder / "adapter.safetensors", encode(tensors))
+        write_atomically(self._folder / "adapter.safetensors", encode(tensors), mode=0o600)
 
     def _accept_delivery(self, request: Request, work: Delivery) -> None:
         """Evaluate the model on the owner's test records and keep the final adapter. The server gets no reply."""
@@ -264,6 +271,15 @@ def _own_records(config: ExperimentConfig, settings: NodeSettings, task: Task) -
     task = by_privacy_unit(config, task)
     records = divide(config, task)[settings.client] if settings.data is None else task.train
     return hold_out(config, settings.client, records)
+
+
+def _make_private(*folders: Path) -> None:
+    for folder in folders:
+        try:
+            private_folder(folder)
+        except OSError as error:
+            problem = f"cannot be made ({error.strerror})"
+            raise UserError("node-config.folder", str(folder), problem, "give another folder=PATH") from error
 
 
 def _ledger(config: ExperimentConfig, settings: NodeSettings, dataset: str) -> Path:

@@ -13,7 +13,8 @@ from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.files import home_folder
 from lorica.owner.client import Client
-from lorica.privacy.ledger import Ledger, ledger_beside
+from lorica.privacy.ledger import Ledger
+from lorica.privacy.ledger_file import ledger_beside
 from lorica.privacy.plan import ClientPlan, plan_run
 from lorica.privacy.unit import RECORD, PrivacyUnit
 from lorica.streams import numpy_stream, stream_seed

@@ -11,7 +11,8 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from lorica.config import ExperimentConfig, Strict, TaskConfig, read_mapping, validate
 from lorica.privacy.accounting import epsilon_above
-from lorica.privacy.ledger import Release, lifetime_above, lifetime_epsilon
+from lorica.privacy.ledger import Release
+from lorica.privacy.lifetime import lifetime_above, lifetime_epsilon
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.unit import PrivacyUnit
 from lorica.tasks.kind import kind_of, kinds
@@ -21,7 +22,8 @@ class Policy(Strict):
     """Limits on what leaves an owner's data over its whole life. A server cannot change them."""
 
     max_epsilon: float = Field(gt=0, allow_inf_nan=False)
-    """Maximum ε at `delta` of everything ever released from the data: all runs in its ledger together."""
+    """Maximum ε at `delta` of everything ever released from the data: all runs in its ledger together, those that are
+    still running, and runs in other ledgers of this account that used any of the records."""
     delta: float = Field(gt=0, lt=1)
     """The owner's δ, used whatever δ the server proposes. Choose it below 1/records."""
     base_models: list[str] | None
@@ -130,7 +132,14 @@ class Policy(Strict):
         self._review_learned(config, base)
         self._review_unit(config)
 
-    def review_release(self, releases: Iterable[Release], unit: PrivacyUnit, plan: ClientPlan, steps: int) -> None:
+    def review_release(
+        self,
+        releases: Iterable[Release],
+        unit: PrivacyUnit,
+        plan: ClientPlan,
+        steps: int,
+        reserved: Iterable[Release] = (),
+    ) -> None:
         """Refuse steps that would bring the total cost of all releases above the owner's limit.
 
         Called before a run with all its remaining steps, and before each release with its own steps. All releases in
@@ -142,12 +151,14 @@ class Policy(Strict):
             unit: unit of privacy of the steps.
             plan: plan with the terms of the steps.
             steps: number of steps.
+            reserved: steps that other runs have reserved and not used.
 
         Raises:
             Refused: names the policy's key, the resulting cost and the limit.
         """
         self._review_noise(plan)
-        releases = list(releases)
+        reserved = list(reserved)
+        releases = [*releases, *reserved]
         kinds = self._unlisted_noise(releases)
         if kinds:
             raise Refused(
@@ -166,7 +177,11 @@ class Policy(Strict):
         if life is not None:
             total = f"ε = {life:.4g} at δ = {self.delta:g}"
             proposed = f"{steps} steps that would bring the total cost of all releases from this data to {total}"
-            _refuse("max_epsilon", proposed, f"the limit is {self.max_epsilon:g}")
+            limit = f"the limit is {self.max_epsilon:g}"
+            if reserved:
+                holders = ", ".join(sorted({f"{one.run:.8}" for one in reserved}))
+                limit += f", and part of it is reserved for run {holders}"
+            _refuse("max_epsilon", proposed, limit)
 
     def spent(self, releases: Iterable[Release]) -> float:
         """ε at the owner's δ of all releases in a ledger.
