@@ -143,6 +143,7 @@ def test_the_files_pass_the_house_lint(package: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.integration
 def test_it_is_found_through_its_entry_point_and_its_tests_pass(package: Path, site: Path, tmp_path: Path) -> None:
     listed = run([COMMAND, "methods"], site, tmp_path)
     assert re.search(rf"^ {NAME} +B +B +exact +one +sound; noise linear +0000\.00000", listed.stdout, flags=re.M)
@@ -154,6 +155,7 @@ def test_it_is_found_through_its_entry_point_and_its_tests_pass(package: Path, s
     assert "6 passed" in done.stdout
 
 
+@pytest.mark.integration
 def test_its_tests_fail_when_the_method_is_wrong(package: Path, site: Path, tmp_path: Path) -> None:
     """A method that averages both factors and calls that exact, with another scale and an option without its bound."""
     shutil.copytree(site, tmp_path / "site")
