@@ -75,7 +75,7 @@ def test_a_run_writes_everything(finished: Result) -> None:
     assert [set(row["factors"].values()) for row in decisions[:2]] == [{"B"}, {"A"}]
     assert all(set(row["factors"].values()) <= {"A", "B"} for row in decisions)
     card = (finished.adapter / "README.md").read_text()
-    assert "add or remove one record" in card
+    assert "zero-out: one record contributes zero" in card
     assert "Poisson" in card
 
 

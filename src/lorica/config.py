@@ -200,8 +200,9 @@ class FederationConfig(Strict):
     """Sum the clients' replies under masks, so that the server sees only their sum (`lorica.secure_sum`). Needs at
     least three clients per round and a method that needs only sums. It does not change ε."""
     private_test: float = Field(0.0, ge=0, lt=1)
-    """Fraction of each client's records that it holds out for testing. The results are private: they are written beside
-    the ledger, for the owner, and do not appear in any report."""
+    """Fraction of each client's records that it holds out for testing. Each record is held out or not by a hash of its
+    own content and the seed, so the number varies a little. The results are private: they are written beside the
+    ledger, for the owner, and do not appear in any report."""
     weights: Literal["uniform", "records", "noise"] = "uniform"
     """Weight of a client in the mean: `uniform`, in proportion to its `records`, or to 1/τ² of its `noise`."""
     evaluate_every: int = Field(1, ge=1)
@@ -307,8 +308,8 @@ class PrivacyConfig(Strict):
     """The guarantee that each owner gets."""
 
     unit: Literal["record", "group"] = "record"
-    """What is protected, added or removed: one record of one client, or all records of one group, such as a patient or
-    a user."""
+    """What is protected: one record of one client, or all records of one group, such as a patient or a user. The
+    guarantee compares the run with one in which these contribute zero; the number of records or groups is public."""
     group: str | None = None
     """For `unit: group`: the column with the group of each record. A group is sampled, clipped and counted as one."""
     group_records: int = Field(8, ge=1)

@@ -3,11 +3,20 @@
 import math
 
 import pytest
+from dp_accounting import (
+    GaussianDpEvent,
+    NeighboringRelation,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+    pld,
+    rdp,
+)
 from opacus.accountants import PRVAccountant
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from lorica.privacy.accounting import Steps, calibrate, epsilon, epsilon_rdp
+from lorica.privacy import accounting
+from lorica.privacy.accounting import RDP_ORDERS, Steps, calibrate, epsilon, epsilon_rdp
 
 GRID = [
     (0.016, 0.8, 500, 1e-5),
@@ -27,6 +36,18 @@ def test_pld_equals_opacus_prv_and_stays_below_rdp(rate: float, sigma: float, st
     reference = prv.get_epsilon(delta, eps_error=0.005)
     assert ours == pytest.approx(reference, rel=0.01)
     assert ours <= epsilon_rdp([Steps(rate, sigma, steps)], delta)
+
+
+@pytest.mark.parametrize(("rate", "sigma", "steps", "delta"), GRID)
+def test_zero_out_costs_no_less_than_add_or_remove(rate: float, sigma: float, steps: int, delta: float) -> None:
+    """The stated relation is what is computed: by both of the library's accountants, for either relation."""
+    event = SelfComposedDpEvent(PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), steps)
+    ours = epsilon([Steps(rate, sigma, steps)], delta)
+    for relation in (NeighboringRelation.REPLACE_SPECIAL, NeighboringRelation.ADD_OR_REMOVE_ONE):
+        tight = pld.PLDAccountant(relation).compose(event).get_epsilon(delta)
+        loose = rdp.RdpAccountant(RDP_ORDERS, relation).compose(event).get_epsilon(delta)
+        assert tight <= ours * (1 + 1e-9) <= loose
+    assert accounting.NEIGHBOURS is NeighboringRelation.REPLACE_SPECIAL
 
 
 @pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (3.0, 10), (20.0, 100)])

@@ -129,7 +129,7 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
     dataset = task.train.fingerprint()
     task = by_privacy_unit(config, task)
     prepared = prepare(config, task)
-    parts = [hold_out(config, client, part) for client, part in enumerate(divide(config, task))]
+    parts = [hold_out(config, part) for part in divide(config, task)]
     plans = [planned(config, client, len(records)) for client, (records, _) in enumerate(parts)]
     ledger = Ledger(ledger_path(config, dataset))
     clients = {

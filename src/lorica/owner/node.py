@@ -256,7 +256,7 @@ def _own_config(settings: NodeSettings, invitation: Invitation) -> ExperimentCon
 def _own_records(config: ExperimentConfig, settings: NodeSettings, task: Task) -> tuple[Records, Records | None]:
     task = by_privacy_unit(config, task)
     records = divide(config, task)[settings.client] if settings.data is None else task.train
-    return hold_out(config, settings.client, records)
+    return hold_out(config, records)
 
 
 def _ledger(config: ExperimentConfig, settings: NodeSettings, dataset: str) -> Path:

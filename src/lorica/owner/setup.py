@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -17,7 +18,7 @@ from lorica.privacy.ledger import Ledger, ledger_beside
 from lorica.privacy.plan import ClientPlan, plan_client
 from lorica.privacy.unit import RECORD, PrivacyUnit
 from lorica.schedule import participation_schedule
-from lorica.streams import numpy_stream, stream_seed
+from lorica.streams import stream_seed
 from lorica.tasks.groups import by_group
 from lorica.tasks.owners import first_source
 from lorica.tasks.partition import BY_LABELS, partition
@@ -53,10 +54,15 @@ def divide(config: ExperimentConfig, task: Task) -> list[Records]:
     return [task.train.subset(part) for part in parts]
 
 
-def hold_out(config: ExperimentConfig, client: int, records: Records) -> tuple[Records, Records | None]:
-    """A client's records to train on, and those that it tests on: a public draw, at least one of each.
+def hold_out(config: ExperimentConfig, records: Records) -> tuple[Records, Records | None]:
+    """A client's records to train on, and those that it tests on; None if there are none.
 
-    None if `federation.private_test` is 0.
+    A record is tested on if a hash of the public seed and its digest is below `federation.private_test`. Its side thus
+    depends on no other record, and equal records are on the same side. How many are on each side follows: where none is
+    left to test on, the client has no private test.
+
+    Raises:
+        UserError: no record is left to train on, or the unit of privacy is a group.
     """
     share = config.federation.private_test
     if share == 0:
@@ -64,9 +70,14 @@ def hold_out(config: ExperimentConfig, client: int, records: Records) -> tuple[R
     if PrivacyUnit.of(config.privacy) != RECORD:
         reason = "a group is one record, and its records have a prediction each"
         raise UserError("federation.private_test", share, reason, "set it to 0")
-    order = numpy_stream(config.seed, "private-test", client).permutation(len(records))
-    cut = min(max(1, round(share * len(records))), len(records) - 1)
-    return records.subset(np.sort(order[cut:])), records.subset(np.sort(order[:cut]))
+    prefix = f"{config.seed}:private-test:".encode()
+    ranks = [int.from_bytes(hashlib.sha256(prefix + bytes(digest)).digest()[:8]) for digest in records.digests]
+    tested = np.array(ranks, dtype=np.uint64) < np.uint64(int(share * 2**64))
+    if tested.all():
+        raise UserError(
+            "federation.private_test", share, f"it holds out all {len(records)} records of a client", "lower it"
+        )
+    return records.subset(np.flatnonzero(~tested)), records.subset(np.flatnonzero(tested)) if tested.any() else None
 
 
 def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:

@@ -1,8 +1,11 @@
 """What releases cost, and how much noise an ε takes: dp-accounting's PLD accountant, with RDP as a cross-check.
 
-Unit: one record of one client, added or removed. Clients hold disjoint records, so a federation's ε is the largest of
-its clients', not their sum. Choosing which tensors to train from earlier releases is adaptive composition at fixed
-(q, σ) and costs nothing extra.
+Neighbouring data sets (`NEIGHBOURS`): one record of one client contributes zero to every sum instead of its clipped
+gradient. Both have the same number n of records, so that n, and what follows from it (q = b/n, σ), is public. Kairouz
+et al., arXiv 2103.00039, definition 1.1. Adding or removing a record would change n as well, and with it q and σ.
+
+Clients hold disjoint records, so a federation's ε is the largest of its clients', not their sum. Choosing which tensors
+to train from earlier releases is adaptive composition at fixed (q, σ) and costs nothing extra.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from importlib.metadata import version
 
 import dp_accounting
 import numpy as np
-from dp_accounting import pld, rdp
+from dp_accounting import NeighboringRelation, pld, rdp
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
 
 from lorica.files import cache_folder, write_atomically
@@ -27,7 +30,7 @@ DISCRETIZATION = 1e-3
 RDP_ORDERS = [*range(2, 65), 80, 96, 128, 192, 256, 512, 1024]
 CALIBRATION_TOLERANCE = 1e-4
 ACCOUNTANT = f"dp-accounting {version('dp-accounting')} PLD"
-RELATION = "add or remove one record"
+NEIGHBOURS = NeighboringRelation.REPLACE_SPECIAL
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,7 @@ def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: fl
         return float(json.loads(path.read_text())["noise_multiplier"])
     noise_multiplier = float(
         dp_accounting.calibrate_dp_mechanism(
-            lambda: pld.PLDAccountant(
-                dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=DISCRETIZATION
-            ),
+            lambda: pld.PLDAccountant(NEIGHBOURS, value_discretization_interval=DISCRETIZATION),
             lambda sigma: dp_accounting.SelfComposedDpEvent(
                 dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(sigma)), steps
             ),
@@ -140,13 +141,16 @@ def _epsilon(steps: tuple[Steps, ...], delta: float) -> float:
 @lru_cache(maxsize=1024)
 def _loss_distribution(sampling_rate: float, noise_multiplier: float) -> PrivacyLossDistribution:
     return from_gaussian_mechanism(
-        noise_multiplier, sampling_prob=sampling_rate, value_discretization_interval=DISCRETIZATION
+        noise_multiplier,
+        sampling_prob=sampling_rate,
+        value_discretization_interval=DISCRETIZATION,
+        neighboring_relation=NEIGHBOURS,
     )
 
 
 @lru_cache(maxsize=1024)
 def _rdp_of_one_step(sampling_rate: float, noise_multiplier: float) -> np.ndarray:
-    accountant = rdp.RdpAccountant(RDP_ORDERS)
+    accountant = rdp.RdpAccountant(RDP_ORDERS, NEIGHBOURS)
     accountant.compose(
         dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
     )

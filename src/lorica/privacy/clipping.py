@@ -62,4 +62,4 @@ def _weighted(chunk: Tensor, scale: Tensor, spoiled: Tensor | None) -> Tensor:
 
 def _chunks(gradient: Tensor) -> Iterator[Tensor]:
     """`(n, d)` in pieces `(n, k)` of at most `CHUNK` numbers, or of one column."""
-    return iter(gradient.split(max(1, CHUNK // max(1, len(gradient))), dim=1))
+    return iter(torch.split(gradient, max(1, CHUNK // max(1, len(gradient))), dim=1))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION, RELATION
+from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION
 from lorica.privacy.ledger import Ledger, Release, lifetime_epsilon, unprotected
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.unit import RECORD, PrivacyUnit
@@ -15,6 +15,8 @@ from lorica.privacy.unit import RECORD, PrivacyUnit
 ASSUMPTIONS = [
     "Clients hold disjoint records, so the guarantee of the federation is that of its weakest client.",
     "Record counts, sampling rates, noise multipliers, learning rates and the choice of clients per round are public.",
+    "Which record belongs to which client is public; the partition of a simulation is fixed before training.",
+    "Whether a record is held out (federation.private_test) depends on its own content and the public seed alone.",
     "The server and the other owners may see every message; noise is added by each owner before anything leaves it.",
     "Which records enter a batch stays secret with the owner.",
 ]
@@ -69,6 +71,12 @@ def account(ledger: Ledger, dataset: str, records: str, run: str, plan: ClientPl
     )
 
 
+def relation(unit: PrivacyUnit) -> str:
+    """How two data sets differ that a guarantee makes hard to tell apart (`accounting.NEIGHBOURS`), in words."""
+    what = "one record" if unit == RECORD else "all records of one group"
+    return f"zero-out: {what} contributes zero to every batch; the number of {unit.noun}s is public"
+
+
 def privacy_statement(
     plans: Mapping[int, ClientPlan],
     accounts: Mapping[int, Account],
@@ -114,7 +122,7 @@ def privacy_statement(
         "private_release": noise == "secure",
         "noise": noise,
         "unit": str(unit),
-        "relation": RELATION if unit == RECORD else "add or remove all records of one group",
+        "relation": relation(unit),
         "sampler": f"Poisson: each {noun} enters each batch independently with probability q = batch size / {noun}s",
         "clients": clients,
         "assumptions": ASSUMPTIONS,
