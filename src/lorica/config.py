@@ -17,8 +17,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from lorica.errors import UserError
+from lorica.registry import TASK_KINDS, registered, remedy_for_unknown
 
 DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
 Model = TypeVar("Model", bound=BaseModel)
@@ -82,10 +84,9 @@ class LoraSection(Strict):
 class TaskConfig(Strict):
     """What is learned, and from which files."""
 
-    type: Literal[
-        "text-classification", "text-regression", "image-classification", "question-answering", "language-modelling"
-    ]
-    """What a record is, and what is predicted: a label, a number, the position of an answer, or the next tokens."""
+    type: str
+    """What a record is, and what is predicted: `text-classification`, `text-regression`, `image-classification`,
+    `question-answering`, `language-modelling`, or a kind of task from another package."""
     train: str | list[str]
     """A CSV, JSONL or Parquet file, an image folder, a Hugging Face dataset id (`ID`, `ID:CONFIG`, `ID[SPLIT]`), or
     `lorica:digits/train`. For several sources: a list, a pattern (`hospitals/*.csv`) or a folder of such files, sorted
@@ -103,9 +104,10 @@ class TaskConfig(Strict):
     labels: list[str] | None = Field(None, min_length=2)
     """Names of all labels, in order. By default those of the training data or, if the owners hold it, those of the
     first test set."""
-    metrics: list[Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]] | None = None
-    """Metrics reported on the test set, the main one first. By default `[accuracy]`; for regression `[pearson,
-    spearman]`. For GLUE: `[f1, accuracy]` for MRPC and QQP, `[matthews]` for CoLA, the default for STS-B."""
+    metrics: list[str] | None = None
+    """Metrics reported on the test set, the main one first: any of `accuracy`, `f1`, `macro_f1`, `matthews`, by default
+    `[accuracy]`; for regression any of `pearson`, `spearman`, by default both. For GLUE: `[f1, accuracy]` for MRPC and
+    QQP, `[matthews]` for CoLA, the default for STS-B."""
     max_length: int = Field(128, ge=4)
     """Texts are truncated to this many tokens; nothing is padded to it. For question answering: tokens per window."""
     question: str = "question"
@@ -130,6 +132,28 @@ class TaskConfig(Strict):
     """Language modelling: `text` compares answers as text; `gsm8k` compares the number after `####` with the last
     number of the answer."""
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _registered(cls, value: Any) -> Any:
+        kinds = registered(TASK_KINDS)
+        if value not in list(kinds):
+            raise _mistake("no such kind of task", remedy_for_unknown(str(value), kinds))
+        return value
+
+    @field_validator("metrics")
+    @classmethod
+    def _of_this_kind(cls, value: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        kind = info.data.get("type")
+        if not value or kind is None:
+            return value
+        choices: tuple[str, ...] = registered(TASK_KINDS)[kind].load().metric_choices
+        if not choices:
+            raise _mistake(f"{kind} has metrics of its own", "leave task.metrics out")
+        for name in value:
+            if name not in choices:
+                raise _mistake(f"{name} is no metric of {kind}", remedy_for_unknown(name, choices))
+        return value
+
     @field_validator("text", mode="before")
     @classmethod
     def _one_name_is_a_list(cls, value: Any) -> Any:
@@ -141,16 +165,6 @@ class TaskConfig(Strict):
         if isinstance(value, dict) and not (value and all(re.fullmatch(r"[A-Za-z][\w-]*", name) for name in value)):
             raise ValueError("give a source, or names (letters, digits, - and _) with a source each")
         return value
-
-    @model_validator(mode="after")
-    def _metrics_fit(self) -> TaskConfig:
-        of_numbers = {"pearson", "spearman"}
-        if self.metrics and not self.type.endswith(("classification", "regression")):
-            raise ValueError(f"task.metrics: {self.type} has metrics of its own")
-        for name in self.metrics or []:
-            if (name in of_numbers) != (self.type == "text-regression"):
-                raise ValueError(f"task.metrics: {name} is no metric of {self.type}")
-        return self
 
     @field_validator("text")
     @classmethod
@@ -424,7 +438,13 @@ def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> M
             missing = ".".join([*([prefix] if prefix else []), *(str(part) for part in first["loc"])])
             raise UserError(missing, None, "this key is required", f"add {missing} to the configuration") from None
         problem = first["msg"].removeprefix("Value error, ")
-        raise UserError(key, first["input"], problem[:1].lower() + problem[1:], f"change {key}") from None
+        remedy = first.get("ctx", {}).get("remedy", f"change {key}")
+        raise UserError(key, first["input"], problem[:1].lower() + problem[1:], remedy) from None
+
+
+def _mistake(problem: str, remedy: str) -> PydanticCustomError:
+    """What a validator raises where it knows more of a remedy than to change the key."""
+    return PydanticCustomError("mistake", "{problem}", {"problem": problem, "remedy": remedy})
 
 
 def _spelled(content: Any) -> set[str]:

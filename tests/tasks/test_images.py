@@ -15,8 +15,9 @@ from pyarrow import parquet
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
-from lorica.tasks import digits, load_task
+from lorica.tasks import digits
 from lorica.tasks import images as images_module
+from lorica.tasks.loading import load_task
 from tests.tasks.conftest import write_vit
 
 LEVELS = [0, 51, 102, 255]

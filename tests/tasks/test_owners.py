@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
-from lorica.tasks import load_task
+from lorica.tasks.loading import load_task
 from lorica.tasks.owners import first_source, read_training, source_names
 
 ROWS = {

@@ -29,16 +29,13 @@ from lorica.privacy.isolation import check_isolation
 from lorica.privacy.mechanism import Terms, noisy_gradient
 from lorica.privacy.randomness import ReproducibleRandomness
 from lorica.tasks.groups import grouped
-from lorica.tasks.question_answering import (
-    QuestionRecords,
-    evaluate,
-    losses,
-    tokenise_questions,
-)
+from lorica.tasks.questions.metrics import exact_match, f1
+from lorica.tasks.questions.objective import evaluate, losses
+from lorica.tasks.questions.records import QuestionRecords
+from lorica.tasks.questions.squad_json import read_squad_json
+from lorica.tasks.questions.tokenising import tokenise_questions
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch
-from lorica.tasks.squad_files import read_squad_json
-from lorica.tasks.squad_metrics import exact_match, f1
 from tests.models import TEXT
 from tests.tasks.conftest import WORDS, write_tokenizer
 
@@ -109,7 +106,7 @@ def test_windows_overlap_and_the_last_one_ends_the_context(words: Any) -> None:
     assert records.lengths.tolist() == [10, 10, 8]
     batch = records.batch(np.array([2, 0]))
     assert len(batch) == 2
-    assert batch.owners.tolist() == [0, 1, 1, 1, 1]
+    assert batch.example_of_row.tolist() == [0, 1, 1, 1, 1]
     assert batch.inputs["token_type_ids"][0].tolist() == [0] * 5 + [1] * 3 + [0] * 2
 
 
@@ -294,7 +291,7 @@ def norm(gradients: dict[str, Tensor]) -> float:
 def test_gradients_equal_those_of_transformers_own_loss(case: tuple[AdaptedModel, QuestionRecords]) -> None:
     model, records = case
     batch = records.batch(np.arange(3))
-    found = per_example_gradients(lambda: model_losses(model.peft_model, batch), model.tensors, 3, batch.owners)
+    found = per_example_gradients(lambda: model_losses(model.peft_model, batch), model.tensors, 3, batch.example_of_row)
     for index, expected in enumerate(by_autograd(model, records)):
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name][index], gradient, rtol=1e-4, atol=1e-6, msg=name)
@@ -333,7 +330,7 @@ def test_no_question_moves_the_sum_by_more_than_c(case: tuple[AdaptedModel, Ques
     def total(indices: list[int]) -> dict[str, Tensor]:
         batch = records.batch(np.array(indices))
         found = per_example_gradients(
-            lambda: model_losses(model.peft_model, batch), model.tensors, len(batch), batch.owners
+            lambda: model_losses(model.peft_model, batch), model.tensors, len(batch), batch.example_of_row
         )
         return clipped_sum(found, 0.05)
 
@@ -351,7 +348,7 @@ def test_padding_left_in_the_softmax_would_mix_questions(case: tuple[AdaptedMode
     def unmasked(module: nn.Module, some: Batch) -> Tensor:
         outputs = module(**some.inputs)
         everywhere = torch.ones_like(some.inputs["attention_mask"])
-        return losses(outputs, Batch({"attention_mask": everywhere}, some.labels, some.owners))
+        return losses(outputs, Batch({"attention_mask": everywhere}, some.labels, some.example_of_row))
 
     shorter = Batch.example(batch, 2)
     longest = int(shorter.inputs["attention_mask"].sum())
@@ -365,9 +362,9 @@ def test_questions_in_groups_count_equally_whatever_their_windows(words: Any) ->
     model, records = question_model("bert", VOCABULARY), tokenised(THREE, words, 10, 2, 4)
     groups = grouped(records, np.array(["p", "q", "p"]), 5, 0)
     batch = groups.batch(np.arange(2))
-    assert batch.owners.tolist() == [0] * 5 + [1] * 3
+    assert batch.example_of_row.tolist() == [0] * 5 + [1] * 3
     assert groups.row_counts.tolist() == [5, 3]
-    found = per_example_gradients(lambda: model_losses(model.peft_model, batch), model.tensors, 2, batch.owners)
+    found = per_example_gradients(lambda: model_losses(model.peft_model, batch), model.tensors, 2, batch.example_of_row)
     first, second, third = by_autograd(model, records)
     for name in found:
         torch.testing.assert_close(found[name][0], (first[name] + third[name]) / 2, rtol=1e-4, atol=1e-6)

@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
-from lorica.tasks import load_task
+from lorica.tasks.loading import load_task
 from tests.tasks.conftest import WORDS, write_tokenizer
 
 CONTENT = "text,other,label\na fine film,dull,1\nnot fine at all,and long,0\ngood,bad plot,1\n"

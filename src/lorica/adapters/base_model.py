@@ -18,6 +18,7 @@ from lorica.adapters.base_files import resolve_base
 from lorica.config import ModelConfig
 from lorica.errors import UserError
 from lorica.streams import stream_seed
+from lorica.tasks.kind import TaskKind, kind_named
 
 # Every name under which a family has modules after its encoder; they stay whole where the base is quantised.
 HEADS = ["classifier", "score", "qa_outputs", "pre_classifier", "head", "pooler"]
@@ -75,50 +76,43 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
             normalisation); bitsandbytes is missing where the precision needs it; for language modelling, the model is
             none or sees the tokens that it is to predict, or `model.head` is not `freeze`.
     """
+    kind = kind_named(task_type)
     base = resolve_base(config.base)
-    labels = len(label_names)
+    outputs = kind.outputs(label_names)
     attention = "eager" if config.attention == "auto" and _device_type(config) == "cpu" else config.attention
     options: dict[str, Any] = {
         "local_files_only": Path(base).is_dir(),
         "attn_implementation": "sdpa" if attention == "auto" else attention,
         "dtype": torch.float32,
         "output_loading_info": True,
-    } | _quantisation(config)
+    } | _quantisation(config, kind.heads)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "initialisation"))
         if config.pooling == "mean":
-            if not task_type.startswith("text-"):
+            if not kind.pooled:
                 raise UserError("model.pooling", "mean", f"does not fit {task_type}", "set model.pooling=auto")
             encoder, info = _from_pretrained(transformers.AutoModel.from_pretrained, base, options)
-            model: Any = MeanPooledClassifier(encoder, labels)
+            model: Any = MeanPooledClassifier(encoder, outputs)
             new_modules = ["classifier"]
             kept = False
-        elif task_type == "language-modelling":
-            model = _load_causal(config, base, options)
+        elif kind.own_head:
+            model = _load_with_own_head(kind, config, base, options)
             new_modules = []
             kept = True
         else:
-            automatic = {
-                "text-classification": transformers.AutoModelForSequenceClassification,
-                "text-regression": transformers.AutoModelForSequenceClassification,
-                "image-classification": transformers.AutoModelForImageClassification,
-                "question-answering": transformers.AutoModelForQuestionAnswering,
-            }[task_type]
-            spans = task_type == "question-answering"
-            # One score for an answer's first token and one for its last.
-            labels = 2 if spans else labels
-            names = {} if spans else dict(enumerate(label_names))
+            names = dict(enumerate(label_names))
             naming = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
             own_names = _checkpoint_labels(base, options)
+            automatic = getattr(transformers, kind.model_class)
             model, info = _from_pretrained(
                 automatic.from_pretrained, base, options | naming | {"ignore_mismatched_sizes": True}
             )
             fresh = {*info["missing_keys"], *(_key(entry) for entry in info["mismatched_keys"])}
             new_modules = sorted({name.rsplit(".", 1)[0] for name in fresh})
-            kept = (spans or own_names == label_names) and _head_path(model, labels) not in new_modules
-    if task_type == "text-classification":
-        _pad_as_configured(model)
-    head = _vocabulary_path(model) if task_type == "language-modelling" else _head_path(model, labels)
+            same_labels = not label_names or own_names == label_names
+            kept = same_labels and _head_path(model, kind.heads, outputs) not in new_modules
+    kind.prepare_model(model, config.base)
+    head = _vocabulary_path(model) if kind.own_head else _head_path(model, kind.heads, outputs)
     if config.head == "train" and not kept:
         linear = model.get_submodule(head)
         assert isinstance(linear, nn.Linear)
@@ -137,7 +131,7 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
     return BaseModel(model.eval(), head, not kept, [name for name in new_modules if name != head])
 
 
-def _quantisation(config: ModelConfig) -> dict[str, Any]:
+def _quantisation(config: ModelConfig, heads: tuple[str, ...]) -> dict[str, Any]:
     if config.precision not in ("int8", "nf4"):
         return {}
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -156,33 +150,13 @@ def _quantisation(config: ModelConfig) -> dict[str, Any]:
         bnb_4bit_compute_dtype=torch.bfloat16,
         # Above 0, a column that is large in one example is computed otherwise for all examples of the batch.
         llm_int8_threshold=0.0,
-        llm_int8_skip_modules=HEADS,
+        llm_int8_skip_modules=sorted({*HEADS, *heads}),
     )
     return {
         "quantization_config": settings,
         "dtype": torch.bfloat16,
         "device_map": {"": resolve_device(config.device)},
     }
-
-
-def _pad_as_configured(model: nn.Module) -> None:
-    """Let masked places hold the model's own padding id, whatever the tokenizer pads with.
-
-    Decoder families read the logits at the last token that is not that id. A checkpoint without one pads with its
-    end-of-text token.
-    """
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    if config.pad_token_id is None:
-        end = config.eos_token_id
-        config.pad_token_id = (end[0] if isinstance(end, list) else end) or 0
-    padding = config.pad_token_id
-
-    def pad(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if "input_ids" not in named or "attention_mask" not in named:
-            return inputs, named
-        return inputs, named | {"input_ids": named["input_ids"].masked_fill(named["attention_mask"] == 0, padding)}
-
-    model.register_forward_pre_hook(pad, with_kwargs=True)
 
 
 def _from_pretrained(function: Callable[..., Any], base: str, options: dict[str, Any]) -> Any:
@@ -204,23 +178,14 @@ def _from_pretrained(function: Callable[..., Any], base: str, options: dict[str,
         transformers.logging.enable_progress_bar()
 
 
-def _load_causal(config: ModelConfig, base: str, options: dict[str, Any]) -> Any:
+def _load_with_own_head(kind: type[TaskKind], config: ModelConfig, base: str, options: dict[str, Any]) -> Any:
     if config.head != "freeze":
         raise UserError(
             "model.head", config.head, "a language model's head is a part of its base", "set model.head=freeze"
         )
-    model, info = _from_pretrained(transformers.AutoModelForCausalLM.from_pretrained, base, options)
+    model, info = _from_pretrained(getattr(transformers, kind.model_class).from_pretrained, base, options)
     if info["missing_keys"]:
         problem = f"the checkpoint holds no whole language model ({min(info['missing_keys'])} is missing)"
-        raise UserError("model.base", config.base, problem, "give a causal language model")
-    # Training never continues a text; a cache would only take memory.
-    model.config.use_cache = False
-    # Encoders load as language models too, without a word.
-    same_beginning = torch.tensor([[0, 0, 0, 0], [0, 0, 0, 1]])
-    with torch.inference_mode():
-        logits = model.eval()(input_ids=same_beginning).logits[:, :-1]
-    if not torch.allclose(logits[0], logits[1], atol=1e-3 * logits.std().item()):
-        problem = f"{type(model).__name__} sees the tokens that it is to predict"
         raise UserError("model.base", config.base, problem, "give a causal language model")
     return model
 
@@ -238,22 +203,20 @@ def _key(entry: Any) -> str:
     return entry if isinstance(entry, str) else str(entry[0])
 
 
-def _head_path(model: nn.Module, labels: int) -> str:
-    heads: list[str] = [
+def _head_path(model: nn.Module, heads: tuple[str, ...], outputs: int) -> str:
+    found: list[str] = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module.out_features == labels
-        and name.split(".")[0] in ("classifier", "score", "qa_outputs")
+        if isinstance(module, nn.Linear) and module.out_features == outputs and name.split(".")[0] in heads
     ]
-    if not heads:
+    if not found:
         raise UserError(
             "model.base",
             type(model).__name__,
-            "no linear map named classifier, score or qa_outputs gives as many numbers as the task needs",
+            f"no linear map named {' or '.join(heads)} gives as many numbers as the task needs",
             "for texts, try model.pooling=mean; else use a model with such a head",
         )
-    return heads[-1]
+    return found[-1]
 
 
 def _vocabulary_path(model: Any) -> str:

@@ -23,8 +23,8 @@ from lorica.run.setup import Prepared, prepare
 from lorica.secure_sum.quantisation import Shapes
 from lorica.secure_sum.setup import Setup, SummationError
 from lorica.secure_sum.stages import Part, add_up, answer
-from lorica.tasks import load_task
 from lorica.tasks.label_counts import label_counts
+from lorica.tasks.loading import load_task
 from lorica.tasks.records import Records, Task
 
 logger = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.statement import Account, charged
 from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.stages import Part, answer
-from lorica.tasks import load_training
+from lorica.tasks.loading import load_training
 from lorica.tasks.records import Records, Task
 
 logger = logging.getLogger(__name__)

@@ -48,7 +48,7 @@ def per_example_gradients(
     losses: Callable[[], Tensor],
     trained: Mapping[str, TrainedTensor],
     examples: int,
-    owners: Tensor | None = None,
+    example_of_row: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Gradient of each example's loss with respect to each trained tensor.
 
@@ -65,8 +65,8 @@ def per_example_gradients(
             adjacent along the first dimension.
         trained: name -> tensor to differentiate.
         examples: `n`.
-        owners: (rows,) int64 in 0 … n-1, the example that each row of the model's input belongs to. None: one row an
-            example, in order.
+        example_of_row: (rows,) int64 in 0 … n-1, the example that each row of the model's input belongs to. None:
+            one row an example, in order.
 
     Returns:
         name -> `(n, *shape)`, fp32, zero for a tensor that the loss does not reach. A module that is used several times
@@ -76,7 +76,7 @@ def per_example_gradients(
         RowsError: a trained module saw a number of rows that is no multiple of the input's.
         RuntimeError: `losses` is not `(n,)`.
     """
-    rows = examples if owners is None else len(owners)
+    rows = examples if example_of_row is None else len(example_of_row)
     gradients: dict[str, Tensor] = {}
     wanted: dict[nn.Linear, dict[str, str]] = {}
     for name, (module, kind, _) in trained.items():
@@ -91,9 +91,9 @@ def per_example_gradients(
             g = _by_row(output_gradient, rows, next(iter(names.values())))
             if x is not None:
                 weights = torch.bmm(g.transpose(1, 2).float(), x.float())
-                _accumulate(gradients, names["weight"], _by_example(weights, examples, owners))
+                _accumulate(gradients, names["weight"], _by_example(weights, examples, example_of_row))
             if "bias" in names:
-                _accumulate(gradients, names["bias"], _by_example(g.float().sum(1), examples, owners))
+                _accumulate(gradients, names["bias"], _by_example(g.float().sum(1), examples, example_of_row))
 
         if not output.requires_grad:
             output.requires_grad_()
@@ -126,11 +126,11 @@ def _by_row(value: Tensor, rows: int, name: str) -> Tensor:
     return value.reshape(rows, -1, value.shape[-1])
 
 
-def _by_example(gradient: Tensor, examples: int, owners: Tensor | None) -> Tensor:
-    """`(rows, *shape)` -> `(n, *shape)`: rows summed by owner. A non-finite row spoils its owner only."""
-    if owners is None:
+def _by_example(gradient: Tensor, examples: int, example_of_row: Tensor | None) -> Tensor:
+    """`(rows, *shape)` -> `(n, *shape)`: rows summed by example. A non-finite row spoils its own example only."""
+    if example_of_row is None:
         return gradient
-    return gradient.new_zeros((examples, *gradient.shape[1:])).index_add_(0, owners, gradient)
+    return gradient.new_zeros((examples, *gradient.shape[1:])).index_add_(0, example_of_row, gradient)
 
 
 def _accumulate(gradients: dict[str, Tensor], name: str, value: Tensor) -> None:

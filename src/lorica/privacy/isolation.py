@@ -63,7 +63,7 @@ def _gradients(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         try:
-            return per_example_gradients(lambda: losses(model, batch), trained, len(batch), batch.owners)
+            return per_example_gradients(lambda: losses(model, batch), trained, len(batch), batch.example_of_row)
         except RowsError as error:
             raise UserError(
                 "model.base",
@@ -75,10 +75,10 @@ def _gradients(
 
 def _filled(batch: Batch, index: int) -> Batch:
     """A batch of the same shape, with an example's rows where they were and again in place of all others."""
-    owners = torch.arange(len(batch), device=batch.labels.device) if batch.owners is None else batch.owners
-    places = torch.arange(len(owners), device=owners.device)
-    own = places[owners == index]
-    rows = torch.where(owners == index, places, own[places % len(own)])
+    places = torch.arange(len(batch.labels), device=batch.labels.device)
+    is_own = (places if batch.example_of_row is None else batch.example_of_row) == index
+    own = places[is_own]
+    rows = torch.where(is_own, places, own[places % len(own)])
     inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
     return replace(batch, inputs=inputs, labels=batch.labels[rows])
 

@@ -99,7 +99,7 @@ def noisy_gradient(
             lambda batch=batch: losses(model, batch),  # type: ignore[misc]
             trained,
             len(batch),
-            batch.owners,
+            batch.example_of_row,
         )
         for name, value in clipped_sum(gradients, terms.clip_norm).items():
             total[name] += value

@@ -14,17 +14,7 @@ from lorica.privacy.accounting import epsilon_above
 from lorica.privacy.ledger import Release, lifetime_above, lifetime_epsilon
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.unit import PrivacyUnit
-
-# What decides which of a record's columns are learned. Where an entry of `tasks` leaves one out, its default is meant.
-COLUMNS = ("text", "image", "label", "question", "context", "answers")
-# What a private test of each task computes beside its loss; classification and regression can be told otherwise.
-TESTED = {
-    "text-classification": ["accuracy"],
-    "image-classification": ["accuracy"],
-    "text-regression": ["pearson", "spearman"],
-    "question-answering": ["exact_match", "f1"],
-    "language-modelling": ["token_accuracy", "perplexity"],
-}
+from lorica.tasks.kind import kind_of, kinds
 
 
 class Policy(Strict):
@@ -79,10 +69,11 @@ class Policy(Strict):
     @field_validator("tasks")
     @classmethod
     def _as_the_task_section_reads_them(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        columns = _column_keys()
         entries = []
         for entry in value:
             task = validate(TaskConfig, {"train": "", "test": ""} | entry, prefix="policy.tasks")
-            entries.append({key: getattr(task, key) for key in ("type", *COLUMNS, *entry)})
+            entries.append({key: getattr(task, key) for key in ("type", *columns, *entry)})
         return entries
 
     @field_validator("group")
@@ -201,7 +192,7 @@ class Policy(Strict):
         if nearest:
             key, allowed = next(iter(nearest.items()))
             _refuse("tasks", f"task.{key} = {getattr(config.task, key)!r}", f"the nearest entry has {allowed!r}")
-        computed = [name for name in _tested(config.task) if name not in self.metrics]
+        computed = [name for name in ("loss", *kind_of(config.task).metrics) if name not in self.metrics]
         if config.federation.private_test and computed:
             proposed = f"federation.private_test = {config.federation.private_test:g}, which computes {computed}"
             _refuse("metrics", proposed, f"allowed are {self.metrics}")
@@ -236,10 +227,13 @@ def _units(releases: list[Release]) -> set[PrivacyUnit]:
     return {release.unit for release in releases if release.noise == "secure"}
 
 
-def _tested(task: TaskConfig) -> list[str]:
-    """Names of all that a private test computes."""
-    decoded = ["exact_match"] if task.answer_tokens is not None else []
-    return ["loss", *(task.metrics or TESTED[task.type]), *decoded]
+def _column_keys() -> list[str]:
+    """Keys of the section `task` that name columns, of any kind of task: what decides what is learned of a record.
+
+    Where an entry of `tasks` leaves one out, its default is meant.
+    """
+    used = {key for kind in kinds() for key in kind.columns}
+    return [key for key in TaskConfig.model_fields if key in used]
 
 
 def _refuse(key: str, proposed: str, limit: str) -> NoReturn:

@@ -84,8 +84,8 @@ class GroupedRecords(Records):
         inner = self.records.batch(self._members_of(indices))
         sizes = torch.from_numpy(self.sizes[indices])
         group = torch.repeat_interleave(sizes)
-        record = torch.arange(len(group)) if inner.owners is None else inner.owners
-        return replace(inner, owners=group[record], weights=inner.row_weights() / sizes[group[record]])
+        record = torch.arange(len(group)) if inner.example_of_row is None else inner.example_of_row
+        return replace(inner, example_of_row=group[record], weights=inner.row_weights() / sizes[group[record]])
 
 
 def group_keys(source: Source, column: str) -> np.ndarray:

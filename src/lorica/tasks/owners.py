@@ -11,6 +11,7 @@ import numpy as np
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
+from lorica.tasks.kind import kind_of
 from lorica.tasks.labels import INTEGER, is_text
 from lorica.tasks.readers import IMAGE_SUFFIXES, READERS, Source, read
 from lorica.tasks.records import Owners
@@ -85,7 +86,7 @@ def _join(sources: list[Source], config: TaskConfig) -> Source:
 
     first = sources[0]
     one_folder = len({source.folder.absolute() for source in sources}) == 1
-    has_paths = config.type == "image-classification" and not one_folder
+    has_paths = "image" in kind_of(config).columns and not one_folder
     tables = [_with_absolute_paths(source, config.image) if has_paths else source.table for source in sources]
     for source, table in zip(sources, tables, strict=True):
         if _features(table) != _features(tables[0]):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
-from lorica.tasks.squad_files import read_squad_json
+from lorica.tasks.kind import kind_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,7 +60,8 @@ def read(config: TaskConfig, key: str, name: str, also: Mapping[str, str] | None
     """
     path = Path(name).expanduser()
     folder = path.parent
-    wanted = _wanted(config) | dict(also or {})
+    kind = kind_of(config)
+    wanted = kind.column_keys() | dict(also or {})
     if name.startswith("lorica:"):
         table = _read_embedded(name, key, config, wanted)
     elif path.is_dir():
@@ -69,11 +70,11 @@ def read(config: TaskConfig, key: str, name: str, also: Mapping[str, str] | None
     elif path.suffix.lower() in READERS:
         if not path.is_file():
             raise UserError(key, name, "no such file", f"give {FORMATS}")
-        if config.type == "question-answering" and path.suffix.lower() == ".json":
-            table = read_squad_json(path, key)
-            table = table.select(_check_columns(table.column_names, path.name, wanted))
-        else:
+        own = kind.read_file(path, key)
+        if own is None:
             table = READERS[path.suffix.lower()](path, key, wanted)
+        else:
+            table = own.select(_check_columns(own.column_names, path.name, wanted))
     elif path.is_file():
         raise UserError(key, name, f"files that end in {path.suffix!r} are not read", f"give {FORMATS}")
     elif match := HUB_ID.fullmatch(name):
@@ -83,18 +84,6 @@ def read(config: TaskConfig, key: str, name: str, also: Mapping[str, str] | None
     source = Source(key, name, _without_dictionaries(table), folder)
     _check_complete(source)
     return source
-
-
-def _wanted(config: TaskConfig) -> dict[str, str]:
-    """The columns that the task needs, each with the configuration's key that names it."""
-    if config.type == "question-answering":
-        columns = {config.question: "task.question", config.context: "task.context"}
-        return columns | {config.answers: "task.answers"}
-    if config.type == "language-modelling":
-        return dict.fromkeys(config.text, "task.text")
-    if config.type.startswith("text-"):
-        return {**dict.fromkeys(config.text, "task.text"), config.label: "task.label"}
-    return {config.image: "task.image", config.label: "task.label"}
 
 
 def _check_columns(available: list[str], name: str, wanted: dict[str, str]) -> list[str]:

@@ -189,8 +189,11 @@ def tokenizer_identity(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join([inner, *outer, *tokenizer.model_input_names]).encode()).hexdigest()
 
 
-def column_texts(source: Source, column: str) -> pa.ChunkedArray:
+def column_texts(source: Source, column: str, key: str = "task.text") -> pa.ChunkedArray:
     """The texts of a column (large_string).
+
+    Args:
+        key: the configuration's key that names the column.
 
     Raises:
         UserError: it holds something else.
@@ -200,7 +203,7 @@ def column_texts(source: Source, column: str) -> pa.ChunkedArray:
     values = source.table.column(column)
     if not is_text(values.type):
         problem = f"the column of {source.name} holds {values.type}, not text"
-        raise UserError("task.text", column, problem, "name a column of text")
+        raise UserError(key, column, problem, "name a column of text")
     return values.cast(pa.large_string())
 
 

@@ -18,7 +18,7 @@ from lorica.messages import OWNER
 from lorica.run.result import Result, finished_result
 from lorica.run.rounds import conduct
 from lorica.run.setup import prepare
-from lorica.tasks import load_tests
+from lorica.tasks.loading import load_tests
 from lorica.tasks.records import Task
 
 app = ServerApp()
