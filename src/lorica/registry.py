@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint, entry_points
 
-TASK_KINDS = "lorica.tasks"
+METHODS, TASK_KINDS = "lorica.methods", "lorica.tasks"
 
 
 def registered(group: str) -> dict[str, EntryPoint]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
@@ -17,6 +15,7 @@ from lorica.config import MethodConfig, OptimizerConfig, Strict, validate
 from lorica.errors import UserError
 from lorica.methods.exchange import Project, Replies, Round, Train
 from lorica.methods.server import Server, client_factors, is_zero
+from lorica.registry import METHODS, registered, remedy_for_unknown
 
 # A method author imports everything from here.
 __all__ = [
@@ -108,10 +107,7 @@ class Method(ABC):
 
 def registry() -> dict[str, type[Method]]:
     """All methods by name: Lorica's own and those that other packages register as `lorica.methods` entry points."""
-    methods: dict[str, type[Method]] = {}
-    for entry in sorted(entry_points(group="lorica.methods"), key=lambda entry: entry.name):
-        methods[entry.name] = entry.load()
-    return methods
+    return {name: entry.load() for name, entry in registered(METHODS).items()}
 
 
 def find_method(config: MethodConfig) -> tuple[type[Method], BaseModel]:
@@ -122,9 +118,7 @@ def find_method(config: MethodConfig) -> tuple[type[Method], BaseModel]:
     """
     methods = registry()
     if config.name not in methods:
-        nearest = difflib.get_close_matches(config.name, methods, n=1, cutoff=0.4)
-        remedy = f"did you mean {nearest[0]!r}?" if nearest else f"choose among: {', '.join(methods)}"
-        raise UserError("method.name", config.name, "no such method", remedy)
+        raise UserError("method.name", config.name, "no such method", remedy_for_unknown(config.name, methods))
     kind = methods[config.name]
     return kind, validate(kind.Options, config.options, prefix="method")
 

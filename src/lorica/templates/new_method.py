@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lorica.errors import UserError
 from lorica.files import write_atomically
+from lorica.registry import METHODS, registered
 
 TEMPLATES = Path(__file__).parent / "method"
 LONGEST_NAME = 40
@@ -30,7 +31,7 @@ def write_package(name: str, folder: Path) -> Path:
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) > LONGEST_NAME:
         problem = f"not lower-case words joined by dashes, of at most {LONGEST_NAME} characters"
         raise UserError("NAME", name, problem, "write it as my-lora")
-    if name in entry_points(group="lorica.methods").names:
+    if name in registered(METHODS):
         raise UserError("NAME", name, "a method of this name is installed", "choose one that lorica methods lacks")
     package = folder / f"lorica-{name}"
     if os.path.lexists(package):
