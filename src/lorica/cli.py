@@ -129,7 +129,7 @@ def new_method(
 def account(
     records: Annotated[int, typer.Option(min=1, help="Records of the client.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Expected size of a Poisson batch.")],
-    steps: Annotated[int, typer.Option(min=1, help="Noisy steps in all: rounds times local steps.")],
+    steps: Annotated[int, typer.Option(min=1, max=10**6, help="Noisy steps in all: rounds times local steps.")],
     delta: Annotated[float, typer.Option(help="δ, below 1/records.")] = 1e-5,
     epsilon: Annotated[float | None, typer.Option(help="Find the noise multiplier for this ε.")] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Find the ε of this noise multiplier.")] = None,
@@ -180,8 +180,8 @@ def budget(
 ) -> None:
     """Show what was released from an owner's data: when, to which run, at what ε. Reads only."""
     with _errors():
-        if delta is not None and not 0 < delta < 1:
-            raise UserError("--delta", delta, "not between 0 and 1", "choose it below 1/records")
+        if delta is not None and not 1e-12 <= delta < 0.5:
+            raise UserError("--delta", delta, "not between 1e-12 and 0.5", "choose it below 1/records")
         if delta is not None and policy is not None:
             raise UserError("--delta", delta, "the policy has a δ of its own", "leave --delta or --policy out")
         from lorica.privacy.policy import load_policy
@@ -284,6 +284,12 @@ class _Rounds:
                 f"{level} DP: C = {config.privacy.clip_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
                 f"δ = {config.privacy.delta:g}, ledger {federation.engine.ledger}"
             )
+            void = [plan.client for plan in federation.plans.values() if plan.void_delta]
+            if void:
+                console.print(
+                    f"[bold red]δ means nothing[/bold red] for client {', '.join(map(str, void))}: it is not below the "
+                    "inverse of the client's records. Choose a smaller privacy.delta."
+                )
         if finished:
             console.print(f"Resumed after round {finished}.")
         self._task = self._progress.add_task("rounds", total=config.federation.rounds, completed=finished)

@@ -20,7 +20,8 @@ def participation_schedule(clients: int, rounds: int, participants: int, seed: i
         queue = queue[participants:]
         if len(chosen) < participants:
             # Those who sit out the end of one permutation come first in the next one, and nobody is drawn twice.
-            fresh = [client for client in draws.permutation(clients).tolist() if client not in chosen]
+            taken = set(chosen)
+            fresh = [client for client in draws.permutation(clients).tolist() if client not in taken]
             needed = participants - len(chosen)
             queue = fresh[needed:] + chosen
             chosen = chosen + fresh[:needed]

@@ -24,7 +24,7 @@ from lorica.messages import OWNER, Delivery, Invitation, Request, decode, encode
 from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.request_checks import check_request
 from lorica.owner.settings import NodeSettings
-from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned
+from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned, planned_steps
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy, load_policy
@@ -63,6 +63,8 @@ class Node:
         self._label_names = task.label_names
         records, private_test = _own_records(self._config, settings, task)
         declared = policy.records if policy is not None and policy.records is not None else len(records)
+        if policy is not None:
+            policy.review_proposal(self._config, declared, planned_steps(self._config, settings.client))
         self.plan = _plan(self._config, settings.client, declared)
         dataset = task.train.fingerprint()
         ledger = Ledger(_ledger(self._config, settings, dataset))

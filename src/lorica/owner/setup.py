@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from pathlib import Path
 
@@ -23,8 +22,6 @@ from lorica.tasks.groups import by_group
 from lorica.tasks.owners import first_source
 from lorica.tasks.partition import BY_LABELS, partition
 from lorica.tasks.records import Records, Task
-
-logger = logging.getLogger(__name__)
 
 
 def by_privacy_unit(config: ExperimentConfig, task: Task) -> Task:
@@ -80,6 +77,13 @@ def hold_out(config: ExperimentConfig, records: Records) -> tuple[Records, Recor
     return records.subset(np.flatnonzero(~tested)), records.subset(np.flatnonzero(tested)) if tested.any() else None
 
 
+def planned_steps(config: ExperimentConfig, client: int) -> int:
+    """Noisy steps that the schedule asks of a client."""
+    federation = config.federation
+    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
+    return federation.local_steps * sum(client in participants for participants in schedule)
+
+
 def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
     """What a client agrees to: noise for the steps that the schedule asks of it.
 
@@ -87,21 +91,10 @@ def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
         records: `n`, declared public.
 
     Raises:
-        UserError: the batch size is above the client's records.
+        UserError: as `plan_client`.
     """
-    federation = config.federation
-    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
-    steps = federation.local_steps * sum(client in participants for participants in schedule)
-    plan = plan_client(client, records, federation.batch_size, steps, config.privacy)
-    if plan.delta is not None and plan.delta >= 1 / records:
-        logger.warning(
-            "privacy.delta = %g is not below 1/%d, the inverse of client %d's records: publishing a random record "
-            "would satisfy it. Choose a smaller privacy.delta.",
-            plan.delta,
-            records,
-            client,
-        )
-    return plan
+    steps = planned_steps(config, client)
+    return plan_client(client, records, config.federation.batch_size, steps, config.privacy)
 
 
 def ledger_path(config: ExperimentConfig, dataset: str) -> Path:

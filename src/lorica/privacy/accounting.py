@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, reduce
 from importlib.metadata import version
 
 import dp_accounting
 import numpy as np
-from dp_accounting import NeighboringRelation, pld, rdp
+from dp_accounting import NeighboringRelation, rdp
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
+from scipy.optimize import brentq
 
+from lorica.errors import UserError
 from lorica.files import cache_folder, write_atomically
 
 # Pessimistic rounding on this grid over-states ε by less than 0.1 % and is ten times faster than the library's default.
@@ -29,6 +32,10 @@ DISCRETIZATION = 1e-3
 # Integer orders only: fractional ones converge slowly at high sampling rates and dp-accounting then drops them.
 RDP_ORDERS = [*range(2, 65), 80, 96, 128, 192, 256, 512, 1024]
 CALIBRATION_TOLERANCE = 1e-4
+# The noise that is calibrated. Below, one step on all records costs ε = 34 at δ = 1e-5; above, no run learns anything.
+LEAST_NOISE, MOST_NOISE = 0.2, 1e6
+# A loss distribution of less noise, of more steps, or of what surely costs more, takes gigabytes or minutes.
+MOST_STEPS, MOST_EPSILON = 10**6, 1000.0
 ACCOUNTANT = f"dp-accounting {version('dp-accounting')} PLD"
 NEIGHBOURS = NeighboringRelation.REPLACE_SPECIAL
 
@@ -43,10 +50,11 @@ class Steps:
 
 
 def epsilon(steps: Iterable[Steps], delta: float) -> float:
-    """The ε of a composition at `delta`, by privacy loss distributions (an upper bound, tight to about 0.1 %).
+    """The ε of a composition at `delta` < 1/2, by privacy loss distributions (an upper bound, tight to about 0.1 %).
 
-    No steps cost 0. A noise multiplier of 0 costs infinity. Koskela et al., arXiv 1906.03049; Doroshenko et al.,
-    arXiv 2207.04380 (connect-the-dots).
+    No steps cost 0. A noise multiplier of 0 costs infinity. Where ε is surely above 1000, a noise multiplier below 0.2,
+    or a number of steps above a million, it is the looser `epsilon_rdp`, which always takes milliseconds. Koskela et
+    al., arXiv 1906.03049; Doroshenko et al., arXiv 2207.04380 (connect-the-dots).
     """
     return _epsilon(_merged(steps), delta)
 
@@ -96,27 +104,47 @@ def epsilon_from_rdp(curve: np.ndarray, delta: float) -> float:
 def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: float) -> float:
     """The smallest noise multiplier (to 1e-4) with which `steps` steps cost at most `target_epsilon` at `delta`.
 
-    Results are kept on disk under Lorica's cache folder, since a calibration takes about a second.
+    Brent's method between two powers of two times `LEAST_NOISE`. Results are kept on disk under Lorica's cache folder,
+    since a calibration takes about a second.
+
+    Raises:
+        UserError: it lies outside `LEAST_NOISE` and `MOST_NOISE`.
     """
-    key = [sampling_rate, steps, target_epsilon, delta, DISCRETIZATION, CALIBRATION_TOLERANCE, ACCOUNTANT]
+    key = [sampling_rate, steps, target_epsilon, delta, DISCRETIZATION, CALIBRATION_TOLERANCE, LEAST_NOISE, ACCOUNTANT]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = cache_folder() / "noise-multipliers" / f"{name}.json"
     if path.is_file():
         return float(json.loads(path.read_text())["noise_multiplier"])
-    noise_multiplier = float(
-        dp_accounting.calibrate_dp_mechanism(
-            lambda: pld.PLDAccountant(NEIGHBOURS, value_discretization_interval=DISCRETIZATION),
-            lambda sigma: dp_accounting.SelfComposedDpEvent(
-                dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(sigma)), steps
-            ),
-            target_epsilon,
-            delta,
-            tol=CALIBRATION_TOLERANCE,
-        )
-    )
+
+    def excess(sigma: float) -> float:
+        return epsilon([Steps(sampling_rate, sigma, steps)], delta) - target_epsilon
+
+    # What the Gaussian mechanism would need whose sensitivity is the mean number of times that a record is sampled.
+    guess = sampling_rate * math.sqrt(2 * steps * math.log(1 / delta)) / target_epsilon
+    low, high = _bracket(excess, target_epsilon, guess)
+    noise_multiplier = float(brentq(excess, low, high, xtol=CALIBRATION_TOLERANCE))
+    while excess(noise_multiplier) > 0:
+        noise_multiplier += CALIBRATION_TOLERANCE
     record = asdict(Steps(sampling_rate, noise_multiplier, steps)) | {"epsilon": target_epsilon, "delta": delta}
     write_atomically(path, json.dumps(record).encode())
     return noise_multiplier
+
+
+def _bracket(excess: Callable[[float], float], target_epsilon: float, guess: float) -> tuple[float, float]:
+    """`σ` and `2σ` around the root of a decreasing function. It starts near the guess, or where a loss distribution is
+    small, and goes towards the root, since far below it one is large.
+    """
+    high = LEAST_NOISE * 2.0 ** max(4, math.ceil(math.log2(guess / LEAST_NOISE)))
+    while high <= MOST_NOISE and excess(high) > 0:
+        high *= 2
+    if high > MOST_NOISE:
+        raise UserError("privacy.epsilon", target_epsilon, "no noise is large enough for it", "raise it")
+    while high > LEAST_NOISE and excess(high / 2) <= 0:
+        high /= 2
+    if high <= LEAST_NOISE:
+        problem = f"a noise multiplier of {LEAST_NOISE:g}, which protects nothing, is more than it asks for"
+        raise UserError("privacy.epsilon", target_epsilon, problem, "lower privacy.epsilon or privacy.delta")
+    return high / 2, high
 
 
 def _merged(steps: Iterable[Steps]) -> tuple[Steps, ...]:
@@ -134,8 +162,36 @@ def _epsilon(steps: tuple[Steps, ...], delta: float) -> float:
         return 0.0
     if any(step.noise_multiplier == 0 for step in steps):
         return float("inf")
+    extreme = any(step.noise_multiplier < LEAST_NOISE or step.count > MOST_STEPS for step in steps)
+    if extreme or _least_epsilon(steps) > MOST_EPSILON:
+        return epsilon_rdp(steps, delta)
     parts = [_loss_distribution(step.sampling_rate, step.noise_multiplier).self_compose(step.count) for step in steps]
     return float(reduce(PrivacyLossDistribution.compose, parts).get_epsilon_for_delta(delta))
+
+
+def _least_epsilon(steps: tuple[Steps, ...]) -> float:
+    """What a composition costs at least, at any δ < 1/2.
+
+    With mean m and standard deviation s of the privacy loss L, Cantelli's inequality gives L > m - 3s with probability
+    0.9 at least, and δ(ε) = E[max(0, 1 - e^(ε-L))] is then above 0.56 at ε = m - 3s - 1.
+    """
+    moments = [(step.count, *_loss_moments(step.sampling_rate, step.noise_multiplier)) for step in steps]
+    mean = sum(count * first for count, first, _ in moments)
+    variance = sum(count * second for count, _, second in moments)
+    return mean - 3 * math.sqrt(variance) - 1
+
+
+@lru_cache(maxsize=1024)
+def _loss_moments(sampling_rate: float, noise_multiplier: float) -> tuple[float, float]:
+    """Mean and variance of one step's loss `log(1 - q + q e^((2x - 1)/(2σ²)))`, `x ~ (1 - q) N(0, σ²) + q N(1, σ²)`."""
+    x = np.linspace(-10 * noise_multiplier, 1 + 10 * noise_multiplier, 4001)
+    densities = [np.exp(-0.5 * ((x - centre) / noise_multiplier) ** 2) for centre in (0, 1)]
+    weights = (1 - sampling_rate) * densities[0] + sampling_rate * densities[1]
+    weights /= weights.sum()
+    with np.errstate(divide="ignore"):
+        loss = np.logaddexp(np.log1p(-sampling_rate), np.log(sampling_rate) + (2 * x - 1) / (2 * noise_multiplier**2))
+    mean = float(weights @ loss)
+    return mean, float(weights @ (loss - mean) ** 2)
 
 
 @lru_cache(maxsize=1024)

@@ -49,6 +49,11 @@ class ClientPlan:
             return float("inf")
         return epsilon_rdp([self.steps(self.max_steps if count is None else count)], self.delta)
 
+    @property
+    def void_delta(self) -> bool:
+        """Whether δ is 1/n or more: publishing one of the records at random would satisfy it."""
+        return self.delta is not None and self.delta >= 1 / self.records
+
     def check(self, proposed: Terms, steps_in_all: int) -> None:
         """Refuse what would cost more than was agreed.
 
@@ -75,7 +80,8 @@ def plan_client(
     `q = batch_size / records` exactly, as the sampler draws it: nothing is rounded to a number of batches.
 
     Raises:
-        UserError: the batch size is above the client's records.
+        UserError: the batch size is above the client's records; δ means nothing for so many records (unless the noise
+            protects nothing anyway); no noise fits the target ε.
     """
     if batch_size > records:
         raise UserError(
@@ -88,6 +94,14 @@ def plan_client(
     if privacy == "none":
         terms = Terms(rate, batch_size, float("inf"), 0.0)
         return ClientPlan(client, records, terms, max_steps, None, "none")
+    if privacy.noise == "secure" and privacy.delta >= 1 / records:
+        raise UserError(
+            "privacy.delta",
+            privacy.delta,
+            f"not below 1/{records}, the inverse of client {client}'s records: publishing one of them at random would "
+            "satisfy it",
+            f"choose {0.1 / records:.0e} or less",
+        )
     if privacy.noise_multiplier is not None:
         noise_multiplier = privacy.noise_multiplier
     else:

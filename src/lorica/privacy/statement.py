@@ -26,6 +26,7 @@ NOT_COVERED = [
     "The number of records of each client.",
     "Running time and memory use.",
 ]
+VOID_DELTA = "A δ that is not below the inverse of the client's records: publishing one at random would satisfy it"
 UNPROTECTED = {
     "none": "Anything: the run trained without differential privacy.",
     "reproducible": "Anyone who knows or guesses the seed: the noise and the batches can be computed from it.",
@@ -73,8 +74,8 @@ def account(ledger: Ledger, dataset: str, records: str, run: str, plan: ClientPl
 
 def relation(unit: PrivacyUnit) -> str:
     """How two data sets differ that a guarantee makes hard to tell apart (`accounting.NEIGHBOURS`), in words."""
-    what = "one record" if unit == RECORD else "all records of one group"
-    return f"zero-out: {what} contributes zero to every batch; the number of {unit.noun}s is public"
+    what = "one record contributes" if unit == RECORD else "all records of one group contribute"
+    return f"zero-out: {what} zero to every batch; the number of {unit.noun}s is public"
 
 
 def privacy_statement(
@@ -137,6 +138,9 @@ def privacy_statement(
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),
             "target_epsilon": target_epsilon,
         }
+    void = [str(plan.client) for plan in plans.values() if plan.void_delta]
+    if void:
+        statement["not_covered"].append(f"{VOID_DELTA} (clients {', '.join(void)})")
     if any(own.lifetime_epsilon == math.inf for own in accounts.values()):
         statement["not_covered"].append("Earlier releases of the same data with another unit: they do not add up.")
     bare = max(own.unprotected for own in accounts.values())
