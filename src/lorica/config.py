@@ -150,10 +150,10 @@ class TaskConfig(Strict):
             return value
         choices: tuple[str, ...] = registered(TASK_KINDS)[kind].load().metric_choices
         if not choices:
-            raise _mistake(f"{kind} has metrics of its own", "leave task.metrics out")
+            raise _mistake(f"{kind} has fixed metrics", "remove task.metrics")
         for name in value:
             if name not in choices:
-                raise _mistake(f"{name} is no metric of {kind}", remedy_for_unknown(name, choices))
+                raise _mistake(f"{name} is not a metric of {kind}", remedy_for_unknown(name, choices))
         return value
 
     @field_validator("text", mode="before")
@@ -165,7 +165,7 @@ class TaskConfig(Strict):
     @classmethod
     def _at_least_one(cls, value: str | dict[str, str]) -> str | dict[str, str]:
         if isinstance(value, dict) and not (value and all(re.fullmatch(r"[A-Za-z][\w-]*", name) for name in value)):
-            raise ValueError("give a source, or names (letters, digits, - and _) with a source each")
+            raise ValueError("give a source, or a mapping of names (letters, digits, - and _) to sources")
         return value
 
     @field_validator("text")
@@ -248,9 +248,11 @@ class FederationConfig(Strict):
     @classmethod
     def _only_of_columns(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None and info.data.get("partition") == "column":
-            raise ValueError("partition: column needs the name of a column in federation.by")
+            raise _mistake("federation.partition=column requires a column", "set federation.by to the name of a column")
         if value is not None and info.data.get("partition") != "column":
-            raise ValueError("only federation.partition: column uses it")
+            raise _mistake(
+                "used only with federation.partition=column", "remove federation.by, or set federation.partition=column"
+            )
         return value
 
 
@@ -359,13 +361,13 @@ class PrivacyConfig(Strict):
     @model_validator(mode="after")
     def _a_group_has_a_column(self) -> PrivacyConfig:
         if (self.unit == "group") != (self.group is not None):
-            raise ValueError("give unit: group and the column group together")
+            raise ValueError("set unit: group and group: COLUMN together")
         return self
 
     @model_validator(mode="after")
     def _one_target(self) -> PrivacyConfig:
         if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("give either epsilon or noise_multiplier (and set the other to null)")
+            raise ValueError("set either epsilon or noise_multiplier, and set the other to null")
         return self
 
 
@@ -422,6 +424,10 @@ def load(source: str | Path | dict[str, Any] | None = None, overrides: list[str]
     Raises:
         UserError: the file is missing or is not YAML, a key is unknown (the nearest known one is named), a value has
             the wrong type or is out of bounds.
+
+    >>> config = load(overrides=["method.name=ffa-lora", "federation.rounds=3"])
+    >>> config.method.name, config.federation.rounds
+    ('ffa-lora', 3)
     """
     content = dict(source) if isinstance(source, dict) else read_mapping(Path(source or DEFAULT_CONFIG))
     for override in overrides or []:
@@ -474,7 +480,7 @@ def _nearest_key(model: type[BaseModel], path: list[str]) -> str:
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     known = list(section.model_fields)
     nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}"
+    return f"did you mean {nearest[0]!r}?" if nearest else f"choose one of: {', '.join(known)}"
 
 
 def read_mapping(path: Path, key: str = "config") -> dict[str, Any]:
@@ -491,7 +497,7 @@ def read_mapping(path: Path, key: str = "config") -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(key, str(path), f"not valid YAML ({error})", "mend the file") from None
+        raise UserError(key, str(path), f"not valid YAML ({error})", "correct the file") from None
     if not isinstance(content, dict):
         raise UserError(key, str(path), "not a mapping of keys to values", "start from an example in the documentation")
     return content
@@ -504,7 +510,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(key, text, "not a YAML value", "quote it") from None
+        raise UserError(key, text, "not a valid YAML value", "put the value in quotes") from None
     section = content
     *parents, last = key.split(".")
     for parent in parents:

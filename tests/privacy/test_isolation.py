@@ -96,7 +96,7 @@ def test_a_model_that_mixes_examples_is_refused(kind: type[Any], example_of_row:
         torch.tensor([0, 1, 2]),
         None if example_of_row is None else torch.tensor(example_of_row),
     )
-    with pytest.raises(UserError, match="depends on the examples beside it") as error:
+    with pytest.raises(UserError, match="depends on the other examples") as error:
         check_isolation(model, losses, trained, some, 1e-3)
     assert error.value.key == "model.base"
 

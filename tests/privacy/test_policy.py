@@ -72,7 +72,7 @@ FIXED = ["privacy.epsilon=null", "privacy.noise_multiplier=1.0"]
     [
         (["privacy=none"], r"policy\.noise: the server proposes noise = none; allowed are secure"),
         (["privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
-        ([FIXED[0], "privacy.noise_multiplier=0.3"], r"policy\.min_noise_multiplier: .* 0\.3; the least is 0\.7"),
+        ([FIXED[0], "privacy.noise_multiplier=0.3"], r"policy\.min_noise_multiplier: .* 0\.3; the minimum is 0\.7"),
         (["privacy.clip_norm=1.0e+9"], r"policy\.max_clip_norm: .* 1e\+09; the limit is 2"),
         (["federation.batch_size=1000"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.2"),
         (["federation.rounds=201"], r"policy\.max_steps: .* 1005 steps; the limit is 1000"),
@@ -98,12 +98,12 @@ def test_what_goes_beyond_the_policy_is_refused(overrides: list[str], message: s
         (["privacy.epsilon=40"], r"policy\.max_epsilon: .* ε = 40 at δ = 1e-05; the limit is 3\.1 at δ = 1e-05"),
         (["privacy.epsilon=100", "privacy.delta=9.0e-4"], r"policy\.max_epsilon: .* ε = 100 at δ = 0\.0009"),
         # At a smaller δ than the owner's, its ε is no word on ours; the noise that it takes is.
-        (["privacy.epsilon=100", "privacy.delta=1.0e-6"], r"policy\.min_noise_multiplier: .* the least is 0\.7"),
+        (["privacy.epsilon=100", "privacy.delta=1.0e-6"], r"policy\.min_noise_multiplier: .* the minimum is 0\.7"),
         (["privacy.epsilon=40", "federation.batch_size=1000"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.2"),
         (["privacy.epsilon=40", "federation.rounds=1000"], r"policy\.max_steps: .* 5000 steps; the limit is 1000"),
         (["privacy.epsilon=40", "privacy.clip_norm=3"], r"policy\.max_clip_norm: .* 3; the limit is 2"),
         (["privacy.epsilon=40", "privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
-        ([FIXED[0], "privacy.noise_multiplier=0.3"], r"policy\.min_noise_multiplier: .* 0\.3; the least is 0\.7"),
+        ([FIXED[0], "privacy.noise_multiplier=0.3"], r"policy\.min_noise_multiplier: .* 0\.3; the minimum is 0\.7"),
         (["privacy=none"], r"policy\.noise: .* none"),
     ],
 )
@@ -209,7 +209,7 @@ ROWS = st.builds(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     rows=st.lists(ROWS, max_size=4),
     limit=st.floats(0.2, 12),
@@ -308,8 +308,8 @@ def test_what_an_owner_must_decide_has_no_default(key: str, tmp_path: Path) -> N
         ({"tasks": [{"text": "sentence"}]}, r"policy\.tasks\.type = None: this key is required"),
         ({"tasks": [{"type": "text-classification", "labl": "x"}]}, r"policy\.tasks\.labl .*Did you mean 'label'\?"),
         ({"noise": ["soft"]}, r"policy\.noise"),
-        ({"unit": "group"}, r"policy.* unit: group and the column group together"),
-        ({"group": "who"}, r"policy.* unit: group and the column group together"),
+        ({"unit": "group"}, r"policy.* set unit: group and group: COLUMN together"),
+        ({"group": "who"}, r"policy.* set unit: group and group: COLUMN together"),
     ],
 )
 def test_mistakes_in_a_policy_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:

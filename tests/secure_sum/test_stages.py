@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorica.errors import UserError
 from lorica.secure_sum.setup import Setup, SummationError
-from lorica.secure_sum.stages import Part, add_up, answer
+from lorica.secure_sum.stages import Part, add_up, run_client_stage
 
 SHAPES = {"a": (3, 4), "b": (5,)}
 WEIGHTS = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}
@@ -37,7 +37,7 @@ class Clients:
             if (stage, client) in self.silent:
                 continue
             part = Part.from_bytes(self.stored[client]) if client in self.stored else Part()
-            part, content = answer(part, client, question, lambda client=client: inputs(client))
+            part, content = run_client_stage(part, client, question, lambda client=client: inputs(client))
             self.stored[client] = part.to_bytes()
             answers[client] = b"\x07" * len(content) if (stage, client) in self.garbled else content
         return answers
@@ -105,25 +105,25 @@ def masked_once(clients: Clients, name: str = "one") -> dict[int, str]:
 def refused(clients: Clients, question: dict[str, object], match: str) -> None:
     before = clients.stored[0]
     with pytest.raises(SummationError, match=match):
-        answer(Part.from_bytes(before), 0, json.dumps(question), lambda: inputs(0))
+        run_client_stage(Part.from_bytes(before), 0, json.dumps(question), lambda: inputs(0))
 
 
 def test_what_no_honest_server_asks_is_refused() -> None:
     clients = Clients()
     question = json.loads(masked_once(clients)[0])
     refused(clients, {"stage": "keys", "setup": vars(setup())}, "the same summation twice")
-    refused(clients, {"stage": "keys", "setup": vars(setup("two")) | {"threshold": 1}}, "cannot be understood")
-    refused(clients, question | {"weight": 1.5}, "no share")
-    refused(clients, question | {"weight": float("nan")}, "no share")
+    refused(clients, {"stage": "keys", "setup": vars(setup("two")) | {"threshold": 1}}, "question is malformed")
+    refused(clients, question | {"weight": 1.5}, "not between 0 and 1")
+    refused(clients, question | {"weight": float("nan")}, "not between 0 and 1")
     refused(clients, question | {"weight": 0.2}, "second input under the same masks")
-    refused(clients, question | {"summation": "other"}, "no part in")
-    refused(clients, question | {"stage": "single"}, "stage that there is not")
+    refused(clients, question | {"summation": "other"}, "has not joined")
+    refused(clients, question | {"stage": "single"}, "unknown stage")
     refused(clients, {"stage": "revealed", "summation": "one", "survivors": [0, 1, 2]}, "second time")
-    refused(clients, {"stage": "shares", "summation": "one"}, "cannot be understood")
-    refused(clients, {"hello": 1}, "cannot be understood")
+    refused(clients, {"stage": "shares", "summation": "one"}, "question is malformed")
+    refused(clients, {"hello": 1}, "question is malformed")
     for garbage in ("", "[]", "null", "{", "\x00"):
         with pytest.raises(SummationError):
-            answer(Part.from_bytes(clients.stored[0]), 0, garbage, lambda: inputs(0))
+            run_client_stage(Part.from_bytes(clients.stored[0]), 0, garbage, lambda: inputs(0))
 
 
 def test_an_error_of_the_input_is_not_blamed_on_the_question() -> None:
@@ -133,7 +133,7 @@ def test_an_error_of_the_input_is_not_blamed_on_the_question() -> None:
     clients = Clients(silent={("masked", 0)})
     question = masked_once(clients)[0]
     with pytest.raises(UserError, match="the disk is full"):
-        answer(Part.from_bytes(clients.stored[0]), 0, question, full)
+        run_client_stage(Part.from_bytes(clients.stored[0]), 0, question, full)
 
 
 def test_the_same_input_in_a_second_sum_with_others_is_not_revealed(caplog: pytest.LogCaptureFixture) -> None:

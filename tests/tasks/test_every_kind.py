@@ -165,10 +165,13 @@ def test_an_unknown_kind_is_one_clear_error(value: Any) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"metrics": ["acuracy"]}, "task.metrics = ['acuracy']: acuracy is no metric of text-classification. Did you"),
-        ({"metrics": ["pearson"]}, "pearson is no metric of text-classification"),
-        ({"type": "question-answering", "metrics": ["f1"]}, "question-answering has metrics of its own. Leave"),
-        ({"type": "language-modelling", "metrics": ["accuracy"]}, "language-modelling has metrics of its own"),
+        (
+            {"metrics": ["acuracy"]},
+            "task.metrics = ['acuracy']: acuracy is not a metric of text-classification. Did you",
+        ),
+        ({"metrics": ["pearson"]}, "pearson is not a metric of text-classification"),
+        ({"type": "question-answering", "metrics": ["f1"]}, "question-answering has fixed metrics. Remove"),
+        ({"type": "language-modelling", "metrics": ["accuracy"]}, "language-modelling has fixed metrics"),
     ],
 )
 def test_metrics_of_another_kind_are_refused(keys: dict[str, Any], message: str) -> None:

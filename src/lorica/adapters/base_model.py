@@ -1,4 +1,4 @@
-"""Load the frozen base model with its head, offline when its files are local."""
+"""Load the frozen base model with its head, offline if its files are local."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lorica.errors import UserError
 from lorica.streams import stream_seed
 from lorica.tasks.kind import TaskKind, kind_named
 
-# Every name under which a family has modules after its encoder; they stay whole where the base is quantised.
+# Names of the modules after the encoder in all supported families. They are not quantised.
 HEADS = ["classifier", "score", "qa_outputs", "pre_classifier", "head", "pooler"]
 
 
@@ -29,12 +29,12 @@ class BaseModel:
     """A base model whose parameters are all frozen.
 
     Attributes:
-        model: takes the task's inputs by name; its output has `logits (n, labels)`, or `(n, t, vocabulary)` of a
+        model: takes the task's inputs by name; its output has `logits (n, labels)`, or `(n, t, vocabulary)` for a
             language model.
-        head: path of the head's last linear map; of a language model, of the map onto its vocabulary. That one belongs
-            to the base, often shares its weight with the input embedding, and is never trained or adapted.
-        head_is_new: the checkpoint brings no head for these labels.
-        new_modules: paths of other modules that the checkpoint does not hold; an exported adapter has to carry them.
+        head: path of the head's last linear map. For a language model it is the map to the vocabulary, which is part of
+            the base, often shares its weight with the input embedding, and is never trained or adapted.
+        head_is_new: the checkpoint has no head for these labels.
+        new_modules: paths of other modules that are not in the checkpoint; an exported adapter includes them.
     """
 
     model: nn.Module
@@ -44,7 +44,7 @@ class BaseModel:
 
 
 class MeanPooledClassifier(nn.Module):
-    """An encoder with a linear head on the mean of its last hidden states, padding left out.
+    """An encoder with a linear head on the mean of its last hidden states, without padding.
 
     `logits = W · (Σ_t m_t h_t / Σ_t m_t) + c` with the attention mask `m (n, t)` and hidden states `h (n, t, d)`.
     """
@@ -65,16 +65,16 @@ class MeanPooledClassifier(nn.Module):
 def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed: int) -> BaseModel:
     """The base model with a head for `label_names`, frozen, in evaluation mode, on the CPU in fp32.
 
-    A head that the checkpoint brings for exactly these labels is kept. Otherwise it is zero where it will be trained
-    (every client starts from the same point and the first gradient is not spent on undoing noise), or drawn from the
-    seed where it stays frozen. A language model keeps its own head; `label_names` does not count.
+    A head in the checkpoint is kept if it has exactly these labels. Otherwise a trained head starts at zero (the same
+    for all clients, and without random weights to unlearn), and a frozen head is drawn from the seed. A language model
+    keeps its own head and ignores `label_names`.
 
-    The base takes `config.precision` here if that is a quantised one, else in `adapt`.
+    A quantised `config.precision` is applied here, any other in `adapt`.
 
     Raises:
         UserError: the model cannot be loaded, has no linear head for the labels, or mixes examples (batch
-            normalisation); bitsandbytes is missing where the precision needs it; for language modelling, the model is
-            none or sees the tokens that it is to predict, or `model.head` is not `freeze`.
+            normalisation); the precision needs bitsandbytes, which is missing; for language modelling, the model is not
+            a causal language model, or `model.head` is not `freeze`.
     """
     kind = kind_named(task_type)
     base = resolve_base(config.base)
@@ -124,7 +124,7 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
             raise UserError(
                 "model.base",
                 config.base,
-                f"batch normalisation ({name}) mixes examples, so one record cannot be clipped by itself",
+                f"batch normalisation ({name}) mixes examples, so records cannot be clipped separately",
                 "use a model with layer or group normalisation",
             )
     model.requires_grad_(False)
@@ -139,16 +139,16 @@ def _quantisation(config: ModelConfig, heads: tuple[str, ...]) -> dict[str, Any]
             "model.precision",
             config.precision,
             "needs bitsandbytes, which is not installed",
-            "pip install 'lorica[quantised]', or set model.precision=bf16",
+            "run pip install 'lorica[quantised]', or set model.precision=bf16",
         )
-    # It warns in every pass that it rounds activations, which is what was asked for.
+    # It warns in every pass that it rounds activations, as intended.
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     settings = transformers.BitsAndBytesConfig(
         load_in_8bit=config.precision == "int8",
         load_in_4bit=config.precision == "nf4",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=torch.bfloat16,
-        # Above 0, a column that is large in one example is computed otherwise for all examples of the batch.
+        # Above 0, a large value in one example would change the precision of a column for the whole batch.
         llm_int8_threshold=0.0,
         llm_int8_skip_modules=sorted({*HEADS, *heads}),
     )
@@ -181,11 +181,11 @@ def _from_pretrained(function: Callable[..., Any], base: str, options: dict[str,
 def _load_with_own_head(kind: type[TaskKind], config: ModelConfig, base: str, options: dict[str, Any]) -> Any:
     if config.head != "freeze":
         raise UserError(
-            "model.head", config.head, "a language model's head is a part of its base", "set model.head=freeze"
+            "model.head", config.head, "the head of a language model is part of its base", "set model.head=freeze"
         )
     model, info = _from_pretrained(getattr(transformers, kind.model_class).from_pretrained, base, options)
     if info["missing_keys"]:
-        problem = f"the checkpoint holds no whole language model ({min(info['missing_keys'])} is missing)"
+        problem = f"the checkpoint is not a complete language model ({min(info['missing_keys'])} is missing)"
         raise UserError("model.base", config.base, problem, "give a causal language model")
     return model
 
@@ -213,8 +213,8 @@ def _head_path(model: nn.Module, heads: tuple[str, ...], outputs: int) -> str:
         raise UserError(
             "model.base",
             type(model).__name__,
-            f"no linear map named {' or '.join(heads)} gives as many numbers as the task needs",
-            "for texts, try model.pooling=mean; else use a model with such a head",
+            f"it has no linear map named {' or '.join(heads)} with the number of outputs that the task needs",
+            "set model.pooling=mean for a text task, or use a model with such a head",
         )
     return found[-1]
 
@@ -230,7 +230,7 @@ def _device_type(config: ModelConfig) -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one.
+    """The device of this name; `auto` selects a GPU if there is one.
 
     Raises:
         UserError: no such device.

@@ -1,4 +1,4 @@
-"""What an owner brings to a federation: its records, those it tests on, the plan that it agrees to, its ledger."""
+"""Set up an owner: its training and test records, its plan, and its ledger."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lorica.tasks.records import Records, Task
 
 
 def by_privacy_unit(config: ExperimentConfig, task: Task) -> Task:
-    """The task with its training records grouped as `privacy.group` says, or as it is."""
+    """The task with its training records grouped by `privacy.group`, or unchanged if that is not set."""
     if config.privacy == "none" or config.privacy.group is None:
         return task
     divided = config.federation.partition in ("column", "files")
@@ -33,18 +33,18 @@ def by_privacy_unit(config: ExperimentConfig, task: Task) -> Task:
 
 
 def divide(config: ExperimentConfig, task: Task) -> list[Records]:
-    """The training records of each simulated client, as `federation.partition` says.
+    """The training records of each simulated client, divided by `federation.partition`.
 
     Raises:
-        UserError: there are too few records, or no labels to divide them by.
+        UserError: too few records, or no labels to divide them by.
     """
     federation = config.federation
     if federation.partition in BY_LABELS and not task.has_classes:
         raise UserError(
             "federation.partition",
             federation.partition,
-            f"it goes by labels, and {config.task.type} has none",
-            "choose iid or quantity",
+            f"it divides records by label, but {config.task.type} has no labels",
+            "set federation.partition to iid or quantity",
         )
     owners = None if task.owners is None else task.owners.of
     parts = partition(task.train.labels, federation, stream_seed(config.seed, "partition"), owners)
@@ -52,21 +52,20 @@ def divide(config: ExperimentConfig, task: Task) -> list[Records]:
 
 
 def hold_out(config: ExperimentConfig, records: Records) -> tuple[Records, Records | None]:
-    """A client's records to train on, and those that it tests on; None if there are none.
+    """Split a client's records into training and test records; None if there are no test records.
 
-    A record is tested on if a hash of the public seed and its digest is below `federation.private_test`. Its side thus
-    depends on no other record, and equal records are on the same side. How many are on each side follows: where none is
-    left to test on, the client has no private test.
+    A record is held out if a hash of the public seed and its digest is below `federation.private_test`. This depends on
+    no other record, and equal records are on the same side. The number of test records follows from it; it can be zero.
 
     Raises:
-        UserError: no record is left to train on, or the unit of privacy is a group.
+        UserError: no training record is left, or the unit of privacy is a group.
     """
     share = config.federation.private_test
     if share == 0:
         return records, None
     if PrivacyUnit.of(config.privacy) != RECORD:
-        reason = "a group is one record, and its records have a prediction each"
-        raise UserError("federation.private_test", share, reason, "set it to 0")
+        reason = "private tests are not supported with privacy.unit = group"
+        raise UserError("federation.private_test", share, reason, "set federation.private_test to 0")
     prefix = f"{config.seed}:private-test:".encode()
     ranks = [int.from_bytes(hashlib.sha256(prefix + bytes(digest)).digest()[:8]) for digest in records.digests]
     tested = np.array(ranks, dtype=np.uint64) < np.uint64(int(share * 2**64))
@@ -85,7 +84,7 @@ def planned_steps(config: ExperimentConfig, client: int) -> int:
 
 
 def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
-    """What a client agrees to: noise for the steps that the schedule asks of it.
+    """A client's plan, with noise calibrated to the steps that the schedule assigns to it.
 
     Args:
         records: `n`, declared public.
@@ -98,11 +97,11 @@ def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
 
 
 def ledger_path(config: ExperimentConfig, dataset: str) -> Path:
-    """`privacy.ledger`, or beside the training data; for data without a place of its own, under Lorica's home."""
+    """`privacy.ledger`, or a file next to the training data, or in Lorica's home folder if the data is not local."""
     if config.privacy != "none" and config.privacy.ledger is not None:
         return Path(config.privacy.ledger).expanduser()
     train = first_source(config.task.train)
-    # A run without privacy has no budget to keep, so it may go on where the data's folder is read-only.
+    # Without privacy there is no budget to record, so a read-only data folder is not an error.
     if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
         return ledger_beside(train)
     return home_folder() / "ledgers" / f"{dataset[:16]}.sqlite"
@@ -116,10 +115,10 @@ def make_client(
     ledger: Ledger,
     dataset: str,
 ) -> Client:
-    """The owner that agreed to a plan.
+    """The client with this plan.
 
     Args:
-        dataset: fingerprint of the data set that the records are part of.
+        dataset: fingerprint of the whole data set.
     """
     return Client(
         number=plan.client,

@@ -17,7 +17,7 @@ CHUNK = 2**20
 
 
 def clipped_sum(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
-    """`Σ_i g_i · min(1, C/‖g_i‖₂)`, the norm taken over all trained tensors together.
+    """`Σ_i g_i · min(1, C/‖g_i‖₂)`, with the norm over all trained tensors together.
 
     Formal guarantee: replacing one example's gradients by zeros changes the result by at most `C` in L2 norm, rounding
     included. Abadi et al., arXiv 1607.00133, Algorithm 1.

@@ -1,4 +1,4 @@
-"""A client's four stages: functions of its secret state and of what the server sent."""
+"""The client's four stages, as functions of its secret state and the server's message."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from lorica.secure_sum.shamir import SECRET_BYTES, SHARE_BYTES, split, valid
 
 @dataclass(frozen=True)
 class State:
-    """What a client keeps between the stages of one summation. Secret: it never leaves the client.
+    """State of a client between the stages of one summation. Secret: it never leaves the client.
 
     Attributes:
         own: this client's id.
         encryption_private, mask_private: X25519 private keys.
         keys: client -> public keys of all participants; empty before `share`.
-        seed: of the self mask; empty before `share`.
-        shares: client -> its seed's share and its mask key's share for this client. Before `mask` only its own, then
-            of all clients that shared.
-        masked: SHA-256 of the quantised tensors and of whom they were masked with; empty before `mask`.
-        survivors: what `reveal` was told; empty before.
+        seed: seed of the self mask; empty before `share`.
+        shares: client -> the shares of its seed and of its mask key for this client. Before `mask` only this client's
+            own; afterwards those of all clients that shared.
+        masked: SHA-256 of the quantised tensors and of the clients they were masked with; empty before `mask`.
+        survivors: the clients named to `reveal`; empty before.
     """
 
     setup: Setup
@@ -76,16 +76,16 @@ class State:
 
 
 def advertise(setup: Setup, own: int) -> tuple[State, bytes]:
-    """Stage 1: two fresh key pairs; the public keys are for all participants."""
+    """Stage 1: generate two key pairs and return the public keys, for all participants."""
     state = State(setup, own, primitives.private_key(), primitives.private_key())
     return state, _public_keys(state)
 
 
 def share(state: State, keys: Mapping[int, bytes]) -> tuple[State, dict[int, bytes]]:
-    """Stage 2: draw the seed of the self mask; share it and the mask key among all participants.
+    """Stage 2: draw the seed of the self mask, and share it and the mask key among all participants.
 
     Args:
-        keys: client -> what it advertised, this client included.
+        keys: client -> its public keys, this client included.
 
     Returns:
         Recipient -> encrypted shares, for each other participant.
@@ -96,7 +96,7 @@ def share(state: State, keys: Mapping[int, bytes]) -> tuple[State, dict[int, byt
     """
     setup, own = state.setup, state.own
     if state.seed:
-        raise SummationError("the server asks for shares of secrets twice")
+        raise SummationError("the server asks for this client's shares twice")
     check_keys(setup, keys)
     if keys.get(own) != _public_keys(state):
         raise SummationError("the public keys that this client sent are missing or replaced")
@@ -112,25 +112,25 @@ def share(state: State, keys: Mapping[int, bytes]) -> tuple[State, dict[int, byt
 
 
 def mask(state: State, shares: Mapping[int, bytes], tensors: Mapping[str, Tensor]) -> tuple[State, bytes]:
-    """Stage 3: the quantised tensors under the self mask and one mask with each client that shared.
+    """Stage 3: mask the quantised tensors with the self mask and a pairwise mask for each client that shared.
 
-    Called again with the same tensors and senders it gives the same bytes, for a reply that got lost.
+    A repeated call with the same tensors and senders returns the same bytes, in case the reply was lost.
 
     Args:
         shares: sender -> encrypted shares for this client, from each other client that shared.
-        tensors: name -> what to sum, released and already multiplied by this client's public weight.
+        tensors: name -> released tensor to sum, already multiplied by this client's public weight.
 
     Raises:
         SummationError: called before `share`; called a second time with other tensors or senders; unknown senders;
-            fewer clients than the threshold; shares that were altered, or are another client's or summation's; a tensor
-            that is not finite.
+            fewer clients than the threshold; shares that were altered or belong to another client or summation; a
+            tensor that is not finite.
     """
     setup, own = state.setup, state.own
     if not state.seed:
-        raise SummationError("the server asks for an input before this client shared its secrets")
+        raise SummationError("the server asks for a masked input before this client shared its secrets")
     unknown = set(shares) - (set(state.keys) - {own})
     if unknown:
-        raise SummationError(f"shares from clients that are not among the others: {sorted(unknown)}")
+        raise SummationError(f"shares from unknown clients: {sorted(unknown)}")
     check_threshold(setup, len(shares) + 1, "shared their secrets")
 
     words = quantise(setup, tensors)
@@ -153,9 +153,9 @@ def mask(state: State, shares: Mapping[int, bytes], tensors: Mapping[str, Tensor
 
 
 def reveal(state: State, survivors: Collection[int]) -> tuple[State, bytes]:
-    """Stage 4: for each client that shared, the share of its seed if it survived, else the share of its mask key.
+    """Stage 4: for each client that shared, reveal the share of its seed if it survived, else that of its mask key.
 
-    Called again with the same survivors it gives the same bytes.
+    A repeated call with the same survivors returns the same bytes.
 
     Args:
         survivors: the clients whose masked inputs reached the server.
@@ -167,14 +167,14 @@ def reveal(state: State, survivors: Collection[int]) -> tuple[State, bytes]:
     setup, own = state.setup, state.own
     alive = tuple(sorted(set(survivors)))
     if not state.masked:
-        raise SummationError("the server asks for shares before this client sent its input")
+        raise SummationError("the server asks for shares before this client sent its masked input")
     if state.survivors not in ((), alive):
         raise SummationError("the server asks for shares a second time, with other survivors")
     unknown = set(alive) - set(state.shares)
     if unknown:
         raise SummationError(f"survivors that did not share their secrets: {sorted(unknown)}")
     if own not in alive:
-        raise SummationError("the server declares this client to have dropped out, and asks it for shares")
+        raise SummationError("the server says that this client dropped out, but asks it for shares")
     check_threshold(setup, len(alive), "survived")
     reply = b"".join(
         pair[:SHARE_BYTES] if client in alive else pair[SHARE_BYTES:] for client, pair in sorted(state.shares.items())
@@ -187,7 +187,7 @@ def _public_keys(state: State) -> bytes:
 
 
 def _encryption(state: State, other: int, keys: Mapping[int, bytes]) -> bytes:
-    """The key of the shares between this client and another."""
+    """The encryption key for shares between this client and another."""
     public = encryption_key(keys[other])
     ids = sorted((state.own, other))
     try:

@@ -1,10 +1,10 @@
-"""The bytes that travel in a summation, as both sides read them.
+"""The messages of a summation, as bytes.
 
 | message | content |
 |---|---|
 | keys | public key for encryption, public key for masks, 32 bytes each |
 | share | sealed: share of the seed, share of the mask key, 33 bytes each |
-| masked input | SHA-256 of what it belongs to, commitment to the seed, 32 bytes each; then the words, little-endian |
+| masked input | SHA-256 of its context, commitment to the seed, 32 bytes each; then the words, little-endian |
 | reveal | for each client that shared, by id: one share of 33 bytes |
 """
 
@@ -27,28 +27,30 @@ def check_keys(setup: Setup, keys: Mapping[int, bytes]) -> None:
     """Check the public keys of all participants.
 
     Raises:
-        SummationError: an id out of range, a message of the wrong length, a key that another client has too, more
-            clients than agreed, or fewer than the threshold.
+        SummationError: an id out of range, a message of the wrong length, a repeated key, more clients than agreed, or
+            fewer than the threshold.
     """
     seen: set[bytes] = set()
     for client, message in sorted(keys.items()):
         if not 0 <= client <= LARGEST_ID:
-            raise SummationError("the id is not in 0 .. 2^63 - 1", client)
+            raise SummationError("the id is not between 0 and 2^63 - 1", client)
         if len(message) != 2 * KEY_BYTES:
-            raise SummationError(f"{len(message)} bytes of public keys, expected {2 * KEY_BYTES}", client)
+            raise SummationError(f"its public keys have {len(message)} bytes, not {2 * KEY_BYTES}", client)
         pair = {encryption_key(message), mask_key(message)}
         if len(pair) < 2 or pair & seen:
             raise SummationError("a public key appears twice", client)
         seen |= pair
     if len(keys) > setup.clients:
-        raise SummationError(f"{len(keys)} clients, agreed were at most {setup.clients}")
+        raise SummationError(f"{len(keys)} clients sent keys, but at most {setup.clients} were agreed")
     check_threshold(setup, len(keys), "sent keys")
 
 
 def check_threshold(setup: Setup, count: int, what: str) -> None:
     """Raise `SummationError` if `count` clients are fewer than the threshold."""
     if count < setup.threshold:
-        raise SummationError(f"{count} clients {what}, the threshold is {setup.threshold}: nothing is revealed")
+        raise SummationError(
+            f"only {count} clients {what}, but the threshold is {setup.threshold}: nothing is revealed"
+        )
 
 
 def encryption_key(message: bytes) -> bytes:
@@ -72,18 +74,18 @@ def pair_seed(setup: Setup, own: int, private: bytes, other: int, public: bytes)
 
 
 def commitment(setup: Setup, seed: bytes) -> bytes:
-    """SHA-256 of a self-mask seed, by which the server knows whether it reconstructed the right one.
+    """SHA-256 of a self-mask seed, with which the server checks that it reconstructed the right one.
 
-    The seed has 256 random bits, so this does not help to find it.
+    The seed has 256 random bits, so its hash does not reveal it.
     """
     return hashlib.sha256(json.dumps(["seed", setup.summation]).encode() + seed).digest()
 
 
 def context(setup: Setup, keys: Mapping[int, bytes], shapes: Shapes) -> bytes:
-    """SHA-256 of what two masked inputs must have in common to be summed.
+    """SHA-256 of everything that masked inputs must agree on to be summed.
 
     Args:
-        keys: of the clients that shared: those that masks were made with.
+        keys: client -> public keys, of the clients that shared.
     """
     content = {
         "setup": [setup.summation, setup.clients, setup.threshold, setup.bits, float(setup.bound)],

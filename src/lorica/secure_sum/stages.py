@@ -1,4 +1,4 @@
-"""The four stages between a server and its clients: who is asked what, and who is left out on the way."""
+"""Run the four stages of a summation between a server and its clients, leaving out clients that fail."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from lorica.secure_sum.server import check_masked, route, unmask
 from lorica.secure_sum.setup import Setup, SummationError
 
 INPUT = "masked"
-"""The stage for which a client needs to know what it is to add up."""
+"""The stage in which a client sends its tensors, masked."""
 Ask = Callable[[str, Mapping[int, str]], Mapping[int, bytes]]
-"""A stage and client -> question, to client -> answer, of those that gave one."""
+"""`ask(stage, client -> question)` returns client -> answer, for the clients that answered."""
 logger = logging.getLogger(__name__)
 
 
 def add_up(setup: Setup, weights: Mapping[int, float], shapes: Shapes, ask: Ask) -> tuple[list[int], dict[str, Tensor]]:
-    """The sum of `w_k` times the tensors of client k, over the clients that stayed to the end.
+    """The sum of `w_k` times the tensors of client k, over the clients whose masked inputs arrived.
 
-    A client that does not answer a stage, or whose answer is wrong, is left out from there on and logged.
+    A client that fails to answer a stage, or gives a wrong answer, is logged and takes no further part.
 
     Args:
         weights: client -> `w_k`, public.
         shapes: name -> shape.
 
     Returns:
-        The clients in the sum, and the sum. Both are empty if fewer than `setup.threshold` were left at some stage.
+        The clients in the sum, and the sum; both empty if fewer than `setup.threshold` clients were left at a stage.
     """
     try:
         return _add_up(setup, weights, shapes, ask)
@@ -46,13 +46,13 @@ def add_up(setup: Setup, weights: Mapping[int, float], shapes: Shapes, ask: Ask)
 
 @dataclass(frozen=True)
 class Part:
-    """One client's part in summations, kept between their stages. Secret.
+    """What one client stores between stages and summations. Secret.
 
     Attributes:
-        state: of the summation that is going on; None before the first.
-        given: digest of the tensors that were masked for it, and their weight.
-        shown: the same of the latest input that was in a sum, with the clients that it was added to: a second sum of
-            the same input with others would show single inputs by difference.
+        state: state of the current summation; None before the first.
+        given: digest and weight of the tensors masked in the current summation.
+        shown: digest and weight of the last input that became part of a sum, and the clients in that sum. A second sum
+            of the same input over other clients would reveal single inputs as the difference.
     """
 
     state: State | None = None
@@ -68,7 +68,7 @@ class Part:
         """The inverse of `to_bytes`.
 
         Raises:
-            SummationError: not a part.
+            SummationError: the content is damaged.
         """
         try:
             fields = json.loads(content)
@@ -79,22 +79,24 @@ class Part:
                 None if shown is None else (shown[0], shown[1], tuple(shown[2])),
             )
         except (ValueError, TypeError, KeyError, IndexError):
-            raise SummationError("the stored part of this client is damaged") from None
+            raise SummationError("the stored state of this client is damaged") from None
 
 
-def answer(part: Part, own: int, question: str, tensors: Callable[[], Mapping[str, Tensor]]) -> tuple[Part, bytes]:
-    """One client's answer to the question of a stage.
+def run_client_stage(
+    part: Part, own: int, question: str, tensors: Callable[[], Mapping[str, Tensor]]
+) -> tuple[Part, bytes]:
+    """Answer the server's question of one stage as client `own`.
 
-    An input or a reveal that is asked for again, after an answer was lost, is the same again.
+    A repeated question in the last two stages gets the same answer, in case the first one was lost.
 
     Args:
-        tensors: called at the stage of the masked input: what to add up, before weighting.
+        tensors: called in the stage of the masked input; returns the tensors to sum, before weighting.
 
     Returns:
-        What to store before the answer leaves, and the answer.
+        The new `Part`, to be stored before the answer leaves, and the answer.
 
     Raises:
-        SummationError: the question is none that a client answers in its state.
+        SummationError: the question is malformed, or not allowed in the client's state.
     """
     stage, summation, asked = _read(question)
     if stage == "keys":
@@ -103,14 +105,14 @@ def answer(part: Part, own: int, question: str, tensors: Callable[[], Mapping[st
         state, keys = advertise(asked["setup"], own)
         return replace(part, state=state, given=None), keys
     if part.state is None or summation != part.state.setup.summation:
-        raise SummationError("the server asks about a summation that this client has no part in")
+        raise SummationError("the server asks about a summation that this client has not joined")
     if stage == "shares":
         state, sealed = share(part.state, asked["keys"])
         return replace(part, state=state), json.dumps(_hex(sealed)).encode()
     if stage == INPUT:
         weight = asked["weight"]
         if not 0 <= weight <= 1:
-            raise SummationError("the server asks for an input with a weight that is no share")
+            raise SummationError("the server gives a weight that is not between 0 and 1")
         values = tensors()
         state, masked = mask(part.state, asked["shares"], {key: weight * values[key] for key in values})
         return replace(part, state=state, given=(_digest(values), weight)), masked
@@ -123,7 +125,7 @@ def answer(part: Part, own: int, question: str, tensors: Callable[[], Mapping[st
 
 
 def _read(question: str) -> tuple[str, str, dict[str, Any]]:
-    """Stage, summation, and what else the stage's question holds."""
+    """Stage, id of the summation, and the other content of a question."""
     try:
         asked = json.loads(question)
         stage = asked["stage"]
@@ -138,8 +140,8 @@ def _read(question: str) -> tuple[str, str, dict[str, Any]]:
         if stage == "revealed":
             return stage, asked["summation"], {"survivors": [int(client) for client in asked["survivors"]]}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, UserError):
-        raise SummationError("the server's question cannot be understood") from None
-    raise SummationError("the server asks for a stage that there is not")
+        raise SummationError("the server's question is malformed") from None
+    raise SummationError("the server asks for an unknown stage")
 
 
 def _add_up(
@@ -147,7 +149,7 @@ def _add_up(
 ) -> tuple[list[int], dict[str, Tensor]]:
     opening = json.dumps({"stage": "keys", "setup": asdict(setup)})
     keys = dict(ask("keys", dict.fromkeys(weights, opening)))
-    _without_liars(lambda: check_keys(setup, keys), keys)
+    _retry_without_faulty(lambda: check_keys(setup, keys), keys)
 
     asking = _question("shares", setup, keys=_hex(keys))
     sent = {}
@@ -155,8 +157,8 @@ def _add_up(
         try:
             sent[client] = _bytes(json.loads(content))
         except (ValueError, AttributeError, TypeError):
-            logger.warning("client %d: its shares cannot be read", client)
-    routed: dict[int, dict[int, bytes]] = _without_liars(lambda: route(setup, keys, sent), sent)
+            logger.warning("client %d sent unreadable shares", client)
+    routed: dict[int, dict[int, bytes]] = _retry_without_faulty(lambda: route(setup, keys, sent), sent)
     keys = {client: keys[client] for client in routed}
 
     questions = {
@@ -174,12 +176,12 @@ def _add_up(
     survivors = sorted(masked)
     asking = _question("revealed", setup, survivors=survivors)
     revealed = dict(ask("revealed", dict.fromkeys(survivors, asking)))
-    total: dict[str, Tensor] = _without_liars(lambda: unmask(setup, keys, masked, revealed, shapes), revealed)
+    total: dict[str, Tensor] = _retry_without_faulty(lambda: unmask(setup, keys, masked, revealed, shapes), revealed)
     return survivors, total
 
 
-def _without_liars(check: Callable[[], Any], answers: dict[int, Any]) -> Any:
-    """`check()`, again without each client that it names."""
+def _retry_without_faulty(check: Callable[[], Any], answers: dict[int, Any]) -> Any:
+    """`check()`, repeated without the answers of each client that it reports as faulty."""
     while True:
         try:
             return check()

@@ -43,5 +43,5 @@ def check_causal(model: Any, base: str) -> None:
     with torch.inference_mode():
         logits = model.eval()(input_ids=same_beginning).logits[:, :-1]
     if not torch.allclose(logits[0], logits[1], atol=1e-3 * logits.std().item()):
-        problem = f"{type(model).__name__} sees the tokens that it is to predict"
+        problem = f"{type(model).__name__} is not causal: it sees the tokens that it must predict"
         raise UserError("model.base", base, problem, "give a causal language model")

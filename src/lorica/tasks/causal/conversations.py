@@ -37,8 +37,8 @@ def read_conversations(source: Source, column: str, start: int) -> list[Conversa
 
 
 def _no_conversation(source: Source, column: str, index: int) -> UserError:
-    problem = f"record {index} (counted from 0) of {source.name} is no list of messages with a role and a content"
-    return UserError("task.text", column, problem, 'write [{"role": "user", "content": "…"}, …]')
+    problem = f"record {index} (counted from 0) of {source.name} is not a list of messages with a role and a content"
+    return UserError("task.text", column, problem, 'write conversations as [{"role": "user", "content": "…"}, …]')
 
 
 def chat_template(tokenizer: Any) -> str:
@@ -53,7 +53,7 @@ def chat_template(tokenizer: Any) -> str:
         raise UserError(
             "model.base",
             tokenizer.name_or_path,
-            "its tokenizer has no (default) chat template to write conversations out",
+            "its tokenizer has no (default) chat template",
             "use a chat model, or give a prompt and a completion column",
         ) from None
     return template
@@ -80,13 +80,13 @@ def encoded_conversations(
         # The template's own message may quote the conversation.
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise source.error(
-                f"the chat template cannot write out record {index} (counted from 0; {type(error).__name__})",
+                f"the chat template failed on record {index} (counted from 0; {type(error).__name__})",
                 "check the order and the roles of its messages, or remove the record",
             ) from None
         if turns is None:
             raise source.error(
-                f"the chat template writes the beginning of record {index} (counted from 0) otherwise when more "
-                "messages follow, so the assistant's turns cannot be found",
+                f"the chat template changes the beginning of record {index} (counted from 0) when more messages "
+                "follow, so the assistant's turns cannot be located",
                 "put {% generation %} and {% endgeneration %} around the assistant's turns in the tokenizer's chat "
                 "template",
             )

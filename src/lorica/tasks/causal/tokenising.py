@@ -88,7 +88,7 @@ def tokenise_causal(source: Source, columns: list[str], tokenizer: Any, max_leng
                     raise source.error(
                         f"record {index} (counted from 0) has nothing to learn in its first {limit} tokens (column "
                         f"{' and '.join(map(repr, columns))})",
-                        "raise task.max_length, shorten the prompt or remove the record",
+                        "raise task.max_length, shorten the prompt, or remove the record",
                     )
             arrays.append("sizes", np.fromiter(map(len, tokens), dtype=np.int64))
             arrays.append("tokens", np.concatenate(tokens))

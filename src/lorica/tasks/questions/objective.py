@@ -84,7 +84,7 @@ def evaluate(
         ValueError: the records keep no texts.
     """
     if records.texts is None:
-        raise ValueError("records made to train on keep no texts to evaluate with")
+        raise ValueError("training records have no texts, which evaluation needs")
     total = dict.fromkeys(("exact_match", "f1"), 0.0)
     with evaluating(model):
         loss = torch.zeros((), dtype=torch.float64, device=device)

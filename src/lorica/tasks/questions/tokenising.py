@@ -54,7 +54,7 @@ def tokenise_questions(
             context gives no tokens; the tokenizer is not a fast one; the lengths leave no room for context.
     """
     if not tokenizer.is_fast:
-        problem = "its tokenizer cannot tell which characters a token stands for"
+        problem = "its tokenizer does not report the character positions of tokens"
         raise UserError("model.base", tokenizer.name_or_path, problem, "use a model with a tokenizer.json")
     frame = Frame.of(tokenizer)
     limit = min(max_length, tokenizer.model_max_length) - frame.size
@@ -62,9 +62,9 @@ def tokenise_questions(
         raise UserError(
             "task.max_length",
             max_length,
-            f"with {max_question} tokens of question and {frame.size} special ones, {limit - max_question} are left "
-            f"for context, which is not more than the {stride} that windows share",
-            "raise max_length (the model may take less), or lower stride or max_question",
+            f"after {max_question} question tokens and {frame.size} special tokens, {limit - max_question} tokens are "
+            f"left for context, which must be more than the stride of {stride}",
+            "raise task.max_length (up to the model's limit), or lower task.stride or task.max_question",
         )
     _check_answers(source, answers)
     asked, told = column_texts(source, question, "task.question"), column_texts(source, context, "task.context")
@@ -101,8 +101,8 @@ def tokenise_questions(
                 context_tokens = encoded["input_ids"][number]
                 for column, part in ((question, ids), (context, context_tokens)):
                     if not part:
-                        problem = f"record {index} (counted from 0) gives no tokens from column {column!r}"
-                        raise source.error(problem, "fill the text in or remove the record")
+                        problem = f"record {index} (counted from 0) has no tokens in column {column!r}"
+                        raise source.error(problem, "add text or remove the record")
                 span = answer_span(offsets[number], right)
                 place = frame.context_place(len(ids))
                 cuts = window_cuts(len(context_tokens), limit - len(ids), stride)
@@ -168,7 +168,7 @@ def _check_answers(source: Source, column: str) -> None:
             "task.answers",
             column,
             f"the column of {source.name} holds {kind}, not answers",
-            "name a column of {text: [...], answer_start: [...]}, as SQuAD has it on the Hugging Face hub",
+            "choose a column of {text: [...], answer_start: [...]}, as in SQuAD on the Hugging Face hub",
         )
 
 
@@ -180,9 +180,9 @@ def _answers(source: Source, column: str, context: str, contexts: list[str], sta
         texts, places = value["text"], value["answer_start"]
         if not _aligned(texts, places, told):
             raise source.error(
-                f"record {index} (counted from 0) has an answer in column {column!r} that does not stand at its "
-                f"answer_start in column {context!r}",
-                "count answer_start in characters from 0, or remove the record",
+                f"record {index} (counted from 0) has an answer in column {column!r} that does not match column "
+                f"{context!r} at its answer_start",
+                "correct answer_start (in characters, counted from 0), or remove the record",
             )
         found.append([(text, place) for text, place in zip(texts, places, strict=True) if text])
     return found
