@@ -29,6 +29,7 @@ from lorica.local.step import LocalStep
 from lorica.messages import Delivery, Invitation, Projection, Request, Training
 from lorica.owner.node import Node, agreed, respond
 from lorica.owner.settings import NodeSettings
+from lorica.privacy import accounting
 from lorica.privacy.ledger import Ledger, Release
 from lorica.tensors import decode
 from tests.engines.organisations import DELTA, RECORDS, SIGMA, Organisations, invitation
@@ -137,17 +138,63 @@ def test_no_other_account_can_read_what_a_node_writes(owner: Owner) -> None:
         (["privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
         (["privacy.noise_multiplier=0.01"], r"policy\.min_noise_multiplier: .* 0\.01; the minimum is 0\.5"),
         (["privacy.clip_norm=1.0e+9"], r"policy\.max_clip_norm: .* 1e\+09; the limit is 2"),
-        (["privacy.clip_norm=.inf"], r"the experiment is not valid here: privacy\.clip_norm"),
         ([f"federation.batch_size={RECORDS[0]}"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.5"),
         (["federation.rounds=51"], r"policy\.max_steps: .* 102 steps; the limit is 100"),
         (["privacy.noise_multiplier=0.5", "federation.rounds=50"], r"policy\.max_epsilon: .* the limit is 30"),
         (["federation.private_test=0.2"], r"policy\.metrics: .* \['loss', 'accuracy'\]"),
-        (["federation.batch_size=25"], r"federation\.batch_size = 25: client 0 has only 24 records"),
+        (["federation.batch_size=25"], r"policy\.max_sampling_rate: .* 1\.04167; the limit is 0\.5"),
     ],
 )
 def test_a_run_beyond_the_policy_is_refused(owner: Owner, overrides: list[str], message: str) -> None:
     refused = owner.ask(owner.invitation(*overrides))["refused"]
     assert re.search(message, str(refused))
+    owner.assert_untouched()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["privacy.epsilon=40"], r"policy\.max_epsilon: the server proposes ε = 40 .*; the limit is 30"),
+        (["privacy.epsilon=100", "privacy.delta=1.0e-12"], r"policy\.min_noise_multiplier: .* the minimum is 0\.5"),
+        (["privacy.epsilon=3", "privacy.delta=0.49"], r"privacy\.delta = 0\.49: not below 1/24"),
+    ],
+)
+def test_a_proposal_that_is_dear_to_compute_is_refused_without_computing(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    """A calibration takes seconds, and far from what the policy allows it took minutes."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a loss distribution was computed")
+
+    monkeypatch.setattr(accounting, "from_gaussian_mechanism", never)
+    refused = owner.ask(owner.invitation(*overrides, "privacy.noise_multiplier=null"))["refused"]
+    assert re.search(message, str(refused))
+    owner.assert_untouched()
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "message"),
+    [
+        ("privacy", {"epsilon": 300, "noise_multiplier": None}, r"privacy\.epsilon = 300"),
+        ("privacy", {"epsilon": 1e-300, "noise_multiplier": None}, r"privacy\.epsilon = 1e-300"),
+        ("privacy", {"delta": 0.5}, r"privacy\.delta = 0\.5"),
+        ("privacy", {"noise_multiplier": math.inf}, r"privacy\.noise_multiplier = inf: .* finite"),
+        ("privacy", {"clip_norm": math.inf}, r"privacy\.clip_norm = inf: .* finite"),
+        ("privacy", {"clip_norm": math.nan}, r"privacy\.clip_norm = nan: .* finite"),
+        ("federation", {"rounds": 10**9}, r"federation = .* participations"),
+        ("federation", {"rounds": 10**4, "local_steps": 10**4}, r"federation = .* 1,000,000 steps"),
+        ("federation", {"rounds": 10**6, "clients": 10**5}, r"federation = .* participations"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_no_experiment(
+    owner: Owner, section: str, keys: dict[str, Any], message: str
+) -> None:
+    sent = Invitation.decode(owner.invitation())
+    experiment = json.loads(sent.experiment)
+    experiment[section] |= keys
+    refused = owner.ask(replace(sent, experiment=json.dumps(experiment)).encode())["refused"]
+    assert re.search(f"the experiment is not valid here: {message}", str(refused))
     owner.assert_untouched()
 
 

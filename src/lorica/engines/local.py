@@ -15,10 +15,10 @@ from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.messages import Request
 from lorica.owner.client import Client
-from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned
+from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.lifetime import history
-from lorica.privacy.plan import ClientPlan
+from lorica.privacy.plan import ClientPlan, plan_run
 from lorica.privacy.statement import Account, account
 from lorica.run.setup import Prepared, prepare
 from lorica.secure_sum.quantisation import Shapes
@@ -144,8 +144,8 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
     dataset = task.train.fingerprint()
     task = by_privacy_unit(config, task)
     prepared = prepare(config, task)
-    parts = [hold_out(config, client, part) for client, part in enumerate(divide(config, task))]
-    plans = [planned(config, client, len(records)) for client, (records, _) in enumerate(parts)]
+    parts = [hold_out(config, part) for part in divide(config, task)]
+    plans = [plan_run(config, client, len(records)) for client, (records, _) in enumerate(parts)]
     ledger = Ledger(ledger_path(config, dataset))
     clients = {
         plan.client: make_client(config, plan, records, private_test, ledger, dataset)

@@ -25,9 +25,9 @@ from lorica.messages import OWNER, Delivery, Invitation, Request, encode_account
 from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.request_checks import check_request
 from lorica.owner.settings import NodeSettings
-from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned
+from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client
 from lorica.privacy.ledger import Ledger, Release
-from lorica.privacy.plan import ClientPlan, Refused
+from lorica.privacy.plan import ClientPlan, Refused, plan_run, planned_steps
 from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.statement import Account, charged
 from lorica.secure_sum.setup import SummationError
@@ -65,6 +65,8 @@ class Node:
         self._label_names = task.label_names
         records, private_test = _own_records(self._config, settings, task)
         declared = policy.records if policy is not None and policy.records is not None else len(records)
+        if policy is not None:
+            policy.review_proposal(self._config, declared, planned_steps(self._config, settings.client))
         self.plan = _plan(self._config, settings.client, declared)
         dataset = task.train.fingerprint()
         ledger = Ledger(_ledger(self._config, settings, dataset))
@@ -270,7 +272,7 @@ def _own_config(settings: NodeSettings, invitation: Invitation) -> ExperimentCon
 def _own_records(config: ExperimentConfig, settings: NodeSettings, task: Task) -> tuple[Records, Records | None]:
     task = by_privacy_unit(config, task)
     records = divide(config, task)[settings.client] if settings.data is None else task.train
-    return hold_out(config, settings.client, records)
+    return hold_out(config, records)
 
 
 def _make_private(*folders: Path) -> None:
@@ -288,7 +290,7 @@ def _ledger(config: ExperimentConfig, settings: NodeSettings, dataset: str) -> P
 
 def _plan(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
     try:
-        return planned(config, client, records)
+        return plan_run(config, client, records)
     except UserError as error:
         # The message compares public numbers only.
         raise Refused(str(error)) from None
