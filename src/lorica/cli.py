@@ -223,6 +223,18 @@ def flower_node(context: typer.Context) -> None:
         become_node(context.args)
 
 
+@flower.command("keys")
+def flower_keys(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of identity.key and identity.pub.")],
+    name: Annotated[str, typer.Option(help="Who this is, for the other owners' logs.")] = "owner",
+) -> None:
+    """Make an owner's identity key for secure sums, and print the line for `members` in every owner's policy."""
+    with _errors():
+        from lorica.owner.identity import make_identity
+
+        typer.echo(make_identity(folder, name))
+
+
 class _Rounds:
     """Shows a run as it goes: what was planned, a line a round, a bar. Ctrl-C ends it after the round at the latest."""
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
-from lorica.adapters.names import ENERGY, Pair, is_factor
+from lorica.adapters.names import ENERGY, SKETCH, Pair, is_factor
 from lorica.adapters.state import leading, stack_pairs
 from lorica.files import append_line
 from lorica.local.optimizers import make_optimizer
 from lorica.local.perturbation import strength
 from lorica.local.sketches import project, sketch
 from lorica.local.step import transform_gradients
-from lorica.messages import Delivery, Reply, Request, Training
+from lorica.messages import Delivery, Projection, Reply, Request, Training
 from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.mechanism import noisy_gradient
 from lorica.privacy.plan import ClientPlan, Refused
@@ -89,6 +89,8 @@ class Client:
         if stored is not None:
             return stored
         own = self.ledger.kept(request.run, self.number)
+        if isinstance(request.work, Projection):
+            own = self._sketched(request, own)
         steps = 0
         if isinstance(request.work, Training):
             steps = request.work.steps
@@ -151,6 +153,19 @@ class Client:
                 self.merged[name] = stack_pairs(self.merged.get(name), pair)
             self.sequence = request.sequence
 
+    def _sketched(self, request: Request, kept: Mapping[str, Released]) -> dict[str, Released]:
+        """The factors behind this round's sketch; those of an earlier round are not projected again.
+
+        Raises:
+            Refused: there is no sketch of this round.
+        """
+        factors = {name.removeprefix(SKETCH): value for name, value in kept.items() if name.startswith(SKETCH)}
+        if not factors or self.ledger.last_round(request.run, self.number) != request.round:
+            raise Refused(
+                f"client {self.number}: nothing was sketched in round {request.round} that could be projected"
+            )
+        return factors
+
     def _test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:
         if self.private_test is None:
             return
@@ -204,8 +219,9 @@ class Client:
         kept = {name: value for name, value in moved.items() if name in work.personal}
         if work.sketch_columns is not None:
             sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
-            kept |= {name: moved[name] for name in moved if is_factor(name)}
-            released = {name: value for name, value in released.items() if name not in kept} | sketches
+            # Under names of their own: a projection is of what was sketched, not of what else stays with the client.
+            kept |= {f"{SKETCH}{name}": moved[name] for name in moved if is_factor(name)}
+            released = {name: value for name, value in released.items() if not is_factor(name)} | sketches
         if work.last_step_energy:
             released |= {f"{ENERGY}{name}": post_process(_energy, gradient) for name, gradient in gradients.items()}
         return released, kept or None

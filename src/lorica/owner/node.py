@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import EMBEDDED, base_identity, resolve_base
@@ -20,7 +19,18 @@ from lorica.adapters.names import flat_pairs, pairs_under, under
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.files import replaced_folder, write_atomically
-from lorica.messages import OWNER, Delivery, Invitation, Request, decode, encode, encode_account, encode_plan
+from lorica.messages import (
+    OWNER,
+    Delivery,
+    Invitation,
+    Projection,
+    Request,
+    decode,
+    encode,
+    encode_account,
+    encode_plan,
+)
+from lorica.owner.identity import read_identity
 from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.request_checks import check_request
 from lorica.owner.settings import NodeSettings
@@ -29,8 +39,11 @@ from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.statement import Account, charged
+from lorica.secure_sum.agreement import Agreement
+from lorica.secure_sum.identity import Identity, Member
+from lorica.secure_sum.requirements import Requirements
 from lorica.secure_sum.setup import SummationError
-from lorica.secure_sum.stages import Part, answer
+from lorica.secure_sum.stages import Input, Part, answer
 from lorica.tasks import load_training
 from lorica.tasks.records import Records, Task
 
@@ -68,8 +81,10 @@ class Node:
         ledger = Ledger(_ledger(self._config, settings, dataset))
         # A name that a server chose cannot lead out of the node's folder.
         self._folder = settings.place / f"run-{hashlib.sha256(invitation.run.encode()).hexdigest()[:16]}"
+        self._identity = _identity(settings, self._config, policy)
         self._client = make_client(self._config, self.plan, records, private_test, ledger, dataset)
         self._review()
+        self._warn_of_sums(policy)
         self._pin()
         self._model = load_model(self._config, task)
         self._shapes = {name: tuple(value.shape) for name, value in self._model.read().items()}
@@ -100,16 +115,29 @@ class Node:
             SummationError: the question is none that an honest server asks.
         """
 
-        def tensors() -> dict[str, Tensor]:
+        def given(agreement: Agreement) -> Input:
             if content is None:
                 raise Refused("the server asks for an input and does not say of what")
-            return decode(self._answer(self._request(content)))
+            request = self._request(content)
+            if (request.round, request.exchange) != (agreement.round, agreement.exchange):
+                raise Refused("the server asks for an input of another round or exchange than it announced")
+            return Input(decode(self._answer(request)), derived=isinstance(request.work, Projection))
 
         path = self._folder / "sum.json"
         kept = Part.from_bytes(path.read_bytes()) if path.is_file() else Part()
-        kept, reply = answer(kept, self._client.number, question, tensors)
+        kept, reply = answer(kept, self._requirements(), question, given)
         write_atomically(path, kept.to_bytes(), mode=0o600)
         return reply
+
+    def _requirements(self) -> Requirements:
+        """The owner's say on sums; read anew, as the policy is."""
+        run, own, policy = self._invitation.run, self._client.number, self._policy()
+        if policy is None:
+            return Requirements(run, own, identity=self._identity)
+        members = {client: Member.of(line) for client, line in (policy.members or {}).items()}
+        return Requirements(
+            run, own, policy.min_clients_in_sum, policy.max_share_in_sum, members, identity=self._identity
+        )
 
     def _request(self, content: bytes) -> Request:
         try:
@@ -167,13 +195,28 @@ class Node:
             left = self.plan.max_steps - client.ledger.steps(self._invitation.run, client.number)
             policy.review_release(client.ledger.releases(), client.unit, self.plan, left)
 
+    @property
+    def _invitation_path(self) -> Path:
+        return self._folder / "invitation.json"
+
     def _pin(self) -> None:
         """A run is one experiment: what it costs was agreed once."""
-        path = self._folder / "invitation.json"
+        path = self._invitation_path
         content = self._invitation.encode().encode()
         if path.is_file() and path.read_bytes() != content:
             raise Refused(f"run {self._invitation.run} was agreed on with another experiment")
         write_atomically(path, content)
+
+    def _warn_of_sums(self, policy: Policy | None) -> None:
+        """Once a run, before it is pinned."""
+        unlisted = policy is not None and policy.members is None
+        if unlisted and self._config.federation.secure_sum and not self._invitation_path.is_file():
+            logger.warning(
+                "run %s shows the server sums only, but the policy lists no members: a server that invents clients or "
+                "replaces their keys can still read single replies. List the other owners' keys (lorica flower keys) "
+                "under `members`",
+                self._invitation.run,
+            )
 
     def _restore(self) -> None:
         path = self._folder / "adapter.safetensors"
@@ -257,6 +300,28 @@ def _own_records(config: ExperimentConfig, settings: NodeSettings, task: Task) -
     task = by_privacy_unit(config, task)
     records = divide(config, task)[settings.client] if settings.data is None else task.train
     return hold_out(config, settings.client, records)
+
+
+def _identity(settings: NodeSettings, config: ExperimentConfig, policy: Policy | None) -> Identity | None:
+    """The node's identity key, where it needs one or has one.
+
+    Raises:
+        UserError: the key cannot be read, others can read it, or it is not the one that the policy lists.
+    """
+    if not config.federation.secure_sum:
+        return None
+    members = {} if policy is None else policy.members or {}
+    if settings.identity is None:
+        if members:
+            problem, remedy = "the policy lists members", "make a key with `lorica flower keys` and give its path"
+            raise UserError("node-config.identity", None, problem, remedy)
+        return None
+    identity = read_identity(Path(settings.identity).expanduser())
+    line = members.get(settings.client)
+    if members and (line is None or Member.of(line).key != identity.public().key):
+        problem = f"the policy lists another key, or none, for client {settings.client}, which is this node"
+        raise UserError("node-config.identity", settings.identity, problem, f"list {identity.public()} under members")
+    return identity
 
 
 def _ledger(config: ExperimentConfig, settings: NodeSettings, dataset: str) -> Path:

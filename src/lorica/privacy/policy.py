@@ -63,6 +63,15 @@ class Policy(Strict):
     what was released with secure noise."""
     sums_only: bool = False
     """Take part only in runs whose server sees only sums over clients (`federation.secure_sum`)."""
+    min_clients_in_sum: int = Field(3, ge=2)
+    """Minimum number of clients in a secure sum, before and after others drop out."""
+    max_share_in_sum: float = Field(0.5, gt=0, le=1)
+    """Maximum share of one client in a secure sum, before and after others drop out. A sum in which one client has
+    nearly all of the weight is that client's own reply."""
+    members: dict[int, str] | None = None
+    """Number of each client, this one included, and its identity key as `lorica flower keys` prints it. In secure sums,
+    only these clients count, and only with keys that they signed. Without it, a server can invent clients or replace
+    their keys, and so read single replies."""
     metrics: list[str] = Field([])
     """Metrics, including `loss`, that a test on the owner's own held-out records (`federation.private_test`) may
     compute, such as `[loss, accuracy]`. The results stay with the owner. By default there is no such test."""
@@ -84,6 +93,18 @@ class Policy(Strict):
             task = validate(TaskConfig, {"train": "", "test": ""} | entry, prefix="policy.tasks")
             entries.append({key: getattr(task, key) for key in ("type", *COLUMNS, *entry)})
         return entries
+
+    @field_validator("members")
+    @classmethod
+    def _each_has_a_key_of_its_own(cls, value: dict[int, str] | None) -> dict[int, str] | None:
+        lines = list((value or {}).values())
+        if not all(re.fullmatch(r"ed25519:[0-9a-f]{64}( [A-Za-z0-9_.@-]{1,100})?", line) for line in lines):
+            raise ValueError("each is a public key as `lorica flower keys` prints it, ed25519:… NAME")
+        if len({line.split()[0] for line in lines}) < len(lines):
+            raise ValueError("two clients have the same key")
+        if value is not None and not value:
+            raise ValueError("no member: list all clients, or leave the key out")
+        return value
 
     @field_validator("group")
     @classmethod
@@ -108,8 +129,7 @@ class Policy(Strict):
             Refused: names the key of the policy, the value proposed and the limit. Holds public information alone.
         """
         self.review_task(config, base)
-        if self.sums_only and not config.federation.secure_sum:
-            _refuse("sums_only", "federation.secure_sum = False", "only sums may leave")
+        self._review_sums(config)
         self._review_noise(plan)
         rate = plan.terms.sampling_rate
         if not rate <= self.max_sampling_rate:
@@ -216,6 +236,21 @@ class Policy(Strict):
         if self.unit == "group" and privacy.group_records > self.max_group_records:
             proposed = f"privacy.group_records = {privacy.group_records}"
             _refuse("max_group_records", proposed, f"the limit is {self.max_group_records}")
+
+    def _review_sums(self, config: ExperimentConfig) -> None:
+        """What can be told before the first sum; each sum is then checked by `lorica.secure_sum.requirements`."""
+        federation = config.federation
+        if not federation.secure_sum:
+            if self.sums_only:
+                _refuse("sums_only", "federation.secure_sum = False", "only sums may leave")
+            return
+        if federation.participants < self.min_clients_in_sum:
+            least = f"the least is {self.min_clients_in_sum}"
+            _refuse("min_clients_in_sum", f"sums over {federation.participants} clients", least)
+        unknown = set(range(federation.clients)) - set(self.members or range(federation.clients))
+        if unknown:
+            listed = ", ".join(map(str, sorted(self.members or {})))
+            _refuse("members", f"federation.clients = {federation.clients}", f"the clients listed are {listed}")
 
     def _review_noise(self, plan: ClientPlan) -> None:
         if plan.noise not in self.noise:

@@ -17,8 +17,7 @@ from lorica.errors import UserError
 from lorica.messages import Invitation, Request, decode, decode_account, decode_plan
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account
-from lorica.secure_sum.quantisation import Shapes
-from lorica.secure_sum.setup import Setup
+from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.stages import INPUT, add_up
 
 RECORD = "lorica"
@@ -83,9 +82,7 @@ class FlowerEngine:
                 logger.warning("client %d: its reply cannot be read (%s)", client, type(error).__name__)
         return replies
 
-    def sum(
-        self, requests: Mapping[int, Request], weights: Mapping[int, float], shapes: Shapes, setup: Setup
-    ) -> tuple[list[int], dict[str, Tensor]]:
+    def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
         """As `exchange`, in the four stages of a secure sum."""
         run = next(iter(requests.values())).run
 
@@ -96,7 +93,7 @@ class FlowerEngine:
                 contents[client] = {"question": question, **request}
             return self._replies(run, contents)
 
-        return add_up(setup, weights, shapes, ask)
+        return add_up(agreement, ask)
 
     def accounts(self, run: str) -> dict[int, Account]:
         """What the clients say that their ledgers hold of this run."""
