@@ -161,9 +161,7 @@ class Client:
         """
         factors = {name.removeprefix(SKETCH): value for name, value in kept.items() if name.startswith(SKETCH)}
         if not factors or self.ledger.last_round(request.run, self.number) != request.round:
-            raise Refused(
-                f"client {self.number}: nothing was sketched in round {request.round} that could be projected"
-            )
+            raise Refused(f"client {self.number}: round {request.round} has no sketch whose factors could be projected")
         return factors
 
     def _test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:

@@ -21,7 +21,7 @@ def make_identity(folder: Path, name: str) -> str:
         The public line, for the `members` of all owners' policies.
 
     Raises:
-        UserError: the files cannot be written or read, or the name is not made of letters, digits and `-`, `_`, `.`, `@`.
+        UserError: the files cannot be written or read, or the name has other characters than letters, digits and -_.@.
     """
     path = folder.expanduser() / PRIVATE
     if not re.fullmatch("[A-Za-z0-9_.@-]{1,100}", name):

@@ -1,7 +1,7 @@
 """Identity keys (Ed25519, RFC 8032): by them a client knows that another one's fresh keys are its own.
 
-An owner makes a pair once. The public half travels as a line, `ed25519:HEX NAME`, which the other owners copy into their
-policies.
+An owner makes a pair once. The public half travels as a line, `ed25519:HEX NAME`, which the other owners copy into
+their policies.
 """
 
 from __future__ import annotations

@@ -55,9 +55,7 @@ class Requirements:
             SummationError: says which.
         """
         if len(clients) < self.min_clients:
-            raise SummationError(
-                f"{len(clients)} clients {what}, this client takes part with {self.min_clients} or more"
-            )
+            raise SummationError(f"{len(clients)} clients {what}, this client requires {self.min_clients}")
         total = math.fsum(agreement.weights[client] for client in clients)
         largest = max(clients, key=lambda client: (agreement.weights[client], -client))
         share = agreement.weights[largest] / total

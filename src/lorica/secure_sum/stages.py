@@ -62,12 +62,14 @@ class Shown:
     """What a sum that the server got was made of.
 
     Attributes:
-        content: digest of the input and of where it was clipped.
+        content: digest of the input.
+        limit: where it was clipped: sums of the same input, clipped elsewhere, differ too.
         others: digest of the clients in the sum and their relative shares.
         derived: as in `Input`.
     """
 
     content: str
+    limit: float
     others: str
     derived: bool
 
@@ -144,11 +146,12 @@ def answer(
     if stage == INPUT:
         some = given(part.state.agreement)
         state, masked = mask(part.state, asked["shares"], some.tensors)
-        return replace(part, state=state, given=(_content(state, some.tensors), some.derived)), masked
+        return replace(part, state=state, given=(_content(some.tensors), some.derived)), masked
     state, shares = reveal(part.state, asked["survivors"], required)
     assert part.given is not None
     place = (state.agreement.round, state.agreement.exchange)
-    one = Shown(part.given[0], _others(state), part.given[1])
+    limit = _rounded(state.agreement.setup.bound / state.agreement.weights[state.own])
+    one = Shown(part.given[0], limit, _others(state), part.given[1])
     _check_shown(part.shown, place, one)
     return replace(part, state=state, shown={**part.shown, place: one}), shares
 
@@ -161,10 +164,7 @@ def _check_shown(shown: Mapping[tuple[int, int], Shown], place: tuple[int, int],
         if round_number != place[0] or exchange == place[1] or not (one.derived or other.derived):
             continue
         if other.others != one.others:
-            problem = (
-                "the server asks for a sum of a function of what was in another sum, with other clients or weights"
-            )
-            raise SummationError(problem)
+            raise SummationError("the server asks for a function of what was summed, with other clients or weights")
         if one.derived and other.derived:
             # Of a second one the clipping could be chosen by what the first one has shown.
             raise SummationError("the server asks for a second function of what was summed in this round")
@@ -240,11 +240,8 @@ def _question(stage: str, agreement: Agreement, **content: Any) -> str:
     return json.dumps({"stage": stage, "summation": agreement.setup.summation} | content)
 
 
-def _content(state: State, tensors: Mapping[str, Tensor]) -> str:
-    """Digest of an input and of where it is clipped: sums of the same input, clipped elsewhere, differ too."""
-    setup = state.agreement.setup
-    limit = _rounded(setup.bound / state.agreement.weights[state.own])
-    content = hashlib.sha256(json.dumps([setup.bits, limit]).encode())
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    content = hashlib.sha256()
     for name in sorted(tensors):
         content.update(json.dumps([name, list(tensors[name].shape)]).encode())
         content.update(tensors[name].contiguous().numpy().tobytes())
