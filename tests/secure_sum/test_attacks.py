@@ -228,7 +228,13 @@ def test_one_projection_a_round_is_summed() -> None:
 def test_other_rounds_and_releases_are_summed_over_whoever_is_there() -> None:
     clients = Clients()
     clients.derived = {(1, 2)}
-    for place, silent in [((1, 1), set()), ((1, 2), set()), ((2, 1), {("masked", 3)}), ((2, 2), set()), ((3, 1), set())]:
+    for place, silent in [
+        ((1, 1), set()),
+        ((1, 2), set()),
+        ((2, 1), {("masked", 3)}),
+        ((2, 2), set()),
+        ((3, 1), set()),
+    ]:
         clients.silent = silent
         names, total = add_up(agreed(str(place), place), clients.ask)
         assert names == [0, 1, 2] if silent else [0, 1, 2, 3]

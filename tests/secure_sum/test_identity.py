@@ -45,7 +45,15 @@ def test_lines_go_there_and_back() -> None:
     assert line == f"ed25519:{PUBLIC.hex()} clinic-a"
     assert Member.of(line) == Member(PUBLIC, "clinic-a")
     assert Member.of(line.split()[0]) == Member(PUBLIC)
-    for wrong in ("", "ed25519:", line[:-20], line.upper(), f"{line} x", line.replace("ed25519", "x25519"), f"{line}\n"):
+    for wrong in (
+        "",
+        "ed25519:",
+        line[:-20],
+        line.upper(),
+        f"{line} x",
+        line.replace("ed25519", "x25519"),
+        f"{line}\n",
+    ):
         with pytest.raises(ValueError, match="not a public key as `lorica flower keys` prints it"):
             Member.of(wrong)
 

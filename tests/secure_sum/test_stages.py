@@ -139,4 +139,3 @@ def test_parts_go_through_bytes() -> None:
     part = clients.part(0)
     assert Part.from_bytes(part.to_bytes()) == part
     assert list(part.shown) == [(1, 1)]
-

@@ -48,7 +48,10 @@ def test_sums_equal_plain_sums_to_the_step(
     values = st.floats(-2 * bound, 2 * bound) | st.sampled_from([0.0, bound, -bound, 1e9, -1e9])
     rows = data.draw(st.lists(st.lists(values, min_size=size, max_size=size), min_size=count, max_size=count))
     inputs = {own: {"x": torch.tensor(row, dtype=torch.float64).reshape(shape)} for own, row in enumerate(rows)}
-    agreement, weights = agreement_for(range(count), bits=bits, bound=bound, shapes={"x": tuple(shape)}), dyadic(range(count))
+    agreement, weights = (
+        agreement_for(range(count), bits=bits, bound=bound, shapes={"x": tuple(shape)}),
+        dyadic(range(count)),
+    )
 
     total = summed(agreement, inputs)["x"]
 

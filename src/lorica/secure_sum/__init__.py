@@ -2,11 +2,11 @@
 
 Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017 (ePrint 2017/281),
 the protocol against a server that is honest but curious, with dropouts. Bytes and tensors in, bytes and tensors out.
-One summation of the clients `u` with threshold `t`:
+One summation of the clients `u` with threshold `t`, under terms that were fixed before (`agreement.py`):
 
 | stage | client | server |
 |---|---|---|
-| 1 keys | `advertise`: fresh X25519 keys `c_u` (encryption) and `s_u` (masks); sends the public halves | `check_keys` |
+| 1 keys | `advertise`: checks the terms; sends and signs fresh X25519 keys `c_u` (encryption), `s_u` (masks) | `check_keys` |
 | 2 shares | `share`: draws a seed `b_u`; sends each client a Shamir share of `b_u` and of `s_u`, encrypted | `route` |
 | 3 masked input | `mask`: `y_u = q_u + G(b_u) + Σ_{v>u} G(s_uv) − Σ_{v<u} G(s_uv)  mod 2^k` | `check_masked` |
 | 4 reveal | `reveal`: for each client, a share of `b` if its `y` arrived, else one of `s`; never both | `unmask` |
@@ -26,13 +26,17 @@ What this protects. The tensors are releases of a differentially private mechani
 guarantee does not rest on this package: ε is the same with it and without it, and what quantisation and clipping do is
 post-processing. Secure summation hides single releases in addition.
 
+The server picks the terms, and each client checks them against its `Requirements`. Members, shares, shapes and setup are
+bound into all keys and masks by their digest. A `Part` remembers what was in earlier sums of a run.
+
 What it does not protect:
 
-* The server is trusted to follow the protocol. One that hands out public keys of its own can impersonate clients,
-  unless the transport authenticates the keys.
+* A server that hands out public keys of its own can impersonate clients, unless clients know each other's identity keys
+  (`Requirements.members`).
 * The server together with `t` or more clients can reveal the others' values. `t` is a majority of the clients, so that
   a server that tells clients different stories of who dropped out cannot collect `t` shares of both kinds.
 * At most `n − t` clients may drop out.
-* A sum is an output: the sums of the same tensors with and without one client give away that client's.
+* A sum is an output: the sums of the same tensors with and without one client give away that client's. A client whose
+  stored `Part` is rolled back does not notice the second one.
 * A client can send any value within the bound: nobody sees it. Sums are neither robust nor verifiable.
 """
