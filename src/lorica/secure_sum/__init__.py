@@ -6,7 +6,7 @@ One summation of the clients `u` with threshold `t`, under terms that were fixed
 
 | stage | client | server |
 |---|---|---|
-| 1 keys | `advertise`: checks the terms; sends and signs fresh X25519 keys `c_u` (encryption), `s_u` (masks) | `check_keys` |
+| 1 keys | `advertise`: checks the terms; sends fresh X25519 keys `c_u` (encryption) and `s_u` (masks) | `check_keys` |
 | 2 shares | `share`: draws a seed `b_u`; sends each client a Shamir share of `b_u` and of `s_u`, encrypted | `route` |
 | 3 masked input | `mask`: `y_u = q_u + G(b_u) + Σ_{v>u} G(s_uv) − Σ_{v<u} G(s_uv)  mod 2^k` | `check_masked` |
 | 4 reveal | `reveal`: for each client, a share of `b` if its `y` arrived, else one of `s`; never both | `unmask` |
@@ -26,8 +26,8 @@ What this protects. The tensors are releases of a differentially private mechani
 guarantee does not rest on this package: ε is the same with it and without it, and what quantisation and clipping do is
 post-processing. Secure summation hides single releases in addition.
 
-The server picks the terms, and each client checks them against its `Requirements`. Members, shares, shapes and setup are
-bound into all keys and masks by their digest. A `Part` remembers what was in earlier sums of a run.
+The server picks the terms, and each client checks them against its `Requirements`. Members, shares, shapes and setup
+are bound into all keys and masks by their digest. A `Part` remembers what was in earlier sums of a run.
 
 What it does not protect:
 
