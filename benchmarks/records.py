@@ -28,7 +28,7 @@ def prepare(train: Path, test: Path, base: str) -> None:
     """Load a task and print what that took; runs in the child."""
     import lorica.experiment  # noqa: F401 - its imports are not what is measured
     from lorica.config import TaskConfig
-    from lorica.tasks import load_task
+    from lorica.tasks.loading import load_task
 
     before, start = memory("VmRSS"), time.perf_counter()
     task = load_task(TaskConfig(type="text-classification", train=str(train), test=str(test)), base)

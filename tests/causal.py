@@ -13,7 +13,8 @@ from torch import nn
 from lorica.adapters.adapted import AdaptedModel, adapt
 from lorica.adapters.base_model import load_base
 from lorica.config import LoraSection, ModelConfig
-from lorica.tasks.causal import CausalRecords, tokenise_causal
+from lorica.tasks.causal.records import CausalRecords
+from lorica.tasks.causal.tokenising import tokenise_causal
 from lorica.tasks.readers import Source
 
 END, USER, ASSISTANT, PAD, BEGIN = "<|end|>", "<|user|>", "<|assistant|>", "<|pad|>", "<|begin|>"

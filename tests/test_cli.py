@@ -221,5 +221,5 @@ def test_ctrl_c_keeps_finished_rounds(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command resumes" in output
+    assert "the same command resumes the run" in output
     assert list(checkpoints.glob("round-*"))

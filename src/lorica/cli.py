@@ -31,7 +31,7 @@ flower = typer.Typer(no_args_is_help=True, help="Federations across machines, ov
 app.add_typer(flower, name="flower")
 console = Console()
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, such as privacy.epsilon=1")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides section.key=value, such as privacy.epsilon=1.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -51,10 +51,12 @@ def main(
 
 @app.command()
 def run(
-    config: Annotated[str | None, typer.Argument(help="Experiment (YAML); without it, the embedded digits.")] = None,
+    config: Annotated[
+        str | None, typer.Argument(help="Experiment (YAML file). Default: the embedded digits experiment.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Train a LoRA adapter over a federation, or resume where the same run stopped."""
+    """Train a LoRA adapter in a federation, or resume an interrupted run."""
     with _errors():
         experiment_config = _load(config, overrides)
         # After the configuration is known to be sound: these bring PyTorch and take seconds.
@@ -66,20 +68,25 @@ def run(
             result = Experiment(experiment_config).run(rounds.start, rounds.round)
         if not rounds.started and experiment_config.engine == "local":
             again = f"name={_next_name(result.folder)}"
-            console.print(f"This run was finished before; its results follow. For another one: lorica run … {again}")
+            console.print(
+                f"This run has already finished; these are its results. To start a new run: lorica run … {again}"
+            )
         console.print(run_table(read_run(result.folder)))
 
 
 @app.command()
 def compare(
-    config: Annotated[str | None, typer.Argument(help="Experiment (YAML); without it, the embedded digits.")] = None,
+    config: Annotated[
+        str | None, typer.Argument(help="Experiment (YAML file). Default: the embedded digits experiment.")
+    ] = None,
     overrides: Overrides = None,
     methods: Annotated[
-        str, typer.Option(help="Comma-separated; options after a colon: as-lora:score=energy+server.denoise=kalman")
+        str,
+        typer.Option(help="Comma-separated, with options after a colon: as-lora:score=energy+server.denoise=kalman."),
     ] = "as-lora,ffa-lora,ro-lora,fed-avg",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
 ) -> None:
-    """Run several methods with several seeds, resume what was interrupted, and put them side by side."""
+    """Run several methods with several seeds and compare them. Interrupted runs are resumed."""
     with _errors():
         experiment_config = _load(config, overrides)
         every_seed = _seeds(seeds)
@@ -115,29 +122,30 @@ def methods() -> None:
 @app.command("new-method")
 def new_method(
     name: Annotated[str, typer.Argument(help="Lower-case words joined by dashes, such as my-lora.")],
-    folder: Annotated[Path, typer.Option(help="Where the package lorica-NAME is made.")] = Path(),
+    folder: Annotated[Path, typer.Option(help="Folder in which the package lorica-NAME is created.")] = Path(),
 ) -> None:
-    """Write a package for a method of your own that runs at once: the class, its entry point, its tests."""
+    """Create a working package for your own method, with its class, entry point and tests."""
     with _errors():
         from lorica.templates.new_method import write_package
 
         package = write_package(name, folder)
-        console.print(f"Package: {package}. Next: pip install -e {package}, then see its README.md", soft_wrap=True)
+        console.print(f"Created {package}. Next: pip install -e {package}, then see its README.md", soft_wrap=True)
 
 
 @app.command()
 def account(
-    records: Annotated[int, typer.Option(min=1, help="Records of the client.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="Expected size of a Poisson batch.")],
-    steps: Annotated[int, typer.Option(min=1, help="Noisy steps in all: rounds times local steps.")],
+    records: Annotated[int, typer.Option(min=1, help="Number of records of the client.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Expected batch size.")],
+    steps: Annotated[int, typer.Option(min=1, help="Total number of noisy steps: rounds times local steps.")],
     delta: Annotated[float, typer.Option(help="δ, below 1/records.")] = 1e-5,
-    epsilon: Annotated[float | None, typer.Option(help="Find the noise multiplier for this ε.")] = None,
-    noise_multiplier: Annotated[float | None, typer.Option(help="Find the ε of this noise multiplier.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Compute the noise multiplier for this ε.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Compute the ε of this noise multiplier.")] = None,
 ) -> None:
-    """Noise multiplier for an ε, or ε for a noise multiplier, by two accountants."""
+    """Compute the noise multiplier for an ε, or the ε for a noise multiplier, with two accountants."""
     with _errors():
         if (epsilon is None) == (noise_multiplier is None):
-            raise UserError("--epsilon", epsilon, "give either --epsilon or --noise-multiplier", "drop one of them")
+            problem = "exactly one of --epsilon and --noise-multiplier is required"
+            raise UserError("--epsilon", epsilon, problem, "give one of them")
         from lorica.config import PrivacyConfig, validate
         from lorica.privacy.plan import plan_client
 
@@ -155,7 +163,7 @@ def account(
 
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder, such as runs/NAME.")]) -> None:
-    """Rebuild a run's HTML report and plots from its files."""
+    """Recreate the HTML report and plots of a run from its files."""
     with _errors():
         from lorica.reporting.html import write_report
 
@@ -163,8 +171,8 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, such as ru
 
 
 @app.command("hash")
-def hash_base(folder: Annotated[str, typer.Argument(help="A model's folder, or lorica:glyph-vit.")]) -> None:
-    """Print the hash of a base model, for `base_models` of an owner's policy."""
+def hash_base(folder: Annotated[str, typer.Argument(help="Folder of a model, or lorica:glyph-vit.")]) -> None:
+    """Print the hash of a base model, for `base_models` in an owner's policy."""
     with _errors():
         from lorica.adapters.base_files import hash_of_base
 
@@ -173,17 +181,19 @@ def hash_base(folder: Annotated[str, typer.Argument(help="A model's folder, or l
 
 @app.command()
 def budget(
-    path: Annotated[Path, typer.Argument(help="A ledger, or the data that it lies beside.")],
-    delta: Annotated[float | None, typer.Option(help="δ of every ε; by default the policy's, or 1e-5.")] = None,
-    policy: Annotated[Path | None, typer.Option(help="The owner's policy (YAML): shows what is left under it.")] = None,
+    path: Annotated[Path, typer.Argument(help="A ledger, or the data next to it.")],
+    delta: Annotated[float | None, typer.Option(help="δ for all ε. Default: the policy's, or 1e-5.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="The owner's policy (YAML file), to show the budget that is left.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show what was released from an owner's data: when, to which run, at what ε. Reads only."""
+    """Show what was released from an owner's data: when, in which run, at what ε. Changes nothing."""
     with _errors():
         if delta is not None and not 0 < delta < 1:
-            raise UserError("--delta", delta, "not between 0 and 1", "choose it below 1/records")
+            raise UserError("--delta", delta, "not between 0 and 1", "choose a value below 1/records")
         if delta is not None and policy is not None:
-            raise UserError("--delta", delta, "the policy has a δ of its own", "leave --delta or --policy out")
+            raise UserError("--delta", delta, "the policy has its own δ", "remove --delta or --policy")
         from lorica.privacy.policy import load_policy
         from lorica.reporting.budget import budget_table, read_budget
 
@@ -196,17 +206,19 @@ def budget(
 
 @flower.command("init")
 def flower_init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder, which becomes the Flower app.")],
-    config: Annotated[str | None, typer.Argument(help="Experiment (YAML); without it, the embedded digits.")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the Flower app.")],
+    config: Annotated[
+        str | None, typer.Argument(help="Experiment (YAML file). Default: the embedded digits experiment.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Write a Flower app that runs an experiment, with a policy to start from and the commands."""
+    """Create a Flower app that runs an experiment, with a template of a policy and the commands to run it."""
     with _errors():
         experiment_config = _load(config, overrides)
         from lorica.engines.flower.launch import with_absolute_paths, write_app
 
         write_app(with_absolute_paths(experiment_config), folder)
-        console.print(f"Flower app: {folder}. Next:", soft_wrap=True)
+        console.print(f"Created the Flower app {folder}. Next:", soft_wrap=True)
         superlink = experiment_config.flower.superlink
         nodes = f'local --stream --federation-config "num-supernodes={experiment_config.federation.clients}"'
         command = f"flwr run {folder} {nodes if superlink is None else f'{superlink} --stream'}"
@@ -236,7 +248,7 @@ def flower_keys(
 
 
 class _Rounds:
-    """Shows a run as it goes: what was planned, a line a round, a bar. Ctrl-C ends it after the round at the latest."""
+    """Shows a run: its settings, a line per round, a progress bar. Ctrl-C stops it at the latest after the round."""
 
     def __init__(self) -> None:
         self.started = False
@@ -254,10 +266,10 @@ class _Rounds:
         handler = RichHandler(console=console, show_path=False, show_time=False)
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
         self._handler = signal.getsignal(signal.SIGINT)
-        # A job in the background ignores Ctrl-C, and goes on doing so.
+        # A background job that ignores Ctrl-C keeps ignoring it.
         if self._handler is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._interrupt)
-        # Otherwise Python ends at once and leaves running what it has started.
+        # Otherwise Python exits immediately and leaves its child processes running.
         self._terminated = signal.signal(signal.SIGTERM, self._interrupt)
         return self
 
@@ -267,7 +279,7 @@ class _Rounds:
         self._progress.stop()
 
     def _interrupt(self, *_: object) -> None:
-        # Python drops an exception that arises while an object is being deleted, so it is noted too.
+        # Python drops an exception raised during the deletion of an object, so the interruption is recorded too.
         self._interrupted = True
         raise KeyboardInterrupt
 
@@ -316,15 +328,15 @@ class _Rounds:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """One line for what the user can mend; nothing finished is lost by Ctrl-C."""
+    """Print a `UserError` as one line; Ctrl-C keeps the finished rounds."""
     try:
         yield
     except UserError as error:
-        # What is wrong may be quoted from a file or from a client's reply, and hold brackets.
+        # The message may quote a file or a client's reply, which may contain brackets.
         console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        console.print("Stopped. Finished rounds are kept: the same command resumes.")
+        console.print("Stopped. Finished rounds are kept; the same command resumes the run.")
         raise typer.Exit(130) from None
 
 
@@ -332,7 +344,7 @@ def _load(config: str | None, overrides: list[str] | None) -> ExperimentConfig:
     # Imported here: pydantic and the schema take longer than all of `lorica --help`.
     from lorica.config import load
 
-    # Without a file, the first override stands in the file's place.
+    # Without a file, the first argument is an override.
     if config is not None and "=" in config and not Path(config).is_file():
         return load(None, [config, *(overrides or [])])
     return load(config, overrides)

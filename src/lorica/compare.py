@@ -1,4 +1,4 @@
-"""A resumable sweep over methods and seeds, each run with the same everything else."""
+"""A resumable sweep over methods and seeds, with all other settings equal."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 from lorica.config import ExperimentConfig, load
 from lorica.experiment import Experiment
 from lorica.files import write_atomically
-from lorica.reporting.comparison import Result
+from lorica.reporting.comparison import ComparedRun
 from lorica.reporting.html import write_comparison
-from lorica.run.result import Result as RunResult
+from lorica.run.result import Result
 from lorica.run.rounds import OnStart
 from lorica.run.variants import Variant
 
@@ -24,27 +24,27 @@ def compare(
     on_run: Callable[[str, int, int, int], None] = lambda label, seed, index, count: None,
     on_start: OnStart = lambda prepared, federation, finished_rounds: None,
     on_round: Callable[[dict[str, Any]], None] = lambda metrics: None,
-) -> tuple[Path, list[Result]]:
-    """Run every method with every seed; finished runs are kept, an interrupted one is resumed.
+) -> tuple[Path, list[ComparedRun]]:
+    """Run every variant with every seed. Finished runs are kept; an interrupted one is resumed.
 
-    All runs share steps, noise, head policy, data and tuning, but for what a variant's own keys say; a seed sets
-    partition, initialisation and client order alike for every method. The page is rewritten after every run.
+    All runs share the configuration except for a variant's own method and options. A seed gives every method the same
+    partition, initialisation and client order. The page is rewritten after every run.
 
     Returns:
-        the comparison's page, and one result a run.
+        The path of the comparison page, and one `ComparedRun` per run.
     """
     folder = config.folder.with_name(f"{config.name}-comparison")
     runs = [(variant, seed) for seed in seeds for variant in variants]
     configs = {(variant.label, seed): _single(variant, seed, folder) for variant, seed in runs}
-    results: list[Result] = []
+    runs_done: list[ComparedRun] = []
     page = folder / "comparison.html"
     for index, (variant, seed) in enumerate(runs, start=1):
         on_run(variant.label, seed, index, len(runs))
-        finished: RunResult = Experiment(configs[variant.label, seed]).run(on_start, on_round)
-        results.append(Result(variant.label, seed, finished.metrics, finished.privacy["private_release"]))
-        page = write_comparison(folder, results)
+        finished: Result = Experiment(configs[variant.label, seed]).run(on_start, on_round)
+        runs_done.append(ComparedRun(variant.label, seed, finished.metrics, finished.privacy["private_release"]))
+        page = write_comparison(folder, runs_done)
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
-    return page, results
+    return page, runs_done
 
 
 def _single(variant: Variant, seed: int, folder: Path) -> ExperimentConfig:

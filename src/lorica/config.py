@@ -17,8 +17,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from lorica.errors import UserError
+from lorica.registry import TASK_KINDS, registered, remedy_for_unknown
 
 DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
 Model = TypeVar("Model", bound=BaseModel)
@@ -82,10 +84,9 @@ class LoraSection(Strict):
 class TaskConfig(Strict):
     """What is learned, and from which files."""
 
-    type: Literal[
-        "text-classification", "text-regression", "image-classification", "question-answering", "language-modelling"
-    ]
-    """What a record is, and what is predicted: a label, a number, the position of an answer, or the next tokens."""
+    type: str
+    """What a record is, and what is predicted: `text-classification`, `text-regression`, `image-classification`,
+    `question-answering`, `language-modelling`, or a kind of task from another package."""
     train: str | list[str]
     """A CSV, JSONL or Parquet file, an image folder, a Hugging Face dataset id (`ID`, `ID:CONFIG`, `ID[SPLIT]`), or
     `lorica:digits/train`. For several sources: a list, a pattern (`hospitals/*.csv`) or a folder of such files, sorted
@@ -103,9 +104,10 @@ class TaskConfig(Strict):
     labels: list[str] | None = Field(None, min_length=2)
     """Names of all labels, in order. By default those of the training data or, if the owners hold it, those of the
     first test set."""
-    metrics: list[Literal["accuracy", "f1", "macro_f1", "matthews", "pearson", "spearman"]] | None = None
-    """Metrics reported on the test set, the main one first. By default `[accuracy]`; for regression `[pearson,
-    spearman]`. For GLUE: `[f1, accuracy]` for MRPC and QQP, `[matthews]` for CoLA, the default for STS-B."""
+    metrics: list[str] | None = None
+    """Metrics reported on the test set, the main one first: any of `accuracy`, `f1`, `macro_f1`, `matthews`, by default
+    `[accuracy]`; for regression any of `pearson`, `spearman`, by default both. For GLUE: `[f1, accuracy]` for MRPC and
+    QQP, `[matthews]` for CoLA, the default for STS-B."""
     max_length: int = Field(128, ge=4)
     """Texts are truncated to this many tokens; nothing is padded to it. For question answering: tokens per window."""
     question: str = "question"
@@ -130,6 +132,28 @@ class TaskConfig(Strict):
     """Language modelling: `text` compares answers as text; `gsm8k` compares the number after `####` with the last
     number of the answer."""
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _registered(cls, value: Any) -> Any:
+        kinds = registered(TASK_KINDS)
+        if value not in list(kinds):
+            raise _mistake("no such kind of task", remedy_for_unknown(str(value), kinds))
+        return value
+
+    @field_validator("metrics")
+    @classmethod
+    def _of_this_kind(cls, value: list[str] | None, info: ValidationInfo) -> list[str] | None:
+        kind = info.data.get("type")
+        if not value or kind is None:
+            return value
+        choices: tuple[str, ...] = registered(TASK_KINDS)[kind].load().metric_choices
+        if not choices:
+            raise _mistake(f"{kind} has fixed metrics", "remove task.metrics")
+        for name in value:
+            if name not in choices:
+                raise _mistake(f"{name} is not a metric of {kind}", remedy_for_unknown(name, choices))
+        return value
+
     @field_validator("text", mode="before")
     @classmethod
     def _one_name_is_a_list(cls, value: Any) -> Any:
@@ -139,18 +163,8 @@ class TaskConfig(Strict):
     @classmethod
     def _at_least_one(cls, value: str | dict[str, str]) -> str | dict[str, str]:
         if isinstance(value, dict) and not (value and all(re.fullmatch(r"[A-Za-z][\w-]*", name) for name in value)):
-            raise ValueError("give a source, or names (letters, digits, - and _) with a source each")
+            raise ValueError("give a source, or a mapping of names (letters, digits, - and _) to sources")
         return value
-
-    @model_validator(mode="after")
-    def _metrics_fit(self) -> TaskConfig:
-        of_numbers = {"pearson", "spearman"}
-        if self.metrics and not self.type.endswith(("classification", "regression")):
-            raise ValueError(f"task.metrics: {self.type} has metrics of its own")
-        for name in self.metrics or []:
-            if (name in of_numbers) != (self.type == "text-regression"):
-                raise ValueError(f"task.metrics: {name} is no metric of {self.type}")
-        return self
 
     @field_validator("text")
     @classmethod
@@ -223,9 +237,11 @@ class FederationConfig(Strict):
     @classmethod
     def _only_of_columns(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None and info.data.get("partition") == "column":
-            raise ValueError("partition: column needs the name of a column in federation.by")
+            raise _mistake("federation.partition=column requires a column", "set federation.by to the name of a column")
         if value is not None and info.data.get("partition") != "column":
-            raise ValueError("only federation.partition: column uses it")
+            raise _mistake(
+                "used only with federation.partition=column", "remove federation.by, or set federation.partition=column"
+            )
         return value
 
 
@@ -332,13 +348,13 @@ class PrivacyConfig(Strict):
     @model_validator(mode="after")
     def _a_group_has_a_column(self) -> PrivacyConfig:
         if (self.unit == "group") != (self.group is not None):
-            raise ValueError("give unit: group and the column group together")
+            raise ValueError("set unit: group and group: COLUMN together")
         return self
 
     @model_validator(mode="after")
     def _one_target(self) -> PrivacyConfig:
         if (self.epsilon is None) == (self.noise_multiplier is None):
-            raise ValueError("give either epsilon or noise_multiplier (and set the other to null)")
+            raise ValueError("set either epsilon or noise_multiplier, and set the other to null")
         return self
 
 
@@ -423,7 +439,13 @@ def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> M
             missing = ".".join([*([prefix] if prefix else []), *(str(part) for part in first["loc"])])
             raise UserError(missing, None, "this key is required", f"add {missing} to the configuration") from None
         problem = first["msg"].removeprefix("Value error, ")
-        raise UserError(key, first["input"], problem[:1].lower() + problem[1:], f"change {key}") from None
+        remedy = first.get("ctx", {}).get("remedy", f"change {key}")
+        raise UserError(key, first["input"], problem[:1].lower() + problem[1:], remedy) from None
+
+
+def _mistake(problem: str, remedy: str) -> PydanticCustomError:
+    """What a validator raises where it knows more of a remedy than to change the key."""
+    return PydanticCustomError("mistake", "{problem}", {"problem": problem, "remedy": remedy})
 
 
 def _spelled(content: Any) -> set[str]:
@@ -441,7 +463,7 @@ def _nearest_key(model: type[BaseModel], path: list[str]) -> str:
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     known = list(section.model_fields)
     nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-    return f"did you mean {nearest[0]!r}?" if nearest else f"known keys here: {', '.join(known)}"
+    return f"did you mean {nearest[0]!r}?" if nearest else f"choose one of: {', '.join(known)}"
 
 
 def read_mapping(path: Path, key: str = "config") -> dict[str, Any]:
@@ -458,7 +480,7 @@ def read_mapping(path: Path, key: str = "config") -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(key, str(path), f"not valid YAML ({error})", "mend the file") from None
+        raise UserError(key, str(path), f"not valid YAML ({error})", "correct the file") from None
     if not isinstance(content, dict):
         raise UserError(key, str(path), "not a mapping of keys to values", "start from an example in the documentation")
     return content
@@ -471,7 +493,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise UserError(key, text, "not a YAML value", "quote it") from None
+        raise UserError(key, text, "not a valid YAML value", "put the value in quotes") from None
     section = content
     *parents, last = key.split(".")
     for parent in parents:

@@ -1,4 +1,4 @@
-"""An experiment, from its configuration to a finished run folder, over the engine that it names."""
+"""Run an experiment from its configuration to a finished run folder, with the configured engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Experiment:
 
     @classmethod
     def load(cls, source: str | Path | dict[str, Any] | None = None, overrides: list[str] | None = None) -> Experiment:
-        """From a YAML file or a dictionary, by default the embedded digits experiment, with `a.b=c` overrides.
+        """Load a YAML file or a dictionary (default: the embedded digits experiment) and apply `a.b=c` overrides.
 
         Raises:
             UserError: names the key, the value and the remedy.
@@ -38,15 +38,15 @@ class Experiment:
         on_start: OnStart = lambda prepared, federation, finished_rounds: None,
         on_round: Callable[[dict[str, Any]], None] = lambda metrics: None,
     ) -> Result:
-        """Run to the end, resuming where an earlier run of the same configuration and name stopped.
+        """Run to the end. An interrupted run with the same name and configuration is resumed.
 
         Args:
-            on_start: called once everything is checked and the clients have joined, with the number of rounds that are
-                already finished.
-            on_round: called with each round's metrics, the starting model's (round 0) first.
+            on_start: called once everything is checked and the clients have joined; its last argument is the number of
+                rounds already finished.
+            on_round: called with the metrics of each round, starting with those of the initial model (round 0).
 
         Raises:
-            UserError: before any budget is spent, for everything that the configuration or the data can get wrong.
+            UserError: the configuration or the data are invalid. Raised before any budget is spent.
         """
         if self.config.engine == "flower":
             return _launched(self.config)
@@ -66,5 +66,6 @@ def _launched(config: ExperimentConfig) -> Result:
         return finished
     launch(config)
     if not config.folder.is_dir():
-        raise UserError("output", config.output, "the run has ended, and its folder is not here", "see the SuperLink's")
+        problem = "the run has finished, but its folder is not on this machine"
+        raise UserError("output", config.output, problem, "look for it on the machine of the SuperLink")
     return read_result(config.folder)

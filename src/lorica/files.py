@@ -1,4 +1,4 @@
-"""Files that are either old or new, never half: atomic writes and where Lorica keeps its own."""
+"""Atomic and durable writes, and the folders where Lorica keeps its own files."""
 
 import os
 import shutil
@@ -11,20 +11,20 @@ from lorica.errors import UserError
 
 
 def home_folder() -> Path:
-    """`$LORICA_HOME`, or `~/.lorica`: ledgers of data that has no folder of its own, and caches."""
+    """`$LORICA_HOME`, or `~/.lorica`: caches, and ledgers of data sets that have no folder of their own."""
     return Path(os.environ.get("LORICA_HOME") or Path.home() / ".lorica")
 
 
 def cache_folder() -> Path:
-    """What may be deleted at any time."""
+    """Folder of the caches, which may be deleted at any time."""
     return home_folder() / "cache"
 
 
 def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write, sync, rename: a crash leaves the old file or the new one, with these permissions.
+    """Write to a temporary file, sync it and rename it: after a crash, the file has the old or the new content.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written.
+        UserError: the disk is full, or the folder is not writable.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,10 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
             raise
     except OSError as error:
         raise UserError(
-            "file", str(path), f"cannot be written ({error.strerror})", "free the disk or choose another output folder"
+            "file",
+            str(path),
+            f"cannot be written ({error.strerror})",
+            "free disk space or choose another output folder",
         ) from error
 
 
@@ -49,7 +52,7 @@ def append_line(path: Path, line: str) -> None:
     """Append one line and sync it.
 
     Raises:
-        UserError: the disk is full, or the file cannot be written.
+        UserError: the disk is full, or the file is not writable.
     """
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -58,13 +61,16 @@ def append_line(path: Path, line: str) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(
-            "file", str(path), f"cannot be written ({error.strerror})", "free the disk or choose another output folder"
+            "file",
+            str(path),
+            f"cannot be written ({error.strerror})",
+            "free disk space or choose another output folder",
         ) from error
 
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new empty folder to write into, which takes the place of `folder` once the context ends without an error."""
+    """An empty folder to write to. It replaces `folder` when the context ends without an error."""
     temporary = folder.with_name(f".{folder.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The only things that travel between the server and an owner."""
+"""The messages between the server and an owner, and their encodings. Nothing else travels."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from lorica.privacy.released import Released
 from lorica.privacy.statement import Account
 
 OWNER = "owner"
-"""Stands for `task.train` in what a server sends: the data are with the owner, who names them."""
-# A run's name is written into logs and files of the owner.
-RUN = re.compile(r"[A-Za-z0-9._-]{1,100}")
+"""Value of `task.train` in a message: the data are with the owner, whose own settings say where."""
+# The owner writes the name of a run into its logs and files.
+RUN_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 _TENSORS = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
 
 @dataclass(frozen=True)
 class Invitation:
-    """What every message of a run carries.
+    """The part that all messages of a run have in common.
 
     Attributes:
-        run: identity of the run.
+        run: id of the run.
         experiment: the server's configuration as JSON.
         base: hash of the server's base model.
     """
@@ -59,27 +59,27 @@ class Invitation:
         except (ValueError, TypeError, RecursionError):
             invitation = None
         if invitation is None or not all(isinstance(value, str) for value in asdict(invitation).values()):
-            raise Refused("the message holds no invitation that this version of Lorica understands")
-        if not RUN.fullmatch(invitation.run):
-            raise Refused("the run's name is not made of at most 100 letters, digits and -, _ or .")
+            raise Refused("the message contains no invitation that this version of Lorica understands")
+        if not RUN_NAME.fullmatch(invitation.run):
+            raise Refused("the name of the run must be 1 to 100 characters: letters, digits, -, _ and .")
         return invitation
 
 
 @dataclass(frozen=True)
 class Training:
-    """Work: train these tensors for `steps` noisy steps on these terms, and reply with their updates.
+    """Work: train these tensors for `steps` noisy steps under these terms, and reply with their updates.
 
     Attributes:
         trained: names of the tensors to train.
         terms: the DP terms that the server proposes; the client checks them.
         rates: name -> learning rate of each trained tensor.
-        local: what happens to the noisy gradient before the optimiser.
-        corrections: name -> what SCAFFOLD adds to the noisy gradient.
-        rounds: of the whole run, which schedules of the local step refer to.
-        rank: the client trains the leading ranks only; None for all.
-        personal: trained tensors that stay with the client: it starts from its own and sends no update of them.
-        sketch_columns: in place of the factors' updates, reply with `SITE -> B_k (A_k Ω)`, `(d_out, columns)`, named
-            `sketch:SITE`, and keep the factors for a `Projection`.
+        local: transformations of the noisy gradient before the optimiser.
+        corrections: name -> tensor that SCAFFOLD adds to the noisy gradient.
+        rounds: number of rounds of the run, for the schedules of the local step.
+        rank: train only the first `rank` ranks; None for all.
+        personal: trained tensors that stay with the client: it starts from its own values and sends no updates.
+        sketch_columns: instead of the factors' updates, reply with `B_k (A_k Ω)`, `(d_out, columns)`, for each site,
+            named `sketch:SITE`, and keep the factors for a `Projection`.
         last_step_energy: also reply with `‖ĝ‖²` of each trained tensor's last noisy gradient, named `energy:NAME`.
     """
 
@@ -99,7 +99,7 @@ class Training:
     __pydantic_config__: ClassVar = _TENSORS
 
     def plain(self) -> dict[str, Any]:
-        """All but the tensors, as JSON-able values."""
+        """All fields except the tensors, as JSON-able values."""
         plain = {key: value for key, value in vars(self).items() if key != "corrections"}
         plain |= {"terms": asdict(self.terms), "local": asdict(self.local), "rates": dict(self.rates)}
         return plain | {"optimizer": self.optimizer.model_dump()}
@@ -110,7 +110,7 @@ class Projection:
     """Work: reply with `Z_k = A_kᵀ (B_kᵀ Q)`, `(d_in, columns)`, of the factors kept in this round, named
     `sketch:SITE`.
 
-    A function of what was charged before: no step, no cost.
+    A function of earlier releases: it takes no step and costs nothing.
 
     Attributes:
         bases: site name -> `Q (d_out, columns)`.
@@ -123,13 +123,13 @@ class Projection:
 
 @dataclass(frozen=True)
 class Delivery:
-    """Work: take this model; nothing comes back. The client tests it on private records of its own, if it holds any.
+    """Work: receive this model, without a reply. The client evaluates it on its private test records, if it has any.
 
     Attributes:
-        model: every tensor of the adapter, after averaging over rounds where that is done.
-        merged: site name -> `(B, A)`, all that is merged into the frozen weight.
-        final: it is the run's result.
-        personal: what the client keeps of its own takes the place of the model's tensors (`Method.personal`).
+        model: all tensors of the adapter, averaged over rounds if that is configured.
+        merged: site name -> `(B, A)`, everything merged into the frozen weight.
+        final: whether this is the result of the run.
+        personal: the client's own tensors replace those of the model (`Method.personal`).
     """
 
     model: Mapping[str, Tensor]
@@ -145,13 +145,13 @@ class Request:
     """Server to client.
 
     Attributes:
-        run: identity of the run.
-        round, exchange: which round, and which exchange within it, from 1.
-        tensors: every global tensor that changed since this client last took part.
+        run: id of the run.
+        round, exchange: the round, and the exchange within it, both from 1.
+        tensors: all global tensors that changed since this client last took part.
         increments: site name -> `(B, A)`, ranks merged into the frozen weight since then.
-        restart: `increments` holds all that was ever merged; what the client has is void.
-        sequence: 0 if the request brings all tensors and all increments; otherwise it builds on the one before.
-        work: what to do.
+        restart: `increments` contains everything merged so far and replaces the client's copy.
+        sequence: 0 if the request contains all tensors and increments; otherwise it builds on the previous request.
+        work: what the client is asked to do.
     """
 
     run: str
@@ -167,13 +167,13 @@ class Request:
     __pydantic_config__: ClassVar = _TENSORS
 
     def digest(self, adapter: Mapping[str, Tensor], merged: Mapping[str, Pair]) -> str:
-        """SHA-256 of what the request asks for and of the adapter that it starts from.
+        """SHA-256 of the requested work and of the adapter that it starts from.
 
-        Equal digests mean that the same release answers both requests.
+        Requests with equal digests get the same release.
 
         Args:
-            adapter: all global tensors as the client holds them once it has taken `tensors` in.
-            merged: likewise, with `increments` taken in.
+            adapter: all global tensors at the client, `tensors` included.
+            merged: all merged ranks at the client, `increments` included.
         """
         content: dict[str, object] = {
             "run": self.run,
@@ -194,11 +194,11 @@ class Request:
 
     @property
     def nbytes(self) -> int:
-        """Size of the tensors on the wire."""
+        """Size in bytes of the request's tensors on the wire."""
         return size(self._tensors())
 
     def encode(self) -> bytes:
-        """One safetensors blob: all tensors, and the rest as JSON in its metadata."""
+        """One safetensors blob: all tensors, with the other fields as JSON in its metadata."""
         tensors = {name: value.contiguous().cpu() for name, value in self._tensors().items()}
         content: bytes = safetensors.torch.save(tensors, metadata={"request": json.dumps(self._plain())})
         return content
@@ -208,7 +208,7 @@ class Request:
         """The inverse of `encode`.
 
         Raises:
-            ValueError: not a request. What the server wrote may be quoted in the message: it holds nothing private.
+            ValueError: not a request. The message may quote the server, since a request contains nothing private.
         """
         try:
             plain = json.loads(_metadata(content)["request"])
@@ -227,7 +227,7 @@ class Request:
                 }
                 work = _STRICT[Delivery].validate_python(asked | model)
             else:
-                raise ValueError(f"no work is called {kind!r}")
+                raise ValueError(f"unknown kind of work {kind!r}")
             sent = {
                 "tensors": under("tensor:", tensors),
                 "increments": pairs_under("merged:B:", "merged:A:", tensors),
@@ -237,10 +237,10 @@ class Request:
         except (safetensors.SafetensorError, ValidationError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"not a request of this version of Lorica: {type(error).__name__}: {error}") from error
         except RecursionError:
-            raise ValueError("not a request of this version of Lorica: it is nested too deeply") from None
-        # What validation passed over or converted, such as a key that a part of it does not know, is not understood.
+            raise ValueError("not a request of this version of Lorica: nested too deeply") from None
+        # Refuse anything that validation ignored or converted, such as an unknown key in a nested part.
         if json.loads(json.dumps(request._plain())) != plain or request._tensors().keys() != tensors.keys():
-            raise ValueError("not a request of this version of Lorica: it says more than this version understands")
+            raise ValueError("not a request of this version of Lorica: it has unknown keys or tensors")
         return request
 
     def _plain(self) -> dict[str, Any]:
@@ -274,10 +274,10 @@ _ACCOUNT = TypeAdapter(Account)
 
 @dataclass(frozen=True)
 class Reply:
-    """Client to server: released tensors and nothing else.
+    """Client to server: released tensors only.
 
     Raises:
-        TypeError: a tensor that went through no mechanism.
+        TypeError: a tensor that is not `Released`.
     """
 
     client: int
@@ -286,15 +286,15 @@ class Reply:
     def __post_init__(self) -> None:
         for name, value in self.tensors.items():
             if not isinstance(value, Released):
-                raise TypeError(f"a reply takes released tensors only; {name} is a {type(value).__name__}")
+                raise TypeError(f"a reply accepts only released tensors; {name} is a {type(value).__name__}")
 
     def encode(self) -> bytes:
-        """The reply as safetensors bytes: what travels, and what the ledger keeps."""
+        """The reply as safetensors bytes, as it is sent and stored in the ledger."""
         return encode({name: released.tensor for name, released in self.tensors.items()})
 
 
 def encode_plan(plan: ClientPlan) -> str:
-    """What an owner agrees to, as JSON: its answer to an invitation."""
+    """A plan as JSON: the owner's answer to an invitation."""
     return _PLAN.dump_json(plan).decode()
 
 
@@ -308,7 +308,7 @@ def decode_plan(text: str) -> ClientPlan:
 
 
 def encode_account(account: Account) -> str:
-    """What an owner was charged so far, as JSON: it travels beside each reply."""
+    """An account as JSON; it is sent with each reply."""
     return _ACCOUNT.dump_json(account).decode()
 
 
@@ -329,17 +329,18 @@ def encode(tensors: Mapping[str, Tensor]) -> bytes:
 
 def decode(content: bytes) -> dict[str, Tensor]:
     """The inverse of `encode`."""
-    # Cloned into memory of PyTorch's alignment: products of others can round otherwise, and engines agree bit for bit.
+    # Cloned into PyTorch's own aligned memory: matrix products can round differently with another alignment, and
+    # engines must agree bit for bit.
     return {name: tensor.clone() for name, tensor in safetensors.torch.load(content).items()}
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of tensors on the wire."""
+    """Size in bytes of tensors on the wire."""
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors blob: its header is JSON, after 8 bytes with the header's length."""
+    """Metadata of a safetensors blob: 8 bytes with the header's length, then the header as JSON."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     metadata: dict[str, str] = header["__metadata__"]
     return metadata

@@ -1,4 +1,4 @@
-"""Who takes part in each round, and at which rank: public, from the seed, the same on every machine."""
+"""Which clients take part in each round, and with which rank: public, computed from the seed on every machine."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lorica.streams import numpy_stream
 def participation_schedule(clients: int, rounds: int, participants: int, seed: int) -> list[list[int]]:
     """Participants of each round, sorted.
 
-    Balanced rotation: a public permutation is used up before the next one is drawn, so that after any number of rounds
-    two clients' participations differ by at most one. The schedule is known before the run, so each client's budget is
-    computed for exactly the steps that it will run.
+    Balanced rotation: every client of a public permutation takes part before the next permutation is drawn, so after
+    any number of rounds the participation counts of two clients differ by at most one. The schedule is known before
+    the run, so each client's budget is computed for exactly the steps that it will run.
     """
     draws = numpy_stream(seed, "participation")
     queue: list[int] = []
@@ -19,7 +19,7 @@ def participation_schedule(clients: int, rounds: int, participants: int, seed: i
         chosen: list[int] = queue[:participants]
         queue = queue[participants:]
         if len(chosen) < participants:
-            # Those who sit out the end of one permutation come first in the next one, and nobody is drawn twice.
+            # Those already chosen go to the end of the new permutation, so that nobody is drawn twice in a round.
             fresh = [client for client in draws.permutation(clients).tolist() if client not in chosen]
             needed = participants - len(chosen)
             queue = fresh[needed:] + chosen
@@ -29,9 +29,9 @@ def participation_schedule(clients: int, rounds: int, participants: int, seed: i
 
 
 def client_ranks(rule: list[int] | str | None, clients: int, rank: int, seed: int) -> dict[int, int]:
-    """Client -> rank of its factors; empty where all have the whole one.
+    """Client -> rank of its factors; empty if all clients use the full rank.
 
-    `halving`: `r, r/2, r/4, …, 1` and from the start again. `random`: uniform on `1…r` from the public seed.
+    `halving`: `r, r/2, r/4, …, 1`, repeated. `random`: uniform on `1…r`, drawn from the public seed.
     """
     if rule is None:
         return {}

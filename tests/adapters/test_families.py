@@ -131,13 +131,16 @@ def test_projecting_copied_positions_is_copying_projected_ones() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
-def test_padding_is_told_by_the_mask_whatever_id_the_tokenizer_pads_with(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(("task", "names"), [("text-classification", NAMES), ("text-regression", ["score"])])
+def test_padding_is_told_by_the_mask_whatever_id_the_tokenizer_pads_with(
+    tmp_path: Path, family: str, task: str, names: list[str]
+) -> None:
     torch.manual_seed(0)
     model = FAMILIES[family]()
     model.config.pad_token_id = None
     model.config.eos_token_id = [2, 3]
     model.save_pretrained(tmp_path)
-    base = load_base(ModelConfig(base=str(tmp_path), head="freeze"), "text-classification", NAMES, 0)
+    base = load_base(ModelConfig(base=str(tmp_path), head="freeze"), task, names, 0)
     examples = batch(family, 4).inputs
     padded = examples["attention_mask"] == 0
     assert padded.any()
@@ -152,7 +155,7 @@ def test_padding_is_told_by_the_mask_whatever_id_the_tokenizer_pads_with(tmp_pat
 
 def test_a_model_with_two_heads_is_refused(tmp_path: Path) -> None:
     transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**VISION)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="no linear map named classifier, score"):
+    with pytest.raises(UserError, match="no linear map named classifier or score"):
         load_base(ModelConfig(base=str(tmp_path)), "image-classification", NAMES, 0)
 
 
@@ -198,7 +201,7 @@ def test_a_quantised_base_has_the_gradients_of_one_example_at_a_time(
     if precision == "int8":
         # Otherwise one example's large activations would change how the others are computed.
         assert frozen.state.threshold == 0.0
-    with pytest.raises(UserError, match=r"model\.precision.*adds to the frozen weights"):
+    with pytest.raises(UserError, match=r"model\.precision.*changes the frozen weights"):
         model.merge({site.name: (torch.ones(site.d_out, 1), torch.ones(1, site.d_in))})
     with pytest.raises(UserError, match=r"model\.precision"), model.perturbed(0.1, torch.Generator()):
         pass

@@ -94,6 +94,6 @@ def rows(count: int, seed: int) -> list[dict[str, Any]]:
 def invitation(config: ExperimentConfig, base: str, run: str = "run") -> Invitation:
     """As a server sends it."""
     from lorica.engines.flower.server import for_nodes
-    from lorica.tasks import load_tests
+    from lorica.tasks.loading import load_tests
 
     return Invitation(run, for_nodes(config, load_tests(config.task, config.model.base)).model_dump_json(), base)

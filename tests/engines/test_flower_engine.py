@@ -238,7 +238,7 @@ def test_a_lost_invitation_is_sent_again(tmp_path: Path, caplog: pytest.LogCaptu
     nodes = RestartedNode([organisations.node_config(client) for client in range(2)])
     serve(organisations.experiment("flower", "flower.wait=60"), nodes)
     assert nodes.lost == 2
-    assert caplog.text.count("node 1 gives no answer: Flower reports error 3") == 1
+    assert caplog.text.count("node 1 did not answer: Flower reports error 3") == 1
 
 
 def test_a_refusal_is_not_asked_for_again_while_the_server_waits(
@@ -249,7 +249,7 @@ def test_a_refusal_is_not_asked_for_again_while_the_server_waits(
     with pytest.raises(UserError, match=r"federation\.min_clients"):
         serve(organisations.experiment("flower", "flower.wait=1"), nodes)
     assert len(nodes.sent) == 2
-    assert caplog.text.count("refuses: policy.max_epsilon") == 2
+    assert caplog.text.count("refused: policy.max_epsilon") == 2
 
 
 def test_the_run_does_not_start_without_its_clients(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_second_node_with_the_same_number_is_not_taken_in(tmp_path: Path, capl
     configs = [organisations.node_config(0), organisations.node_config(0, **impostor), organisations.node_config(1)]
     nodes = InProcessGrid(configs)
     serve(organisations.experiment("flower"), nodes)
-    assert "node 2 is not taken in: client 0 is on another node" in caplog.text
+    assert "node 2 was rejected: client 0 is on another node" in caplog.text
     trained = {message.metadata.dst_node_id for message in nodes.sent if message.metadata.message_type == "train"}
     assert trained == {1, 3}
     assert Ledger(tmp_path / "impostor" / "data.jsonl.ledger.sqlite").releases() == []

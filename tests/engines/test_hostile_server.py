@@ -31,7 +31,7 @@ from lorica.privacy.ledger import Ledger, Release
 from tests.engines.organisations import DELTA, RECORDS, SIGMA, Organisations, invitation
 from tests.tasks.test_whole_runs import sentences, write_rows
 
-GENERIC = "an error at the node; its log has it"
+GENERIC = "an error occurred at the node; see its log"
 SECRET = "patient-Zoltan-4711"
 
 
@@ -108,7 +108,7 @@ def test_an_honest_server_is_answered(owner: Owner) -> None:
     [
         (["privacy=none"], r"policy\.noise: the server proposes noise = none"),
         (["privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
-        (["privacy.noise_multiplier=0.01"], r"policy\.min_noise_multiplier: .* 0\.01; the least is 0\.5"),
+        (["privacy.noise_multiplier=0.01"], r"policy\.min_noise_multiplier: .* 0\.01; the minimum is 0\.5"),
         (["privacy.clip_norm=1.0e+9"], r"policy\.max_clip_norm: .* 1e\+09; the limit is 2"),
         (["privacy.clip_norm=.inf"], r"the experiment is not valid here: privacy\.clip_norm"),
         ([f"federation.batch_size={RECORDS[0]}"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.5"),
@@ -142,7 +142,7 @@ def test_the_server_names_neither_files_nor_other_columns(owner: Owner, task: di
 
 def test_a_file_beside_the_data_is_not_the_servers_either(owner: Owner) -> None:
     inside = str(owner.place / "data.jsonl")
-    assert "the data are for the owner to name" in str(owner.ask(owner.invitation(train=inside))["refused"])
+    assert "only the owner may name the data" in str(owner.ask(owner.invitation(train=inside))["refused"])
     owner.assert_untouched()
 
 
@@ -155,7 +155,7 @@ def test_another_base_model_is_refused(owner: Owner, tmp_path: Path) -> None:
         experiment = json.loads(sent.experiment)
         experiment["model"]["base"] = base
         answer = respond(without, replace(sent, experiment=json.dumps(experiment)).encode(), None)
-        assert "this node has no base=FOLDER for it" in str(answer["refused"])
+        assert "the owner has not set base=FOLDER for this node" in str(answer["refused"])
     owner.organisations.write_policy(0, base_models=["sha256:" + "1" * 64])
     assert re.search(r"policy\.base_models: the server proposes", str(owner.ask(owner.invitation())["refused"]))
     assert owner.releases() == []
@@ -208,12 +208,12 @@ def test_garbage_is_no_invitation(owner: Owner, content: str) -> None:
 @pytest.mark.parametrize(
     ("experiment", "message"),
     [
-        ("{", "no JSON object"),
-        ("[]", "no JSON object"),
-        ("null", "no JSON object"),
-        ('{"a":' * 50_000 + "1" + "}" * 50_000, "no JSON object"),
-        ("{}", "the experiment is not valid here: "),
-        ('{"loss_per_example": true}', "the experiment is not valid here: "),
+        ("{", "not a JSON object"),
+        ("[]", "not a JSON object"),
+        ("null", "not a JSON object"),
+        ('{"a":' * 50_000 + "1" + "}" * 50_000, "not a JSON object"),
+        ("{}", "the experiment is not valid: "),
+        ('{"loss_per_example": true}', "the experiment is not valid: "),
     ],
 )
 def test_garbage_is_no_experiment(owner: Owner, experiment: str, message: str) -> None:
@@ -226,7 +226,7 @@ def test_an_experiment_is_never_read_from_a_file_of_the_node(owner: Owner) -> No
     private = owner.place / "private.yaml"
     private.write_text(f"{SECRET}: [")
     answer = owner.ask(Invitation("run", json.dumps(str(private)), owner.base).encode())
-    assert answer == {"refused": "the experiment is no JSON object"}
+    assert answer == {"refused": "the experiment is not a JSON object"}
 
 
 def test_unknown_keys_in_the_experiment_are_refused(owner: Owner) -> None:
@@ -276,23 +276,23 @@ def tensor(some: Request, value: Tensor) -> Request:
 
 
 HOSTILE = {
-    "no noise": (lambda r: terms(r, noise_multiplier=0.0), "agreed was"),
-    "no noise, no clipping": (lambda r: terms(r, noise_multiplier=0.0, clip_norm=math.inf), "agreed was"),
-    "huge clip": (lambda r: terms(r, clip_norm=1e9), "agreed was"),
-    "every record": (lambda r: terms(r, sampling_rate=1.0), "agreed was"),
-    "divided by one": (lambda r: terms(r, batch_size=1), "agreed was"),
-    "more steps than planned": (lambda r: work(r, steps=5), "5 steps in all are more than the 4"),
-    "no step": (lambda r: work(r, steps=0), "0 steps"),
-    "steps that give budget back": (lambda r: work(r, steps=-2), "-2 steps"),
+    "no noise": (lambda r: terms(r, noise_multiplier=0.0), "but the agreed terms are"),
+    "no noise, no clipping": (lambda r: terms(r, noise_multiplier=0.0, clip_norm=math.inf), "but the agreed terms are"),
+    "huge clip": (lambda r: terms(r, clip_norm=1e9), "but the agreed terms are"),
+    "every record": (lambda r: terms(r, sampling_rate=1.0), "but the agreed terms are"),
+    "divided by one": (lambda r: terms(r, batch_size=1), "but the agreed terms are"),
+    "more steps than planned": (lambda r: work(r, steps=5), "5 steps in total exceed the 4"),
+    "no step": (lambda r: work(r, steps=0), "the number of steps is 0"),
+    "steps that give budget back": (lambda r: work(r, steps=-2), "the number of steps is -2"),
     "another client": (lambda r: replace(r, client=1), "the request is for client 1"),
     "another run": (lambda r: replace(r, run="other"), "of run 'other'"),
     "a round beyond the last": (lambda r: replace(r, round=3), "round 3 is beyond"),
     "a round before the first": (lambda r: replace(r, round=-1), "round = -1"),
     "counts beyond SQLite": (lambda r: replace(r, exchange=2**70), "exchange = "),
-    "a tensor that is not there": (lambda r: renamed(r, "secret.A"), "which this model does not have"),
-    "the embedding": (lambda r: renamed(r, "bert.embeddings.word_embeddings.weight"), "does not have"),
-    "nothing to train": (lambda r: work(r, trained=(), rates={}), "trains nothing"),
-    "nothing to train in a step": (lambda r: work(r, local=LocalStep(alternate=True)), "trains nothing"),
+    "a tensor that is not there": (lambda r: renamed(r, "secret.A"), "which is not in this model"),
+    "the embedding": (lambda r: renamed(r, "bert.embeddings.word_embeddings.weight"), "which is not in this model"),
+    "nothing to train": (lambda r: work(r, trained=(), rates={}), "trains no tensor"),
+    "nothing to train in a step": (lambda r: work(r, local=LocalStep(alternate=True)), "trains no tensor"),
     "a tensor twice": (lambda r: work(r, trained=(first(r),) * 2, rates={first(r): 1.0}), "twice"),
     "rates for others": (lambda r: work(r, rates={"x": 1.0}), "learning rates"),
     "rank 0": (lambda r: work(r, rank=0), "rank 0"),
@@ -308,8 +308,11 @@ HOSTILE = {
     "a projection of nothing": (lambda r: replace(r, work=projection(r)), "round 1 has no sketch"),
     "personal tensors not trained": (lambda r: work(r, personal=("x",)), "leaves tensors with the client"),
     "corrections of the wrong shape": (lambda r: work(r, corrections={first(r): torch.ones(1)}), "of shape (1,)"),
-    "a tensor of another model": (lambda r: replace(r, tensors=dict(r.tensors) | {"x": torch.ones(1)}), "no tensor of"),
-    "a tensor that lacks": (lambda r: replace(r, tensors={first(r): r.tensors[first(r)]}), "it brings no"),
+    "a tensor of another model": (
+        lambda r: replace(r, tensors=dict(r.tensors) | {"x": torch.ones(1)}),
+        "not a tensor of",
+    ),
+    "a tensor that lacks": (lambda r: replace(r, tensors={first(r): r.tensors[first(r)]}), " is missing"),
     "a tensor of the wrong shape": (lambda r: tensor(r, torch.ones(1, 1)), "of shape (1, 1)"),
     "a tensor of the wrong type": (lambda r: tensor(r, r.tensors[first(r)].double()), "torch.float64"),
     "increments that do not fit": (
@@ -324,7 +327,7 @@ HOSTILE = {
         lambda r: replace(r, work=Projection({first(r)[:-2]: torch.ones(3, 2)})),
         "its basis for",
     ),
-    "a result of another model": (lambda r: replace(r, work=Delivery({"x": torch.ones(1)}, {}, True)), "brings no"),
+    "a result of another model": (lambda r: replace(r, work=Delivery({"x": torch.ones(1)}, {}, True)), " is missing"),
 }
 
 
@@ -404,7 +407,7 @@ def test_tensors_beside_those_of_the_work_are_refused(owner: Owner) -> None:
     metadata = json.loads(content[8 : 8 + length])["__metadata__"]
     more = safetensors.torch.load(content) | {"basis:x": torch.ones(1)}
     answer = owner.ask(sent, safetensors.torch.save(more, metadata=metadata))
-    assert "says more than this version understands" in str(answer["refused"])
+    assert "it has unknown keys or tensors" in str(answer["refused"])
     owner.assert_untouched()
 
 
@@ -429,7 +432,7 @@ def test_no_more_steps_than_planned_whatever_they_are_called(owner: Owner) -> No
     sent = owner.invitation()
     answers = [owner.ask(sent, request(owner, sent, exchange=exchange)) for exchange in range(1, 6)]
     assert ["reply" in answer for answer in answers] == [True, True, False, False, False]
-    assert "6 steps in all are more than the 4" in str(answers[-1]["refused"])
+    assert "6 steps in total exceed the 4" in str(answers[-1]["refused"])
     assert sum(release.steps for release in owner.releases()) == 4
 
 
@@ -496,7 +499,7 @@ def test_steps_that_fail_are_charged(owner: Owner) -> None:
     assert [release.steps for release in owner.releases()] == [2]
     # It is no reply that could be asked for again.
     assert owner.ask(sent, some) == {"refused": GENERIC}
-    assert "6 steps in all" in str(owner.ask(sent, some)["refused"])
+    assert "6 steps in total" in str(owner.ask(sent, some)["refused"])
 
 
 def test_whether_a_private_test_fails_is_not_told(

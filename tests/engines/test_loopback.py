@@ -133,7 +133,7 @@ def test_the_owners_refusal_and_the_servers_error_reach_the_one_who_started_the_
     asked += ["federation.clients=3", "flower.wait=40", "privacy.epsilon=100"]
     with pytest.raises(UserError, match=r"0 clients have joined after 40 seconds"):
         launch(with_absolute_paths(load(None, asked)), federation.home)
-    assert capfd.readouterr().out.count("refuses: policy.") == 3
+    assert capfd.readouterr().out.count("refused: policy.") == 3
 
 
 def test_a_node_runs_no_code_that_the_server_sends(federation: Any, tmp_path: Path) -> None:

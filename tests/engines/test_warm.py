@@ -59,7 +59,7 @@ def test_nobody_else_can_enter_the_folder_of_the_sockets(sockets: Path) -> None:
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701, 0o1777])
 def test_a_folder_that_others_can_enter_is_refused(sockets: Path, mode: int) -> None:
     runtime_folder().chmod(mode)
-    with pytest.raises(UserError, match="others can enter it"):
+    with pytest.raises(UserError, match="other accounts can access this folder"):
         runtime_folder()
 
 
@@ -67,7 +67,7 @@ def test_a_link_or_a_file_in_its_place_is_refused(sockets: Path) -> None:
     folder = runtime_folder()
     folder.rename(sockets / "elsewhere")
     folder.symlink_to(sockets / "elsewhere")
-    with pytest.raises(UserError, match="others can enter it"):
+    with pytest.raises(UserError, match="other accounts can access this folder"):
         runtime_folder()
 
 
@@ -75,7 +75,7 @@ def test_another_accounts_folder_is_refused(sockets: Path, monkeypatch: pytest.M
     """It has the right name and the right permissions, and another account made it."""
     other = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: other)
-    with pytest.raises(UserError, match="others can enter it"):
+    with pytest.raises(UserError, match="other accounts can access this folder"):
         runtime_folder()
 
 
@@ -83,7 +83,7 @@ def test_the_server_learns_of_no_path_when_there_is_no_place_for_the_socket(sock
     runtime_folder().chmod(0o777)
     own = {"client": 0, "data": str(tmp_path / "data.jsonl")}
     answer = ask(own, "{}", None)
-    assert answer == {"refused": "the node cannot take part because of its worker; its log has the rest"}
+    assert answer == {"refused": "the node cannot take part because of its worker; see its log"}
 
 
 def test_a_connection_that_an_ending_worker_did_not_take_is_none(sockets: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_message_is_given_to_two_workers_and_no_third(
 
     monkeypatch.setattr(warm, "_ask_worker", ending_worker)
     own = {"client": 0, "data": str(tmp_path / "data.jsonl")}
-    assert ask(own, "{}", b"request") == {"refused": "an error at the node; its log has it"}
+    assert ask(own, "{}", b"request") == {"refused": "an error occurred at the node; see its log"}
     assert len(asked) == 2
 
 

@@ -61,11 +61,11 @@ def with_one(value: float) -> Callable[[Tensor], Tensor]:
 MALFORMED: dict[str, tuple[Change, str]] = {
     "nan": (first(with_one(float("nan"))), "is not finite"),
     "inf": (first(with_one(float("-inf"))), "is not finite"),
-    "missing": (lambda reply: dict(list(reply.items())[1:]), "it lacks "),
-    "empty": (lambda reply: {}, "it lacks "),
+    "missing": (lambda reply: dict(list(reply.items())[1:]), "missing "),
+    "empty": (lambda reply: {}, "missing "),
     "extra": (
         lambda reply: reply | {"loss\nround 9 was fine": torch.ones(1)},
-        r"it has 'loss\nround 9 was fine', not asked for",
+        r"unexpected 'loss\nround 9 was fine'",
     ),
     "shape": (first(lambda value: value.flatten()[:-1]), "has shape"),
     "transposed": (first(lambda value: value[None]), "has shape"),
@@ -87,7 +87,7 @@ def test_a_malformed_reply_is_refused_and_named(
             traffic = some.round()
         assert (traffic.participants, traffic.missing) == ([0, 2], [1])
         (message,) = caplog.messages
-        assert message.startswith("round 1 goes on without client 1: its reply is refused, ")
+        assert message.startswith("round 1 continues without client 1: its reply was refused: ")
         assert reason in message
         assert "\n" not in message
         assert all(torch.isfinite(value).all() for value in some.server.model.tensors.values())
@@ -184,5 +184,5 @@ def test_a_client_that_was_refused_is_asked_again_in_the_next_round(tmp_path: Pa
     assert [some.round().missing for _ in range(4)] == [[], [1], [], []]
     some = tampered(federation("ro-lora", tmp_path / "stopped"), times(10))
     some.min_clients = None
-    with pytest.raises(UserError, match=r"client 1: its reply is refused, .* has norm"):
+    with pytest.raises(UserError, match=r"client 1: its reply was refused: .* has norm"):
         some.round()

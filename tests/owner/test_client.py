@@ -39,20 +39,20 @@ def owner(folder: Path, noise: str = "secure", steps: int = 6) -> tuple[Client, 
 
 def test_a_repeated_request_costs_nothing_and_gives_the_same_release(tmp_path: Path) -> None:
     client, model, request = owner(tmp_path)
-    first = client.answer(model, request)
-    assert client.answer(model, request) == first
+    first = client.reply_to(model, request)
+    assert client.reply_to(model, request) == first
     assert client.ledger.steps("run", 0) == 2
     # Also to another process, and when the server sends all tensors again instead of the changed ones.
     again, model, _ = owner(tmp_path)
-    assert again.answer(model, request) == first
+    assert again.reply_to(model, request) == first
     assert again.ledger.steps("run", 0) == 2
 
 
 def test_any_other_request_is_a_new_release(tmp_path: Path) -> None:
     client, model, request = owner(tmp_path)
-    first = client.answer(model, request)
+    first = client.reply_to(model, request)
     moved = {name: value + 1 for name, value in request.tensors.items() if name == request.work.trained[0]}
-    second = client.answer(model, replace(request, tensors=moved, sequence=1))
+    second = client.reply_to(model, replace(request, tensors=moved, sequence=1))
     assert second != first
     assert client.ledger.steps("run", 0) == 4
 
@@ -61,7 +61,7 @@ def test_secure_noise_is_fresh_for_every_release(tmp_path: Path) -> None:
     replies = []
     for index in range(2):
         client, model, request = owner(tmp_path / str(index))
-        replies.append(decode(client.answer(model, request)))
+        replies.append(decode(client.reply_to(model, request)))
     assert all(not torch.equal(replies[0][name], replies[1][name]) for name in replies[0])
 
 
@@ -69,7 +69,7 @@ def test_reproducible_noise_is_the_same_in_every_process(tmp_path: Path) -> None
     replies = []
     for index in range(2):
         client, model, request = owner(tmp_path / str(index), "reproducible")
-        replies.append(client.answer(model, request))
+        replies.append(client.reply_to(model, request))
     assert replies[0] == replies[1]
 
 
@@ -85,16 +85,18 @@ def test_reproducible_noise_is_the_same_in_every_process(tmp_path: Path) -> None
 def test_a_hostile_server_gets_an_error_and_no_gradient(tmp_path: Path, change: dict[str, float]) -> None:
     client, model, request = owner(tmp_path)
     with pytest.raises(Refused):
-        client.answer(model, replace(request, work=replace(request.work, terms=replace(request.work.terms, **change))))
+        client.reply_to(
+            model, replace(request, work=replace(request.work, terms=replace(request.work.terms, **change)))
+        )
     assert client.ledger.releases("data") == []
 
 
 def test_more_rounds_than_planned_are_refused(tmp_path: Path) -> None:
     client, model, request = owner(tmp_path, steps=4)
-    client.answer(model, request)
-    client.answer(model, replace(request, round=2))
+    client.reply_to(model, request)
+    client.reply_to(model, replace(request, round=2))
     with pytest.raises(Refused, match="6 steps"):
-        client.answer(model, replace(request, round=3))
+        client.reply_to(model, replace(request, round=3))
     assert client.ledger.steps("run", 0) == 4
 
 
@@ -106,22 +108,22 @@ def test_nothing_leaves_if_the_ledger_cannot_be_written(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(client.ledger, "charge", full)
     with pytest.raises(UserError, match="full"):
-        client.answer(model, request)
+        client.reply_to(model, request)
 
 
 def test_an_unfrozen_parameter_stops_the_step(tmp_path: Path) -> None:
     """PEFT's `set_adapter` un-freezes every factor; training on would hand batch gradients to autograd."""
     client, model, request = owner(tmp_path)
     model.peft_model.set_adapter("default")
-    with pytest.raises(RuntimeError, match="un-frozen"):
-        client.answer(model, request)
+    with pytest.raises(RuntimeError, match="must stay frozen"):
+        client.reply_to(model, request)
     assert client.ledger.releases("data") == []
 
 
 def test_training_moves_only_what_was_asked_for(tmp_path: Path) -> None:
     client, model, request = owner(tmp_path)
     before = model.read()
-    reply = decode(client.answer(model, request))
+    reply = decode(client.reply_to(model, request))
     assert set(reply) == set(request.work.trained)
     for name, value in model.read().items():
         if name in reply:

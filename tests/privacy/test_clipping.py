@@ -96,24 +96,24 @@ def test_no_example_of_several_rows_moves_the_sum_by_more_than_c(
     generator = torch.Generator().manual_seed(seed)
     model.write({name: torch.randn(value.shape, generator=generator) for name, value in model.read().items()})
     rows = batch(family, sum(sizes), seed)
-    owners = torch.repeat_interleave(torch.tensor(sizes))
+    example_of_row = torch.repeat_interleave(torch.tensor(sizes))
     leave = data.draw(st.integers(0, len(sizes) - 1))
     bad = data.draw(st.integers(0, sum(sizes) - 1))
     weights = torch.rand(sum(sizes), generator=generator) * 3
     weights[bad] *= {None: 1.0, "nan": math.nan, "inf": math.inf, "huge": 1e30}[poison]
 
     def total(keep: torch.Tensor) -> dict[str, Tensor]:
-        _, renumbered = torch.unique(owners[keep], return_inverse=True)
+        _, renumbered = torch.unique(example_of_row[keep], return_inverse=True)
         inputs = {key: value[keep] for key, value in rows.inputs.items()}
         chosen = Batch(inputs, rows.labels[keep], renumbered, weights[keep])
         gradients = per_example_gradients(
-            lambda: model.losses(model.peft_model, chosen), model.tensors, len(chosen), chosen.owners
+            lambda: model.losses(model.peft_model, chosen), model.tensors, len(chosen), chosen.example_of_row
         )
         return clipped_sum(gradients, clip_norm)
 
-    everything = total(torch.ones_like(owners, dtype=torch.bool))
+    everything = total(torch.ones_like(example_of_row, dtype=torch.bool))
     assert all(torch.isfinite(value).all() for value in everything.values())
-    assert distance(everything, total(owners != leave)) <= clip_norm * (1 + 1e-4)
+    assert distance(everything, total(example_of_row != leave)) <= clip_norm * (1 + 1e-4)
 
 
 def test_small_gradients_pass_and_large_ones_are_scaled_to_c() -> None:
@@ -150,7 +150,7 @@ def test_equal_clipping_one_at_a_time_with_several_rows_each() -> None:
     model, rows = adapted("bert"), batch("bert", 7)
     examples = Batch(rows.inputs, rows.labels, torch.tensor([0, 1, 1, 1, 2, 2, 3]))
     gradients = per_example_gradients(
-        lambda: model.losses(model.peft_model, examples), model.tensors, 4, examples.owners
+        lambda: model.losses(model.peft_model, examples), model.tensors, 4, examples.example_of_row
     )
     found = clipped_sum(gradients, clip_norm=0.2)
     for name, value in clipped_one_at_a_time(model, examples, 0.2).items():

@@ -124,12 +124,12 @@ def test_rows_of_one_example_belong_together() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_of_one_example_are_summed_by_owner(family: str) -> None:
+def test_rows_of_one_example_are_summed_by_example(family: str) -> None:
     model, rows = adapted(family), batch(family, 6)
-    owners, weights = torch.tensor([0, 0, 0, 1, 2, 2]), torch.rand(6)
-    examples = Batch(rows.inputs, rows.labels, owners, weights)
+    example_of_row, weights = torch.tensor([0, 0, 0, 1, 2, 2]), torch.rand(6)
+    examples = Batch(rows.inputs, rows.labels, example_of_row, weights)
     assert len(examples) == 3
-    found = per_example_gradients(lambda: model.losses(model.peft_model, examples), model.tensors, 3, owners)
+    found = per_example_gradients(lambda: model.losses(model.peft_model, examples), model.tensors, 3, example_of_row)
     for name, gradient in one_at_a_time(model, rows).items():
         weighted = weights.reshape(-1, *[1] * (gradient.dim() - 1)) * gradient
         expected = torch.stack([weighted[:3].sum(0), weighted[3], weighted[4:].sum(0)])
@@ -145,16 +145,16 @@ def test_rows_without_weights_count_equally() -> None:
 
 
 def test_windows_of_rows_of_one_example() -> None:
-    # Owners count rows of the model's input; a module inside may see several windows of each.
+    # `example_of_row` counts rows of the model's input; a module inside may see several windows of each.
     linear = nn.Linear(5, 2).requires_grad_(False)
-    x, owners = torch.randn(3 * 4, 6, 5), torch.tensor([0, 0, 1])
+    x, example_of_row = torch.randn(3 * 4, 6, 5), torch.tensor([0, 0, 1])
     trained = {"w": TrainedTensor(linear, "weight"), "b": TrainedTensor(linear, "bias")}
 
     def losses() -> torch.Tensor:
         by_row = linear(x).square().reshape(3, -1).sum(1)
         return torch.stack([by_row[0] + by_row[1], by_row[2]])
 
-    found = per_example_gradients(losses, trained, 2, owners)
+    found = per_example_gradients(losses, trained, 2, example_of_row)
     for index, rows in enumerate((x[:8].reshape(-1, 5), x[8:].reshape(-1, 5))):
         output = rows @ linear.weight.T + linear.bias
         torch.testing.assert_close(found["w"][index], 2 * output.T @ rows, rtol=1e-4, atol=1e-5)
@@ -163,10 +163,10 @@ def test_windows_of_rows_of_one_example() -> None:
 
 def test_a_module_that_sees_examples_and_not_rows_is_refused() -> None:
     linear = nn.Linear(3, 2).requires_grad_(False)
-    owners = torch.tensor([0, 0, 1, 1])
+    example_of_row = torch.tensor([0, 0, 1, 1])
     with pytest.raises(RuntimeError, match="2 rows for 4 of the input"):
         per_example_gradients(
-            lambda: linear(torch.randn(2, 3)).sum(1), {"w": TrainedTensor(linear, "weight")}, 2, owners
+            lambda: linear(torch.randn(2, 3)).sum(1), {"w": TrainedTensor(linear, "weight")}, 2, example_of_row
         )
 
 

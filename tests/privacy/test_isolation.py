@@ -86,13 +86,17 @@ def test_dropout_is_no_mixing(family: str) -> None:
     check_isolation(model.peft_model, model.losses, model.tensors, examples, 1e-3)
 
 
-@pytest.mark.parametrize("owners", [None, [0, 0, 1]], ids=["rows", "examples of several rows"])
+@pytest.mark.parametrize("example_of_row", [None, [0, 0, 1]], ids=["rows", "examples of several rows"])
 @pytest.mark.parametrize("kind", [Mixing, MixingInTraining, Normalised])
-def test_a_model_that_mixes_examples_is_refused(kind: type[Any], owners: list[int] | None) -> None:
+def test_a_model_that_mixes_examples_is_refused(kind: type[Any], example_of_row: list[int] | None) -> None:
     model = kind().eval()
     trained = {"w": TrainedTensor(model.linear, "weight")}
-    some = Batch({"x": torch.randn(3, 4)}, torch.tensor([0, 1, 2]), None if owners is None else torch.tensor(owners))
-    with pytest.raises(UserError, match="depends on the examples beside it") as error:
+    some = Batch(
+        {"x": torch.randn(3, 4)},
+        torch.tensor([0, 1, 2]),
+        None if example_of_row is None else torch.tensor(example_of_row),
+    )
+    with pytest.raises(UserError, match="depends on the other examples") as error:
         check_isolation(model, losses, trained, some, 1e-3)
     assert error.value.key == "model.base"
 

@@ -198,7 +198,7 @@ def test_reading_a_ledger_changes_nothing_and_gives_times(tmp_path: Path) -> Non
 
 def test_reading_makes_no_ledger(tmp_path: Path) -> None:
     data = tmp_path / "data.csv"
-    for problem in ("no such file", "none lies beside it"):
+    for problem in ("no such file", "there is no ledger next to it"):
         with pytest.raises(UserError, match=rf"ledger = .*data\.csv.*{problem}"):
             find_ledger(data)
         data.touch()

@@ -71,7 +71,7 @@ FIXED = ["privacy.epsilon=null", "privacy.noise_multiplier=1.0"]
     [
         (["privacy=none"], r"policy\.noise: the server proposes noise = none; allowed are secure"),
         (["privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
-        ([FIXED[0], "privacy.noise_multiplier=0.3"], r"policy\.min_noise_multiplier: .* 0\.3; the least is 0\.7"),
+        ([FIXED[0], "privacy.noise_multiplier=0.3"], r"policy\.min_noise_multiplier: .* 0\.3; the minimum is 0\.7"),
         (["privacy.clip_norm=1.0e+9"], r"policy\.max_clip_norm: .* 1e\+09; the limit is 2"),
         (["privacy.clip_norm=.inf"], r"policy\.max_clip_norm: .* inf"),
         (["federation.batch_size=1000"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.2"),
@@ -267,8 +267,8 @@ def test_what_an_owner_must_decide_has_no_default(key: str, tmp_path: Path) -> N
         ({"tasks": [{"text": "sentence"}]}, r"policy\.tasks\.type = None: this key is required"),
         ({"tasks": [{"type": "text-classification", "labl": "x"}]}, r"policy\.tasks\.labl .*Did you mean 'label'\?"),
         ({"noise": ["soft"]}, r"policy\.noise"),
-        ({"unit": "group"}, r"policy.* unit: group and the column group together"),
-        ({"group": "who"}, r"policy.* unit: group and the column group together"),
+        ({"unit": "group"}, r"policy.* set unit: group and group: COLUMN together"),
+        ({"group": "who"}, r"policy.* set unit: group and group: COLUMN together"),
     ],
 )
 def test_mistakes_in_a_policy_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -22,5 +22,5 @@ def test_the_record() -> None:
 
 
 def test_other_words_are_no_unit() -> None:
-    with pytest.raises(ValueError, match="'patient' is no unit of privacy"):
+    with pytest.raises(ValueError, match="'patient' is not a unit of privacy"):
         PrivacyUnit.parse("patient")

@@ -163,7 +163,7 @@ def test_the_command_finds_the_ledger_beside_the_data(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["absent.csv"], "no such file"),
-        (["data.csv"], "none lies beside it"),
+        (["data.csv"], "there is no ledger next to it"),
         (["data.csv", "--delta", "2"], "--delta"),
         (["data.csv", "--delta", "0.1", "--policy", "policy.yaml"], "--delta"),
         (["data.csv", "--policy", "absent.yaml"], "no such file"),

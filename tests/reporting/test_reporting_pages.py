@@ -12,7 +12,7 @@ from PIL import Image
 from lorica.errors import UserError
 from lorica.reporting import html
 from lorica.reporting.card import model_card
-from lorica.reporting.comparison import Result
+from lorica.reporting.comparison import ComparedRun
 from lorica.reporting.html import write_comparison, write_report
 from lorica.reporting.run_folder import read_run
 
@@ -101,7 +101,7 @@ def test_a_run_without_privacy_file_is_reported_with_the_banner(make_run):
     (folder / "environment.json").unlink()
     (folder / "decisions.jsonl").unlink()
     page = Page(write_report(folder))
-    assert "holds no privacy.json" in page.text
+    assert "has no privacy.json" in page.text
     assert "no differential privacy" not in page.text
     assert page.tags.count("svg") == 1
     assert not (folder / "factors.png").exists()
@@ -118,7 +118,7 @@ def test_text_is_escaped(make_run, make_metrics, tmp_path):
     page = Page(write_report(folder))
     check_self_contained(page)
     assert page.text.count(EVIL) >= 6
-    results = [Result(EVIL, seed, make_metrics([0.5, 0.6])) for seed in (1, 2)]
+    results = [ComparedRun(EVIL, seed, make_metrics([0.5, 0.6])) for seed in (1, 2)]
     page = Page(write_comparison(tmp_path / "comparison", results))
     check_self_contained(page)
     assert EVIL in page.text
@@ -134,7 +134,7 @@ def test_a_long_life_of_the_data_is_shown(make_run):
     privacy = json.loads((folder / "privacy.json").read_text())
     privacy["clients"][0]["lifetime_epsilon"] = 7.123
     (folder / "privacy.json").write_text(json.dumps(privacy))
-    assert "ε = 7.13 over the life of the data" in " ".join(Page(write_report(folder)).text.split())
+    assert "ε = 7.13 over the lifetime of the data" in " ".join(Page(write_report(folder)).text.split())
 
 
 def test_a_run_that_evaluated_nothing_is_reported(make_run):
@@ -189,7 +189,7 @@ def test_a_comparison_writes_page_plots_and_tables(make_metrics, tmp_path):
     curves = np.random.default_rng(1).uniform(0.5, 0.9, (5, 4))
     names = ["as-lora", "as-lora", "as-lora", "ffa-lora", "ffa-lora"]
     results = [
-        Result(name, seed, make_metrics(list(curve), epsilon=3.0), private_release=True)
+        ComparedRun(name, seed, make_metrics(list(curve), epsilon=3.0), private_release=True)
         for seed, (name, curve) in enumerate(zip(names, curves, strict=True))
     ]
     folder = tmp_path / "new" / "comparison"
@@ -209,7 +209,10 @@ def test_a_comparison_writes_page_plots_and_tables(make_metrics, tmp_path):
 
 def test_a_comparison_says_how_many_runs_are_not_private(make_metrics, tmp_path):
     metrics = make_metrics([0.5, 0.6, 0.7])
-    results = [Result("a", 1, metrics, private_release=False), Result("b", 1, metrics[:2], private_release=None)]
+    results = [
+        ComparedRun("a", 1, metrics, private_release=False),
+        ComparedRun("b", 1, metrics[:2], private_release=None),
+    ]
     page = Page(write_comparison(tmp_path, results))
     text = " ".join(page.text.split())
     assert "Not a private release: 1 of 2 runs" in text

@@ -48,7 +48,7 @@ def test_every_size_is_drawn_in_a_page_of_bounded_size(make_run, clients, labels
     folder = with_counts(make_run(), counts)
     page = write_report(folder)
     assert page.stat().st_size < 4_000_000
-    assert "a real federation has no such view" in page.read_text()
+    assert "a real federation does not show them" in page.read_text()
     image = Image.open(folder / "partition.png")
     assert image.width > 1000
     assert image.height < 2000

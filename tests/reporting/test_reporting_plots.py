@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorica.errors import UserError
-from lorica.reporting.comparison import Result, summarise
+from lorica.reporting.comparison import ComparedRun, summarise
 from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_figure, factors_figure, final_figure
 from lorica.reporting.run_folder import read_run
 from lorica.reporting.style import _FIXED_PLACES, looks, rounded_up, shortened, spread
@@ -87,8 +87,8 @@ def test_figures_that_have_nothing_to_draw_are_errors(make_run):
 
 def test_a_comparison_draws_the_mean_and_the_range_of_the_seeds(make_metrics):
     curves = np.random.default_rng(0).uniform(0.5, 0.9, (3, 6))
-    results = [Result("as-lora", seed, make_metrics(list(curve))) for seed, curve in enumerate(curves)]
-    results += [Result("ffa-lora", 0, make_metrics([0.5] * 6))]
+    results = [ComparedRun("as-lora", seed, make_metrics(list(curve))) for seed, curve in enumerate(curves)]
+    results += [ComparedRun("ffa-lora", 0, make_metrics([0.5] * 6))]
     panel = comparison_figure(results).axes[0]
     np.testing.assert_allclose(lines(panel)["as-lora"][:, 1], 100 * curves.mean(axis=0))
     np.testing.assert_allclose(lines(panel)["as-lora"][:, 0], range(6))
@@ -102,14 +102,17 @@ def test_a_comparison_draws_the_mean_and_the_range_of_the_seeds(make_metrics):
 
 
 def test_a_line_covers_the_rounds_that_all_seeds_evaluated(make_metrics):
-    results = [Result("m", 1, make_metrics([0.1, 0.2, 0.3])), Result("m", 2, make_metrics([0.3, 0.4, 0.5, 0.9]))]
+    results = [
+        ComparedRun("m", 1, make_metrics([0.1, 0.2, 0.3])),
+        ComparedRun("m", 2, make_metrics([0.3, 0.4, 0.5, 0.9])),
+    ]
     np.testing.assert_allclose(lines(comparison_figure(results).axes[0])["m"], [(0, 20), (1, 30), (2, 40)])
 
 
 def test_final_accuracies_are_the_last_rounds_of_the_seeds(make_metrics):
     finals = [0.6, 0.8, 0.7]
-    results = [Result("m", seed, make_metrics([0.5, 0.99, final])) for seed, final in enumerate(finals)]
-    results += [Result("alone", 0, make_metrics([0.5, 0.99, 0.65]))]
+    results = [ComparedRun("m", seed, make_metrics([0.5, 0.99, final])) for seed, final in enumerate(finals)]
+    results += [ComparedRun("alone", 0, make_metrics([0.5, 0.99, 0.65]))]
     panel = final_figure(results).axes[0]
     drawn = lines(panel)
     np.testing.assert_allclose(drawn["_m seeds"][:, 0], 100 * np.array(finals))
@@ -122,7 +125,7 @@ def test_final_accuracies_are_the_last_rounds_of_the_seeds(make_metrics):
 
 
 def test_labels_at_the_ends_do_not_overlap(make_metrics):
-    results = [Result(f"method {i}", 1, make_metrics([0.5, 0.8 + 0.0001 * i])) for i in range(12)]
+    results = [ComparedRun(f"method {i}", 1, make_metrics([0.5, 0.8 + 0.0001 * i])) for i in range(12)]
     figure = comparison_figure(results)
     figure.canvas.draw()
     boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
@@ -132,7 +135,7 @@ def test_labels_at_the_ends_do_not_overlap(make_metrics):
 
 
 def test_a_method_has_one_colour_in_every_figure(make_run, make_metrics):
-    results = [Result(method, 1, make_metrics([0.5, 0.6])) for method in ("ro-lora", "as-lora", "zzz")]
+    results = [ComparedRun(method, 1, make_metrics([0.5, 0.6])) for method in ("ro-lora", "as-lora", "zzz")]
     run = read_run(make_run(method="as-lora"))
 
     def colour(panel):
@@ -155,7 +158,7 @@ def test_no_global_state_changes(make_run):
 
 
 def test_a_name_with_formula_signs_is_drawn_as_text(make_metrics, tmp_path):
-    figure = comparison_figure([Result(r"cost $\undefined{$", 1, make_metrics([0.5, 0.6]))])
+    figure = comparison_figure([ComparedRun(r"cost $\undefined{$", 1, make_metrics([0.5, 0.6]))])
     figure.savefig(tmp_path / "figure.png")
 
 
@@ -188,7 +191,9 @@ def test_long_names_are_shortened_in_the_middle():
 
 
 def test_summaries_use_sample_deviation_over_seeds(make_metrics):
-    results = [Result("m", seed, make_metrics([0.5, 0.9, last], epsilon=seed)) for seed, last in ((1, 0.6), (2, 0.7))]
+    results = [
+        ComparedRun("m", seed, make_metrics([0.5, 0.9, last], epsilon=seed)) for seed, last in ((1, 0.6), (2, 0.7))
+    ]
     (summary,) = summarise(results)
     assert summary.mean == pytest.approx(0.65)
     assert summary.std == pytest.approx(np.std([0.6, 0.7], ddof=1))

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from lorica.errors import UserError
-from lorica.reporting.comparison import Result
+from lorica.reporting.comparison import ComparedRun
 from lorica.reporting.html import write_report
 from lorica.reporting.run_folder import read_run
 from lorica.reporting.style import duration
@@ -90,13 +90,15 @@ def test_layers_with_the_same_history_share_a_row_and_long_histories_are_cut(mak
 
 def test_names_are_not_markup(make_run, make_metrics):
     assert "[red]x" in printed(run_table(read_run(make_run(method="[red]x"))))
-    assert "[red]x" in printed(comparison_table([Result("[red]x", 1, make_metrics([0.5, 0.6]))]))
+    assert "[red]x" in printed(comparison_table([ComparedRun("[red]x", 1, make_metrics([0.5, 0.6]))]))
 
 
 def test_a_comparison_shows_the_mean_and_deviation_of_the_last_rounds(make_metrics):
     finals = [0.61, 0.72, 0.68]
-    results = [Result("m", seed, make_metrics([0.5, 0.99, final], epsilon=2.5)) for seed, final in enumerate(finals)]
-    results += [Result("other", seed, make_metrics([0.5, 0.6, 0.9])) for seed in range(3)]
+    results = [
+        ComparedRun("m", seed, make_metrics([0.5, 0.99, final], epsilon=2.5)) for seed, final in enumerate(finals)
+    ]
+    results += [ComparedRun("other", seed, make_metrics([0.5, 0.6, 0.9])) for seed in range(3)]
     header, ruler, first, second = comparison_markdown(results).splitlines()
     assert "Seed 0, 1, 2 (%)" in header
     assert ruler.count("---:") == header.count("|") - 2
@@ -110,20 +112,20 @@ def test_a_comparison_shows_the_mean_and_deviation_of_the_last_rounds(make_metri
 
 
 def test_a_method_may_miss_seeds(make_metrics):
-    results = [Result("m", seed, make_metrics([0.5, 0.6 + seed / 100])) for seed in (1, 2)]
-    results += [Result("alone", 2, make_metrics([0.5, 0.7, 0.8]))]
+    results = [ComparedRun("m", seed, make_metrics([0.5, 0.6 + seed / 100])) for seed in (1, 2)]
+    results += [ComparedRun("alone", 2, make_metrics([0.5, 0.7, 0.8]))]
     text = comparison_markdown(results)
     assert "| alone | 80.00 | 2:\u00a080.00 | 50.00 | 2 |" in text
     assert "1:\u00a061.00, 2:\u00a062.00" in text
 
 
 def test_seeds_that_end_in_different_rounds_are_visible(make_metrics):
-    results = [Result("m", 1, make_metrics([0.5, 0.6])), Result("m", 2, make_metrics([0.5, 0.6, 0.7]))]
+    results = [ComparedRun("m", 1, make_metrics([0.5, 0.6])), ComparedRun("m", 2, make_metrics([0.5, 0.6, 0.7]))]
     assert "| 1 to 2 |" in comparison_markdown(results)
 
 
 def test_a_bar_in_a_name_does_not_break_the_table(make_metrics):
-    text = comparison_markdown([Result("a|b\nc", 1, make_metrics([0.5, 0.6]))])
+    text = comparison_markdown([ComparedRun("a|b\nc", 1, make_metrics([0.5, 0.6]))])
     assert "| a\\|b c |" in text
 
 
@@ -131,8 +133,8 @@ def test_what_cannot_be_compared_is_an_error(make_metrics):
     metrics = make_metrics([0.5, 0.6])
     for results, problem in (
         ([], "nothing to compare"),
-        ([Result("m", 1, metrics), Result("m", 1, metrics)], "twice"),
-        ([Result("m", 1, metrics[:1])], "no evaluated round"),
+        ([ComparedRun("m", 1, metrics), ComparedRun("m", 1, metrics)], "twice"),
+        ([ComparedRun("m", 1, metrics[:1])], "no round was evaluated"),
     ):
         with pytest.raises(UserError, match=problem):
             comparison_table(results)

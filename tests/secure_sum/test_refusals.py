@@ -192,8 +192,8 @@ def test_shares_outside_the_field_are_refused_although_authentic(parties: Partie
 
 def test_unknown_senders_are_refused(parties: Parties) -> None:
     shares = parties.routed[0]
-    refused("not among the others", None, client.mask, parties.states[0], shares | {9: shares[1]}, INPUTS[0])
-    refused("not among the others", None, client.mask, parties.states[0], shares | {0: shares[1]}, INPUTS[0])
+    refused("from unknown clients", None, client.mask, parties.states[0], shares | {9: shares[1]}, INPUTS[0])
+    refused("from unknown clients", None, client.mask, parties.states[0], shares | {0: shares[1]}, INPUTS[0])
 
 
 def test_too_few_sharers_are_refused(parties: Parties) -> None:

@@ -19,10 +19,15 @@ import transformers
 from lorica.config import TaskConfig
 from lorica.errors import UserError
 from lorica.files import cache_folder
-from lorica.tasks import causal, load_task, question_answering
 from lorica.tasks.cache import Arrays, cached_arrays
-from lorica.tasks.causal import tokenise_causal
-from lorica.tasks.question_answering import evaluate, tokenise_questions
+from lorica.tasks.causal import conversations
+from lorica.tasks.causal import tokenising as causal_tokenising
+from lorica.tasks.causal.tokenising import tokenise_causal
+from lorica.tasks.loading import load_task
+from lorica.tasks.questions import tokenising as question_tokenising
+from lorica.tasks.questions.objective import evaluate
+from lorica.tasks.questions.records import QuestionRecords
+from lorica.tasks.questions.tokenising import tokenise_questions
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Records
 from lorica.tasks.text import TextRecords
@@ -171,7 +176,7 @@ def contents(records: Records) -> list[Any]:
     found = [records.fingerprint(), records.labels.tolist()]
     found += [{name: value.tolist() for name, value in batch.inputs.items()} for batch in batches]
     found += [batch.labels.tolist() for batch in batches]
-    if isinstance(records, question_answering.QuestionRecords):
+    if isinstance(records, QuestionRecords):
         found.append(evaluate(First(), records, 64, "cpu", None))
     return found
 
@@ -215,7 +220,7 @@ def test_records_do_not_depend_on_how_many_are_tokenised_at_a_time(
 ) -> None:
     together = contents(load(kind, text_base))
     monkeypatch.setenv("LORICA_HOME", str(tmp_path / "another"))
-    for module in (causal, question_answering):
+    for module in (causal_tokenising, conversations, question_tokenising):
         monkeypatch.setattr(module, "SLICE", 2)
     assert contents(load(kind, text_base)) == together
 
@@ -223,16 +228,16 @@ def test_records_do_not_depend_on_how_many_are_tokenised_at_a_time(
 def test_errors_count_records_from_the_first_and_not_from_the_slice(
     text_base: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (causal, question_answering):
+    for module in (causal_tokenising, conversations, question_tokenising):
         monkeypatch.setattr(module, "SLICE", 2)
     silent = source({"text": ["what is", "it is", ""]})
     with pytest.raises(UserError, match=r"record 2 .*nothing to learn"):
         tokenise_causal(silent, ["text"], tokenizer(eos_token=None), 64)
     incomplete = source({"messages": [*TALKS["messages"], [{"role": "user", "content": None}]]})
-    with pytest.raises(UserError, match=r"record 3 .*no list of messages"):
+    with pytest.raises(UserError, match=r"record 3 .*not a list of messages"):
         tokenise_causal(incomplete, ["messages"], tokenizer(chat_template=CHAT), 64)
     refusing = CHAT.replace("{{ '<|' + m", "{{ raise_exception('') if 'secret' in m.content else '<|' + m")
-    with pytest.raises(UserError, match=r"cannot write out record 2 "):
+    with pytest.raises(UserError, match=r"the chat template failed on record 2 "):
         tokenise_causal(source(TALKS), ["messages"], tokenizer(chat_template=refusing), 64)
     words = transformers.AutoTokenizer.from_pretrained(text_base)
     names = ("question", "context", "answers")
@@ -273,7 +278,7 @@ def test_a_template_that_writes_the_date_is_written_out_anew_each_day(monkeypatc
             def today(cls) -> datetime.date:
                 return cls(2026, 11, day)
 
-        monkeypatch.setattr(causal, "date", Date)
+        monkeypatch.setattr(causal_tokenising, "date", Date)
         tokenise_causal(source(TALKS), ["messages"], tokenizer(chat_template=template), 64)
         return len(list((cache_folder() / "records").iterdir()))
 

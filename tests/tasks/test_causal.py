@@ -8,7 +8,8 @@ import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lorica.errors import UserError
-from lorica.tasks.causal import IGNORED, tokenise_causal
+from lorica.tasks.causal.records import IGNORED
+from lorica.tasks.causal.tokenising import tokenise_causal
 from tests.causal import ASSISTANT, BEGIN, CHAT, END, MARKED, PAD, PAIRS, RESTLESS, USER, pairs, source, tokenizer
 
 TALK = [

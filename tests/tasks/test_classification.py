@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from lorica.tasks.classification import Classification, Regression
-from lorica.tasks.metrics import METRICS
+from lorica.tasks.metrics import OF_CLASSES, OF_NUMBERS
 from lorica.tasks.records import Batch, Task
 from tests.tasks.test_records import image_records, text_records
+
+METRICS = OF_CLASSES | OF_NUMBERS
 
 
 class PixelIsLogit(nn.Module):

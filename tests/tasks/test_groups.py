@@ -46,7 +46,7 @@ def test_a_batch_holds_all_rows_of_the_asked_groups() -> None:
     assert len(batch) == 2
     assert batch.inputs["input_ids"][:, 0].tolist() == [3, 0, 2, 5, 6]
     assert batch.labels.tolist() == [3, 0, 2, 5, 6]
-    assert batch.owners.tolist() == [0, 1, 1, 1, 1]
+    assert batch.example_of_row.tolist() == [0, 1, 1, 1, 1]
     assert batch.weights.tolist() == [1.0, 0.25, 0.25, 0.25, 0.25]
 
 
@@ -64,7 +64,7 @@ def test_the_loss_of_a_group_is_the_mean_over_its_records() -> None:
     records = TinyRecords.texts(7)
     groups = grouped(records, KEYS, 10, 0)
     batch = groups.batch(np.arange(3))
-    found = per_example_gradients(lambda: MODEL.losses(MODEL.peft_model, batch), MODEL.tensors, 3, batch.owners)
+    found = per_example_gradients(lambda: MODEL.losses(MODEL.peft_model, batch), MODEL.tensors, 3, batch.example_of_row)
     for name, gradient in one_at_a_time(MODEL, records.batch(np.arange(7))).items():
         expected = torch.stack([gradient[rows].mean(0) for rows in ([0, 2, 5, 6], [1, 4], [3])])
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6, msg=name)
@@ -141,7 +141,7 @@ def test_adding_or_removing_a_group_moves_the_sum_by_at_most_c(
         groups = grouped(some, names, most, 3)
         summed: dict[str, torch.Tensor] = {}
         for batch in groups.micro_batches(np.arange(len(groups)), 40):
-            found = per_example_gradients(lambda b=batch: losses(b), MODEL.tensors, len(batch), batch.owners)
+            found = per_example_gradients(lambda b=batch: losses(b), MODEL.tensors, len(batch), batch.example_of_row)
             for name, value in clipped_sum(found, clip_norm).items():
                 summed[name] = summed.get(name, 0) + value
         return summed

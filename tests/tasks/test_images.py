@@ -15,8 +15,9 @@ from pyarrow import parquet
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
-from lorica.tasks import digits, load_task
+from lorica.tasks import digits
 from lorica.tasks import images as images_module
+from lorica.tasks.loading import load_task
 from tests.tasks.conftest import write_vit
 
 LEVELS = [0, 51, 102, 255]
@@ -223,7 +224,7 @@ class TestWrongImages:
         path = write_images(tmp_path, "csv")
         (tmp_path / "images" / "2.png").unlink()
         error = self.failure(path, grey_base)
-        assert error.problem == "the image of record 2 (counted from 0), column 'image', is not there"
+        assert error.problem == "the image of record 2 (counted from 0), column 'image', is missing"
 
     def test_struct_without_content(self, tmp_path, grey_base):
         structs = pa.array([{"bytes": encoded(1), "path": None}, {"bytes": None, "path": None}])

@@ -15,8 +15,9 @@ from lorica.privacy.gradients import per_example_gradients
 from lorica.privacy.isolation import check_isolation
 from lorica.privacy.mechanism import Terms, add_noise, noisy_gradient, poisson_sample
 from lorica.privacy.randomness import ReproducibleRandomness
-from lorica.tasks.causal import IGNORED
-from lorica.tasks.language_modelling import _last_number, evaluate, exact_match, losses
+from lorica.tasks.causal.answers import _last_number, exact_match
+from lorica.tasks.causal.objective import evaluate, losses
+from lorica.tasks.causal.records import IGNORED
 from lorica.tasks.records import Batch
 from tests.causal import ASSISTANT, CHAT, END, FAMILIES, PAIRS, USER, adapted, pairs, tokenizer
 from tests.tasks.test_causal import TALK, talks

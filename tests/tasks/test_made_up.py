@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lorica.config import TaskConfig
-from lorica.tasks import load_training
+from lorica.tasks.loading import load_training
 from tests.tasks.test_whole_runs import write_rows
 
 TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -13,7 +13,7 @@ from pyarrow import parquet
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
-from lorica.tasks import load_task
+from lorica.tasks.loading import load_task
 from lorica.tasks.owners import first_source, read_training, source_names
 
 ROWS = {
@@ -98,14 +98,18 @@ def test_image_folders_of_several_owners_are_one_task(tmp_path, grey_base):
 @pytest.mark.parametrize(
     ("train", "by", "message"),
     [
-        ([], None, r"task\.train = \[\]: it names no source"),
-        (["{}/north.jsonl", "{}/north.jsonl"], None, "names a source twice"),
+        ([], None, r"task\.train = \[\]: it is empty"),
+        (["{}/north.jsonl", "{}/north.jsonl"], None, "contains a source twice"),
         ("{}/*.csv", None, "no file matches this pattern"),
         (["{}/north.jsonl", "{}/absent.jsonl"], None, r"absent\.jsonl': no such file"),
         ("{}", "wards", r"federation\.by = 'wards': no such column in north\.jsonl\. Did you mean 'ward'"),
-        ("{}/../typed/*", None, r"b\.jsonl': its column 'label' holds string, that of .*a\.jsonl holds int64"),
-        ("{}/../mixed/*", None, "columns of the same name hold different types"),
-        ("{}/../floats.parquet", "ward", r"federation\.by = 'ward': the column .* holds double, which names no owners"),
+        ("{}/../typed/*", None, r"b\.jsonl': its column 'label' holds string, but that of .*a\.jsonl holds int64"),
+        ("{}/../mixed/*", None, "columns with the same name have different types"),
+        (
+            "{}/../floats.parquet",
+            "ward",
+            r"federation\.by = 'ward': the column .* holds double, which cannot identify owners",
+        ),
         ("{}/../missing.jsonl", "ward", r"record 1 \(counted from 0\) has no value in column 'ward'"),
     ],
 )
@@ -130,5 +134,5 @@ def test_files_that_declare_other_label_names_are_refused(tmp_path):
         table = pa.table({"text": ["x", "y"], "label": [0, 1]})
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
         parquet.write_table(table.replace_schema_metadata(metadata), tmp_path / f"{name}.parquet")
-    with pytest.raises(UserError, match=r"b\.parquet': it declares other features"):
+    with pytest.raises(UserError, match=r"b\.parquet': its declared features"):
         read_training(text_config(str(tmp_path)))

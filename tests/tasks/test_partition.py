@@ -149,11 +149,11 @@ def test_owners_of_the_data_become_clients(kind):
         ({"partition": "column", "by": "hospital"}, r"clients = 6: the column 'hospital' holds 3 values.* to 3\."),
         ({"partition": "files"}, r"federation\.clients = 6: task\.train is 3 files.* Set federation\.clients to 3"),
         ({"partition": "files", "clients": 3, "min_records": 2}, r"min_records = 2: client 1 has only 1 records"),
-        ({"partition": "iid", "min_records": 2}, r"clients = 6: .* 6 training records, and each client needs 2"),
+        ({"partition": "iid", "min_records": 2}, r"clients = 6: .* 6 training records, but each client needs 2"),
         ({"partition": "shards"}, r"federation\.shards_per_client = 2: 6 training records .* 12 shards"),
         (
             {"partition": "quantity", "clients": 2, "min_records": 3, "alpha": 1e-9},
-            r"federation\.alpha = 1e-09: 100 draws each left one of 2 clients with fewer than 3 records",
+            r"federation\.alpha = 1e-09: each of 100 draws left one of 2 clients with fewer than 3 records",
         ),
     ],
 )

@@ -29,16 +29,13 @@ from lorica.privacy.isolation import check_isolation
 from lorica.privacy.mechanism import Terms, noisy_gradient
 from lorica.privacy.randomness import ReproducibleRandomness
 from lorica.tasks.groups import grouped
-from lorica.tasks.question_answering import (
-    QuestionRecords,
-    evaluate,
-    losses,
-    tokenise_questions,
-)
+from lorica.tasks.questions.metrics import exact_match, f1
+from lorica.tasks.questions.objective import evaluate, losses
+from lorica.tasks.questions.records import QuestionRecords
+from lorica.tasks.questions.squad_json import read_squad_json
+from lorica.tasks.questions.tokenising import tokenise_questions
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch
-from lorica.tasks.squad_files import read_squad_json
-from lorica.tasks.squad_metrics import exact_match, f1
 from tests.models import TEXT
 from tests.tasks.conftest import WORDS, write_tokenizer
 
@@ -109,7 +106,7 @@ def test_windows_overlap_and_the_last_one_ends_the_context(words: Any) -> None:
     assert records.lengths.tolist() == [10, 10, 8]
     batch = records.batch(np.array([2, 0]))
     assert len(batch) == 2
-    assert batch.owners.tolist() == [0, 1, 1, 1, 1]
+    assert batch.example_of_row.tolist() == [0, 1, 1, 1, 1]
     assert batch.inputs["token_type_ids"][0].tolist() == [0] * 5 + [1] * 3 + [0] * 2
 
 
@@ -177,7 +174,7 @@ def test_a_subset_shares_the_tokens_and_has_its_own_questions(words: Any) -> Non
 def test_records_to_train_on_keep_no_text(words: Any) -> None:
     records = tokenised(THREE, words, 10, 2, 4)
     assert records.texts is None
-    with pytest.raises(ValueError, match="keep no texts"):
+    with pytest.raises(ValueError, match="training records have no texts"):
         evaluate(Lookup(), records, 100, "cpu", None)
 
 
@@ -294,7 +291,7 @@ def norm(gradients: dict[str, Tensor]) -> float:
 def test_gradients_equal_those_of_transformers_own_loss(case: tuple[AdaptedModel, QuestionRecords]) -> None:
     model, records = case
     batch = records.batch(np.arange(3))
-    found = per_example_gradients(lambda: model_losses(model.peft_model, batch), model.tensors, 3, batch.owners)
+    found = per_example_gradients(lambda: model_losses(model.peft_model, batch), model.tensors, 3, batch.example_of_row)
     for index, expected in enumerate(by_autograd(model, records)):
         for name, gradient in expected.items():
             torch.testing.assert_close(found[name][index], gradient, rtol=1e-4, atol=1e-6, msg=name)
@@ -333,7 +330,7 @@ def test_no_question_moves_the_sum_by_more_than_c(case: tuple[AdaptedModel, Ques
     def total(indices: list[int]) -> dict[str, Tensor]:
         batch = records.batch(np.array(indices))
         found = per_example_gradients(
-            lambda: model_losses(model.peft_model, batch), model.tensors, len(batch), batch.owners
+            lambda: model_losses(model.peft_model, batch), model.tensors, len(batch), batch.example_of_row
         )
         return clipped_sum(found, 0.05)
 
@@ -351,7 +348,7 @@ def test_padding_left_in_the_softmax_would_mix_questions(case: tuple[AdaptedMode
     def unmasked(module: nn.Module, some: Batch) -> Tensor:
         outputs = module(**some.inputs)
         everywhere = torch.ones_like(some.inputs["attention_mask"])
-        return losses(outputs, Batch({"attention_mask": everywhere}, some.labels, some.owners))
+        return losses(outputs, Batch({"attention_mask": everywhere}, some.labels, some.example_of_row))
 
     shorter = Batch.example(batch, 2)
     longest = int(shorter.inputs["attention_mask"].sum())
@@ -365,9 +362,9 @@ def test_questions_in_groups_count_equally_whatever_their_windows(words: Any) ->
     model, records = question_model("bert", VOCABULARY), tokenised(THREE, words, 10, 2, 4)
     groups = grouped(records, np.array(["p", "q", "p"]), 5, 0)
     batch = groups.batch(np.arange(2))
-    assert batch.owners.tolist() == [0] * 5 + [1] * 3
+    assert batch.example_of_row.tolist() == [0] * 5 + [1] * 3
     assert groups.row_counts.tolist() == [5, 3]
-    found = per_example_gradients(lambda: model_losses(model.peft_model, batch), model.tensors, 2, batch.owners)
+    found = per_example_gradients(lambda: model_losses(model.peft_model, batch), model.tensors, 2, batch.example_of_row)
     first, second, third = by_autograd(model, records)
     for name in found:
         torch.testing.assert_close(found[name][0], (first[name] + third[name]) / 2, rtol=1e-4, atol=1e-6)
@@ -461,10 +458,10 @@ def test_modes_come_back(words: Any) -> None:
     ("row", "problem"),
     [
         (("fine", CONTEXT, [("plot", 3)]), r"record 1 \(counted from 0\) has an answer in column 'answers'"),
-        (("fine", CONTEXT, [("plot", -4)]), "does not stand at its answer_start"),
-        (("fine", CONTEXT, [("secret", 0)]), "does not stand"),
-        (("", CONTEXT, []), r"record 1 \(counted from 0\) gives no tokens from column 'question'"),
-        (("fine", " ", []), r"record 1 \(counted from 0\) gives no tokens from column 'context'"),
+        (("fine", CONTEXT, [("plot", -4)]), "does not match column 'context' at its answer_start"),
+        (("fine", CONTEXT, [("secret", 0)]), "does not match column"),
+        (("", CONTEXT, []), r"record 1 \(counted from 0\) has no tokens in column 'question'"),
+        (("fine", " ", []), r"record 1 \(counted from 0\) has no tokens in column 'context'"),
     ],
 )
 def test_what_is_wrong_with_a_record_is_named_by_its_index(words: Any, row: tuple, problem: str) -> None:
@@ -484,7 +481,7 @@ def test_columns_of_other_kinds_are_refused(words: Any) -> None:
 
 
 def test_lengths_without_room_for_context_are_refused(words: Any) -> None:
-    with pytest.raises(UserError, match="3 are left for context, which is not more than the 3 that windows share"):
+    with pytest.raises(UserError, match="3 tokens are left for context, which must be more than the stride of 3"):
         tokenised(THREE, words, 10, 3, 4)
     assert len(tokenised(THREE, words, 10, 2, 4)) == 3
 
@@ -556,7 +553,7 @@ def test_the_official_json_becomes_hugging_faces_columns(tmp_path: Path, words: 
 def test_other_json_is_refused_without_a_word_of_it(tmp_path: Path, content: str) -> None:
     path = tmp_path / "data.json"
     path.write_text(content)
-    with pytest.raises(UserError, match="SQuAD's format") as error:
+    with pytest.raises(UserError, match="not in SQuAD format") as error:
         read_squad_json(path, "task.test")
     assert error.value.key == "task.test"
     assert "secret" not in str(error.value)

@@ -17,7 +17,7 @@ from lorica.tasks.labels import label_indices, label_names
 from lorica.tasks.readers import read
 
 SECRET = "Mrs Miller of Ward 7"
-EMPTY = ("the file is empty", "it holds no records")
+EMPTY = ("the file is empty", "it has no records")
 
 
 def text_config(train: str, **keys) -> TaskConfig:
@@ -162,7 +162,7 @@ class TestWrongSources:
 
     def test_first_record_of_a_csv_without_header_is_not_taken_for_column_names(self, write_csv):
         error = failure(text_config(write_csv("data.csv", f"{SECRET},1\n{SECRET},0\n")))
-        assert error.problem == "its first line names none of the columns 'text', 'label'"
+        assert error.problem == "its first line contains none of the columns 'text', 'label'"
         assert "task.text and task.label" in error.remedy
 
     def test_column_that_is_there_twice(self, write_csv):
@@ -223,7 +223,7 @@ class TestWrongLabels:
         records = [{"text": SECRET, "label": value} for value in values]
         error = failure(text_config(write_file(tmp_path, name, records)))
         assert (error.key, error.value) == ("task.label", "label")
-        assert "no classes" in error.problem
+        assert "not classes" in error.problem
 
     def test_lists_are_no_classes(self, tmp_path):
         records = [{"text": SECRET, "label": [SECRET]}, {"text": SECRET, "label": []}]
@@ -238,7 +238,7 @@ class TestWrongLabels:
         test = write_file(tmp_path, "test.csv", [{"text": SECRET, "label": 9}, {"text": SECRET, "label": 11}])
         config = text_config(train, test=test)
         names = label_names(read(config, "task.train", config.train), "label")
-        with pytest.raises(UserError, match=r"'11' is no label of the task.*task\.train; they have 9, 10") as error:
+        with pytest.raises(UserError, match=r"'11' is not a label of the task.*task\.train; they have 9, 10") as error:
             label_indices(read(config, "task.test", config.test), "label", names)
         assert error.value.key == "task.test"
         assert "Miller" not in str(error.value)
@@ -330,4 +330,4 @@ class TestHub:
 
     def test_without_the_package_the_remedy_is_to_install_it(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "datasets", None)
-        assert failure(self.config()).remedy == 'pip install "lorica[hub]"'
+        assert failure(self.config()).remedy == 'check the path, or run pip install "lorica[hub]"'

@@ -134,13 +134,13 @@ def test_rows_of_several_examples_travel_and_part_together():
     )
     assert len(batch) == 3
     moved = batch.to("meta")
-    assert {tensor.device.type for tensor in (*moved.inputs.values(), moved.labels, moved.owners, moved.weights)} == {
-        "meta"
-    }
+    assert {
+        tensor.device.type for tensor in (*moved.inputs.values(), moved.labels, moved.example_of_row, moved.weights)
+    } == {"meta"}
     one = batch.example(1)
     assert len(one) == 1
     assert one.inputs["x"].tolist() == one.labels.tolist() == [1, 2]
-    assert one.owners.tolist() == [0, 0]
+    assert one.example_of_row.tolist() == [0, 0]
     assert one.weights.tolist() == [0.5, 0.25]
     assert batch.by_example(torch.tensor([1.0, 2.0, 4.0, 5.0])).tolist() == [1.0, 2.0, 15.0]
     assert one.by_example(torch.tensor([2.0, 4.0])).tolist() == [2.0]
@@ -160,5 +160,5 @@ def test_without_owners_each_row_is_an_example():
     assert len(batch) == 3
     assert batch.by_example(losses) is losses
     assert batch.example(2).inputs["x"].tolist() == [2]
-    assert batch.example(2).owners is None
+    assert batch.example(2).example_of_row is None
     assert batch.row_weights().tolist() == [1, 1, 1]

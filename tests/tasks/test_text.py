@@ -9,7 +9,7 @@ from pyarrow import parquet
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
-from lorica.tasks import load_task
+from lorica.tasks.loading import load_task
 from tests.tasks.conftest import WORDS, write_tokenizer
 
 CONTENT = "text,other,label\na fine film,dull,1\nnot fine at all,and long,0\ngood,bad plot,1\n"
@@ -111,7 +111,7 @@ def test_change_beyond_max_length_changes_the_fingerprint(make_task):
 
 def test_record_without_tokens_is_named_by_its_index(make_task, tmp_path):
     base = write_tokenizer(tmp_path / "bare", frame=False)
-    with pytest.raises(UserError, match=r"record 1 \(counted from 0\) gives no tokens from column 'text'") as error:
+    with pytest.raises(UserError, match=r"record 1 \(counted from 0\) has no tokens in column 'text'") as error:
         make_task('text,label\nsecret,1\n"",0\n', base)
     assert "secret" not in str(error.value)
 
@@ -127,7 +127,7 @@ def test_column_of_numbers_is_no_text(tmp_path, text_base):
 
 def test_label_that_only_the_test_data_has(write_csv, text_base):
     train, test = write_csv("train.csv", CONTENT), write_csv("test.csv", "text,label\nsecret,2\n")
-    with pytest.raises(UserError, match="'2' is no label of the task") as error:
+    with pytest.raises(UserError, match="'2' is not a label of the task") as error:
         load_task(TaskConfig(type="text-classification", train=train, test=test), text_base)
     assert error.value.key == "task.test"
     assert "secret" not in str(error.value)

@@ -100,10 +100,10 @@ def test_several_test_sets_and_metrics(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metrics": ["pearson"]}, "pearson is no metric of text-classification"),
-        ({"metrics": ["accuracy"], "type": "text-regression"}, "accuracy is no metric of text-regression"),
+        ({"metrics": ["pearson"]}, "pearson is not a metric of text-classification"),
+        ({"metrics": ["accuracy"], "type": "text-regression"}, "accuracy is not a metric of text-regression"),
         ({"test": {}}, "give a source"),
-        ({"test": {"a b": "x.csv"}}, "give a source, or names"),
+        ({"test": {"a b": "x.csv"}}, "give a source, or a mapping of names"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
@@ -232,8 +232,8 @@ def test_a_group_is_the_unit_of_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"unit": "group"}, "give unit: group and the column group together"),
-        ({"group": "who"}, "give unit: group and the column group together"),
+        ({"unit": "group"}, "set unit: group and group: COLUMN together"),
+        ({"group": "who"}, "set unit: group and group: COLUMN together"),
         ({"unit": "group", "group": "whose"}, r"privacy\.group = 'whose': no such column.*[Dd]id you mean 'who'"),
     ],
 )

@@ -1,1 +1,1 @@
-"""LoRA factors in a Hugging Face model: where they sit, what they hold, how they are exported."""
+"""LoRA factors in a Hugging Face model: placement, values, export."""

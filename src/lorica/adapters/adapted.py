@@ -1,4 +1,4 @@
-"""A frozen base model with LoRA factors in place, and the tensors of it that can be trained."""
+"""A frozen base model with LoRA factors, and its trainable tensors."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
 
 
 class AdaptedModel:
-    """The base model, its adapter (through PEFT), and the name of every tensor that can be trained.
+    """The base model, its adapter (through PEFT), and its trainable tensors by name.
 
-    `tensors` maps `SITE.A`, `SITE.B`, `head.weight`, `head.bias` to linear maps. All parameters stay frozen for
-    autograd: what is trained in a step is an explicit list, never `requires_grad`.
+    `tensors` maps `SITE.A`, `SITE.B`, `head.weight` and `head.bias` to linear maps. All parameters stay frozen for
+    autograd: an explicit list says what a step trains, never `requires_grad`.
 
     Attributes:
         peft_model: the PEFT model, in evaluation mode between rounds.
-        sites: the adapted linear maps in the model's order.
-        objective: what the model is trained for.
-        tensors: name -> where it sits. Head tensors only if the head is trained.
-        device: where the model is.
+        sites: the adapted linear maps, in the model's order.
+        objective: the training objective.
+        tensors: name -> location in the model. Contains the head only if it is trained.
+        device: the device of the model.
     """
 
     def __init__(
@@ -71,17 +71,17 @@ class AdaptedModel:
                 self.tensors[HEAD_BIAS] = TrainedTensor(head, "bias")
 
     def read(self) -> dict[str, Tensor]:
-        """A copy of every trainable tensor, fp32, on the CPU."""
+        """A copy of all trainable tensors, fp32, on the CPU."""
         return {name: self._parameter(name).detach().cpu().clone() for name in self.tensors}
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
         """Set trainable tensors in place; the model is never rebuilt.
 
-        Factors of a smaller rank fill the leading ranks, and the others are zero. `SITE.R` comes together with
-        `SITE.B`, and their product takes B's place: `W = W0 + γ (B R) A`.
+        Factors of a smaller rank fill the leading ranks; the other ranks are set to zero. `SITE.R` is given together
+        with `SITE.B`, and their product replaces B: `W = W0 + γ (B R) A`.
 
         Raises:
-            KeyError: a name that is no trainable tensor.
+            KeyError: a name that is not a trainable tensor.
         """
         with torch.no_grad():
             for name, value in tensors.items():
@@ -96,20 +96,20 @@ class AdaptedModel:
                 parameter.copy_(filled)
 
     def merge(self, merged: Mapping[str, Pair]) -> None:
-        """Set the frozen weight of every site to `W0 + γ B A`, whatever was merged before; `W0` where none is given.
+        """Set the frozen weight of each site to `W0 + γ B A`, or to `W0` if `merged` has no entry for it.
 
-        The sum is done in fp32 from the original weight, so that the result depends on `merged` alone.
+        The sum is computed in fp32 from the original weight, so the result depends on `merged` only.
         """
         for site in self.sites:
-            if not _same(self._merged.get(site.name), merged.get(site.name)):
+            if not _same_pair(self._merged.get(site.name), merged.get(site.name)):
                 self._set_frozen(site, merged.get(site.name))
 
     def trained(self, name: str, rank: int | None, tensors: Mapping[str, Tensor]) -> TrainedTensor:
-        """Where a tensor that is to be trained sits, and the part of its gradient that counts.
+        """The location of a tensor to train, and the view of its gradient that is trained.
 
         Args:
-            rank: the client's rank; its gradients end there. None for the whole.
-            tensors: the adapter, for the fixed factor `SITE.B` that the gradient of `SITE.R` is projected on:
+            rank: the client's rank, to which gradients are cut; None for the full rank.
+            tensors: the adapter, with the fixed factor `SITE.B` for the gradient of `SITE.R`:
                 `∂L/∂R = Bᵀ ∂L/∂(B R)`.
         """
         if is_middle(name):
@@ -123,7 +123,7 @@ class AdaptedModel:
 
     @contextmanager
     def perturbed(self, ratio: float, generator: torch.Generator) -> Iterator[None]:
-        """Within the context, every site's frozen weight has noise added to it (`lorica.adapters.perturbation`)."""
+        """Add noise to the frozen weight of each site within the context (`lorica.adapters.perturbation`)."""
         before = {}
         try:
             with torch.no_grad():
@@ -145,11 +145,11 @@ class AdaptedModel:
     def assert_frozen(self) -> None:
         """Raise RuntimeError if a parameter would receive a batch gradient from autograd.
 
-        PEFT's `set_adapter` and `disable_adapter` un-freeze every factor without a word.
+        PEFT's `set_adapter` and `disable_adapter` silently unfreeze all factors.
         """
-        thawed = [name for name, parameter in self.peft_model.named_parameters() if parameter.requires_grad]
-        if thawed:
-            raise RuntimeError(f"parameters were un-frozen behind Lorica's back: {', '.join(thawed[:3])}")
+        unfrozen = [name for name, parameter in self.peft_model.named_parameters() if parameter.requires_grad]
+        if unfrozen:
+            raise RuntimeError(f"parameters must stay frozen, but these require gradients: {', '.join(unfrozen[:3])}")
 
     def _layer(self, site: Site) -> LoraLayer:
         layer = self.peft_model.base_model.model.get_submodule(site.name)
@@ -168,13 +168,13 @@ class AdaptedModel:
         else:
             self._merged[site.name] = pair
             increment = site.scale * (pair[0].to(self.device) @ pair[1].to(self.device))
-            # GPT-2 keeps its weights transposed.
+            # GPT-2 stores its weights transposed.
             value = original + (increment.T if _is_transposed(layer) else increment)
         with torch.no_grad():
             weight.copy_(value)
 
     def _adapted_weight(self, site: Site) -> Tensor:
-        """`(d_out, d_in)`, fp32: the frozen weight with the factors' product on it."""
+        """`(d_out, d_in)`, fp32: the frozen weight plus the scaled product of the factors."""
         layer = self._layer(site)
         weight: Tensor = layer.get_base_layer().weight.float()
         product = self._parameter(site.b) @ self._parameter(site.a)
@@ -195,35 +195,35 @@ def adapt(
     device: torch.device,
     objective: Objective = CROSS_ENTROPY,
 ) -> AdaptedModel:
-    """Put LoRA factors into a base model: `A` random from the seed, `B` zero (PEFT's initialisation).
+    """Add LoRA factors to a base model: `A` random from the seed, `B` zero (PEFT's initialisation).
 
-    The base takes `config.precision`; factors and head are fp32 whatever it is.
+    The base is converted to `config.precision`; factors and head are always fp32.
 
     Raises:
-        UserError: `lora.target_modules` matches nothing, the rank is larger than a map, or the model cannot do
-            `model.gradient_checkpointing`.
+        UserError: `lora.target_modules` matches nothing, the rank exceeds the size of a linear map, or the model does
+            not support `model.gradient_checkpointing`.
     """
     targets = match_targets(base.model, lora.target_modules, base.head, base.new_modules)
-    # The base may not know a head for these labels, so whatever no checkpoint holds travels with the adapter.
-    carried = [base.head, *base.new_modules] if config.head == "train" or base.head_is_new else base.new_modules
-    exact = {name: copy.deepcopy(base.model.get_submodule(name).state_dict()) for name in carried}
+    # Modules that are not in the base checkpoint, such as a new head, are saved with the adapter.
+    saved = [base.head, *base.new_modules] if config.head == "train" or base.head_is_new else base.new_modules
+    exact = {name: copy.deepcopy(base.model.get_submodule(name).state_dict()) for name in saved}
     if config.precision == "bf16":
         base.model.to(torch.bfloat16)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "factors"))
         settings = LoraConfig(
-            target_modules=_shortest(targets, base.model),
-            modules_to_save=carried or None,
+            target_modules=_shortest_names(targets, base.model),
+            modules_to_save=saved or None,
             fan_in_fan_out=isinstance(base.model.get_submodule(targets[0]), Conv1D),
             **lora.model_dump(exclude={"target_modules", "client_ranks"}),
         )
         with warnings.catch_warnings():
-            # PEFT 0.21 asks for a property that transformers 5 has renamed.
+            # PEFT 0.21 uses a property that transformers 5 has renamed.
             warnings.simplefilter("ignore", FutureWarning)
             peft_model = get_peft_model(base.model, settings)
     if config.precision != "fp32":
         for name, state in exact.items():
-            module = _carried(peft_model, name)
+            module = _saved_module(peft_model, name)
             module.float().load_state_dict(state)
             module.register_forward_pre_hook(_inputs_as_fp32)
         peft_model.register_forward_pre_hook(_floats_as_bf16, with_kwargs=True)
@@ -252,7 +252,7 @@ def adapt(
                 scale=float(layer.scaling["default"]),
             )
         )
-    head = _carried(peft_model, base.head) if config.head == "train" else None
+    head = _saved_module(peft_model, base.head) if config.head == "train" else None
     assert head is None or isinstance(head, nn.Linear)
     return AdaptedModel(peft_model.to(device).eval(), sites, head, objective, device)
 
@@ -260,8 +260,8 @@ def adapt(
 def _checkpoint_layers(model: nn.Module, base: str) -> None:
     """Recompute each layer's activations in the backward pass.
 
-    Hooks fire a second time then, on copies that no gradient reaches: what the first pass hooked gets it. That holds
-    for PyTorch's non-reentrant checkpoints only.
+    The recomputation triggers the forward hooks again, on copies that receive no gradient; the outputs of the first
+    pass receive it. This holds for PyTorch's non-reentrant checkpoints only.
     """
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     try:
@@ -283,22 +283,22 @@ def _is_transposed(layer: LoraLayer) -> bool:
 
 
 def _writable_weight(layer: LoraLayer) -> Tensor:
-    """The frozen weight, to be changed in place."""
+    """The frozen weight, for changes in place; `UserError` if it is quantised."""
     weight: Tensor = layer.get_base_layer().weight
     if not weight.is_floating_point():
         raise UserError(
-            "model.precision", "quantised", "this run adds to the frozen weights", "set model.precision=bf16"
+            "model.precision", "quantised", "this run changes the frozen weights", "set model.precision=bf16"
         )
     return weight
 
 
-def _same(first: Pair | None, second: Pair | None) -> bool:
+def _same_pair(first: Pair | None, second: Pair | None) -> bool:
     if first is None or second is None:
         return first is second
     return all(a is b or torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def _carried(peft_model: PeftModel, name: str) -> nn.Module:
+def _saved_module(peft_model: PeftModel, name: str) -> nn.Module:
     module = peft_model.base_model.model.get_submodule(name).modules_to_save["default"]
     assert isinstance(module, nn.Module)
     return module
@@ -315,8 +315,8 @@ def _floats_as_bf16(module: nn.Module, inputs: tuple[Any, ...], named: dict[str,
     }
 
 
-def _shortest(targets: list[str], model: nn.Module) -> list[str]:
-    """`[q_proj, v_proj]` where that names exactly `targets`, else the whole paths."""
+def _shortest_names(targets: list[str], model: nn.Module) -> list[str]:
+    """The last parts of the paths, such as `[q_proj, v_proj]`, if they select exactly `targets`; else full paths."""
     endings = sorted({target.rsplit(".", 1)[-1] for target in targets})
     named = [name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in endings]
     return endings if sorted(named) == sorted(targets) else targets

@@ -1,6 +1,6 @@
-"""Algebra of low-rank products `B A` in factor space: no `d_out × d_in` matrix is formed.
+"""Algebra of low-rank products `B A` in factor space, without forming a `d_out × d_in` matrix.
 
-Computed in fp64 and given back in the inputs' precision, since the products are what clients must agree on.
+Decompositions are computed in fp64; new factors are returned in the precision of the inputs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lorica.adapters.names import Pair
 
 
 def weighted_sum(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """`Σ_k w_k X_k`, summed in the order given; smaller tensors are filled up with zeros at the end of each axis."""
+    """`Σ_k w_k X_k`, summed in the given order. Smaller tensors are padded with zeros at the end of each axis."""
     largest = [max(sizes) for sizes in zip(*(value.shape for _, value in terms), strict=True)]
     total = terms[0][1].new_zeros(largest)
     for weight, value in terms:
@@ -24,7 +24,7 @@ def weighted_sum(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
 
 
 def padded(value: Tensor, shape: Iterable[int]) -> Tensor:
-    """`value` with zeros after it along every axis, up to `shape`."""
+    """`value` padded with zeros at the end of each axis, up to `shape`."""
     filled = value.new_zeros(tuple(shape))
     filled[tuple(slice(size) for size in value.shape)] = value
     return filled
@@ -33,7 +33,7 @@ def padded(value: Tensor, shape: Iterable[int]) -> Tensor:
 def stacked(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     """`(B, A)` of rank `Σ r_k` with `B A = Σ_k w_k B_k A_k`: `B = [B_1 … B_K]`, `A = [w_1 A_1; …; w_K A_K]`.
 
-    Only one of the factors carries the weight: on both it would count twice.
+    Only one of the factors is multiplied by the weight; on both it would count twice.
     """
     b = torch.cat([b for b, _ in pairs], dim=1)
     a = torch.cat([weight * a for weight, (_, a) in zip(weights, pairs, strict=True)], dim=0)
@@ -41,9 +41,9 @@ def stacked(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
 
 
 def product_svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """`U, s, Vᵀ` of `B A`, thin, without forming it: QR of both factors, then the SVD of the small `R_B R_Aᵀ`.
+    """Thin SVD `U, s, Vᵀ` of `B A` without forming it: QR of both factors, then the SVD of the small `R_B R_Aᵀ`.
 
-    With `R` columns of B it costs `O((d_out + d_in) R² + R³)` instead of `O(d_out d_in min(d_out, d_in))`. FLoRIST
+    With `R` columns of B, the cost is `O((d_out + d_in) R² + R³)` instead of `O(d_out d_in min(d_out, d_in))`. FLoRIST
     (MLSys 2026) uses the same identity.
 
     Returns:
@@ -57,7 +57,7 @@ def product_svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def truncated(pair: Pair, rank: int, balanced: bool = False) -> Pair:
-    """`(B, A)` of the best rank-`rank` approximation of a product (Eckart and Young), zero-filled if it has less.
+    """`(B, A)` of the best rank-`rank` approximation of a product (Eckart and Young), padded with zeros if needed.
 
     `B = U_r S_r`, `A = V_rᵀ` with orthonormal rows; `balanced` splits `S` evenly, `U_r S_r^½` and `S_r^½ V_rᵀ`.
     """
@@ -65,7 +65,7 @@ def truncated(pair: Pair, rank: int, balanced: bool = False) -> Pair:
 
 
 def truncated_dense(pair: Pair, rank: int) -> Pair:
-    """The same through a dense SVD of the product, in the inputs' precision: for comparing costs."""
+    """As `truncated`, through a dense SVD in the inputs' precision: slower, to compare the cost."""
     u, s, vt = torch.linalg.svd(pair[0] @ pair[1], full_matrices=False)
     return _split(u, s, vt, rank, False, pair[0])
 
@@ -73,7 +73,7 @@ def truncated_dense(pair: Pair, rank: int) -> Pair:
 def orthonormal(rows: int, columns: int, draws: np.random.Generator) -> Tensor:
     """A random matrix with orthonormal columns (`rows ≥ columns`), Haar distributed, fp32.
 
-    QR of a Gaussian matrix with the signs of R's diagonal taken out. Mezzadri, arXiv math-ph/0609050.
+    QR of a Gaussian matrix, with the signs of R's diagonal moved into Q. Mezzadri, arXiv math-ph/0609050.
     """
     q, r = torch.linalg.qr(torch.from_numpy(draws.standard_normal((rows, columns))))
     unique: Tensor = q * r.diagonal().sign()

@@ -1,4 +1,4 @@
-"""Where the files of a base model are, and the hash by which an owner knows it."""
+"""Locate the files of a base model, and compute the hash that identifies it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from lorica.errors import UserError
 
 EMBEDDED = "lorica:"
-# What transformers never reads to make a PyTorch model, so that a new README or another framework's weights count as
-# the same model. Everything else counts: a file too many can only make an owner refuse.
+# Files that transformers never reads to load a PyTorch model: a new README or weights for another framework do not
+# change the hash. All other files count; an extra file can only lead to a refusal.
 OTHER_SUFFIXES = {".md", ".h5", ".msgpack", ".ot", ".onnx"}
 OTHER_NAMES = {"LICENSE", "LICENSE.txt", "NOTICE", "NOTICE.txt", "README", "README.txt"}
 
@@ -21,16 +21,16 @@ def resolve_base(base: str) -> str:
     """The folder of an embedded model (`lorica:NAME`), else `base` itself: a folder or a hub id.
 
     Raises:
-        UserError: looks like a path but is no folder with a config.json, or names no embedded model.
+        UserError: an unknown embedded model, or a path that is not a folder with a config.json.
     """
     if base.startswith(EMBEDDED):
         folder = Path(str(importlib.resources.files("lorica") / "defaults" / base.removeprefix(EMBEDDED)))
         if not (folder / "config.json").is_file():
-            raise UserError("model.base", base, "no such embedded model", "use lorica:glyph-vit")
+            raise UserError("model.base", base, "no such embedded model", "set model.base=lorica:glyph-vit")
         return str(folder)
     if Path(base).is_dir():
         if not (Path(base) / "config.json").is_file():
-            raise UserError("model.base", base, "the folder holds no config.json", "give a Hugging Face model folder")
+            raise UserError("model.base", base, "it has no config.json", "give a Hugging Face model folder")
         return base
     if base.startswith((".", "/", "~")) or base.count("/") > 1:
         raise UserError("model.base", base, "no such folder", "give the path of a model folder, or a hub id")
@@ -38,25 +38,26 @@ def resolve_base(base: str) -> str:
 
 
 def hash_of_base(base: str | Path) -> str:
-    """`sha256:…` over the names and contents of the files that decide what a base model computes.
+    """`sha256:…` over the names and contents of the files that determine what a base model computes.
 
-    Those are the folder's own files: configuration, weights, tokenizer, image processor. Subfolders, hidden files
-    (caches), documents and other frameworks' weights do not count. SHA-256 of the JSON list of `[name, SHA-256 of the
-    content]`, sorted by name. Links are followed, as in the hub's cache.
+    These are the files directly in the folder: configuration, weights, tokenizer, image processor. Subfolders, hidden
+    files (caches), documentation and weights for other frameworks do not count. The hash is the SHA-256 of the JSON
+    list of `[name, SHA-256 of the content]`, sorted by name. Symbolic links are followed, since the hub's cache uses
+    them.
 
     Args:
         base: a model folder, or an embedded model (`lorica:glyph-vit`).
 
     Raises:
-        UserError: no model folder, or a file of it that cannot be read.
+        UserError: not a model folder, or a file in it cannot be read.
     """
     folder = Path(resolve_base(str(base)))
     if not folder.is_dir():
-        problem = "no folder on this machine"
-        raise UserError("model.base", str(base), problem, "download the model and give its folder")
+        problem = "not a folder on this machine"
+        raise UserError("model.base", str(base), problem, "download the model and give the path of its folder")
     files = sorted(path for path in folder.iterdir() if _counts(path))
     try:
-        # Hashing releases the interpreter's lock, so that shards are read side by side.
+        # Hashing releases the GIL, so shards are hashed in parallel.
         with ThreadPoolExecutor() as pool:
             contents = list(pool.map(_hash_of_file, files))
     except OSError as error:
@@ -67,7 +68,7 @@ def hash_of_base(base: str | Path) -> str:
 
 
 def base_identity(base: str) -> str:
-    """What a server and its nodes compare: `hash_of_base`, or of a hub id the id."""
+    """The identity that a server and its nodes compare: `hash_of_base` of a local model, or the hub id itself."""
     return hash_of_base(base) if Path(resolve_base(base)).is_dir() else base
 
 

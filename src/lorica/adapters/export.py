@@ -1,4 +1,4 @@
-"""Standard PEFT folders out of an adapted model, and back."""
+"""Export an adapted model as a standard PEFT folder, and load it back."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Export:
-    """What `load_adapter` has to know beside the PEFT files."""
+    """What `load_adapter` needs in addition to the PEFT files."""
 
     model: ModelConfig
     task_type: str
@@ -37,14 +37,13 @@ class Export:
 
 
 def export_adapter(model: AdaptedModel, merged: Mapping[str, Pair], folder: Path, export: Export, card: str) -> None:
-    """Write the model's current adapter as a PEFT folder with a model card, and what `load_adapter` needs beside it.
+    """Write the model's current adapter as a PEFT folder with a model card and the description for `load_adapter`.
 
     `PeftModel.from_pretrained(base, folder)` loads it into the original base with a head of the same number of labels.
 
     Args:
-        merged: what was merged into the frozen weights. The factors are stacked with it, so the adapter has a higher
-        rank
-            than was trained; where that exceeds a full matrix's, the product takes their place.
+        merged: site name -> `(B, A)` merged into the frozen weight. The factors are stacked with it, so the exported
+            rank is higher than the trained one. If it exceeds the rank of a full matrix, the product is used instead.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model.peft_model.peft_config["default"].base_model_name_or_path = resolve_base(export.model.base)
@@ -57,31 +56,34 @@ def export_adapter(model: AdaptedModel, merged: Mapping[str, Pair], folder: Path
 
 
 def load_adapter(folder: str | Path) -> nn.Module:
-    """Base model, head and adapter of a finished run, in evaluation mode, fp32.
+    """Load the base model, head and adapter of a finished run, in evaluation mode and fp32.
 
     Raises:
-        UserError: the folder was not written by Lorica, or holds one adapter for each client.
+        UserError: the folder was not written by Lorica, or contains one adapter per client.
     """
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
         own = sorted(found.parent.name for found in Path(folder).glob(f"client-*/{DESCRIPTION}"))
         if own:
             raise UserError(
-                "adapter", str(folder), "every client has an adapter of its own", f"give {Path(folder) / own[0]}, say"
+                "adapter",
+                str(folder),
+                "it contains one adapter per client",
+                f"load one of them, such as {Path(folder) / own[0]}",
             )
-        raise UserError("adapter", str(folder), f"holds no {DESCRIPTION}", "give the adapter folder of a finished run")
+        raise UserError("adapter", str(folder), f"has no {DESCRIPTION}", "give the adapter folder of a finished run")
     description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
     base = load_base(config, description["task_type"], description["label_names"], description["seed"])
     with warnings.catch_warnings():
-        # PEFT 0.21 asks for a property that transformers 5 has renamed.
+        # PEFT 0.21 uses a property that transformers 5 has renamed.
         warnings.simplefilter("ignore", FutureWarning)
         model: nn.Module = PeftModel.from_pretrained(base.model, folder).eval()
     return model
 
 
 def _raise_ranks(model: AdaptedModel, merged: Mapping[str, Pair], folder: Path) -> None:
-    """Rewrite an exported adapter with `[B_merged B]` and `[A_merged; A]`, and the ranks that they have."""
+    """Replace the factors of an exported adapter by `[B_merged B]` and `[A_merged; A]`, and update the ranks."""
     tensors: dict[str, Tensor] = safetensors.torch.load_file(folder / WEIGHTS)
     ranks: dict[str, int] = {}
     scales: dict[str, float] = {}

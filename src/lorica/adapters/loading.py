@@ -1,4 +1,4 @@
-"""A model ready to train: the base with fresh factors, and the check that it keeps examples apart."""
+"""Load a model for training, and check that it does not mix examples."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHECKED_EXAMPLES = 3
 
 
 def load_model(config: ExperimentConfig, task: Task) -> AdaptedModel:
-    """The base model with fresh factors, on its device: the same on every machine.
+    """The base model with newly initialised factors, on its device; the same on every machine.
 
     Raises:
         UserError: names the key, the value and the remedy.
@@ -29,9 +29,9 @@ def load_model(config: ExperimentConfig, task: Task) -> AdaptedModel:
 
 
 def check_isolated(config: ExperimentConfig, model: AdaptedModel, records: Records) -> None:
-    """Per-example gradients of a few examples, at random factors: at `B = 0`, `A` would have no gradient.
+    """Run `check_isolation` on a few examples, with random factors, since at `B = 0` the gradient of `A` is zero.
 
-    Whether it passes depends on the model alone.
+    The result depends on the model only.
     """
     draws = torch_stream(config.seed, "isolation")
     model.write({name: 0.1 * torch.randn(value.shape, generator=draws) for name, value in model.read().items()})

@@ -1,4 +1,4 @@
-"""What tensors are called, in an adapter and on the way: `SITE.A`, `SITE.B`, `SITE.R`, and prefixes of other kinds."""
+"""Names of tensors in an adapter and in messages: `SITE.A`, `SITE.B`, `SITE.R`, and prefixes of other kinds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
-"""`(B, A)`, which stand for their product."""
+"""`(B, A)`, standing for the product `B A`."""
 ENERGY = "energy:"
-"""Before a trained tensor's name: `‖ĝ‖²` of its last noisy gradient."""
+"""Prefix of a trained tensor's name: `‖ĝ‖²` of its last noisy gradient."""
 SKETCH = "sketch:"
-"""Before a site's name: a sketch of the client's product `B_k A_k` there."""
+"""Prefix of a site's name: a sketch of the client's product `B_k A_k`."""
 _FACTORS = (".A", ".B")
 
 
@@ -43,12 +43,12 @@ def is_middle(name: str) -> bool:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a tensor is an `A` or a `B`."""
+    """Whether a tensor is a factor `A` or `B`."""
     return name.endswith(_FACTORS)
 
 
 def site_of(name: str) -> str:
-    """The site whose `A`, `B` or `R` this is.
+    """The site of a tensor `A`, `B` or `R`.
 
     >>> site_of("bert.encoder.layer.0.attention.self.query.A")
     'bert.encoder.layer.0.attention.self.query'
@@ -57,12 +57,12 @@ def site_of(name: str) -> str:
 
 
 def other_factor(name: str) -> str:
-    """`SITE.B` for `SITE.A`, and the other way round."""
+    """`SITE.B` for `SITE.A`, and vice versa."""
     return factor_a(site_of(name)) if is_b(name) else factor_b(site_of(name))
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors whose names start with a prefix, without it."""
+    """The tensors whose names start with a prefix, which is removed."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 

@@ -1,8 +1,8 @@
-"""DeBERTa-v3's relative positions, projected for every example by itself.
+"""Project DeBERTa-v3's relative positions separately for each example.
 
-Its query and key maps see the content `(n, t, d)` and also a table of relative positions `(1, s, d)`, whose projection
-is then copied for the n examples. In the gradient of that second use all examples are summed up, so no hook could tell
-them apart. Copying first and projecting afterwards gives the same output with rows that belong to one example each.
+The query and key maps of DeBERTa-v3 are applied to the content `(n, t, d)` and to a table of relative positions
+`(1, s, d)`, whose projection is copied for the n examples. The gradient of this second use sums over all examples, so
+hooks could not separate them. Copying before projecting gives the same output, but each row belongs to one example.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor, nn
 
 
 def separate_examples(model: nn.Module) -> None:
-    """Make every attention of DeBERTa that shares its maps with the positions copy before it projects."""
+    """Change DeBERTa's attention to copy the position table before projecting it, where it shares the maps."""
     for module in model.modules():
         if getattr(module, "share_att_key", False) and hasattr(module, "disentangled_attention_bias"):
             module.disentangled_attention_bias = partial(_bias, module)  # type: ignore[assignment]
 
 
 def _bias(attention: Any, query_layer: Tensor, *others: Any, **named: Any) -> Tensor:
-    """What the positions add to the attention scores, `(n heads, t, t)`."""
-    # Without gradients the one projection for all is the same and costs less.
+    """The position bias of the attention scores, `(n heads, t, t)`."""
+    # Without gradients, one shared projection gives the same result at lower cost.
     seen = _Separate(attention, len(query_layer)) if torch.is_grad_enabled() else attention
     found: Tensor = type(attention).disentangled_attention_bias(seen, query_layer, *others, **named)
     return found
 
 
 class _Separate:
-    """An attention as its own `disentangled_attention_bias` is to see it: one example with the heads of all n.
+    """Wraps an attention for its `disentangled_attention_bias`: one example with the heads of all n examples.
 
-    With that many heads the method makes `n heads / n heads = 1` copy of what it projects.
+    With that many heads, the method makes `n heads / n heads = 1` copy of its projection.
     """
 
     def __init__(self, attention: Any, all_heads: int) -> None:

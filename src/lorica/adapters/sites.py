@@ -13,7 +13,7 @@ class Site:
 
     Attributes:
         name: dotted path in the base model.
-        layer: the path up to its last number, such as `vit.layers.3`: sites of one layer share it.
+        layer: the path up to its last number, such as `vit.layers.3`; the sites of a layer share it.
         d_in, d_out, rank: `A` is `(rank, d_in)`, `B` is `(d_out, rank)`.
         scale: `γ`.
     """

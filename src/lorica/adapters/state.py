@@ -1,4 +1,4 @@
-"""The server's copy of the adapter: named tensors, when each last changed, and what was merged into the base."""
+"""The server's copy of the adapter: named tensors with versions, and increments merged into the base."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Factors = Literal["A", "B", "AB", "R", ""]
 
 
 class AdapterState:
-    """Global factors of all sites, the head's tensors if it is trained, and low-rank increments of the frozen weights.
+    """Global factors of all sites, the tensors of a trained head, and low-rank increments of the frozen weights.
 
-    Tensors are replaced, never changed in place, so that references to them stay what they were.
+    Tensors are replaced, never changed in place, so earlier references keep their values.
 
     Attributes:
         sites: the adapted linear maps.
         tensors: name -> value, fp32, CPU.
-        versions: name -> how often it changed.
-        merged: site name -> `(B, A)` with the site's weight `W0 + γ (B A + SITE.B SITE.A)`; `B` is `(d_out, R)`, with a
-            column for every rank that was ever merged, until it is folded.
-        epoch: how often `merged` was folded; ranks of different epochs have nothing in common.
+        versions: name -> number of changes.
+        merged: site name -> `(B, A)`, so that the site's weight is `W0 + γ (B A + SITE.B SITE.A)`; `B (d_out, R)` has a
+            column for each rank merged since the last fold.
+        epoch: number of folds of `merged`; ranks of different epochs are unrelated.
     """
 
     def __init__(self, sites: list[Site], tensors: Mapping[str, Tensor]) -> None:
@@ -41,7 +41,7 @@ class AdapterState:
         return [name for name in self.tensors if name.startswith("head.")]
 
     def trained(self, factors: Factors | Mapping[str, Factors]) -> list[str]:
-        """Names of the tensors that a choice of factors trains, the head included, in the model's order.
+        """Names of the tensors trained with a choice of factors, including the head, in the model's order.
 
         Args:
             factors: one choice for all sites, or site name -> choice.
@@ -56,14 +56,14 @@ class AdapterState:
         return names + self.head
 
     def assign(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace tensors; what stays the same keeps its version, and so does not travel again.
+        """Replace tensors. Unchanged tensors keep their version, so they are not sent again.
 
         Raises:
-            ValueError: a name or a shape that the adapter does not have.
+            ValueError: an unknown name, or a different shape.
         """
         for name, value in tensors.items():
             if name not in self.tensors or value.shape != self.tensors[name].shape:
-                raise ValueError(f"{name} {tuple(value.shape)} is no tensor of this adapter")
+                raise ValueError(f"{name} of shape {tuple(value.shape)} is not a tensor of this adapter")
             if not torch.equal(value, self.tensors[name]):
                 self.tensors[name] = value
                 self.versions[name] += 1
@@ -73,14 +73,14 @@ class AdapterState:
         self.assign({name: self.tensors[name] + value for name, value in update.items()})
 
     def extend(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take in tensors that the adapter did not have, such as `SITE.R`. Before the first round only."""
+        """Add new tensors, such as `SITE.R`. Before the first round only."""
         self.tensors |= tensors
         self.versions |= dict.fromkeys(tensors, 0)
 
     def merge(self, increments: Mapping[str, Pair]) -> None:
-        """Add `γ B A` to the frozen weight of each site, exactly, as further columns of B and rows of A.
+        """Add `γ B A` to the frozen weight of each site, exactly, as new columns of B and rows of A.
 
-        Once a site's ranks are more than twice those of a full matrix, the product takes their place.
+        When the merged rank of a site exceeds twice that of a full matrix, the pair is folded into its product.
         """
         for name, pair in increments.items():
             stacked = stack_pairs(self.merged.get(name), pair)
@@ -91,14 +91,14 @@ class AdapterState:
 
 
 def stack_pairs(first: Pair | None, second: Pair) -> Pair:
-    """`(B, A)` with `B A = B₁ A₁ + B₂ A₂`: columns of B and rows of A, side by side."""
+    """`(B, A)` with `B A = B₁ A₁ + B₂ A₂`: concatenated columns of B and rows of A."""
     if first is None:
         return second
     return torch.cat([first[0], second[0]], dim=1), torch.cat([first[1], second[1]], dim=0)
 
 
 def fold(pair: Pair) -> Pair:
-    """The same product with the least rank that any product of this shape needs: the product itself and an identity."""
+    """A pair with the same product and at most full rank: the product itself and an identity matrix."""
     b, a = pair
     product = (b.double() @ a.double()).to(b)
     if b.shape[0] <= a.shape[1]:
@@ -107,7 +107,7 @@ def fold(pair: Pair) -> Pair:
 
 
 def leading(name: str, value: Tensor, rank: int | None) -> Tensor:
-    """The first `rank` rows of a factor A or columns of a factor B; anything else, and `rank` None, unchanged."""
+    """The first `rank` rows of a factor A or columns of a factor B. Other tensors are returned unchanged."""
     if rank is None:
         return value
     if is_a(name):

@@ -1,4 +1,4 @@
-"""Which modules of a model take LoRA factors."""
+"""Select the modules of a model that get LoRA factors."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.errors import UserError
 
-# The same role under the names that model families give it; transformers 5 renamed several.
+# Names of the same role in different model families; transformers 5 renamed several.
 ROLES = [
     ("query", "q_proj", "q_lin", "query_proj", "q"),
     ("key", "k_proj", "k_lin", "key_proj", "k"),
     ("value", "v_proj", "v_lin", "value_proj", "v"),
 ]
-# One linear map that makes query, key and value together.
+# Names of linear maps that compute query, key and value together.
 FUSED = ("c_attn", "Wqkv", "qkv", "query_key_value", "qkv_proj")
 
 
 def match_targets(
     model: nn.Module, targets: list[str] | str, head: str, new_modules: Collection[str] = ()
 ) -> list[str]:
-    """Dotted names of the linear maps that `targets` selects, in the model's order, the head left out.
+    """Dotted names of the linear maps selected by `targets`, in the model's order, without the head.
 
     Args:
-        targets: names that a module's path ends with; one regular expression that matches whole paths; `all-linear`; or
-            `auto`, which is query and value, or else what PEFT takes for this family, in a model that takes text
-            without its towers for images and sound. The roles query, key and value are found under each family's own
-            names, and in the fused map where one makes them all.
+        targets: a list of names with which module paths end; one regular expression for whole paths; `all-linear`; or
+            `auto`. `auto` selects query and value or, if the model has no such maps, PEFT's default for the family; in
+            a model for text, the towers for images and sound are left out. The roles query, key and value are
+            recognised under each family's own names, and in a fused map for all three.
         head: path of the head's linear map.
-        new_modules: paths of modules that no checkpoint holds; they travel whole, and are left out too.
+        new_modules: paths of modules that are not in the checkpoint; they are exported whole, so they are left out too.
 
     Raises:
-        UserError: something in `targets` matches no linear map; names what there is.
+        UserError: an entry of `targets` matches no linear map; names the available ones.
     """
     linear = [
         name
@@ -54,7 +54,8 @@ def match_targets(
         try:
             matched = [name for name in linear if re.fullmatch(targets, name)]
         except re.error as error:
-            raise UserError("lora.target_modules", targets, f"not a regular expression ({error})", "mend it") from None
+            problem = f"not a valid regular expression ({error})"
+            raise UserError("lora.target_modules", targets, problem, "correct the expression") from None
         if not matched:
             raise _no_match(targets, linear)
         return matched
@@ -68,7 +69,7 @@ def match_targets(
 
 
 def _named(target: str, linear: list[str]) -> list[str]:
-    """Paths that end with a name, or else with another name of the same role."""
+    """Paths that end with this name or, if there are none, with another name of the same role."""
     role = next((role for role in ROLES if target in role), ())
     for ending in (target, *role, *(FUSED if role else ())):
         found = [name for name in linear if name == ending or name.endswith(f".{ending}")]
@@ -78,7 +79,7 @@ def _named(target: str, linear: list[str]) -> list[str]:
 
 
 def _without_other_towers(model: nn.Module, linear: list[str]) -> list[str]:
-    """Without the maps that a text does not reach: they would add noise to every step and learn nothing."""
+    """Leave out the maps that text inputs do not reach: they would add noise to every step and learn nothing."""
     if "text" not in getattr(model, "input_modalities", "text"):
         return linear
     towers = [
@@ -102,5 +103,5 @@ def _usual_targets(model: nn.Module, linear: list[str]) -> list[str] | str:
 def _no_match(target: object, linear: list[str]) -> UserError:
     endings = sorted({name.rsplit(".", 1)[-1] for name in linear})
     return UserError(
-        "lora.target_modules", target, "no linear map of the model matches", f"choose among: {', '.join(endings)}"
+        "lora.target_modules", target, "no linear map of the model matches", f"choose one of: {', '.join(endings)}"
     )

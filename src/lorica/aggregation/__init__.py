@@ -1,1 +1,1 @@
-"""What the server can do with aggregated updates, whatever the method: all of it functions of released tensors."""
+"""Server-side processing of aggregated updates, independent of the method: functions of released tensors only."""

@@ -10,11 +10,11 @@ from lorica.aggregation.memory import Memory
 
 
 class RoundAverage(Memory):
-    """`θ̄_t = Σ_i β^{t-i} θ_i / Σ_i β^{t-i}` over the finished rounds `i ≤ t`, of every tensor by itself.
+    """`θ̄_t = Σ_i β^{t-i} θ_i / Σ_i β^{t-i}` over the finished rounds `i ≤ t`, separately for each tensor.
 
-    Training goes on from `θ_t`; only evaluation and export take `θ̄_t`, whose noise is averaged out. Exact for a factor
-    that is trained alone; where both move, the product of averages is not the average of products, to second order in
-    what moved. De et al., arXiv 2204.13650, section 3.
+    Training continues from `θ_t`; only evaluation and export use `θ̄_t`, in which the noise is averaged. The average is
+    exact if only one factor of a site is trained. If both are trained, the product of the averages differs from the
+    average of the products by terms of second order. De et al., arXiv 2204.13650, section 3.
     """
 
     def __init__(self, decay: float) -> None:
@@ -23,7 +23,7 @@ class RoundAverage(Memory):
         self.numbers = {"weight": 0.0}
 
     def update(self, values: Mapping[str, Tensor]) -> None:
-        """Take in the model after a round."""
+        """Include the model after a round in the average."""
         weight = self._decay * self.numbers["weight"] + 1
         self.numbers["weight"] = weight
         for name, value in values.items():

@@ -1,4 +1,4 @@
-"""Which denoiser of the mean update is configured."""
+"""The configured denoiser of the mean update."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Denoiser = Shrinkage | KalmanFilter
 
 
 def make_denoiser(config: ServerConfig) -> Denoiser | None:
-    """The configured one; None for none."""
+    """The configured denoiser; None if there is none."""
     if config.denoise == "shrinkage":
         return Shrinkage()
     return KalmanFilter() if config.denoise == "kalman" else None

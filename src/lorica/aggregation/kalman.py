@@ -1,4 +1,4 @@
-"""A scalar Kalman filter over rounds on the aggregated update of each tensor."""
+"""A scalar Kalman filter over rounds for the aggregated update of each tensor."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from lorica.aggregation.memory import Memory
 class KalmanFilter(Memory):
     """Estimates the noise-free update from those of all rounds so far.
 
-    Model of each coordinate of a tensor's update, with one set of numbers a tensor: the true update wanders,
-    `u_t = u_{t-1} + N(0, q)`, and is seen as `D_t = u_t + N(0, v)`, with `v` the known DP variance. Per round in which
-    the tensor is trained:
+    Model of each coordinate of a tensor's update, with the same parameters for all coordinates of a tensor: the true
+    update follows a random walk `u_t = u_{t-1} + N(0, q)` and is observed as `D_t = u_t + N(0, v)`, where `v` is the
+    known DP variance. In each round in which the tensor is trained:
 
-    - predict: `p ← p + s q`, `s` rounds since it was last trained;
+    - predict: `p ← p + s q`, with `s` the number of rounds since it was last trained;
     - gain: `κ = p / (p + v)`; `û ← û + κ (D - û)`, `p ← (1 - κ) p`;
     - learn `q` from the innovation, whose mean square is `p + s q + v`:
       `q ← 0.9 q + 0.1 max(0, ‖D - û‖²/d - p - v) / s`.
 
-    It starts at `û = 0` with `p = max(0, ‖D‖²/d - v)`, the energy of the first update without its noise, so that an
-    update of pure noise moves nothing. Post-processing of releases with public parameters. Kalman 1960.
+    The filter starts at `û = 0` with `p = max(0, ‖D‖²/d - v)`, the energy of the first update without its noise, so a
+    first update of pure noise has no effect. Post-processing of releases with public parameters. Kalman 1960.
     """
 
     LEARNING = 0.1

@@ -1,4 +1,4 @@
-"""What a piece of the server carries from round to round."""
+"""State that a server-side component keeps between rounds."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Memory:
-    """Named tensors and JSON-able numbers, which a checkpoint keeps. A piece that forgets everything has none.
+    """Named tensors and JSON-able numbers, saved in checkpoints. Both are empty in a stateless component.
 
     Attributes:
-        tensors, numbers: by a name of the piece's own, such as that of the tensor that they belong to.
+        tensors, numbers: by a name that the component chooses, such as the name of an adapter tensor.
     """
 
     def __init__(self) -> None:
@@ -23,5 +23,5 @@ class Memory:
         return {"numbers": dict(self.numbers), "tensors": dict(self.tensors)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the output of `state_dict`."""
         self.numbers, self.tensors = dict(state["numbers"]), dict(state["tensors"])

@@ -1,4 +1,4 @@
-"""How much of an aggregated update is DP noise. All of it is public."""
+"""The variance of the DP noise in aggregated updates, computed from public numbers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorica.privacy.mechanism import Terms
 
 
 def step_weights(steps: int, momentum: float) -> Tensor:
-    """`c_e = (1 - μ^{E-e+1}) / (1 - μ)`, `e = 1…E`: how far the gradient of step `e` moves the parameters by the end.
+    """`c_e = (1 - μ^{E-e+1}) / (1 - μ)`, `e = 1…E`: the total effect of the gradient of step `e` on the parameters.
 
     Shape `(E,)`, float64. All ones without momentum.
     """
@@ -30,7 +30,7 @@ def update_noise_variance(
 ) -> float:
     """`a² v` with the path length `a = η Σ_e c_e`: noise variance of each coordinate of the mean update `Σ_k w_k U_k`.
 
-    For SGD without weight decay on the noisy gradient as it comes; other local steps shape the noise.
+    Valid for SGD without weight decay on the unchanged noisy gradient; other local steps shape the noise.
     """
     coefficients = step_weights(steps, momentum)
     length = rate * float(coefficients.sum())

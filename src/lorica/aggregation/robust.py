@@ -1,4 +1,4 @@
-"""Aggregates that a few bad updates cannot move far, in place of the weighted mean. All of them ignore weights."""
+"""Robust aggregates, which tolerate a few malicious updates and replace the weighted mean. They ignore the weights."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ Aggregate = Callable[[Sequence[Update]], dict[str, Tensor]]
 
 
 def median(updates: Sequence[Update]) -> dict[str, Tensor]:
-    """The median of each coordinate; of an even number, the mean of the middle two.
+    """The median of each coordinate; for an even number of updates, the mean of the middle two.
 
-    It lies in the range of the honest values as long as they are more than half. Yin et al., arXiv 1803.01498.
+    It is within the range of the honest values if more than half of the updates are honest. Yin et al., arXiv
+    1803.01498.
     """
     return {name: torch.from_numpy(np.median(_stack(updates, name), axis=0)) for name in updates[0]}
 
@@ -27,7 +28,8 @@ def median(updates: Sequence[Update]) -> dict[str, Tensor]:
 def trimmed_mean(updates: Sequence[Update], trim: float) -> dict[str, Tensor]:
     """The mean of each coordinate without its `⌊trim · n⌋` largest and as many smallest values.
 
-    It lies in the range of the honest values as long as no more than that are bad. Yin et al., arXiv 1803.01498.
+    It is within the range of the honest values if at most `⌊trim · n⌋` updates are malicious. Yin et al., arXiv
+    1803.01498.
     """
     low = int(trim * len(updates))
     high = len(updates) - low
@@ -38,13 +40,13 @@ def trimmed_mean(updates: Sequence[Update], trim: float) -> dict[str, Tensor]:
 
 
 def krum(updates: Sequence[Update], byzantine: int) -> dict[str, Tensor]:
-    """The one update with the least sum of squared distances to its `n - f - 2` nearest others.
+    """The update with the smallest sum of squared distances to its `n - f - 2` nearest neighbours.
 
-    Distances are over all tensors together, in fp64; of equal sums the first wins. Blanchard et al., NeurIPS 2017.
+    Distances are over all tensors together, in fp64; in a tie, the first update wins. Blanchard et al., NeurIPS 2017.
 
     Args:
-        updates: `n ≥ 2f + 3` of them.
-        byzantine: `f`.
+        updates: `n ≥ 2f + 3` updates.
+        byzantine: `f`, the number of malicious clients to tolerate.
     """
     flat = torch.stack([torch.cat([update[name].flatten() for name in updates[0]]).double() for update in updates])
     distances = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -53,7 +55,7 @@ def krum(updates: Sequence[Update], byzantine: int) -> dict[str, Tensor]:
 
 
 def make_aggregate(config: ServerConfig) -> Aggregate | None:
-    """The configured one; None for the weighted mean."""
+    """The configured aggregate; None for the weighted mean."""
     if config.aggregate == "median":
         return median
     if config.aggregate == "trimmed-mean":
@@ -62,13 +64,18 @@ def make_aggregate(config: ServerConfig) -> Aggregate | None:
 
 
 def check_aggregate(config: ServerConfig, replies: int) -> None:
-    """Refuse an aggregate that means nothing for the number of replies that a round has at least (`UserError`)."""
+    """Raise `UserError` if the aggregate is not defined, or does nothing, for the minimum number of replies."""
     if config.aggregate == "krum" and replies < 2 * config.byzantine + 3:
-        problem = f"Krum needs at least 2f + 3 = {2 * config.byzantine + 3} replies, and a round may have {replies}"
-        raise UserError("server.byzantine", config.byzantine, problem, "lower it, or raise federation.min_clients")
+        problem = (
+            f"Krum needs at least 2f + 3 = {2 * config.byzantine + 3} replies, but a round may have only {replies}"
+        )
+        raise UserError(
+            "server.byzantine", config.byzantine, problem, "lower server.byzantine, or raise federation.min_clients"
+        )
     if config.aggregate == "trimmed-mean" and int(config.trim * replies) == 0:
-        problem = f"of {replies} replies, which a round may have, it cuts none"
-        raise UserError("server.trim", config.trim, problem, f"choose at least {1 / replies:.2g}, or aggregate: median")
+        problem = f"trims nothing if a round has only {replies} replies"
+        remedy = f"set server.trim to at least {1 / replies:.2g}, or set server.aggregate to median"
+        raise UserError("server.trim", config.trim, problem, remedy)
 
 
 def _stack(updates: Sequence[Update], name: str) -> np.ndarray:

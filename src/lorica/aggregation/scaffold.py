@@ -1,4 +1,4 @@
-"""SCAFFOLD's control variates, tracked by the server alone."""
+"""SCAFFOLD's control variates, kept by the server alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lorica.aggregation.noise import step_weights
 class Scaffold(Memory):
     """SCAFFOLD, option II (Karimireddy et al., ICML 2020, arXiv 1910.06378), on noisy gradients.
 
-    Clients step along `ĝ + c - c_k`. After a round `c_k ← c_k - c - U_k/(η E)` and `c ← c + (|S|/N) Σ_k w_k Δc_k`, for
-    the tensors that were trained in it. Since `c_k` is a function of uploads the server keeps it: nothing more is
-    uploaded, and `c - c_k` travels down. All of it is post-processing. The noise in `c_k` stays for `E` steps, as much
-    as their own, and cancels in the mean when all clients take part with equal weights.
+    Clients step along `ĝ + c - c_k`. After a round, `c_k ← c_k - c - U_k/(η E)` and `c ← c + (|S|/N) Σ_k w_k Δc_k` for
+    the tensors trained in it. Since `c_k` is a function of uploads, the server computes it: nothing more is uploaded,
+    and `c - c_k` is sent to the client. All of it is post-processing. The noise in `c_k` is added in each of the `E`
+    steps; it cancels in the mean if all clients take part with equal weights.
     """
 
     def __init__(self, clients: int) -> None:
@@ -25,7 +25,7 @@ class Scaffold(Memory):
         self._clients = clients
 
     def corrections(self, client: int, trained: Iterable[str]) -> dict[str, Tensor]:
-        """`c - c_k` of the trained tensors; nothing before the first round in which any client trained them."""
+        """`c - c_k` of the trained tensors. Tensors that no client has trained yet are left out."""
         return {
             name: self.tensors[f"all:{name}"] - self.tensors.get(f"{client}:{name}", torch.zeros(()))
             for name in trained
@@ -39,7 +39,7 @@ class Scaffold(Memory):
         rates: Mapping[str, float],
         steps: int,
     ) -> None:
-        """Take in the updates `U_k` of one exchange.
+        """Update the control variates with the updates `U_k` of one exchange.
 
         Args:
             updates: client -> tensor name -> `U_k`.

@@ -1,4 +1,4 @@
-"""Server optimisers: from the mean update of a round to the step that the global tensors take."""
+"""Server optimisers, from the mean update of a round to the step of the global tensors."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ServerAverage(Memory):
 class FedAvgM(Memory):
     """Momentum on the mean update of each tensor: `m ← β^s m + D`, `θ ← θ + η m`. Hsu et al., arXiv 1909.06335.
 
-    `s` is the number of rounds since the tensor was last trained, 1 if it is trained in every round: a factor's
-    momentum goes stale while the other factor is trained.
+    `s` is the number of rounds since the tensor was last trained, and 1 if it is trained in every round: the momentum
+    of a factor becomes stale while the other factor is trained.
     """
 
     def __init__(self, rate: float, momentum: float) -> None:
@@ -45,12 +45,12 @@ class FedAvgM(Memory):
 
 
 class FedAdam(Memory):
-    """Adam on the mean update, with the known noise taken off the second moment.
+    """Adam on the mean update, with the known noise variance subtracted from the second moment.
 
     `m ← β₁ m + (1-β₁) D`, `s ← β₂ s + (1-β₂) (D² - v)`, `θ ← θ + η m / (√max(s, 0) + ε)`, where `v` is the variance of
-    the DP noise in each coordinate of `D`: without it `√s` is the noise level, the same everywhere, and Adam adapts to
-    nothing. Moments are those of the rounds in which a tensor is trained. Reddi et al., arXiv 2003.00295, Algorithm 2;
-    the correction is that of Tang et al., arXiv 2312.14334, for DP-Adam, on the server.
+    the DP noise in each coordinate of `D`. Without this correction `√s` would be dominated by the noise, equal for all
+    coordinates, and Adam would not adapt. Moments change only in rounds in which the tensor is trained. Reddi et al.,
+    arXiv 2003.00295, Algorithm 2; correction of Tang et al., arXiv 2312.14334, for DP-Adam, applied on the server.
     """
 
     def __init__(self, rate: float, first_decay: float, second_decay: float, epsilon: float) -> None:
@@ -58,7 +58,7 @@ class FedAdam(Memory):
         self._rate, self._first, self._second, self._epsilon = rate, first_decay, second_decay, epsilon
 
     def step(self, mean: Mapping[str, Tensor], noise: Mapping[str, float], round_number: int) -> dict[str, Tensor]:
-        """The step of each tensor. `noise` has `v` of each."""
+        """The step of each tensor. `noise` is name -> `v`."""
         steps = {}
         for name, value in mean.items():
             first = self.tensors.get(f"first:{name}", torch.zeros_like(value))
@@ -74,7 +74,7 @@ ServerOptimizer = ServerAverage | FedAvgM | FedAdam
 
 
 def make_server_optimizer(config: ServerConfig) -> ServerOptimizer:
-    """The configured one."""
+    """The configured server optimiser."""
     if config.optimizer == "fedavgm":
         return FedAvgM(config.lr, config.momentum)
     if config.optimizer == "fedadam":

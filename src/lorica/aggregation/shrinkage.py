@@ -12,26 +12,26 @@ from lorica.aggregation.memory import Memory
 
 
 class Shrinkage(Memory):
-    """Shrinks the singular values of each tensor's mean update (`shrink_singular_values`). Remembers nothing."""
+    """Shrinks the singular values of each tensor's mean update (`shrink_singular_values`). Stateless."""
 
     def step(self, mean: Mapping[str, Tensor], noise: Mapping[str, float], round_number: int) -> dict[str, Tensor]:
-        """The estimate of each update. `noise` has the variance of each."""
+        """The estimate of each update. `noise` is name -> noise variance."""
         return {name: shrink_singular_values(value, noise[name]) for name, value in mean.items()}
 
 
 def shrink_singular_values(update: Tensor, noise_variance: float) -> Tensor:
-    """The best estimate of a low-rank matrix under white noise of known variance, by shrinking singular values.
+    """Estimate a low-rank matrix under white noise of known variance by optimal shrinkage of its singular values.
 
     For `Y = X + √v Z` of shape `(m, n)`, `m ≤ n`, `β = m/n`, every singular value `y` of `Y/√(n v)` becomes
     `√((y² - β - 1)² - 4β) / y` if `y > 1 + √β`, else 0: asymptotically optimal for the Frobenius loss. Gavish and
     Donoho, IEEE Trans. Inf. Theory 2017, arXiv 1405.7511, equation 7.
 
-    Post-processing of a release with public parameters. A zero variance returns the update; a vector is a matrix of one
-    row.
+    Post-processing of a release with public parameters. With zero variance the update is returned unchanged. A vector
+    is treated as a matrix with one row.
 
     Args:
         update: `(m, n)` or `(n,)`.
-        noise_variance: `v` of each coordinate.
+        noise_variance: `v`, per coordinate.
     """
     if noise_variance == 0:
         return update

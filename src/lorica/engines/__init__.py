@@ -1,1 +1,1 @@
-"""Engines move messages between server and clients; they know no learning."""
+"""Engines move messages between the server and the clients. They contain no learning code."""

@@ -1,4 +1,4 @@
-"""The whole federation in one process, on one base model."""
+"""A federation in one process, with one base model shared by all clients."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.stages import Input, Part, add_up, answer
 from lorica.tasks import load_task
 from lorica.tasks.label_counts import label_counts
+from lorica.tasks.loading import load_task
 from lorica.tasks.records import Records, Task
 
 logger = logging.getLogger(__name__)
 
 
 class LocalEngine:
-    """Runs the clients one after another; each writes its tensors into the shared model in place.
+    """Runs the clients one after another. Each writes its tensors into the shared model in place.
 
     Attributes:
-        clients: number -> owner.
-        max_lifetime_epsilon: each owner's limit over all runs on the same data; None for no limit.
+        clients: number -> client.
+        max_lifetime_epsilon: limit of each owner over all runs on the same data; None for no limit.
     """
 
     def __init__(
@@ -55,16 +56,16 @@ class LocalEngine:
         """All clients.
 
         Raises:
-            UserError: the run would exceed an owner's limit.
+            UserError: the run would exceed an owner's lifetime limit.
         """
         for client in self.clients.values():
             self._check_lifetime(client, run)
         return {number: client.plan for number, client in self.clients.items()}
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
-        """Every client's reply to its request, in the order of client ids."""
+        """Each client's reply to its request, computed in the order of client ids."""
         return {
-            number: decode(self.clients[number].answer(self._model, requests[number])) for number in sorted(requests)
+            number: decode(self.clients[number].reply_to(self._model, requests[number])) for number in sorted(requests)
         }
 
     def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
@@ -74,7 +75,7 @@ class LocalEngine:
             answers = {}
             for number in sorted(questions):
                 try:
-                    answers[number] = self._part_of(number, requests[number], questions[number])
+                    answers[number] = self._run_stage(number, requests[number], questions[number])
                 except SummationError as error:
                     logger.warning("client %d refuses: %s", number, error)
             return answers
@@ -91,14 +92,14 @@ class LocalEngine:
         return content
 
     def accounts(self, run: str) -> dict[int, Account]:
-        """What the ledger holds of this run, client by client."""
+        """Each client's account of this run, from its ledger."""
         return {
             number: account(client.ledger, client.dataset, client.records.fingerprint(), run, client.plan, client.unit)
             for number, client in self.clients.items()
         }
 
     def personal(self, run: str) -> dict[int, dict[str, Tensor]]:
-        """Every client's own tensors (`Client.personal`)."""
+        """Each client's personal tensors (`Client.personal`)."""
         return {number: client.personal(run) for number, client in self.clients.items()}
 
     def _check_lifetime(self, client: Client, run: str) -> None:
@@ -112,13 +113,13 @@ class LocalEngine:
             raise UserError(
                 "privacy.max_lifetime_epsilon",
                 limit,
-                f"with this run, client {client.number} would have released ε = {life:.3f} in all",
-                "lower privacy.epsilon, run fewer rounds, or raise the limit",
+                f"with this run, the total ε of client {client.number} would be {life:.3f}",
+                "lower privacy.epsilon, run fewer rounds, or raise privacy.max_lifetime_epsilon",
             )
 
 
 def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
-    """Load and check everything that can be checked without training, for a federation in this process.
+    """Set up a federation in this process, and check everything that can be checked without training.
 
     Raises:
         UserError: names the key, the value and the remedy.
@@ -126,7 +127,7 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
     group = None if config.privacy == "none" else config.privacy.group
     tested = config.federation.private_test > 0
     task = load_task(config.task, resolve_base(config.model.base), config.federation.by, group, tested)
-    # The ledger knows data by their records, whatever the unit.
+    # The ledger identifies a data set by its records, whatever the unit of privacy.
     dataset = task.train.fingerprint()
     task = by_privacy_unit(config, task)
     prepared = prepare(config, task)
@@ -143,7 +144,7 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
 
 
 def _shown_partition(config: ExperimentConfig, task: Task, parts: list[Records]) -> dict[str, Any] | None:
-    """Who has what, for research only: a private release must not carry counts that no noise covers."""
+    """Label counts per client, for research runs only: a private release must not contain exact counts."""
     if not task.has_classes or (config.privacy != "none" and config.privacy.noise == "secure"):
         return None
     named = task.owners if config.federation.partition in ("column", "files") else None

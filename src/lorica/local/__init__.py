@@ -1,1 +1,1 @@
-"""What a client does with a noisy gradient before its optimiser sees it: all of it post-processing."""
+"""Transformations of the noisy gradient on the client and its optimisers: all of it post-processing."""

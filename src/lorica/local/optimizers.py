@@ -1,4 +1,4 @@
-"""Local optimisers: from a noisy gradient to an increment, all of it post-processing."""
+"""Local optimisers, from a noisy gradient to an increment. All of it is post-processing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Sgd:
         self._velocity: dict[str, Released] = {}
 
     def step(self, gradients: Mapping[str, Released], parameters: Mapping[str, Tensor]) -> dict[str, Released]:
-        """Increments of the trained tensors. `parameters` are public plus earlier increments."""
+        """Increments of the trained tensors. `parameters` are public values plus earlier increments."""
         increments = {}
         for name, gradient in gradients.items():
             direction = gradient
@@ -56,11 +56,11 @@ class AdamW:
         self._count: dict[str, int] = {}
 
     def step(self, gradients: Mapping[str, Released], parameters: Mapping[str, Tensor]) -> dict[str, Released]:
-        """Increments of the trained tensors. `parameters` are public plus earlier increments."""
+        """Increments of the trained tensors. `parameters` are public values plus earlier increments."""
         first_decay, second_decay = self.BETAS
         increments = {}
         for name, gradient in gradients.items():
-            # Of this tensor's own steps: a step need not train every tensor.
+            # Counted per tensor, because a step may train only some of them.
             count = self._count[name] = self._count.get(name, 0) + 1
             first_scale, second_scale = 1 - first_decay**count, 1 - second_decay**count
             first = self._first.get(name) or post_process(torch.zeros_like, gradient)
@@ -81,13 +81,13 @@ class AdamW:
 
 
 def make_optimizer(config: OptimizerConfig, rates: Mapping[str, float]) -> Sgd | AdamW:
-    """The configured optimiser, fresh: no state outlives a round."""
+    """A new instance of the configured optimiser, so that no state is kept between rounds."""
     if config.name == "adamw":
         return AdamW(rates, config.weight_decay)
     return Sgd(rates, config.momentum, config.weight_decay)
 
 
 def learning_rates(config: OptimizerConfig, names: list[str]) -> dict[str, float]:
-    """Rate of each trained tensor: `lr_a` for factors A, `lr_b` for factors B, `lr` for the rest and where unset."""
+    """Name -> learning rate: `lr_a` for factors A, `lr_b` for factors B, `lr` for other tensors and as the default."""
     own = {name: config.lr_a if is_a(name) else config.lr_b if is_b(name) else None for name in names}
     return {name: rate or config.lr for name, rate in own.items()}

@@ -13,15 +13,15 @@ from lorica.adapters.names import is_a, other_factor
 def precondition(name: str, gradient: Tensor, values: Mapping[str, Tensor], damping: float) -> Tensor:
     """`(BᵀB + δI)⁻¹ G` for a factor A, `G (AAᵀ + δI)⁻¹` for a factor B.
 
-    Without damping the step in `W` is the gradient's projection on the space that the other factor spans, whatever that
-    factor's size; and so is the noise, which is DEeR's noise regulator (arXiv 2410.12926). It acts on isotropic noise
-    after the fact: noise that is drawn in this shape to begin with gives no guarantee where the factor is large.
-    `δ` bounds what a small factor does: B starts at zero, and noise would be multiplied by `1/δ`. Tong, Ma and Chi,
-    arXiv 2005.08898; Zhang and Pilanci, arXiv 2402.02347.
+    Without damping, the step in `W` is the projection of the gradient on the span of the other factor, whatever that
+    factor's size. The noise is projected likewise, which is DEeR's noise regulator (arXiv 2410.12926). It is applied to
+    isotropic noise that has already been added; adding noise of this shape instead would give no guarantee where the
+    factor is large. The amplification by a small factor is at most `1/δ`, which matters because B starts at zero. Tong,
+    Ma and Chi, arXiv 2005.08898; Zhang and Pilanci, arXiv 2402.02347.
 
     Args:
         name: `SITE.A` or `SITE.B`.
-        gradient: of the factor's shape.
+        gradient: `(r, d_in)` or `(d_out, r)`, like the factor.
         values: the adapter's current tensors.
     """
     other = values[other_factor(name)].to(gradient)

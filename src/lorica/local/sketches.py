@@ -1,4 +1,4 @@
-"""FedASK's two sketches of a client's product, functions of its noisy factors."""
+"""FedASK's two sketches of a client's product, computed from its noisy factors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lorica.streams import torch_stream
 
 
 def sketch_matrix(seed: int, round_number: int, site: str, rows: int, columns: int) -> Tensor:
-    """`Ω (rows, columns)` with entries N(0, 1), from the public seed: the same for all clients of a round."""
+    """`Ω (rows, columns)` with N(0, 1) entries from the public seed; the same for all clients of a round."""
     return torch.randn(rows, columns, generator=torch_stream(seed, f"sketch:{site}", round_number))
 
 
 def sketch(
     public: Mapping[str, Tensor], own: Mapping[str, Released], columns: int, seed: int, round_number: int
 ) -> dict[str, Released]:
-    """`Y_k = B_k (A_k Ω)`, `(d_out, columns)`, of every site, named `sketch:SITE`. FedASK, arXiv 2507.09990, stage 1.
+    """`Y_k = B_k (A_k Ω)`, `(d_out, columns)`, for each site, named `sketch:SITE`. FedASK, arXiv 2507.09990, stage 1.
 
     Args:
         public: the adapter that training started from.
-        own: the factors that the client trained, which take the place of those.
+        own: the factors trained by the client, which replace the public ones.
     """
     sketches = {}
     for site in (site_of(name) for name in own if is_b(name)):
@@ -40,7 +40,7 @@ def sketch(
 def project(
     bases: Mapping[str, Tensor], public: Mapping[str, Tensor], own: Mapping[str, Released]
 ) -> dict[str, Released]:
-    """`Z_k = A_kᵀ (B_kᵀ Q)`, `(d_in, columns)`, of every site, named `sketch:SITE`. FedASK, stage 2.
+    """`Z_k = A_kᵀ (B_kᵀ Q)`, `(d_in, columns)`, for each site, named `sketch:SITE`. FedASK, stage 2.
 
     Args:
         bases: site name -> `Q (d_out, columns)`.
@@ -58,7 +58,7 @@ def project(
 def _of_factors(
     function: Callable[[Tensor, Tensor], Tensor], site: str, public: Mapping[str, Tensor], own: Mapping[str, Released]
 ) -> Released:
-    """`function(B_k, A_k)`; the server's factor, where the client trained only one, ends at the client's rank."""
+    """`function(B_k, A_k)`. If the client trained only B, the public A is cut to the client's rank."""
     name_a, name_b = factor_a(site), factor_b(site)
     trained = [name for name in (name_b, name_a) if name in own]
 

@@ -1,4 +1,4 @@
-"""The pieces of a local step that come after the noise, in the order in which they act."""
+"""The transformations of a noisy gradient in a local step, in the order in which they are applied."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lorica.privacy.released import Released, post_process
 
 @dataclass(frozen=True)
 class LocalStep:
-    """What happens to the noisy gradient `ĝ` of each trained tensor `θ` before the optimiser takes it. All public.
+    """The transformations of the noisy gradient `ĝ` of each trained tensor `θ` before the optimiser. All public.
 
-    1. `smoothing`: LA-LoRA's filter (`lorica.local.smoothing`), or its control `√0.273 ĝ`. Factors only.
-    2. SCAFFOLD: `ĝ + c - c_k`, where the request brings corrections.
-    3. `proximal`: FedProx, `ĝ + μ (θ - θ_t)`. Added to the loss instead, it would be clipped or lost.
+    1. `smoothing`: LA-LoRA's filter (`lorica.local.smoothing`), or `√0.273 ĝ` for comparison. Factors only.
+    2. SCAFFOLD: `ĝ + c - c_k`, if the request contains corrections.
+    3. `proximal`: FedProx, `ĝ + μ (θ - θ_t)`. As part of the loss, it would be clipped or lost.
     4. `tail_penalty`: HetLoRA's, `ĝ + λ ∂(‖A_t‖ ‖B_t‖)/∂θ` over the ranks after the first `⌊kept r_k⌋`.
     5. `damping`: scaled gradient descent (`lorica.local.preconditioning`).
 
     Attributes:
-        alternate: train B and A in turns, starting with B; the head in every step.
+        alternate: train B and A alternately, starting with B, and the head in every step.
         perturbation: `ρ` of Flat-LoRA's noise on the frozen weights (`lorica.local.perturbation`).
     """
 
@@ -54,11 +54,11 @@ def transform_gradients(
     corrections: Mapping[str, Tensor],
     local: LocalStep,
 ) -> dict[str, Released]:
-    """The gradients as the optimiser is to see them.
+    """Apply the transformations of `LocalStep` to the noisy gradients.
 
     Args:
-        values: every tensor of the adapter as it is now, a function of public values and earlier releases.
-        start: `θ_t`, the trained tensors as the round began.
+        values: the current tensors of the adapter, functions of public values and earlier releases.
+        start: `θ_t`, the trained tensors at the start of the round.
         corrections: name -> `c - c_k`.
     """
     shaped = {}

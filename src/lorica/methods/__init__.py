@@ -1,1 +1,1 @@
-"""Federated LoRA methods, one file each. Nothing outside this package tests a method's name."""
+"""Federated LoRA methods, one file each. Code outside this package never checks the name of a method."""

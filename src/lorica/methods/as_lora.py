@@ -31,13 +31,13 @@ from lorica.methods.server import Server, is_zero
 
 @dataclass
 class Block:
-    """What the server remembers of one factor of one group of sites.
+    """The server's state for one factor of one group of sites.
 
     Attributes:
-        names: its tensors.
+        names: names of its tensors.
         gain: EMA of `a S`, the predicted decrease of the loss by one round on this block; None until first active.
-        variance: of `gain`, from the known noise.
-        complete: whether `gain` holds a score with its cross-round term, not only the first activation's energy.
+        variance: variance of `gain`, from the known noise.
+        complete: whether `gain` includes a score with its cross-round term, beyond the energy of the first activation.
         energy: `Q` of the latest activation, whose score is completed at the next one.
         gradient: `Ḡ` of the latest activation, `(d,)`.
     """
@@ -50,7 +50,7 @@ class Block:
     gradient: Tensor | None = None
 
 
-REMEMBERED = ("gain", "variance", "complete", "energy", "gradient")
+STATE_FIELDS = ("gain", "variance", "complete", "energy", "gradient")
 
 
 class ASLoRA(Method):
@@ -121,7 +121,7 @@ class ASLoRA(Method):
     def __init__(self, options: BaseModel, sites: list[Site]) -> None:
         super().__init__(options, sites)
         if self.options.score == "last-step-energy":
-            self.refuses = SCORED | {"secure_sum": "each client's own energy is clamped at zero before the sum"}
+            self.refuses = SCORED | {"secure_sum": "it clamps the energy of each client at zero before summing"}
         self.groups: dict[str, list[Site]] = {}
         for site in sites:
             key = {"layer": site.layer, "module": site.name, "tied": "all"}[self.options.granularity]
@@ -139,11 +139,11 @@ class ASLoRA(Method):
             raise UserError(
                 "optimizer.name",
                 "adamw",
-                "Adam rescales the noise, so its variance in an update is not known to the server",
-                "use sgd, or method.score=curvature with method.select=softmax and at least two clients a round",
+                "AdamW rescales the noise, so the server does not know the noise variance of an update",
+                "use sgd, or set method.score=curvature and method.select=softmax with at least two clients per round",
             )
         if self.options.freeze and self.options.select != "thompson":
-            raise UserError("method.freeze", True, "needs variances", "set method.select=thompson")
+            raise UserError("method.freeze", True, "requires method.select=thompson", "set method.select=thompson")
 
     def round(self, server: Server) -> Round:
         choice = self._choose(server)
@@ -191,7 +191,7 @@ class ASLoRA(Method):
         return all(block.gain is not None and block.gain + math.sqrt(block.variance) < 0 for block in blocks)
 
     def _score(self, server: Server, replies: Replies, choice: dict[str, Factors]) -> None:
-        # A secure sum shows no single updates: then the debiased energy takes the place of `Q`.
+        # A secure sum hides the single updates; the debiased energy then replaces `Q`.
         clients = sorted(replies.updates)
         weights = [replies.weights[client] for client in clients]
         coefficients = step_weights(server.local_steps, server.optimizer.momentum)
@@ -230,7 +230,7 @@ class ASLoRA(Method):
             block.energy, block.gradient = energy, mean
 
     def _moves(self, server: Server, update: Mapping[str, Tensor], block: Block, length: float) -> list[Tensor]:
-        """`-a G`, flat, of each of a block's tensors: the update with the known weight decay taken out."""
+        """`-a G`, flat, for each tensor of a block: the update without the known weight decay."""
         decay = length * server.optimizer.weight_decay
         moves = [update[name].flatten() for name in block.names]
         if decay:
@@ -263,7 +263,7 @@ class ASLoRA(Method):
     def state_dict(self) -> dict[str, Any]:
         state = {}
         for (group, factor), block in self.blocks.items():
-            state[f"{group}:{factor}"] = {key: getattr(block, key) for key in REMEMBERED}
+            state[f"{group}:{factor}"] = {key: getattr(block, key) for key in STATE_FIELDS}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

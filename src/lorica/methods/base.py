@@ -1,12 +1,10 @@
-"""What a federated LoRA method is: one class with a round that reads like the paper's algorithm box."""
+"""The base class of federated LoRA methods. A method's `round` reads like the algorithm in its paper."""
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any, ClassVar
 
 from pydantic import BaseModel
@@ -17,6 +15,7 @@ from lorica.config import MethodConfig, OptimizerConfig, Strict, validate
 from lorica.errors import UserError
 from lorica.methods.exchange import Project, Replies, Round, Train
 from lorica.methods.server import Server, client_factors, is_zero
+from lorica.registry import METHODS, registered, remedy_for_unknown
 
 # A method author imports everything from here.
 __all__ = [
@@ -37,11 +36,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class About:
-    """A method's row in every table.
+    """A method's row in the tables of methods.
 
     Attributes:
-        exact: whether the new global model is the weighted mean of the clients' models, `Σ_k w_k B_k A_k` at every
-        site.
+        exact: whether the new global model is the weighted mean of the clients' models, `Σ_k w_k B_k A_k` at each
+            site.
     """
 
     paper: str
@@ -55,39 +54,39 @@ class About:
 class Method(ABC):
     """A federated LoRA method.
 
-    A subclass sets `name` and `about`, describes its options, and writes its round. Each `yield Train(...)` is one
-    exchange with the sampled clients and gives back their `Replies`, those of fewer clients where some did not reply:
-    they are out for the rest of the round (see `Replies.restricted_to`). A method sees released tensors and public
-    numbers only; it has no way to a raw gradient.
+    A subclass sets `name` and `about`, declares its options, and implements its round. Each `yield Train(...)` is one
+    exchange with the sampled clients and returns their `Replies`. Clients that did not reply are not in them and take
+    no further part in the round (see `Replies.restricted_to`). A method sees only released tensors and public numbers,
+    never a raw gradient.
 
     Attributes:
-        refuses: composable piece (`lorica.methods.pieces.PIECES`) -> why the method cannot take it. A method that takes
-            ranks that differ leaves `client_ranks` out and asks for `Train(ranks=server.ranks)`.
-        personal: clients have models of their own, which are what is evaluated and exported.
-        merges: the frozen weights are added to (`AdapterState.merge`).
+        refuses: composable piece (`lorica.methods.pieces.PIECES`) -> why the method does not support it. A method that
+            supports different ranks leaves out `client_ranks` and yields `Train(ranks=server.ranks)`.
+        personal: each client has its own model; these are evaluated and exported.
+        merges: the method adds to the frozen weights (`AdapterState.merge`).
     """
 
     name: ClassVar[str]
     about: ClassVar[About]
-    refuses: Mapping[str, str] = {"client_ranks": "its rounds ask all clients for factors of one rank"}
+    refuses: Mapping[str, str] = {"client_ranks": "all its clients must have the same rank"}
     personal: ClassVar[bool] = False
     merges: ClassVar[bool] = False
 
     class Options(Strict):
-        """Keys beside `method.name`."""
+        """Keys in the section `method` besides `name`."""
 
     def __init__(self, options: BaseModel, sites: list[Site]) -> None:
         self.options = options
         self.sites = sites
 
-    def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:  # noqa: B027 - may take all
-        """Refuse, before the run, a setting that the method cannot work with (`UserError`).
+    def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:  # noqa: B027 - may accept all
+        """Raise `UserError` before the run for a setting that the method does not support.
 
         Args:
-            clients: how many replies a round has at least.
+            clients: minimum number of replies in a round.
         """
 
-    def start(self, model: AdapterState, seed: int) -> None:  # noqa: B027 - most methods start from what PEFT gives
+    def start(self, model: AdapterState, seed: int) -> None:  # noqa: B027 - most methods keep PEFT's initialisation
         """Change the initial adapter before the first round. The seed is public."""
 
     @abstractmethod
@@ -95,23 +94,20 @@ class Method(ABC):
         """One round, from the first exchange to the new global factors."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: JSON-able values and tensors, in nested dictionaries whose keys have no `/`."""
+        """State for a checkpoint: JSON-able values and tensors in nested dictionaries, whose keys contain no `/`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - may be stateless
-        """Take back what `state_dict` gave."""
+        """Restore the output of `state_dict`."""
 
     def decisions(self) -> dict[str, object]:
-        """What the report shows of the last round beside the factors, such as probabilities."""
+        """Information on the last round for `decisions.jsonl`, in addition to the factors, such as probabilities."""
         return {}
 
 
 def registry() -> dict[str, type[Method]]:
     """All methods by name: Lorica's own and those that other packages register as `lorica.methods` entry points."""
-    methods: dict[str, type[Method]] = {}
-    for entry in sorted(entry_points(group="lorica.methods"), key=lambda entry: entry.name):
-        methods[entry.name] = entry.load()
-    return methods
+    return {name: entry.load() for name, entry in registered(METHODS).items()}
 
 
 def find_method(config: MethodConfig) -> tuple[type[Method], BaseModel]:
@@ -122,9 +118,7 @@ def find_method(config: MethodConfig) -> tuple[type[Method], BaseModel]:
     """
     methods = registry()
     if config.name not in methods:
-        nearest = difflib.get_close_matches(config.name, methods, n=1, cutoff=0.4)
-        remedy = f"did you mean {nearest[0]!r}?" if nearest else f"choose among: {', '.join(methods)}"
-        raise UserError("method.name", config.name, "no such method", remedy)
+        raise UserError("method.name", config.name, "no such method", remedy_for_unknown(config.name, methods))
     kind = methods[config.name]
     return kind, validate(kind.Options, config.options, prefix="method")
 

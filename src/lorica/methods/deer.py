@@ -41,9 +41,9 @@ class DEeR(Method):
         privacy="sound; noise linear",
     )
     refuses = SHAPED | {
-        "scaffold": "control variates are those of whole rounds, and its exchanges are half ones",
-        "scaled_gd": "it preconditions by itself (method.damping)",
-        "server_optimizer": "the head moves twice in a round, and a server optimiser counts rounds",
+        "scaffold": "control variates are updated per round, but it trains each factor for half a round",
+        "scaled_gd": "it already preconditions gradients (method.damping)",
+        "server_optimizer": "the head is updated twice per round, but a server optimiser expects one update",
     }
 
     class Options(Strict):
@@ -57,7 +57,7 @@ class DEeR(Method):
             raise UserError(
                 "federation.local_steps",
                 local_steps,
-                "deer divides a round's steps between B and A",
+                "deer divides the steps of a round between B and A",
                 "choose at least 2",
             )
 

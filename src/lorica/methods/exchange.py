@@ -1,4 +1,4 @@
-"""One exchange of a round: what a method asks the sampled clients for, and what they released."""
+"""One exchange of a round: the method's request to the sampled clients, and their replies."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ class Train:
 
     Attributes:
         factors: one choice for all sites, or site name -> choice.
-        steps: noisy steps of this exchange; None for all of the round's. The exchanges of a round share its steps.
-        local: what clients do with the noisy gradient; None for what is configured (`Server.local`).
-        ranks: client -> how many leading ranks it gets and trains; all of them for clients that are not named.
-        personal: names of trained tensors that clients keep: they start from their own and do not send them.
-        sketch_columns: clients send sketches of their products in place of factor updates (`Replies.sketches`).
-        last_step_energy: clients also reply with the energy of their last noisy gradient, per trained tensor.
+        steps: noisy steps of this exchange; None for all steps of the round, which its exchanges share.
+        local: transformations of the noisy gradient; None for the configured ones (`Server.local`).
+        ranks: client -> number of leading ranks that it gets and trains; other clients train all ranks.
+        personal: names of trained tensors that stay with the clients, which start from their own values.
+        sketch_columns: clients send sketches of their products with so many columns (`Replies.sketches`) instead of
+            factor updates.
+        last_step_energy: clients also send the energy of their last noisy gradient, per trained tensor.
     """
 
     factors: Factors | Mapping[str, Factors]
@@ -53,16 +54,16 @@ class Project:
 
 @dataclass(frozen=True)
 class Replies:
-    """What the sampled clients released in one exchange.
+    """The replies of the sampled clients in one exchange.
 
     Attributes:
         updates: client -> tensor name -> update `U_k = θ_{k,E} - θ_t`.
-        weights: client -> `w_k`, summing to 1.
-        energies: client -> tensor name -> `‖ĝ‖²` of the last noisy gradient, if it was asked for.
-        sketches: client -> site name -> sketch, if it was asked for.
-        aggregate: what takes the place of the weighted mean of updates; None for nothing.
-        means, mean_sketches: `mean` and `mean_sketch` where clients sent masked summands, and the fields above are
-            empty. None where they sent their replies.
+        weights: client -> `w_k`; they sum to 1.
+        energies: client -> tensor name -> `‖ĝ‖²` of the last noisy gradient, if requested.
+        sketches: client -> site name -> sketch, if requested.
+        aggregate: robust aggregate that replaces the weighted mean of updates; None for the mean.
+        means, mean_sketches: the values of `mean` and `mean_sketch` after a secure sum, with which `updates`,
+            `energies` and `sketches` are empty. Otherwise None.
     """
 
     updates: Mapping[int, Mapping[str, Tensor]]
@@ -75,9 +76,9 @@ class Replies:
 
     @cached_property
     def mean(self) -> Mapping[str, Tensor]:
-        """`Σ_k w_k U_k`, summed in the order of client ids; updates of a smaller rank are filled up with zeros.
+        """`Σ_k w_k U_k`, summed in the order of client ids, or the configured robust aggregate of the updates.
 
-        Or the configured robust aggregate of the updates.
+        Updates of a smaller rank are padded with zeros.
         """
         if self.means is not None:
             return self.means
@@ -87,13 +88,13 @@ class Replies:
 
     @cached_property
     def mean_sketch(self) -> Mapping[str, Tensor]:
-        """Site name -> `Σ_k w_k` sketch."""
+        """Site name -> weighted mean of the sketches."""
         return self.mean_sketches if self.mean_sketches is not None else self._mean(self.sketches)
 
     def restricted_to(self, later: Replies) -> Replies:
-        """The replies of those clients that also replied to a later exchange, with its weights.
+        """The replies of the clients that also replied to a later exchange, with the weights of that exchange.
 
-        A sum cannot be taken apart: it stays that of all.
+        A secure sum cannot be separated, so it stays the sum over all clients.
         """
 
         def kept(values: Mapping[int, Value]) -> dict[int, Value]:
@@ -116,4 +117,4 @@ class Replies:
 
 
 Round = Generator[Train | Project, Replies, None]
-"""A method's round: yields what it asks for, and is sent the `Replies`."""
+"""A method's round: a generator that yields requests and receives `Replies`."""

@@ -73,7 +73,7 @@ class FedGaLore(Method):
         server.model.add({name: update[name] for name in server.model.head})
 
     def _turn(self, server: Server) -> None:
-        """A projector for the other side; a zero factor on this one."""
+        """Switch sides: a new projector on the other side, and a zero factor on this one."""
         draws = server.generator("fed-galore")
         self.left = not self.left
         for site in self.sites:

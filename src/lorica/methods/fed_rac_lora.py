@@ -65,7 +65,7 @@ class FedRACLoRA(Method):
         replies = yield Train(trains, ranks=server.ranks)
         update = server.refined(replies)
         tensors = server.model.tensors
-        # Where no client of the whole rank replied, the trailing ranks are nobody's.
+        # If no client of full rank replied, the last ranks have no update.
         if trains == "A":
             pairs = {site.name: (update[site.a].shape[0], tensors[site.b], update[site.a]) for site in self.sites}
         else:

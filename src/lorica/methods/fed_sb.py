@@ -39,7 +39,7 @@ class FedSB(Method):
     )
     refuses = SAME_RANKS | dict.fromkeys(
         ("server_optimizer", "kalman", "scaffold", "average", "scaled_gd"),
-        "what is trained changes after the warm-up, and then the factors are fixed",
+        "the trained tensors change after the warm-up, when the factors are fixed",
     )
 
     class Options(Strict):

@@ -65,7 +65,7 @@ class FedASK(Method):
             projected = yield Project(bases)
             if projected.sketches.keys() == trained.sketches.keys():
                 break
-            # A basis of the mean of all does not span the mean of those that are left.
+            # A basis of the mean over all clients does not span the mean over the remaining ones.
             trained = trained.restricted_to(projected)
         for site in self.sites:
             product = (bases[site.name], projected.mean_sketch[site.name].T)

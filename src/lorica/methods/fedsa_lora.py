@@ -34,8 +34,8 @@ class FedSALoRA(Method):
         privacy="sound; noise quadratic",
     )
     refuses = SAME_RANKS | {
-        "average": "every client has a model of its own, and the server sees only A",
-        "scaffold": "B stays with the client, and the server cannot track its control variates",
+        "average": "each client has its own model, and the server sees only A",
+        "scaffold": "B stays with the client, so the server cannot track its control variates",
     }
     personal = True
 

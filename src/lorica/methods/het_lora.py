@@ -73,7 +73,7 @@ class HetLoRA(Method):
             b = weighted_sum([(weights[client], pair[0]) for client, pair in pairs.items()])
             a = weighted_sum([(weights[client], pair[1]) for client, pair in pairs.items()])
             start_b, start_a = before[site]
-            # Where every client has pruned, the trailing ranks are nobody's.
+            # If every client has pruned, the last ranks have no update.
             server.model.assign({site.b: padded(b, start_b.shape), site.a: padded(a, start_a.shape)})
         for client in replies.updates:
             self.ranks[client] = self._next_rank(client, ranks[client], factors, before)

@@ -42,7 +42,7 @@ class LALoRA(Method):
         exact=False,
         privacy="sound; noise linear on each client",
     )
-    refuses = SHAPED | {"scaffold": "a control variate per step needs a factor to be trained in every step"}
+    refuses = SHAPED | {"scaffold": "control variates require each factor to be trained in every step"}
 
     class Options(Strict):
         smoothing: Literal["gaussian", "rescale", "none"] = "gaussian"
@@ -53,7 +53,10 @@ class LALoRA(Method):
     def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:
         if local_steps < 2:
             raise UserError(
-                "federation.local_steps", local_steps, "la-lora trains A in the second local step", "choose at least 2"
+                "federation.local_steps",
+                local_steps,
+                "la-lora trains A from the second local step on",
+                "choose at least 2",
             )
 
     def round(self, server: Server) -> Round:

@@ -1,4 +1,4 @@
-"""Pieces that compose with methods, and why some do not: an unsupported combination is refused before the run."""
+"""Pieces that compose with methods. Unsupported combinations are refused before the run, with the reason."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from lorica.methods.base import Method
 
 PIECES = {
     "client_ranks": ("lora.client_ranks", "ranks that differ between clients"),
-    "fedprox": ("local.fedprox", "a pull towards the round's start"),
+    "fedprox": ("local.fedprox", "the proximal term of FedProx"),
     "scaffold": ("local.scaffold", "control variates"),
     "scaled_gd": ("local.scaled_gd", "preconditioning by the other factor"),
     "flat_lora": ("local.flat_lora", "noise on the frozen weights"),
-    "robust": ("server.aggregate", "a robust aggregate in place of the weighted mean"),
-    "secure_sum": ("federation.secure_sum", "sums in place of single replies"),
+    "robust": ("server.aggregate", "a robust aggregate instead of the weighted mean"),
+    "secure_sum": ("federation.secure_sum", "secure sums instead of single replies"),
     "server_optimizer": ("server.optimizer", "momentum or Adam on the mean update"),
     "server_lr": ("server.lr", "a server learning rate"),
     "shrinkage": ("server.denoise", "singular-value shrinkage of the mean update"),
     "kalman": ("server.denoise", "a Kalman filter on the mean update"),
     "average": ("server.average", "averaging of the model over rounds"),
 }
-"""Piece -> its key in the configuration, and what it is."""
+"""Piece -> its configuration key and description."""
 
-_ONE_RANK = "its aggregation needs factors of one rank"
-_SHAPED_NOISE = "its local steps shape the noise, so the variance in an update is not the known one"
+_ONE_RANK = "its aggregation requires the same rank for all clients"
+_SHAPED_NOISE = "its local steps change the noise, so the noise variance of an update is not known"
 _OWN_AGGREGATION = "it aggregates the clients' factors, not a mean update"
-_NEW_BASIS = "its basis changes from round to round, so what was remembered of the last one means nothing in the next"
-_MERGES = "the model moves by merging into the frozen weights, and factors are no average of those"
+_NEW_BASIS = "its basis changes between rounds, so state from earlier rounds is not valid in the new basis"
+_MERGES = "it merges updates into the frozen weights, which an average of the factors would miss"
 
 SAME_RANKS: dict[str, str] = {"client_ranks": _ONE_RANK}
 SCORED: dict[str, str] = SAME_RANKS | {
-    "scaffold": "its scores need noise that is independent between clients and rounds, and control variates share it",
-    "scaled_gd": "its scores need noise of one known variance in all coordinates, and preconditioning shapes it",
-    "fedprox": "its scores read the mean gradient from the update, and the pull is in it too",
-    "robust": "its scores are statistics of a weighted mean with a known noise",
+    "scaffold": "its scores need noise that is independent across clients and rounds; control variates share noise",
+    "scaled_gd": "its scores need the same known noise variance in all coordinates; preconditioning changes it",
+    "fedprox": "its scores estimate the mean gradient from the update, which would include the proximal term",
+    "robust": "its scores need a weighted mean with known noise",
 }
 SHAPED: dict[str, str] = SAME_RANKS | dict.fromkeys(("shrinkage", "kalman"), _SHAPED_NOISE)
-SINGLE_REPLIES: dict[str, str] = {"secure_sum": "it combines single clients' factors, and the server sees sums only"}
+SINGLE_REPLIES: dict[str, str] = {"secure_sum": "it needs the factors of single clients, but the server sees only sums"}
 OWN_AGGREGATION: dict[str, str] = dict.fromkeys(
     ("robust", "server_optimizer", "server_lr", "shrinkage", "kalman", "scaffold"), _OWN_AGGREGATION
 )
@@ -56,14 +56,16 @@ def check_pieces(config: ExperimentConfig, method: Method) -> None:
             raise UserError(
                 key,
                 value,
-                f"{method.name} cannot take {what}: {method.refuses[piece]}",
-                f"drop {key}, or choose another method",
+                f"{method.name} does not support {what}: {method.refuses[piece]}",
+                f"remove {key}, or choose another method",
             )
     if config.model.precision in ("int8", "nf4") and (method.merges or config.local.flat_lora):
-        reason = "the frozen weights are added to, and quantised ones cannot be"
+        reason = "this run changes the frozen weights, which is not possible if they are quantised"
         raise UserError("model.precision", config.model.precision, reason, "set model.precision=bf16")
     if config.server.optimizer == "fedadam" and "shrinkage" in method.refuses:
-        raise UserError("server.optimizer", "fedadam", method.refuses["shrinkage"], "use fedavgm or average")
+        raise UserError(
+            "server.optimizer", "fedadam", method.refuses["shrinkage"], "set server.optimizer to fedavgm or average"
+        )
     if config.server.aggregate != "mean":
         _check_robust(config)
     if config.federation.secure_sum:
@@ -75,70 +77,81 @@ def check_pieces(config: ExperimentConfig, method: Method) -> None:
     for key, on in shaping.items():
         if known_noise and on:
             raise UserError(
-                key, on, "it shapes the noise whose variance server.denoise and fedadam need", f"drop {key}"
+                key, on, "it changes the noise variance, which server.denoise and fedadam need", f"remove {key}"
             )
     if known_noise and (not sgd or config.optimizer.weight_decay):
         key = "optimizer.weight_decay" if sgd else "optimizer.name"
         value = config.optimizer.weight_decay if sgd else config.optimizer.name
-        reason = (
-            "the variance of the noise in an update is known for plain SGD only, and server.denoise and fedadam need it"
-        )
+        reason = "server.denoise and fedadam need the noise variance of an update, which is known only for plain SGD"
         raise UserError(key, value, reason, "use sgd without weight decay")
     if config.server.denoise != "none" and config.server.optimizer == "fedadam":
-        raise UserError("server.denoise", config.server.denoise, "fedadam needs the update's own noise", "choose one")
+        problem = "fedadam needs the update before denoising"
+        raise UserError("server.denoise", config.server.denoise, problem, "remove server.denoise or fedadam")
     if config.local.scaffold and (not sgd or config.optimizer.momentum or config.optimizer.weight_decay):
         raise UserError(
             "local.scaffold",
             True,
-            "control variates are read from the updates of plain SGD",
-            "use sgd without momentum",
+            "control variates require the updates of plain SGD",
+            "use sgd without momentum and weight decay",
         )
     if config.local.scaffold and config.lora.client_ranks is not None:
-        raise UserError("local.scaffold", True, "control variates need factors of one rank", "drop lora.client_ranks")
+        raise UserError(
+            "local.scaffold", True, "control variates require the same rank for all clients", "remove lora.client_ranks"
+        )
 
 
 def _check_robust(config: ExperimentConfig) -> None:
-    server, unknown = config.server, "the noise in an update is known for the weighted mean only"
+    server, unknown = config.server, "the noise variance is known only for the weighted mean"
     clashes = [
         ("server.denoise", server.denoise, server.denoise != "none", unknown),
         ("server.optimizer", server.optimizer, server.optimizer == "fedadam", unknown),
-        ("local.scaffold", True, config.local.scaffold, "control variates take every client's update in"),
+        ("local.scaffold", True, config.local.scaffold, "control variates use the update of every client"),
         (
             "lora.client_ranks",
             config.lora.client_ranks,
             bool(config.lora.client_ranks),
-            "not all clients have all ranks",
+            "all clients must have the same rank",
         ),
     ]
     for key, value, on, reason in clashes:
         if on:
             raise UserError(
-                key, value, f"server.aggregate = {server.aggregate} cannot take it: {reason}", f"drop {key}"
+                key, value, f"not supported with server.aggregate = {server.aggregate}: {reason}", f"remove {key}"
             )
 
 
 def _check_secure_sum(config: ExperimentConfig) -> None:
     federation, participants = config.federation, config.federation.participants
-    singles = "it looks at single replies, and the server sees sums only"
+    singles = "it needs single replies, but the server sees only sums"
     clashes = [
         ("server.aggregate", config.server.aggregate, config.server.aggregate != "mean", singles),
         ("local.scaffold", True, config.local.scaffold, singles),
-        ("lora.client_ranks", config.lora.client_ranks, bool(config.lora.client_ranks), "sums need one shape"),
-        ("privacy", "none", config.privacy == "none", "without a clip norm no bound on what is summed is known"),
+        (
+            "lora.client_ranks",
+            config.lora.client_ranks,
+            bool(config.lora.client_ranks),
+            "all replies must have the same shapes",
+        ),
+        ("privacy", "none", config.privacy == "none", "the bound on the summed values requires a clip norm"),
         (
             "federation.participation",
             federation.participation,
             participants < 3,
-            f"a sum over {participants} clients shows each of them what the others sent",
+            f"a sum over {participants} clients reveals to each of them what the other sent",
         ),
     ]
     for key, value, on, reason in clashes:
         if on:
-            raise UserError(key, value, f"does not go with federation.secure_sum: {reason}", "change one of the two")
+            raise UserError(
+                key,
+                value,
+                f"not supported with federation.secure_sum: {reason}",
+                f"change {key}, or set federation.secure_sum to false",
+            )
 
 
 def chosen_pieces(config: ExperimentConfig) -> dict[str, object]:
-    """Piece -> its configured value, for those that are on."""
+    """Piece -> its configured value, for the pieces in use."""
     values: dict[str, object] = {
         "client_ranks": config.lora.client_ranks,
         "fedprox": config.local.fedprox or None,

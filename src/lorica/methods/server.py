@@ -1,4 +1,4 @@
-"""What a method may see and change: the global adapter, and numbers that are public."""
+"""The server as seen by a method: the global adapter and public numbers."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from lorica.streams import numpy_stream
 
 @dataclass
 class Server:
-    """What a method may see and change: the global adapter and public numbers.
+    """The server as seen by a method: the global adapter and public numbers.
 
     Attributes:
         model: the global adapter.
-        round, rounds: the current round, from 1, and how many there are.
+        round, rounds: the current round, from 1, and the number of rounds.
         terms: client -> its DP terms.
-        optimizer, local_steps: what clients do between two exchanges.
+        optimizer, local_steps: local optimiser and steps per round of the clients.
         rates: tensor name -> learning rate.
-        seed: public.
-        local: what clients do with the noisy gradient before the optimiser, as configured.
-        ranks: client -> rank of its factors; empty if all have the whole one.
-        aggregate: what takes the place of the weighted mean; None for nothing.
+        seed: public seed.
+        local: configured transformations of the noisy gradient on the clients.
+        ranks: client -> rank of its factors; empty if all clients use the full rank.
+        aggregate: robust aggregate that replaces the weighted mean; None for the mean.
         optimize: the server optimiser.
-        denoise: what is done to a mean update before it.
-        average: the average over rounds that is evaluated and exported.
-        scaffold: control variates.
+        denoise: denoiser of the mean update, applied before the server optimiser; None for none.
+        average: average over rounds, for evaluation and export; None for none.
+        scaffold: SCAFFOLD's control variates; None for none.
     """
 
     model: AdapterState
@@ -72,7 +72,7 @@ class Server:
         return numpy_stream(self.seed, purpose, self.round)
 
     def refined(self, replies: Replies) -> dict[str, Tensor]:
-        """The mean update after the configured denoising and server optimiser: for methods that do more than add it."""
+        """The mean update after the configured denoising and server optimiser, for methods that do more than add it."""
         mean = replies.mean
         noise = self._noise(mean, replies)
         if self.denoise is not None:
@@ -84,7 +84,7 @@ class Server:
         self.model.add(self.refined(replies))
 
     def step_head(self, replies: Replies) -> None:
-        """The same for the head alone, where the method aggregates the factors in its own way."""
+        """As `step`, for the head only: for methods with their own aggregation of the factors."""
         if replies.means is not None:
             means = {name: value for name, value in replies.means.items() if name in self.model.head}
             self.step(replace(replies, means=means))
@@ -96,11 +96,11 @@ class Server:
         self.step(replace(replies, updates=head))
 
     def state_dict(self) -> dict[str, Any]:
-        """What the server-side pieces carry from round to round, for a checkpoint."""
+        """State of the server-side components, for a checkpoint."""
         return {name: piece.state_dict() for name, piece in self._pieces().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore the output of `state_dict`."""
         for name, piece in self._pieces().items():
             piece.load_state_dict(state[name])
 
@@ -114,19 +114,19 @@ class Server:
         return {name: piece for name, piece in pieces.items() if piece is not None}
 
     def finish_round(self) -> None:
-        """Take the round's model into the average over rounds."""
+        """Include the model after this round in the average over rounds."""
         if self.average is not None:
             self.average.update(self.model.tensors)
 
     @property
     def evaluated(self) -> dict[str, Tensor]:
-        """The tensors to evaluate and to export: the average over rounds where it is kept."""
+        """The tensors to evaluate and export: the average over rounds if configured, else the current ones."""
         if self.average is not None and self.average.tensors:
             return dict(self.average.tensors)
         return dict(self.model.tensors)
 
     def _noise(self, names: Iterable[str], replies: Replies) -> dict[str, float]:
-        """Variance of the DP noise in each coordinate of the mean update."""
+        """Name -> variance of the DP noise in each coordinate of the mean update."""
         momentum = self.optimizer.momentum
         return {
             name: update_noise_variance(self.terms, replies.weights, self.rates[name], self.local_steps, momentum)
@@ -135,15 +135,15 @@ class Server:
 
 
 def is_zero(server: Server, sites: list[Site]) -> bool:
-    """Whether `B` is zero at some of these sites: then `∂L/∂A = γ Bᵀ G` is zero there, and training A uploads noise."""
+    """Whether `B` is zero at any of these sites. There `∂L/∂A = γ Bᵀ G` is zero, and training A uploads only noise."""
     return any(not bool(server.model.tensors[site.b].any()) for site in sites)
 
 
 def client_factors(server: Server, replies: Replies, site: Site, ranks: Mapping[int, int]) -> dict[int, Pair]:
-    """Client -> `(B_k, A_k)` as it ended: the leading ranks that it started from plus its updates.
+    """Client -> `(B_k, A_k)` after training: the leading ranks of the global factors plus its updates.
 
     Args:
-        ranks: as in the `Train` that was answered.
+        ranks: as in the `Train` that the replies answer.
     """
     factors = {}
     for client in sorted(replies.updates):

@@ -1,1 +1,1 @@
-"""An owner's side: its records, its plan, its answers to the server."""
+"""The owner's side of a federation: its records, its plan and its replies to the server."""

@@ -1,4 +1,4 @@
-"""One owner's side of a round: check the terms, train under them, charge the ledger, reply."""
+"""The owner's side of a round: check the terms, train, charge the ledger, reply."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from lorica.privacy.unit import RECORD, PrivacyUnit
 from lorica.streams import stream_seed, torch_stream
 from lorica.tasks.records import Records, evaluating
 
-Answer = tuple[dict[str, Released], dict[str, Released] | None]
-"""What is sent, and what stays with the client for later (None: nothing new)."""
+SentAndKept = tuple[dict[str, Released], dict[str, Released] | None]
+"""Tensors for the server, and tensors that stay with the client for later exchanges (None if there are none)."""
 
 
 @dataclass
 class Client:
-    """An owner: its records, its plan, its ledger.
+    """An owner with its records, its plan and its ledger.
 
     Attributes:
         number: public id.
         records: private.
-        plan: what it agreed to; a request that goes beyond it is refused.
-        ledger: charged before a reply leaves. Also keeps what stays with the client, so that a crash loses nothing.
-        dataset: fingerprint of the data set that the records are part of.
-        unit: what one of `records` is.
+        plan: the agreed terms; a request that exceeds them is refused.
+        ledger: charged before a reply leaves. It also stores the tensors that stay with the client, in case of a crash.
+        dataset: fingerprint of the whole data set.
+        unit: the unit of privacy, which is one of `records`.
         seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
-        private_test: records that the owner tests on; the results stay with it.
-        policy: the owner's limits over all runs; None where one process plays all owners.
+        private_test: the owner's test records; their results stay with the owner.
+        policy: the owner's limits over all runs; None if one process simulates all owners.
         held: the server's tensors as last received.
-        merged: what the server had merged into the frozen weights.
-        sequence: number of the request that they came with; None before the first.
+        merged: site name -> `(B, A)` merged into the frozen weight.
+        sequence: number of the last request; None before the first.
     """
 
     number: int
@@ -68,21 +68,21 @@ class Client:
     merged: dict[str, Pair] = field(default_factory=dict)
     sequence: int | None = None
 
-    def answer(self, model: AdaptedModel, request: Request) -> bytes:
+    def reply_to(self, model: AdaptedModel, request: Request) -> bytes:
         """Do the work and return the encoded reply.
 
-        The reply is charged to the ledger and stored before it is returned. A request that was answered before gets the
-        stored reply: the same release, at no further cost.
+        The ledger charges and stores the reply before it is returned. A repeated request gets the stored reply: the
+        same release, at no further cost.
 
         Raises:
-            Refused: the request goes beyond the owner's plan or policy, belongs to a round that is over, or builds on a
-                request that did not arrive.
+            Refused: the request exceeds the owner's plan or policy, belongs to an earlier round, or builds on a request
+                that did not arrive.
         """
         if isinstance(request.work, Delivery):
             self._test_privately(model, request, request.work)
             return Reply(self.number, {}).encode()
         if request.round < self.ledger.last_round(request.run, self.number):
-            raise Refused(f"client {self.number}: round {request.round} is over; its releases are not made again")
+            raise Refused(f"client {self.number}: round {request.round} is over, and its releases are not repeated")
         self._receive(request)
         digest = request.digest(self.held, self.merged)
         stored = self.ledger.recall(request.run, self.number, digest)
@@ -119,22 +119,22 @@ class Client:
             else:
                 released, kept = project(request.work.bases, self.held, own), None
         except Exception:
-            # The server learns that it failed, and whether it does may depend on the records: that is a release too.
+            # A failure may depend on the records, and the server learns of it: charge it like a release.
             self.ledger.charge(release, None)
             raise
         reply = Reply(self.number, released).encode()
-        # Asked again under the ledger's lock: another request on the same data may have been charged meanwhile. Where
-        # one process plays all owners nobody else charges, and a long ledger would be read for nothing.
+        # Checked again under the ledger's lock: another request on the same data may have been charged meanwhile. If
+        # one process simulates all owners, nobody else charges, and reading a long ledger again would be wasted.
         allow = None if self.policy is None else lambda earlier: self._review(earlier, request)
         self.ledger.charge(release, reply, kept, allow)
         return reply
 
     def personal(self, run: str) -> dict[str, Tensor]:
-        """Tensors of this client's own model, noisy ones: those that it trained and did not send."""
+        """The noisy tensors that this client trained and did not send: its personal part of the model."""
         return {name: released.tensor for name, released in self.ledger.kept(run, self.number).items()}
 
     def _review(self, releases: list[Release], request: Request) -> None:
-        """Refuse steps beyond the policy or the plan; what does no step costs nothing."""
+        """Refuse steps that exceed the policy or the plan. Work without steps costs nothing and is not checked."""
         if not isinstance(request.work, Training):
             return
         steps = request.work.steps
@@ -145,7 +145,7 @@ class Client:
 
     def _receive(self, request: Request) -> None:
         if request.sequence not in (0, self.sequence) and self.sequence != request.sequence - 1:
-            raise Refused(f"client {self.number}: a request before this one did not arrive; send the whole adapter")
+            raise Refused(f"client {self.number}: an earlier request did not arrive; send the whole adapter")
         if request.sequence != self.sequence or request.sequence == 0:
             self.held = dict(request.tensors) if request.sequence == 0 else self.held | dict(request.tensors)
             self.merged = {} if request.restart or request.sequence == 0 else dict(self.merged)
@@ -176,8 +176,8 @@ class Client:
         line = {"run": request.run, "client": self.number, "round": request.round} | metrics
         append_line(private_metrics_path(self.ledger.path), json.dumps(line))
 
-    def _train(self, model: AdaptedModel, request: Request, work: Training, own: Mapping[str, Released]) -> Answer:
-        """`steps` noisy steps from the global adapter; each trained tensor's update is `θ_E - θ_0`."""
+    def _train(self, model: AdaptedModel, request: Request, work: Training, own: Mapping[str, Released]) -> SentAndKept:
+        """Take the noisy steps from the global adapter; the update of each trained tensor is `θ_E - θ_0`."""
         personal = {name: own[name] for name in work.personal if name in own}
         adapter = self.held | {name: released.tensor for name, released in personal.items()}
         adapter = {name: leading(name, value, work.rank).to(model.device) for name, value in adapter.items()}
@@ -237,8 +237,10 @@ class Client:
             yield
 
     def _dropout_seed(self, request: Request) -> int:
-        """From the operating system where the noise is: whose mask is whose depends on who else is in the batch, so
-        masks that a server can compute would let one record change the gradients of others.
+        """Seed of the dropout masks, secret if the noise is secure.
+
+        The mask of an example depends on its place in the batch. If the server could compute the masks, adding one
+        record would change the gradients of others in a known way.
         """
         if self.plan.noise == "secure":
             return int.from_bytes(os.urandom(7))
@@ -251,12 +253,12 @@ class Client:
 
 
 def private_metrics_path(ledger: Path) -> Path:
-    """Where an owner's own test results are: beside the ledger."""
+    """The file with the results of private tests, next to the ledger."""
     return ledger.with_name(f"{ledger.name.removesuffix('.sqlite').removesuffix('.ledger')}.private-metrics.jsonl")
 
 
 def _after(start: Tensor, update: Released, before: Released | None) -> Released:
-    """The tensor's value after training; `start` is public unless it is the client's own noisy one, `before`."""
+    """A tensor after training. `start` is public, except for a personal tensor, whose noisy value is `before`."""
     if before is None:
         return post_process(lambda u: start + u, update)
     return post_process(lambda u, s: s.to(u) + u, update, before)

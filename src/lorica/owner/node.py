@@ -1,4 +1,4 @@
-"""One owner's machine in a real federation: its settings, the run it agreed to, and its answers to the server."""
+"""An owner's node in a real federation: it agrees to a run and answers the server's messages."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Node:
     """An owner that has agreed to a run.
 
     Attributes:
-        plan: what it agreed to.
+        plan: the agreed terms.
 
     Raises:
-        Refused: the run is not one that this owner takes part in. The message holds public information only.
-        UserError: the node's own settings, data or model cannot be used. The message is for the owner.
+        Refused: the owner does not take part in this run. The message contains public information only.
+        UserError: the node's own settings, data or model cannot be used. The message is for the owner only.
     """
 
     def __init__(self, settings: NodeSettings, invitation: Invitation) -> None:
@@ -67,7 +67,7 @@ class Node:
         base = resolve_base(self._config.model.base)
         self._base = base_identity(base)
         if self._base != invitation.base:
-            raise Refused(f"the server's base model is {invitation.base}, here it is {self._base}")
+            raise Refused(f"the server's base model is {invitation.base}, but this node's is {self._base}")
         policy = self._policy()
         if policy is not None:
             policy.review_task(self._config, self._base)
@@ -79,7 +79,7 @@ class Node:
         self.plan = _plan(self._config, settings.client, declared)
         dataset = task.train.fingerprint()
         ledger = Ledger(_ledger(self._config, settings, dataset))
-        # A name that a server chose cannot lead out of the node's folder.
+        # Hashed, because the server chose the name of the run: it must not lead out of the node's folder.
         self._folder = settings.place / f"run-{hashlib.sha256(invitation.run.encode()).hexdigest()[:16]}"
         self._identity = _identity(settings, self._config, policy)
         self._client = make_client(self._config, self.plan, records, private_test, ledger, dataset)
@@ -88,31 +88,31 @@ class Node:
         self._pin()
         self._model = load_model(self._config, task)
         self._shapes = {name: tuple(value.shape) for name, value in self._model.read().items()}
-        # Not on the owner's records: the answer would tell the server something of them, free of charge.
+        # Not on the owner's records: a refusal would tell the server about them without being charged.
         _check_model(self._config, self._model, task.test)
         self._restore()
 
-    def answer(self, content: bytes) -> bytes:
-        """The encoded reply to an encoded request (`Client.answer`).
+    def handle_request(self, content: bytes) -> bytes:
+        """Handle an encoded request and return the encoded reply (`Client.reply_to`).
 
         Raises:
-            Refused: the request is not one of the agreed run, goes beyond the plan or the policy, or asks for a reply
-                where the run was agreed to be one of sums.
+            Refused: the request does not belong to the agreed run, exceeds the plan or the policy, or asks for a single
+                reply although the run was agreed to use secure sums.
         """
-        request = self._request(content)
+        request = self._checked_request(content)
         if self._config.federation.secure_sum and not isinstance(request.work, Delivery):
-            raise Refused("this run was agreed to show the server sums only (federation.secure_sum)")
-        return self._answer(request)
+            raise Refused("this run was agreed to use secure sums: no single replies (federation.secure_sum)")
+        return self._reply_to(request)
 
-    def answer_in_sum(self, content: bytes | None, question: str) -> bytes:
-        """The answer to one stage of a secure sum over the replies to a request.
+    def handle_sum_stage(self, content: bytes | None, question: str) -> bytes:
+        """Handle one stage of a secure sum over the replies to a request.
 
         Args:
-            content: the encoded request; None in the stages that have nothing to do with it.
+            content: the encoded request; None in the stages that do not need it.
 
         Raises:
-            Refused: as `answer`.
-            SummationError: the question is none that an honest server asks.
+            Refused: as `handle_request`.
+            SummationError: an honest server would not ask this question.
         """
 
         def given(agreement: Agreement) -> Input:
@@ -145,26 +145,30 @@ class Node:
         except ValueError as error:
             raise Refused(str(error)) from None
         if (request.run, request.client) != (self._invitation.run, self._client.number):
-            raise Refused(f"the request is for client {request.client} of run {request.run!r:.100}, not for this one")
+            raise Refused(
+                f"the request is for client {request.client} of run {request.run!r:.100}, not for this client and run"
+            )
         if request.round > self._config.federation.rounds:
-            raise Refused(f"round {request.round} is beyond the {self._config.federation.rounds} of this run")
+            raise Refused(
+                f"round {request.round} is beyond the last round of this run ({self._config.federation.rounds})"
+            )
         wrong = check_request(request, self._shapes)
         if wrong is not None:
             raise Refused(f"the request cannot be carried out: {wrong}")
         if not isinstance(request.work, Delivery):
-            # The owner may have changed the policy since.
+            # The owner may have changed the policy since the last message.
             self._review()
         return request
 
-    def _answer(self, request: Request) -> bytes:
+    def _reply_to(self, request: Request) -> bytes:
         if isinstance(request.work, Delivery):
-            self._take(request, request.work)
+            self._accept_delivery(request, request.work)
             return encode({})
-        reply = self._client.answer(self._model, request)
+        reply = self._client.reply_to(self._model, request)
         self._save()
         spent = self.account
         logger.info(
-            "round %d: released %d tensors, %d bytes; ε = %.3f of %.3f planned for this run",
+            "round %d: released %d tensors, %d bytes; spent ε = %.3f of the %.3f planned for this run",
             request.round,
             len(decode(reply)),
             len(reply),
@@ -175,7 +179,7 @@ class Node:
 
     @property
     def account(self) -> Account:
-        """What this run has cost so far; what other runs cost stays with the owner."""
+        """The cost of this run so far. The cost of other runs is not shared."""
         client = self._client
         return charged(client.ledger.releases(client.dataset), self._invitation.run, client.number)
 
@@ -183,11 +187,11 @@ class Node:
         if self._settings.policy is not None:
             return load_policy(Path(self._settings.policy).expanduser())
         if self._settings.data is not None:
-            raise UserError("node-config.policy", None, "own data need a policy", "give the path of a policy file")
+            raise UserError("node-config.policy", None, "required with data", "add policy=PATH to --node-config")
         return None
 
     def _review(self) -> None:
-        """The owner's say on the run and on all its steps that are still to come."""
+        """Check the run and all its remaining steps against the owner's policy."""
         client, policy = self._client, self._policy()
         client.policy = policy
         if policy is not None:
@@ -204,7 +208,7 @@ class Node:
         path = self._invitation_path
         content = self._invitation.encode().encode()
         if path.is_file() and path.read_bytes() != content:
-            raise Refused(f"run {self._invitation.run} was agreed on with another experiment")
+            raise Refused(f"run {self._invitation.run} was agreed with another experiment")
         write_atomically(path, content)
 
     def _warn_of_sums(self, policy: Policy | None) -> None:
@@ -227,23 +231,23 @@ class Node:
             self._client.merged = pairs_under("merged.B:", "merged.A:", tensors)
 
     def _save(self) -> None:
-        """What the next request builds on; a process may live for one message only."""
+        """Save the state that the next request builds on: this process may exit after one message."""
         assert self._client.sequence is not None
         tensors = {f"held:{name}": value for name, value in self._client.held.items()}
         tensors |= flat_pairs(self._client.merged, "merged.B:", "merged.A:")
         tensors["sequence"] = torch.tensor(self._client.sequence)
         write_atomically(self._folder / "adapter.safetensors", encode(tensors))
 
-    def _take(self, request: Request, work: Delivery) -> None:
-        """Test the model on the owner's own records and keep the run's result; the server gets nothing of it."""
+    def _accept_delivery(self, request: Request, work: Delivery) -> None:
+        """Evaluate the model on the owner's test records and keep the final adapter. The server gets no reply."""
         policy = self._policy()
         if policy is not None:
             policy.review_task(self._config, self._base)
         try:
-            self._client.answer(self._model, request)
+            self._client.reply_to(self._model, request)
         except Exception:
-            # Whether a test fails may depend on private records, and costs no budget.
-            logger.exception("the test on private records failed")
+            # A failure may depend on private records, and a test is not charged: the server must not see it.
+            logger.exception("the private test failed")
         if work.final:
             self._keep_result(request.run, work)
 
@@ -251,37 +255,38 @@ class Node:
         own = self._client.personal(run) if work.personal else {}
         self._model.write(dict(work.model) | own)
         export = Export(self._config.model, self._config.task.type, self._label_names, self._config.seed)
-        whose = "this client's own" if own else "the federation's"
-        card = f"# {self._config.name}\n\nA LoRA adapter, {whose}, of run {run} ({self._config.method.name}).\n"
+        kind = "Personal" if own else "Global"
+        card = f"# {self._config.name}\n\n{kind} LoRA adapter of run {run} ({self._config.method.name}).\n"
         with replaced_folder(self._folder / "adapter") as target:
             export_adapter(self._model, work.merged, target, export, card)
-        logger.info("the run has ended; its adapter is in %s", self._folder / "adapter")
+        logger.info("the run has finished; its adapter is in %s", self._folder / "adapter")
 
 
 def _own_config(settings: NodeSettings, invitation: Invitation) -> ExperimentConfig:
-    """The experiment with this owner's paths in place of the server's."""
+    """The experiment, with this owner's paths instead of the server's."""
     try:
         content = json.loads(invitation.experiment)
     except (ValueError, RecursionError):
         content = None
-    # `load` would read a file of this name.
+    # `load` would take a string for the name of a file and read it.
     if not isinstance(content, dict):
-        raise Refused("the experiment is no JSON object")
+        raise Refused("the experiment is not a JSON object")
     try:
         config = load(content)
     except UserError as error:
-        raise Refused(f"the experiment is not valid here: {error}") from None
+        raise Refused(f"the experiment is not valid: {error}") from None
     if not 0 <= settings.client < config.federation.clients:
-        raise Refused(f"the experiment has {config.federation.clients} clients, and this is number {settings.client}")
+        raise Refused(f"the experiment has {config.federation.clients} clients, but this is client {settings.client}")
     if settings.data is not None and config.task.train != OWNER:
-        raise Refused(f"task.train = {config.task.train!r}: the data are for the owner to name, not for the server")
+        raise Refused(f"task.train = {config.task.train!r}: only the owner may name the data, not the server")
     if settings.data is None and config.task.train == OWNER:
-        raise UserError("node-config.data", None, "the experiment leaves the data to the owner", "give data=PATH")
+        problem = "the experiment does not name the training data"
+        raise UserError("node-config.data", None, problem, "add data=PATH to --node-config")
     if settings.data is not None and not Path(settings.data).expanduser().exists():
-        # A hub id or a pattern has no place of its own for the ledger to lie at.
-        raise UserError("node-config.data", settings.data, "no such file or folder", "give the path of the data")
+        # A hub id or a pattern is refused too: there is no folder for its ledger.
+        raise UserError("node-config.data", settings.data, "no such file or folder", "set data to an existing path")
     if settings.base is None and settings.data is not None and not config.model.base.startswith(EMBEDDED):
-        raise Refused(f"model.base = {config.model.base!r}: this node has no base=FOLDER for it")
+        raise Refused(f"model.base = {config.model.base!r}: the owner has not set base=FOLDER for this node")
     task = {} if settings.data is None else {"train": settings.data}
     model = {} if settings.base is None else {"base": settings.base}
     model |= {} if settings.device is None else {"device": settings.device}
@@ -290,7 +295,7 @@ def _own_config(settings: NodeSettings, invitation: Invitation) -> ExperimentCon
         "model": config.model.model_copy(update=model),
     }
     if config.privacy != "none":
-        # A path that a server proposes is never written to; a simulation has but one machine.
+        # Never write to a path that a server proposes, except in a simulation on one machine.
         own = {} if settings.data is None else {"ledger": None}
         changes["privacy"] = config.privacy.model_copy(update=own)
     return config.model_copy(update=changes)
@@ -332,7 +337,7 @@ def _plan(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
     try:
         return planned(config, client, records)
     except UserError as error:
-        # It compares public numbers only.
+        # The message compares public numbers only.
         raise Refused(str(error)) from None
 
 
@@ -341,32 +346,33 @@ def _check_model(config: ExperimentConfig, model: AdaptedModel, records: Records
         check_isolated(config, model, records)
     except UserError:
         logger.exception("the model mixes examples")
-        raise Refused("the base model mixes the examples of a batch, so they cannot be clipped one by one") from None
+        raise Refused("the base model mixes the examples of a batch, so they cannot be clipped separately") from None
 
 
 @lru_cache(maxsize=8)
 def agreed(settings: NodeSettings, invitation: Invitation) -> Node:
-    """The node that takes part in a run; loaded once in a process that stays."""
+    """The node of a run, loaded once per process."""
     return Node(settings, invitation)
 
 
 def respond(
     settings: NodeSettings, invitation: str, request: bytes | None, question: str | None = None
 ) -> dict[str, str | bytes]:
-    """What goes back to the server: `plan`, or `reply` and `account`, or `refused`.
+    """Answer one message of the server: with `plan`, with `reply` and `account`, or with `refused`.
 
-    Only a refusal's own words leave: any other error may quote what is private, and is logged at the node.
+    Only the text of a refusal is sent. Other errors may quote private data, so they are logged at the node.
 
     Args:
+        invitation: encoded.
         request: encoded; None for an invitation, and in stages of a secure sum that do not need it.
-        question: of a stage of the secure sum over the replies to the request.
+        question: question of a stage of a secure sum over the replies to the request.
     """
     try:
         node = agreed(settings, Invitation.decode(invitation))
         if question is not None:
-            reply = node.answer_in_sum(request, question)
+            reply = node.handle_sum_stage(request, question)
         elif request is not None:
-            reply = node.answer(request)
+            reply = node.handle_request(request)
         else:
             return {"plan": encode_plan(node.plan)}
         return {"reply": reply, "account": encode_account(node.account)}

@@ -1,12 +1,12 @@
-"""What a server is told when a node cannot answer. Any other word of an error may quote what is private."""
+"""Refusals that are safe to send to the server. Other error messages may quote private data and stay in the log."""
 
 from __future__ import annotations
 
 from lorica.errors import UserError
 
-ERROR = "an error at the node; its log has it"
+ERROR = "an error occurred at the node; see its log"
 
 
 def because_of(error: UserError) -> str:
-    """Names the setting, and nothing of its value."""
-    return f"the node cannot take part because of its {error.key}; its log has the rest"
+    """A refusal that names the key but not its value."""
+    return f"the node cannot take part because of its {error.key}; see its log"

@@ -1,7 +1,7 @@
-"""What an owner accepts as a request, beside terms and budget: tensors of its own model, and work that can be done.
+"""Check a request at the owner, apart from terms and budget: tensors that fit the model, and work that can be done.
 
-Numbers that come after the noise (learning rates, damping, what SCAFFOLD adds) are the server's to choose, however
-foolish: they change what is computed from noisy gradients, not what those give away.
+Numbers used after the noise is added (learning rates, damping, SCAFFOLD's corrections) are not checked: they change
+what is computed from noisy gradients, but not what the gradients reveal.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from lorica.adapters.names import Pair, factor_a, factor_b, is_a, is_factor, is_
 from lorica.messages import Delivery, Projection, Request, Training
 
 Shape = tuple[int, ...]
-LARGEST = 2**31
-"""Of what is counted: rounds, requests, steps."""
+MAX_COUNT = 2**31
+"""Bound on the counters: rounds, exchanges, requests, steps."""
 
 
 def check_request(request: Request, model: Mapping[str, Shape]) -> str | None:
-    """What makes a request one that cannot be carried out; None if nothing does.
+    """Why a request cannot be carried out; None if it can.
 
     Args:
         model: name -> shape of every tensor that can be trained, at full rank.
     """
     counts = {"round": request.round, "exchange": request.exchange, "sequence": request.sequence}
     for name, count in counts.items():
-        if not 0 <= count < LARGEST:
+        if not 0 <= count < MAX_COUNT:
             return f"{name} = {count}"
     sites = _sites(model)
     wrong = _increments(request.increments, sites)
@@ -44,19 +44,19 @@ def check_request(request: Request, model: Mapping[str, Shape]) -> str | None:
 
 
 def _training(work: Training, model: Mapping[str, Shape], sites: Mapping[str, Shape]) -> str | None:
-    if not 1 <= work.steps < LARGEST:
-        return f"{work.steps} steps"
+    if not 1 <= work.steps < MAX_COUNT:
+        return f"the number of steps is {work.steps}"
     rank = _rank(model)
     if work.rank is not None and not 1 <= work.rank <= rank:
-        return f"rank {work.rank}, and the model has {rank}"
+        return f"rank {work.rank}, but the model has rank {rank}"
     known = model.keys() | {middle(site) for site in sites}
     unknown = [name for name in work.trained if name not in known]
     if unknown:
-        return f"it trains {unknown[0]!r:.80}, which this model does not have"
+        return f"it trains {unknown[0]!r:.80}, which is not in this model"
     if len(set(work.trained)) < len(work.trained) or not all(map(work.local.active, [work.trained] * 2, range(2))):
-        return "a step of it trains nothing, or a tensor twice"
+        return "a step trains no tensor, or the same tensor twice"
     if work.rates.keys() != set(work.trained):
-        return "its learning rates are for other tensors than it trains"
+        return "its learning rates do not match the tensors that it trains"
     if not set(work.personal) <= set(work.trained):
         return "it leaves tensors with the client that it does not train"
     if work.personal and work.sketch_columns is not None:
@@ -64,20 +64,20 @@ def _training(work: Training, model: Mapping[str, Shape], sites: Mapping[str, Sh
         return "it asks for sketches of tensors that stay with the client"
     if not work.corrections.keys() <= set(work.trained):
         return "it corrects tensors that it does not train"
-    if work.sketch_columns is not None and not 1 <= work.sketch_columns <= _widest(sites):
-        return f"sketches of {work.sketch_columns} columns"
+    if work.sketch_columns is not None and not 1 <= work.sketch_columns <= _max_dim(sites):
+        return f"sketches with {work.sketch_columns} columns"
     return _tensors(work.corrections, model, work.rank, whole=False)
 
 
 def _tensors(tensors: Mapping[str, Tensor], model: Mapping[str, Shape], rank: int | None, whole: bool) -> str | None:
-    """Against the model's shapes, with factors at `rank`; `whole`: all of the model's tensors must be there."""
+    """Compare with the model's shapes, factors at `rank`. With `whole`, no tensor of the model may be missing."""
     missing = model.keys() - tensors.keys() if whole else set()
     if missing:
-        return f"it brings no {min(missing)}"
+        return f"{min(missing)} is missing"
     for name, value in tensors.items():
         expected = _shape(name, model, rank)
         if expected is None:
-            return f"{name!r:.80} is no tensor of this model"
+            return f"{name!r:.80} is not a tensor of this model"
         if tuple(value.shape) != expected or value.dtype != torch.float32:
             return f"{name} is {value.dtype} of shape {tuple(value.shape)}, not torch.float32 of shape {expected}"
     return None
@@ -95,7 +95,7 @@ def _shape(name: str, model: Mapping[str, Shape], rank: int | None) -> Shape | N
 def _increments(pairs: Mapping[str, Pair], sites: Mapping[str, Shape]) -> str | None:
     for site, (b, a) in pairs.items():
         if site not in sites:
-            return f"it merges into {site!r:.80}, which this model does not have"
+            return f"it merges into {site!r:.80}, which is not in this model"
         d_out, d_in = sites[site]
         fits = b.dim() == a.dim() == 2 and (b.shape[0], a.shape[1]) == (d_out, d_in) and b.shape[1] == a.shape[0]
         if not fits or {b.dtype, a.dtype} != {torch.float32}:
@@ -106,8 +106,8 @@ def _increments(pairs: Mapping[str, Pair], sites: Mapping[str, Shape]) -> str | 
 def _bases(work: Projection, sites: Mapping[str, Shape]) -> str | None:
     for site, basis in work.bases.items():
         if site not in sites:
-            return f"it projects {site!r:.80}, which this model does not have"
-        fits = basis.dim() == 2 and basis.shape[0] == sites[site][0] and 1 <= basis.shape[1] <= _widest(sites)
+            return f"it projects {site!r:.80}, which is not in this model"
+        fits = basis.dim() == 2 and basis.shape[0] == sites[site][0] and 1 <= basis.shape[1] <= _max_dim(sites)
         if not fits or basis.dtype != torch.float32:
             return f"its basis for {site} is {basis.dtype} of shape {tuple(basis.shape)}"
     return None
@@ -123,5 +123,5 @@ def _rank(model: Mapping[str, Shape]) -> int:
     return next(shape[0] for name, shape in model.items() if is_a(name))
 
 
-def _widest(sites: Mapping[str, Shape]) -> int:
+def _max_dim(sites: Mapping[str, Shape]) -> int:
     return max(max(shape) for shape in sites.values())

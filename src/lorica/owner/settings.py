@@ -1,4 +1,4 @@
-"""What an owner configures at its own machine; the server has no say in it."""
+"""The settings of an owner's node. Only the owner can change them; the server cannot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorica.files import home_folder
 
 
 class NodeSettings(Strict):
-    """The node configuration of a SuperNode (`--node-config`)."""
+    """The configuration of a SuperNode (`--node-config`)."""
 
     client: int
     """Number of this client, counted from 0, as agreed between the organisations."""
@@ -38,19 +38,19 @@ class NodeSettings(Strict):
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> NodeSettings:
-        """From Flower's node configuration; `partition-id` stands for `client`, as in a simulation.
+        """Read Flower's node configuration. In a simulation, `partition-id` is the client's number.
 
         Raises:
-            UserError: a key is unknown or has a wrong value, or `data` is missing.
+            UserError: an unknown key, an invalid value, or `data` is missing.
         """
         given = {key: value for key, value in node_config.items() if key not in ("partition-id", "num-partitions")}
         if "partition-id" in node_config:
-            # The processes of simulated clients stay anyway.
+            # The processes of simulated clients keep running anyway.
             given = {"client": node_config["partition-id"], "worker": "data" in given} | given
         settings = validate(cls, given, prefix="node-config")
         if settings.data is None and not {"partition-id", "num-partitions"} <= node_config.keys():
-            # Without this, a server could name any file here.
-            raise UserError("node-config.data", None, "only a simulation has none", "give data=PATH")
+            # Otherwise the server could name any file on this machine.
+            raise UserError("node-config.data", None, "required except in a simulation", "add data=PATH")
         return settings
 
     @property

@@ -1,4 +1,4 @@
-"""What an owner brings to a federation: its records, those it tests on, the plan that it agrees to, its ledger."""
+"""Set up an owner: its training and test records, its plan, and its ledger."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def by_privacy_unit(config: ExperimentConfig, task: Task) -> Task:
-    """The task with its training records grouped as `privacy.group` says, or as it is."""
+    """The task with its training records grouped by `privacy.group`, or unchanged if that is not set."""
     if config.privacy == "none" or config.privacy.group is None:
         return task
     divided = config.federation.partition in ("column", "files")
@@ -35,18 +35,18 @@ def by_privacy_unit(config: ExperimentConfig, task: Task) -> Task:
 
 
 def divide(config: ExperimentConfig, task: Task) -> list[Records]:
-    """The training records of each simulated client, as `federation.partition` says.
+    """The training records of each simulated client, divided by `federation.partition`.
 
     Raises:
-        UserError: there are too few records, or no labels to divide them by.
+        UserError: too few records, or no labels to divide them by.
     """
     federation = config.federation
     if federation.partition in BY_LABELS and not task.has_classes:
         raise UserError(
             "federation.partition",
             federation.partition,
-            f"it goes by labels, and {config.task.type} has none",
-            "choose iid or quantity",
+            f"it divides records by label, but {config.task.type} has no labels",
+            "set federation.partition to iid or quantity",
         )
     owners = None if task.owners is None else task.owners.of
     parts = partition(task.train.labels, federation, stream_seed(config.seed, "partition"), owners)
@@ -54,29 +54,29 @@ def divide(config: ExperimentConfig, task: Task) -> list[Records]:
 
 
 def hold_out(config: ExperimentConfig, client: int, records: Records) -> tuple[Records, Records | None]:
-    """A client's records to train on, and those that it tests on: a public draw, at least one of each.
+    """Split a client's records into training and test records by a public random draw, at least one of each.
 
-    None if `federation.private_test` is 0.
+    The test records are None if `federation.private_test` is 0.
     """
     share = config.federation.private_test
     if share == 0:
         return records, None
     if PrivacyUnit.of(config.privacy) != RECORD:
-        reason = "a group is one record, and its records have a prediction each"
-        raise UserError("federation.private_test", share, reason, "set it to 0")
+        reason = "private tests are not supported with privacy.unit = group"
+        raise UserError("federation.private_test", share, reason, "set federation.private_test to 0")
     order = numpy_stream(config.seed, "private-test", client).permutation(len(records))
     cut = min(max(1, round(share * len(records))), len(records) - 1)
     return records.subset(np.sort(order[cut:])), records.subset(np.sort(order[:cut]))
 
 
 def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
-    """What a client agrees to: noise for the steps that the schedule asks of it.
+    """A client's plan, with noise calibrated to the steps that the schedule assigns to it.
 
     Args:
         records: `n`, declared public.
 
     Raises:
-        UserError: the batch size is above the client's records.
+        UserError: the batch size exceeds the number of records.
     """
     federation = config.federation
     schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
@@ -84,8 +84,8 @@ def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
     plan = plan_client(client, records, federation.batch_size, steps, config.privacy)
     if plan.delta is not None and plan.delta >= 1 / records:
         logger.warning(
-            "privacy.delta = %g is not below 1/%d, the inverse of client %d's records: publishing a random record "
-            "would satisfy it. Choose a smaller privacy.delta.",
+            "privacy.delta = %g is not below 1/%d, one over the number of records of client %d: publishing one random "
+            "record would satisfy it. Choose a smaller privacy.delta.",
             plan.delta,
             records,
             client,
@@ -94,11 +94,11 @@ def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
 
 
 def ledger_path(config: ExperimentConfig, dataset: str) -> Path:
-    """`privacy.ledger`, or beside the training data; for data without a place of its own, under Lorica's home."""
+    """`privacy.ledger`, or a file next to the training data, or in Lorica's home folder if the data is not local."""
     if config.privacy != "none" and config.privacy.ledger is not None:
         return Path(config.privacy.ledger).expanduser()
     train = first_source(config.task.train)
-    # A run without privacy has no budget to keep, so it may go on where the data's folder is read-only.
+    # Without privacy there is no budget to record, so a read-only data folder is not an error.
     if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
         return ledger_beside(train)
     return home_folder() / "ledgers" / f"{dataset[:16]}.sqlite"
@@ -112,10 +112,10 @@ def make_client(
     ledger: Ledger,
     dataset: str,
 ) -> Client:
-    """The owner that agreed to a plan.
+    """The client with this plan.
 
     Args:
-        dataset: fingerprint of the data set that the records are part of.
+        dataset: fingerprint of the whole data set.
     """
     return Client(
         number=plan.client,

@@ -1,4 +1,4 @@
-"""Everything that touches single examples or decides what may leave an owner.
+"""All code that handles single examples or decides what may leave an owner.
 
-Nothing outside this package sees a per-example gradient, a raw batch gradient or the indices of a batch.
+Code outside this package never sees per-example gradients, raw batch gradients or the indices of a batch.
 """

@@ -1,7 +1,7 @@
-"""What releases cost, and how much noise an ε takes: dp-accounting's PLD accountant, with RDP as a cross-check.
+"""Privacy accounting: the ε of releases, and the noise for a target ε. PLD by dp-accounting, with RDP as a cross-check.
 
-Unit: one record of one client, added or removed. Clients hold disjoint records, so a federation's ε is the largest of
-its clients', not their sum. Choosing which tensors to train from earlier releases is adaptive composition at fixed
+Unit: one record of one client, added or removed. Clients hold disjoint records, so the ε of a federation is the maximum
+over its clients, not their sum. Choosing the trained tensors from earlier releases is adaptive composition at fixed
 (q, σ) and costs nothing extra.
 """
 
@@ -21,9 +21,9 @@ from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution,
 
 from lorica.files import cache_folder, write_atomically
 
-# Pessimistic rounding on this grid over-states ε by less than 0.1 % and is ten times faster than the library's default.
+# Pessimistic rounding on this grid overstates ε by less than 0.1 % and is ten times faster than the default grid.
 DISCRETIZATION = 1e-3
-# Integer orders only: fractional ones converge slowly at high sampling rates and dp-accounting then drops them.
+# Integer orders only: fractional orders converge slowly at high sampling rates, and dp-accounting then drops them.
 RDP_ORDERS = [*range(2, 65), 80, 96, 128, 192, 256, 512, 1024]
 CALIBRATION_TOLERANCE = 1e-4
 ACCOUNTANT = f"dp-accounting {version('dp-accounting')} PLD"
@@ -42,14 +42,14 @@ class Steps:
 def epsilon(steps: Iterable[Steps], delta: float) -> float:
     """The ε of a composition at `delta`, by privacy loss distributions (an upper bound, tight to about 0.1 %).
 
-    No steps cost 0. A noise multiplier of 0 costs infinity. Koskela et al., arXiv 1906.03049; Doroshenko et al.,
+    Zero for no steps; infinite for a noise multiplier of 0. Koskela et al., arXiv 1906.03049; Doroshenko et al.,
     arXiv 2207.04380 (connect-the-dots).
     """
     return _epsilon(_merged(steps), delta)
 
 
 def epsilon_rdp(steps: Iterable[Steps], delta: float) -> float:
-    """The same by Rényi differential privacy: looser, and an independent check.
+    """The ε of a composition at `delta` by Rényi differential privacy: a looser bound, as an independent check.
 
     Mironov et al., arXiv 1908.10530, for the sampled Gaussian; Canonne et al., arXiv 2004.00010, for the conversion.
     """
@@ -59,8 +59,8 @@ def epsilon_rdp(steps: Iterable[Steps], delta: float) -> float:
 def epsilon_above(limit: float, steps: Iterable[Steps], delta: float) -> float | None:
     """`epsilon` if it is above `limit`, else None.
 
-    Rényi differential privacy bounds ε in about 20 ms for each kind of step. PLD, several times slower, is asked only
-    where that bound is above the limit.
+    RDP bounds ε in about 20 ms for each kind of step. PLD is several times slower and is computed only if that bound
+    exceeds the limit.
     """
     steps = list(steps)
     if epsilon_rdp(steps, delta) <= limit:
@@ -70,19 +70,19 @@ def epsilon_above(limit: float, steps: Iterable[Steps], delta: float) -> float |
 
 
 def rdp_curve(steps: Steps) -> np.ndarray:
-    """Rényi divergence bound at each of `RDP_ORDERS`, shape `(orders,)`."""
+    """Rényi divergence bound at each of `RDP_ORDERS`, `(orders,)`."""
     if steps.noise_multiplier == 0:
         return np.full(len(RDP_ORDERS), np.inf)
     return steps.count * _rdp_of_one_step(steps.sampling_rate, steps.noise_multiplier)
 
 
 def total_rdp(steps: Iterable[Steps]) -> np.ndarray:
-    """The curves of a composition added up."""
+    """The RDP curve of a composition: the sum of the curves of its steps."""
     return sum((rdp_curve(step) for step in _merged(steps)), np.zeros(len(RDP_ORDERS)))
 
 
 def epsilon_from_rdp(curve: np.ndarray, delta: float) -> float:
-    """ε at `delta` of a Rényi curve over `RDP_ORDERS`."""
+    """ε at `delta` of an RDP curve over `RDP_ORDERS`."""
     if not np.any(curve):
         return 0.0
     if np.all(np.isinf(curve)):
@@ -93,7 +93,7 @@ def epsilon_from_rdp(curve: np.ndarray, delta: float) -> float:
 def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: float) -> float:
     """The smallest noise multiplier (to 1e-4) with which `steps` steps cost at most `target_epsilon` at `delta`.
 
-    Results are kept on disk under Lorica's cache folder, since a calibration takes about a second.
+    Results are cached on disk in Lorica's cache folder, since a calibration takes about a second.
     """
     key = [sampling_rate, steps, target_epsilon, delta, DISCRETIZATION, CALIBRATION_TOLERANCE, ACCOUNTANT]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
@@ -119,7 +119,7 @@ def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: fl
 
 
 def _merged(steps: Iterable[Steps]) -> tuple[Steps, ...]:
-    """Equal mechanisms together, sorted, so that the same composition is the same cache key."""
+    """Equal mechanisms merged and sorted, so that equal compositions have the same cache key."""
     counts: dict[tuple[float, float], int] = {}
     for step in steps:
         key = (step.sampling_rate, step.noise_multiplier)

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Norms are computed in fp32, whose rounding could leave a clipped gradient a hair above the bound.
+# Norms are computed in fp32, whose rounding could otherwise leave a clipped gradient slightly above the bound.
 ROUNDING_MARGIN = 1e-5
 
 
 def clipped_sum(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
-    """`Σ_i g_i · min(1, C/‖g_i‖₂)`, the norm taken over all trained tensors together.
+    """`Σ_i g_i · min(1, C/‖g_i‖₂)`, with the norm over all trained tensors together.
 
     Formal guarantee: adding or removing one example changes the result by at most `C` in L2 norm. Abadi et al.,
     arXiv 1607.00133, Algorithm 1.
@@ -37,6 +37,6 @@ def clipped_sum(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[str, 
     finite = torch.isfinite(norms)
     scale = torch.where(finite, (clip_norm * (1 - ROUNDING_MARGIN) / norms).clamp(max=1.0), 0.0)
     if not bool(finite.all()):
-        # 0 · NaN is NaN, so a weight of zero is not enough.
+        # 0 · NaN is NaN, so a zero weight is not enough.
         flat = {name: torch.where(finite[:, None], gradient, 0.0) for name, gradient in flat.items()}
     return {name: (scale @ gradient).reshape(gradients[name].shape[1:]) for name, gradient in flat.items()}

@@ -11,26 +11,26 @@ from torch.utils.hooks import RemovableHandle
 
 
 class RowsError(RuntimeError):
-    """A trained module saw rows that cannot be told apart by example.
+    """A trained module saw a number of rows that cannot be split by example.
 
     Attributes:
-        name: of a trained tensor of that module.
+        name: name of a trained tensor of that module.
     """
 
     def __init__(self, name: str, seen: int, rows: int) -> None:
         self.name = name
         super().__init__(
             f"the module of {name} saw {seen} rows for {rows} of the input; per-example gradients need the examples "
-            "first"
+            "along the first dimension"
         )
 
 
 class TrainedTensor(NamedTuple):
-    """What is trained of a linear map (`nn.Linear`, weight `(d_out, d_in)`): its weight, its bias, or a part of one.
+    """The trained part of a linear map (`nn.Linear`, weight `(d_out, d_in)`): its weight, its bias, or a part of one.
 
     Attributes:
-        view: a public linear map `(n, *parameter shape) -> (n, *trained shape)` that every example's gradient goes
-            through before it is clipped, such as a slice of the ranks or a projection; None trains the whole.
+        view: a public linear map `(n, *parameter shape) -> (n, *trained shape)`, such as a slice of the ranks or a
+            projection. It is applied to each example's gradient before clipping. None trains the whole parameter.
     """
 
     module: nn.Linear
@@ -48,7 +48,7 @@ def per_example_gradients(
     losses: Callable[[], Tensor],
     trained: Mapping[str, TrainedTensor],
     examples: int,
-    owners: Tensor | None = None,
+    example_of_row: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Gradient of each example's loss with respect to each trained tensor.
 
@@ -56,8 +56,8 @@ def per_example_gradients(
     `∂L_i/∂W = g_iᵀ x_i` and `∂L_i/∂b = Σ_t g_it`. Goodfellow, arXiv 1510.01799, section 4. An example of several rows
     (the windows of a long text, the records of one person) has the sum of its rows' gradients: it is clipped once.
 
-    Hooks live for one call only, so switching the trained set between calls cannot leave a stale one behind, and the
-    parameters themselves need no gradient: autograd never forms the batch gradient.
+    Hooks exist for one call only, so changing the trained tensors between calls cannot leave a stale hook behind. The
+    parameters do not require gradients, so autograd never forms the batch gradient.
 
     Args:
         losses: runs the forward pass; returns one loss per example, shape `(n,)`. Examples must not mix (no batch
@@ -65,18 +65,18 @@ def per_example_gradients(
             adjacent along the first dimension.
         trained: name -> tensor to differentiate.
         examples: `n`.
-        owners: (rows,) int64 in 0 … n-1, the example that each row of the model's input belongs to. None: one row an
-            example, in order.
+        example_of_row: (rows,) int64 in 0 … n-1, the example that each row of the model's input belongs to. None:
+            one row an example, in order.
 
     Returns:
         name -> `(n, *shape)`, fp32, zero for a tensor that the loss does not reach. A module that is used several times
-        in the pass sums its contributions. Non-finite values are passed on; clipping deals with them.
+        in the pass sums its contributions. Non-finite values are returned as they are; clipping handles them.
 
     Raises:
-        RowsError: a trained module saw a number of rows that is no multiple of the input's.
-        RuntimeError: `losses` is not `(n,)`.
+        RowsError: the number of rows in a trained module is not a multiple of the input's.
+        RuntimeError: the shape of the losses is not `(n,)`.
     """
-    rows = examples if owners is None else len(owners)
+    rows = examples if example_of_row is None else len(example_of_row)
     gradients: dict[str, Tensor] = {}
     wanted: dict[nn.Linear, dict[str, str]] = {}
     for name, (module, kind, _) in trained.items():
@@ -91,9 +91,9 @@ def per_example_gradients(
             g = _by_row(output_gradient, rows, next(iter(names.values())))
             if x is not None:
                 weights = torch.bmm(g.transpose(1, 2).float(), x.float())
-                _accumulate(gradients, names["weight"], _by_example(weights, examples, owners))
+                _accumulate(gradients, names["weight"], _by_example(weights, examples, example_of_row))
             if "bias" in names:
-                _accumulate(gradients, names["bias"], _by_example(g.float().sum(1), examples, owners))
+                _accumulate(gradients, names["bias"], _by_example(g.float().sum(1), examples, example_of_row))
 
         if not output.requires_grad:
             output.requires_grad_()
@@ -120,17 +120,17 @@ def per_example_gradients(
 
 
 def _by_row(value: Tensor, rows: int, name: str) -> Tensor:
-    """`(rows·k, …, d)` -> `(rows, t, d)`: all that one row of the input became together."""
+    """`(rows·k, …, d)` -> `(rows, t, d)`: group everything that belongs to one row of the input."""
     if value.shape[0] % rows:
         raise RowsError(name, value.shape[0], rows)
     return value.reshape(rows, -1, value.shape[-1])
 
 
-def _by_example(gradient: Tensor, examples: int, owners: Tensor | None) -> Tensor:
-    """`(rows, *shape)` -> `(n, *shape)`: rows summed by owner. A non-finite row spoils its owner only."""
-    if owners is None:
+def _by_example(gradient: Tensor, examples: int, example_of_row: Tensor | None) -> Tensor:
+    """`(rows, *shape)` -> `(n, *shape)`: rows summed by example. A non-finite row spoils its own example only."""
+    if example_of_row is None:
         return gradient
-    return gradient.new_zeros((examples, *gradient.shape[1:])).index_add_(0, owners, gradient)
+    return gradient.new_zeros((examples, *gradient.shape[1:])).index_add_(0, example_of_row, gradient)
 
 
 def _accumulate(gradients: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Check, on public examples, that a model lets each example's gradient be told apart."""
+"""Check on public examples that a model does not mix the examples of a batch."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ def check_isolation(
     batch: Batch,
     tolerance: float,
 ) -> None:
-    """Compare per-example gradients of a batch with those of each of its examples without the others.
+    """Compare per-example gradients in a batch with the gradients of each example without the others.
 
-    A model that mixes examples, or lays its rows out otherwise than examples first, would be clipped wrongly without a
-    word; here it is refused before any budget is spent. Every `B` should be non-zero, or the check of `A` is empty.
+    If a model mixes examples, or does not put them along the first dimension, clipping would silently be wrong. Such a
+    model is refused before any budget is spent. Every `B` should be non-zero, otherwise the gradients of `A` are zero
+    and the check proves nothing.
 
-    In evaluation mode, each example is compared with itself alone. In training mode, where a model may mix only then
-    (batch normalisation) and dropout draws for each place in the batch, it is compared with itself at the same place of
-    a batch of the same shape, with its own rows in place of all others and the same draws. The model ends in the mode
-    it came in.
+    In evaluation mode, each example is compared with itself alone. Some models mix examples only in training mode
+    (batch normalisation), and dropout depends on the position in the batch. In training mode, each example is therefore
+    compared with itself at the same position of a batch of the same shape that contains only its own rows, with the
+    same random numbers. The model's mode is restored.
 
     Args:
-        batch: public examples, at least two.
+        batch: at least two public examples.
         tolerance: largest allowed `‖difference‖ / ‖gradient‖`.
 
     Raises:
-        UserError: names the tensor whose gradient differs; or a trained module sees no rows of examples at all.
+        UserError: names the tensor whose gradient differs, or whose module's rows cannot be split by example.
     """
     mode = model.training
     try:
@@ -58,27 +59,27 @@ def _gradients(
     trained: Mapping[str, TrainedTensor],
     batch: Batch,
 ) -> dict[str, Tensor]:
-    """Per-example gradients, under the same draws in every call."""
+    """Per-example gradients, with the same random numbers in every call."""
     device = batch.labels.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         try:
-            return per_example_gradients(lambda: losses(model, batch), trained, len(batch), batch.owners)
+            return per_example_gradients(lambda: losses(model, batch), trained, len(batch), batch.example_of_row)
         except RowsError as error:
             raise UserError(
                 "model.base",
                 error.name,
-                f"records cannot be clipped one by one: {error}",
-                "use another model, or leave this module out of lora.target_modules",
+                f"records cannot be clipped separately: {error}",
+                "use another model, or remove this module from lora.target_modules",
             ) from None
 
 
 def _filled(batch: Batch, index: int) -> Batch:
-    """A batch of the same shape, with an example's rows where they were and again in place of all others."""
-    owners = torch.arange(len(batch), device=batch.labels.device) if batch.owners is None else batch.owners
-    places = torch.arange(len(owners), device=owners.device)
-    own = places[owners == index]
-    rows = torch.where(owners == index, places, own[places % len(own)])
+    """A batch of the same shape, with the rows of one example in their places and repeated in all other places."""
+    places = torch.arange(len(batch.labels), device=batch.labels.device)
+    is_own = (places if batch.example_of_row is None else batch.example_of_row) == index
+    own = places[is_own]
+    rows = torch.where(is_own, places, own[places % len(own)])
     inputs = {name: tensor[rows] for name, tensor in batch.inputs.items()}
     return replace(batch, inputs=inputs, labels=batch.labels[rows])
 
@@ -92,6 +93,6 @@ def _compare(
             raise UserError(
                 "model.base",
                 name,
-                "an example's gradient depends on the examples beside it, so records cannot be clipped one by one",
-                "use another model, or leave this module out of lora.target_modules",
+                "an example's gradient depends on the other examples, so records cannot be clipped separately",
+                "use another model, or remove this module from lora.target_modules",
             )

@@ -1,4 +1,4 @@
-"""The owner's record of every release, in SQLite beside the data, written before a release leaves."""
+"""The owner's record of every release: an SQLite file next to the data, written before a release leaves."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ CREATE TABLE IF NOT EXISTS releases (
 
 @dataclass(frozen=True)
 class Release:
-    """One row: what one reply was made of.
+    """One row of the ledger: the release in one reply.
 
     Attributes:
         dataset: fingerprint of the whole training data.
         records: fingerprint of the records of this client (the column `owner`).
-        run: identity of the run.
-        steps: noisy gradients that the reply is a function of.
+        run: id of the run.
+        steps: number of noisy gradients behind the reply.
         noise: `secure`, `reproducible` or `none`.
-        request: digest of everything the server asked for; the same request gets the stored reply again.
-        unit: what was sampled and clipped as one.
+        request: digest of the request; the same request gets the stored reply again.
+        unit: the unit of privacy.
     """
 
     dataset: str
@@ -73,14 +73,14 @@ def _row_of(release: Release) -> tuple[Any, ...]:
 
 
 class Ledger:
-    """Releases of one data set over its whole life.
+    """All releases of a data set over its lifetime.
 
-    A reply is stored in the transaction that charges it. If the same request comes again (a resumed run, a lost reply),
-    the owner sends the very same release: that costs nothing, and no noise is drawn twice. A crash between charging and
-    sending can only over-count.
+    A reply is stored in the transaction that charges it. If the same request is repeated (a resumed run, a lost reply),
+    the owner sends the stored release: this costs nothing, and no noise is drawn twice. A crash between charging and
+    sending can only overcount.
 
     Raises:
-        UserError: the file cannot be opened or written, or is no ledger.
+        UserError: the file cannot be opened or written, or is not a ledger.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,7 +90,7 @@ class Ledger:
             with closing(self._connect()) as connection, connection:
                 connection.execute(_SCHEMA)
                 columns = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
-                # A ledger outlives the version of Lorica that made it.
+                # An older version of Lorica may have created the ledger.
                 if "kept" not in columns:
                     connection.execute("ALTER TABLE releases ADD COLUMN kept BLOB")
                 if "unit" not in columns:
@@ -107,20 +107,20 @@ class Ledger:
     ) -> None:
         """Write one release with its reply and sync it to disk, before the reply leaves.
 
-        Replies of the client's earlier rounds in this run are dropped: a server that has gone on cannot need them.
+        Stored replies of the client's earlier rounds in this run are deleted: the server no longer needs them.
 
         Args:
-            reply: None if there is none, as the work failed.
-            kept: noisy tensors that stay with the owner and that its later replies in this run depend on.
-            allow: called with everything that was released before; nothing is written if it raises. No other release
-                can come between its look and this one.
+            reply: None if the work failed.
+            kept: noisy tensors that stay with the owner and are needed for its later replies in this run.
+            allow: called with all earlier releases; nothing is written if it raises. The ledger stays locked, so no
+                other release can be charged between this check and the charge.
 
         Raises:
             UserError: the row cannot be written.
-            ValueError: fewer than no steps, which would give budget back.
+            ValueError: a negative number of steps, which would refund budget.
         """
         if release.steps < 0:
-            raise ValueError(f"a release has {release.steps} steps")
+            raise ValueError(f"a release cannot have {release.steps} steps")
         state = None if kept is None else safetensors.torch.save({name: value.tensor for name, value in kept.items()})
         try:
             with closing(self._connect()) as connection, connection:
@@ -128,7 +128,7 @@ class Ledger:
                     "UPDATE releases SET reply = NULL, kept = NULL WHERE run = ? AND client = ? AND round < ?",
                     (release.run, release.client, release.round),
                 )
-                # The update has locked the file for all other writers.
+                # The update has locked the file against other writers.
                 if allow is not None:
                     earlier = connection.execute(f"SELECT {_COLUMNS} FROM releases ORDER BY id")
                     allow([_release_of(row) for row in earlier])
@@ -139,7 +139,7 @@ class Ledger:
             raise self._unusable(error) from error
 
     def recall(self, run: str, client: int, request: str) -> bytes | None:
-        """The stored reply to a request that was answered before, or None."""
+        """The stored reply to an earlier request, or None."""
         with closing(self._connect()) as connection:
             row = connection.execute(
                 "SELECT reply FROM releases WHERE run = ? AND client = ? AND request = ? AND reply IS NOT NULL",
@@ -148,38 +148,37 @@ class Ledger:
         return row[0] if row else None
 
     def kept(self, run: str, client: int) -> dict[str, Released]:
-        """What the client's latest release in this run left with the owner; empty if nothing did."""
+        """The tensors that the client kept from its latest release in this run; empty if none."""
         with closing(self._connect()) as connection:
             row = connection.execute(
                 "SELECT kept FROM releases WHERE run = ? AND client = ? AND kept IS NOT NULL ORDER BY id DESC LIMIT 1",
                 (run, client),
             ).fetchone()
-        # They were released when they were written: `charge` takes nothing else.
-        # Cloned for PyTorch's alignment, on which rounding can depend.
+        # They are released: `charge` accepts nothing else. Cloned for PyTorch's alignment, which can affect rounding.
         tensors = safetensors.torch.load(row[0]) if row else {}
         return {name: _release(value.clone()) for name, value in tensors.items()}
 
     def steps(self, run: str, client: int) -> int:
-        """Steps that a client has been charged for in a run."""
+        """Number of steps charged to a client in a run."""
         with closing(self._connect()) as connection:
             query = "SELECT COALESCE(SUM(steps), 0) FROM releases WHERE run = ? AND client = ?"
             return int(connection.execute(query, (run, client)).fetchone()[0])
 
     def last_round(self, run: str, client: int) -> int:
-        """The latest round that a client was charged for in a run; 0 if there is none."""
+        """The latest round charged to a client in a run; 0 if there is none."""
         with closing(self._connect()) as connection:
             query = "SELECT COALESCE(MAX(round), 0) FROM releases WHERE run = ? AND client = ?"
             return int(connection.execute(query, (run, client)).fetchone()[0])
 
     def releases(self, dataset: str | None = None) -> list[Release]:
-        """All releases of a data set, oldest first; by default of all data sets in the file."""
+        """All releases of a data set (default: of all data sets in the file), oldest first."""
         with closing(self._connect()) as connection:
             query = f"SELECT {_COLUMNS} FROM releases WHERE dataset = COALESCE(?, dataset) ORDER BY id"
             return [_release_of(row) for row in connection.execute(query, (dataset,))]
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=60)
-        # Every commit reaches the disk before a release may leave.
+        # Every commit must reach the disk before a release may leave.
         connection.execute("PRAGMA synchronous = FULL")
         return connection
 
@@ -188,48 +187,48 @@ class Ledger:
             "privacy.ledger",
             str(self.path),
             f"the ledger cannot be used ({error})",
-            "make the place writable, or give another one with privacy.ledger=PATH",
+            "make the file and its folder writable, or set privacy.ledger=PATH to another file",
         )
 
 
 def ledger_beside(data: Path) -> Path:
-    """Where the ledger of a data file or folder is."""
+    """Default path of the ledger of a data file or folder."""
     return data.parent / f"{data.name}.ledger.sqlite"
 
 
 def find_ledger(path: Path) -> Path:
-    """The ledger of a data file or folder, or the ledger itself.
+    """Find the ledger next to a data file or folder; a path of a ledger is returned as it is.
 
     Raises:
-        UserError: there is no such file, or no ledger beside it.
+        UserError: there is no such file, or no ledger next to it.
     """
     path = path.expanduser().absolute()
     beside = ledger_beside(path)
     if beside.is_file():
         return beside
     if not path.exists():
-        raise UserError("ledger", str(path), "no such file", "give a ledger, or the data that it lies beside")
+        raise UserError("ledger", str(path), "no such file", "give the path of a ledger or of its data")
     if path.is_dir() or not _is_database(path):
-        problem = f"no ledger, and none lies beside it ({beside.name})"
-        raise UserError("ledger", str(path), problem, "give the ledger's own path")
+        problem = f"not a ledger, and there is no ledger next to it ({beside.name})"
+        raise UserError("ledger", str(path), problem, "give the path of the ledger itself")
     return path
 
 
 def read_ledger(path: Path) -> list[tuple[float, Release]]:
-    """Time (seconds since 1970) and content of every release, oldest first. Writes nothing, and makes no file.
+    """Time (seconds since 1970) and content of every release, oldest first. Opens the file read-only.
 
     Raises:
-        UserError: it is no ledger.
+        UserError: the file is not a ledger.
     """
     try:
         uri = f"{path.absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=60)) as connection:
             known = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
-            # A ledger outlives the version of Lorica that made it.
+            # An older version of Lorica may have created the ledger.
             columns = _COLUMNS if "unit" in known else _COLUMNS.replace("unit", "'record'")
             rows = connection.execute(f"SELECT time, {columns} FROM releases ORDER BY id").fetchall()
     except sqlite3.Error as error:
-        problem = f"it cannot be read as a ledger ({error})"
+        problem = f"cannot be read as a ledger ({error})"
         raise UserError("ledger", str(path), problem, "give the path of a ledger") from error
     return [(row[0], _release_of(row[1:])) for row in rows]
 
@@ -246,20 +245,20 @@ def lifetime_epsilon(
     planned: Steps | None = None,
     unit: PrivacyUnit = RECORD,
 ) -> float:
-    """ε of everything ever released about one of `records`, at `delta`, with `planned` steps still to come.
+    """ε at `delta` of everything ever released about any one of `records`, plus `planned` future steps.
 
-    Releases with different units do not add up, and make it infinite: what protects single records does not protect a
-    group, and a group that loses one record is another group rather than none, so that its clipped gradient may move
-    by 2C.
+    Infinite if releases have different units of privacy, because they do not compose: protecting single records does
+    not protect a group, and removing one record from a group changes the group rather than removing it, so that its
+    clipped gradient can move by 2C.
 
-    Releases of these very records compose by PLD. In a simulation, other runs may have split the same data set
-    differently; one of these records then was with some client of that run, nobody knows which, and the bound takes at
-    each Rényi order the most expensive client: `max_k RDP_k(α)`. Releases without noise, or with reproducible
-    noise, are not private and are left out: `unprotected` counts them.
+    Releases of exactly these records compose by PLD. In a simulation, other runs may have divided the same data set
+    differently. It is then unknown which client of such a run had a given record, so the bound uses the most expensive
+    client at each Rényi order: `max_k RDP_k(α)`. Releases with seeded noise or none are not private and are left out;
+    `unprotected` counts them.
 
     Args:
-        records: fingerprint of a client's records, where this process dealt the records to the clients. None where a
-            server did: then no client's number says who has a record, and all releases compose by PLD.
+        records: fingerprint of a client's records, if this process divided the data among the clients. None at a node,
+            where the server chooses the client numbers: then all releases compose by PLD.
     """
     own, foreign = _composed(releases, records, planned, unit)
     return epsilon_from_rdp(total_rdp(own) + foreign, delta) if np.any(foreign) else epsilon(own, delta)
@@ -284,7 +283,7 @@ def lifetime_above(
 def _composed(
     releases: Iterable[Release], records: str | None, planned: Steps | None, unit: PrivacyUnit
 ) -> tuple[list[Steps], np.ndarray]:
-    """Steps that surely saw these records, and the RDP curve of other partitions' worst clients."""
+    """Steps on exactly these records, and the summed RDP curves of the worst client in each differently divided run."""
     private = [release for release in releases if release.noise == "secure"]
     own = [release.cost for release in private if records in (None, release.records)]
     own_runs = {release.run for release in private if records in (None, release.records)}

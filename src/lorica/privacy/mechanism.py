@@ -1,4 +1,4 @@
-"""The canonical record-level DP-SGD gradient: sample, clip each example, sum, add noise, divide."""
+"""The noisy gradient of DP-SGD: sample a batch, clip each example's gradient, sum, add noise, divide."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a server proposes for one client's steps, and what a step costs. All of it is public.
+    """The DP terms of one client's steps, proposed by the server. They determine the cost of a step and are public.
 
     Attributes:
-        sampling_rate: `q`, the probability with which each record enters a batch.
-        batch_size: `b`, the expected batch size, which the sum is divided by.
+        sampling_rate: `q`, the probability that a record enters a batch.
+        batch_size: `b`, the expected batch size, by which the sum is divided.
         clip_norm: `C`; `inf` without privacy.
         noise_multiplier: `σ`; the noise on the sum has standard deviation `σC`. Zero without privacy.
     """
@@ -46,7 +46,7 @@ class Terms:
 
 
 def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -> np.ndarray:
-    """Indices of a batch that each of `records` records enters independently with probability `sampling_rate`.
+    """Indices of a Poisson batch: each of `records` records is in it independently with probability `sampling_rate`.
 
     The batch may be empty. Zhu and Wang, Poisson Subsampled Rényi Differential Privacy, 2019.
     """
@@ -56,9 +56,9 @@ def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -
 def add_noise(value: Tensor, noise_std: float, randomness: Randomness) -> Tensor:
     """`value + N(0, s² I)`, rounded to a grid of spacing `2^⌊log₂ s⌋ · 2⁻¹⁶`.
 
-    Sum and rounding are done in float64: the grid hides the low-order bits through which floating-point noise can
-    betray what it was added to (Mironov, CCS 2012). The rounding adds a variance of less than `2⁻³⁵ s²`. Zero noise
-    returns the value itself.
+    Sum and rounding are done in float64. The grid hides the low-order bits, through which floating-point noise can
+    reveal the value it was added to (Mironov, CCS 2012). The rounding adds a variance of less than `2⁻³⁵ s²`. With zero
+    noise the value is returned unchanged.
     """
     if noise_std == 0:
         return value
@@ -79,14 +79,14 @@ def noisy_gradient(
 ) -> dict[str, Released]:
     """`ĝ = (Σ_{i∈S} clip_C(g_i) + N(0, σ²C² I)) / b` over a Poisson batch `S`.
 
-    One release of the subsampled Gaussian mechanism with (`q`, `σ`). An empty batch is a sum of zero: the noise is
-    added and the step counts. Abadi et al., arXiv 1607.00133, Algorithm 1, with the expected batch size in the place of
-    the actual one.
+    One release of the subsampled Gaussian mechanism with (`q`, `σ`). An empty batch has the sum zero: the noise is
+    added and the step counts. Abadi et al., arXiv 1607.00133, Algorithm 1, with the expected batch size instead of the
+    actual one.
 
     Args:
         losses: one loss per example of a batch, shape `(n,)`.
-        trained: the tensors that are trained in this step; their per-example gradients share one clip norm.
-        micro_batch_tokens: bounds the memory of one forward pass; does not change the result.
+        trained: the tensors trained in this step; their per-example gradients share one clip norm.
+        micro_batch_tokens: bounds the memory of one forward pass; it does not change the result.
 
     Returns:
         name -> released gradient of the tensor's shape, fp32.
@@ -99,7 +99,7 @@ def noisy_gradient(
             lambda batch=batch: losses(model, batch),  # type: ignore[misc]
             trained,
             len(batch),
-            batch.owners,
+            batch.example_of_row,
         )
         for name, value in clipped_sum(gradients, terms.clip_norm).items():
             total[name] += value

@@ -1,4 +1,4 @@
-"""What an owner agrees to before a run: sampling rate, noise, number of steps, and the ε they amount to."""
+"""The plan that an owner agrees to before a run: sampling rate, noise, number of steps, and the resulting ε."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorica.privacy.mechanism import Terms
 
 
 class Refused(Exception):
-    """An owner's answer to a request that goes beyond its plan."""
+    """An owner refuses a run or a request. The message is sent to the server: it contains public information only."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ClientPlan:
     Attributes:
         records: `n`, declared public.
         terms: `q = b/n`, `b`, `C`, `σ` of every step.
-        max_steps: the largest number of steps that the schedule can ask for.
+        max_steps: the largest number of steps that the schedule can request.
         delta: `δ`; None without privacy.
         noise: `secure`, `reproducible` or `none`.
     """
@@ -44,26 +44,28 @@ class ClientPlan:
         return epsilon([self.steps(self.max_steps if count is None else count)], self.delta)
 
     def epsilon_rdp(self, count: int | None = None) -> float:
-        """The same by the second accountant."""
+        """ε after `count` steps by RDP, as a cross-check."""
         if self.delta is None:
             return float("inf")
         return epsilon_rdp([self.steps(self.max_steps if count is None else count)], self.delta)
 
     def check(self, proposed: Terms, steps_in_all: int) -> None:
-        """Refuse what would cost more than was agreed.
+        """Refuse terms or steps beyond the plan.
 
         Args:
             proposed: the terms in the server's request.
-            steps_in_all: steps already charged in this run, plus the steps that are asked for.
+            steps_in_all: steps already charged in this run plus the requested steps.
 
         Raises:
-            Refused: other terms than planned, or more steps.
+            Refused: terms that differ from the plan, or too many steps.
         """
         if proposed != self.terms:
-            raise Refused(f"client {self.client}: the server proposes {proposed}, agreed was {self.terms}")
+            raise Refused(
+                f"client {self.client}: the server proposes {proposed}, but the agreed terms are {self.terms}"
+            )
         if steps_in_all > self.max_steps:
             raise Refused(
-                f"client {self.client}: {steps_in_all} steps in all are more than the {self.max_steps} that ε covers"
+                f"client {self.client}: {steps_in_all} steps in total exceed the {self.max_steps} steps of its plan"
             )
 
 
@@ -72,17 +74,17 @@ def plan_client(
 ) -> ClientPlan:
     """Compute one client's terms; the noise multiplier is calibrated to `max_steps` at the true sampling rate.
 
-    `q = batch_size / records` exactly, as the sampler draws it: nothing is rounded to a number of batches.
+    `q = batch_size / records` exactly, as in the sampler; it is not rounded to a whole number of batches.
 
     Raises:
-        UserError: the batch size is above the client's records.
+        UserError: the batch size exceeds the client's records.
     """
     if batch_size > records:
         raise UserError(
             "federation.batch_size",
             batch_size,
             f"client {client} has only {records} records",
-            f"choose at most {records}, or fewer clients, or set federation.min_records to {batch_size}",
+            f"choose at most {records}, reduce the number of clients, or set federation.min_records to {batch_size}",
         )
     rate = batch_size / records
     if privacy == "none":

@@ -1,4 +1,4 @@
-"""What an owner allows, whatever a server proposes: asked before a run and before each release."""
+"""The owner's policy: limits that hold whatever a server proposes, checked before a run and before each release."""
 
 from __future__ import annotations
 
@@ -14,17 +14,7 @@ from lorica.privacy.accounting import epsilon_above
 from lorica.privacy.ledger import Release, lifetime_above, lifetime_epsilon
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.unit import PrivacyUnit
-
-# What decides which of a record's columns are learned. Where an entry of `tasks` leaves one out, its default is meant.
-COLUMNS = ("text", "image", "label", "question", "context", "answers")
-# What a private test of each task computes beside its loss; classification and regression can be told otherwise.
-TESTED = {
-    "text-classification": ["accuracy"],
-    "image-classification": ["accuracy"],
-    "text-regression": ["pearson", "spearman"],
-    "question-answering": ["exact_match", "f1"],
-    "language-modelling": ["token_accuracy", "perplexity"],
-}
+from lorica.tasks.kind import kind_of, kinds
 
 
 class Policy(Strict):
@@ -82,16 +72,17 @@ class Policy(Strict):
     @classmethod
     def _hashes(cls, value: list[str] | None) -> list[str] | None:
         if not all(re.fullmatch("sha256:[0-9a-f]{64}", name) for name in value or []):
-            raise ValueError("each is a hash as `lorica hash FOLDER` prints it, sha256:…")
+            raise ValueError("each entry must be a hash as printed by `lorica hash FOLDER`, sha256:…")
         return value
 
     @field_validator("tasks")
     @classmethod
     def _as_the_task_section_reads_them(cls, value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        columns = _column_keys()
         entries = []
         for entry in value:
             task = validate(TaskConfig, {"train": "", "test": ""} | entry, prefix="policy.tasks")
-            entries.append({key: getattr(task, key) for key in ("type", *COLUMNS, *entry)})
+            entries.append({key: getattr(task, key) for key in ("type", *columns, *entry)})
         return entries
 
     @field_validator("members")
@@ -110,15 +101,14 @@ class Policy(Strict):
     @classmethod
     def _a_group_has_a_column(cls, value: str | None, info: ValidationInfo) -> str | None:
         if (info.data.get("unit") == "group") != (value is not None):
-            raise ValueError("give unit: group and the column group together")
+            raise ValueError("set unit: group and group: COLUMN together")
         return value
 
     def review(self, config: ExperimentConfig, plan: ClientPlan, base: str) -> None:
-        """Refuse a run that the owner does not allow, before anything of it is done.
+        """Refuse a run that the owner does not allow, before any of its work is done.
 
-        ε is recomputed from the terms that the server proposes, for all steps that it plans, at the owner's δ. Of
-        `model`, only the base counts: every other key changes what is computed from clipped gradients, not what they
-        give away.
+        ε is recomputed from the proposed terms, for all planned steps, at the owner's δ. Of the section `model`, only
+        the base matters: the other keys change what is computed from clipped gradients, but not what they reveal.
 
         Args:
             config: the server's proposal.
@@ -126,7 +116,7 @@ class Policy(Strict):
             base: `hash_of_base` of the model that would be loaded.
 
         Raises:
-            Refused: names the key of the policy, the value proposed and the limit. Holds public information alone.
+            Refused: names the policy's key, the proposed value and the limit. Contains public information only.
         """
         self.review_task(config, base)
         self._review_sums(config)
@@ -140,8 +130,8 @@ class Policy(Strict):
             return
         sigma, clip = plan.terms.noise_multiplier, plan.terms.clip_norm
         if not sigma >= self.min_noise_multiplier:
-            least = f"the least is {self.min_noise_multiplier:g}"
-            _refuse("min_noise_multiplier", f"a noise multiplier of {sigma:g}", least)
+            minimum = f"the minimum is {self.min_noise_multiplier:g}"
+            _refuse("min_noise_multiplier", f"a noise multiplier of {sigma:g}", minimum)
         if not clip <= self.max_clip_norm:
             _refuse("max_clip_norm", f"a clip norm of {clip:g}", f"the limit is {self.max_clip_norm:g}")
         cost = epsilon_above(self.max_epsilon, [plan.steps(plan.max_steps)], self.delta)
@@ -150,8 +140,9 @@ class Policy(Strict):
             _refuse("max_epsilon", steps, f"the limit is {self.max_epsilon:g}")
 
     def review_task(self, config: ExperimentConfig, base: str) -> None:
-        """Refuse what the owner does not let be learned. Asked before the data is read: a refusal that came from the
-        data would tell the server about columns that are none of its business.
+        """Refuse tasks, base models and units that the owner does not allow.
+
+        Called before the data is read: an error from reading would tell the server about columns it must not see.
 
         Raises:
             Refused: as `review`.
@@ -160,28 +151,28 @@ class Policy(Strict):
         self._review_unit(config)
 
     def review_release(self, releases: Iterable[Release], unit: PrivacyUnit, plan: ClientPlan, steps: int) -> None:
-        """Refuse steps with which everything released so far would cost more than the owner allows.
+        """Refuse steps that would bring the total cost of all releases above the owner's limit.
 
-        Asked before a run with all the steps that it may still take, and before each release with its own. All releases
-        of the ledger compose, whichever run, client or records they name: at a node the server chooses those, and the
-        columns that the records' fingerprint depends on.
+        Called before a run with all its remaining steps, and before each release with its own steps. All releases in
+        the ledger compose, whichever run, client or records they name, because a server chooses these names and the
+        columns that the fingerprint of the records depends on.
 
         Args:
             releases: all of the ledger, `Ledger.releases()`.
-            unit: what the steps would protect.
-            plan: whose terms the steps have.
-            steps: how many of them are to come.
+            unit: unit of privacy of the steps.
+            plan: plan with the terms of the steps.
+            steps: number of steps.
 
         Raises:
-            Refused: names the key of the policy, what would be spent and the limit.
+            Refused: names the policy's key, the resulting cost and the limit.
         """
         self._review_noise(plan)
         releases = list(releases)
-        kinds = self._voiding(releases)
+        kinds = self._unlisted_noise(releases)
         if kinds:
             raise Refused(
-                f"policy.noise: the ledger holds releases with noise = {', '.join(sorted(kinds))}, after which no ε "
-                f"holds for this data; allowed are {', '.join(self.noise)}"
+                f"policy.noise: the ledger holds releases with noise = {', '.join(sorted(kinds))}, so no ε can be "
+                f"guaranteed for this data; allowed are {', '.join(self.noise)}"
             )
         if plan.noise != "secure":
             return
@@ -189,26 +180,26 @@ class Policy(Strict):
         if others:
             found = min(map(str, others))
             raise Refused(
-                f"policy.unit: the ledger holds releases with unit = '{found}', which do not add up with '{unit}'"
+                f"policy.unit: the ledger holds releases with unit = '{found}', which do not compose with '{unit}'"
             )
         life = lifetime_above(self.max_epsilon, releases, None, self.delta, plan.steps(steps), unit)
         if life is not None:
             total = f"ε = {life:.4g} at δ = {self.delta:g}"
-            proposed = f"{steps} steps with which all that was ever released from this data would cost {total}"
+            proposed = f"{steps} steps that would bring the total cost of all releases from this data to {total}"
             _refuse("max_epsilon", proposed, f"the limit is {self.max_epsilon:g}")
 
     def spent(self, releases: Iterable[Release]) -> float:
-        """ε at the owner's δ of all that a ledger holds.
+        """ε at the owner's δ of all releases in a ledger.
 
-        Infinite where a release has noise that the policy does not list, or where units differ: nothing more may leave.
+        Infinite if a release has a kind of noise that the policy does not list, or if units differ.
         """
         releases = list(releases)
-        if self._voiding(releases) or len(_units(releases)) > 1:
+        if self._unlisted_noise(releases) or len(_units(releases)) > 1:
             return float("inf")
         return lifetime_epsilon(releases, None, self.delta)
 
-    def _voiding(self, releases: list[Release]) -> set[str]:
-        """Kinds of noise after which the policy lets nothing more leave."""
+    def _unlisted_noise(self, releases: list[Release]) -> set[str]:
+        """Kinds of noise in the ledger that the policy does not list; they void every ε."""
         return {release.noise for release in releases} - {"secure", *self.noise}
 
     def _review_learned(self, config: ExperimentConfig, base: str) -> None:
@@ -221,7 +212,7 @@ class Policy(Strict):
         if nearest:
             key, allowed = next(iter(nearest.items()))
             _refuse("tasks", f"task.{key} = {getattr(config.task, key)!r}", f"the nearest entry has {allowed!r}")
-        computed = [name for name in _tested(config.task) if name not in self.metrics]
+        computed = [name for name in ("loss", *kind_of(config.task).metrics) if name not in self.metrics]
         if config.federation.private_test and computed:
             proposed = f"federation.private_test = {config.federation.private_test:g}, which computes {computed}"
             _refuse("metrics", proposed, f"allowed are {self.metrics}")
@@ -261,8 +252,7 @@ def load_policy(path: Path) -> Policy:
     """Read an owner's policy.
 
     Raises:
-        UserError: no such file, no YAML, an unknown key, a value of the wrong type or out of bounds; names
-            `policy.KEY`.
+        UserError: no such file, invalid YAML, an unknown key, or an invalid value; names `policy.KEY`.
     """
     return validate(Policy, read_mapping(path, "policy"), prefix="policy")
 
@@ -271,10 +261,13 @@ def _units(releases: list[Release]) -> set[PrivacyUnit]:
     return {release.unit for release in releases if release.noise == "secure"}
 
 
-def _tested(task: TaskConfig) -> list[str]:
-    """Names of all that a private test computes."""
-    decoded = ["exact_match"] if task.answer_tokens is not None else []
-    return ["loss", *(task.metrics or TESTED[task.type]), *decoded]
+def _column_keys() -> list[str]:
+    """Keys of the section `task` that select columns, of all kinds of task.
+
+    An entry of `tasks` without one of them means its default.
+    """
+    used = {key for kind in kinds() for key in kind.columns}
+    return [key for key in TaskConfig.model_fields if key in used]
 
 
 def _refuse(key: str, proposed: str, limit: str) -> NoReturn:

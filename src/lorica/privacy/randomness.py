@@ -1,4 +1,4 @@
-"""Where a mechanism's randomness comes from: the operating system, or a seed for research."""
+"""Sources of randomness for a mechanism: the operating system, or a seed for research."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Randomness(Protocol):
 
 
 class SecureRandomness:
-    """Draws from the operating system's entropy: never seeded, never stored, never the same twice."""
+    """Draws from the operating system's entropy source: never seeded and never stored."""
 
     def uniform(self, count: int) -> Tensor:
         """`(k + ½) 2⁻⁵³` for a uniform 53-bit integer `k`: in the open interval (0, 1)."""
@@ -31,7 +31,7 @@ class SecureRandomness:
         return torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-53)
 
     def normal(self, count: int) -> Tensor:
-        """Box-Muller on pairs of uniform draws."""
+        """The Box-Muller transform of pairs of uniform draws."""
         half = (count + 1) // 2
         radius = torch.sqrt(-2.0 * torch.log(self.uniform(half)))
         angle = 2.0 * torch.pi * self.uniform(half)
@@ -39,7 +39,7 @@ class SecureRandomness:
 
 
 class ReproducibleRandomness:
-    """Draws that are a function of public numbers, for comparisons and tests. Gives no privacy."""
+    """Draws that are a function of public numbers, for comparisons and tests. Provides no privacy."""
 
     def __init__(self, seed: int, round_number: int, exchange: int, client: int) -> None:
         self._generator = torch_stream(seed, "mechanism", round_number, exchange, client)

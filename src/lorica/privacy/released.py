@@ -12,10 +12,10 @@ _KEY = object()
 
 @final
 class Released:
-    """A tensor that went through a mechanism, or a function of such tensors and public values.
+    """The output of a privacy mechanism, or a function of such outputs and public values.
 
-    Only `lorica.privacy` makes one (`_release`); `post_process` makes new ones from old ones. A reply takes nothing
-    else, so a raw loss, gradient or count has no way to the server.
+    Only `lorica.privacy` creates one (`_release`); `post_process` derives new ones. A reply accepts nothing else, so a
+    raw loss, gradient or count cannot reach the server.
 
     Raises:
         TypeError: constructed without this module's key.
@@ -25,7 +25,7 @@ class Released:
 
     def __init__(self, tensor: Tensor, key: object) -> None:
         if key is not _KEY:
-            raise TypeError("only lorica.privacy releases tensors; use post_process on released ones")
+            raise TypeError("only lorica.privacy can release tensors; use post_process to transform released ones")
         self._tensor = tensor.detach()
 
     @property
@@ -40,9 +40,9 @@ def _release(tensor: Tensor) -> Released:
 
 
 def post_process(function: Callable[..., Tensor], *inputs: Released) -> Released:
-    """`function` of released tensors, which is released again: differential privacy is closed under post-processing.
+    """Apply `function` to released tensors. The result is released: DP is closed under post-processing.
 
-    `function` must close over public values only. Dwork and Roth, The Algorithmic Foundations of Differential Privacy,
+    `function` may close over public values only. Dwork and Roth, The Algorithmic Foundations of Differential Privacy,
     Proposition 2.1.
     """
     return Released(function(*(released.tensor for released in inputs)), _KEY)

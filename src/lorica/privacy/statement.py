@@ -1,4 +1,4 @@
-"""What a run guarantees to each owner, in words and numbers: the content of privacy.json."""
+"""The privacy statement of a run (`privacy.json`): its guarantee for each owner, in words and numbers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from lorica.privacy.unit import RECORD, PrivacyUnit
 ASSUMPTIONS = [
     "Clients hold disjoint records, so the guarantee of the federation is that of its weakest client.",
     "Record counts, sampling rates, noise multipliers, learning rates and the choice of clients per round are public.",
-    "The server and the other owners may see every message; noise is added by each owner before anything leaves it.",
-    "Which records enter a batch stays secret with the owner.",
+    "The server and the other owners may see every message; each owner adds its noise before anything leaves it.",
+    "The choice of records in each batch is known to the owner only.",
 ]
 NOT_COVERED = [
     "The test set: it is public, and the server evaluates on it in every round.",
@@ -25,21 +25,21 @@ NOT_COVERED = [
     "Running time and memory use.",
 ]
 UNPROTECTED = {
-    "none": "Anything: the run trained without differential privacy.",
-    "reproducible": "Anyone who knows or guesses the seed: the noise and the batches can be computed from it.",
+    "none": "All records: the run was trained without differential privacy.",
+    "reproducible": "An attacker who knows or guesses the seed, since the noise and the batches follow from it.",
 }
 
 
 @dataclass(frozen=True)
 class Account:
-    """What one client was charged for in a run. Function of public numbers.
+    """Steps and releases charged to one client in a run. A function of public numbers.
 
     Attributes:
-        steps, releases: every release that may have left counts, whether or not it arrived.
-        lifetime_epsilon: of everything ever released about its records; None where the owner keeps that to itself, or
-            where it has no meaning.
-        unprotected: earlier releases of the same data with seeded noise or none.
-        ledger: where it is recorded; None if with the owner.
+        steps, releases: count every release that may have left, whether or not it arrived.
+        lifetime_epsilon: ε of everything ever released about its records; None if the owner does not share it, or if
+            it is not defined.
+        unprotected: number of releases of the same data with seeded noise or none.
+        ledger: path of the ledger; None if it is with the owner.
     """
 
     steps: int
@@ -50,7 +50,7 @@ class Account:
 
 
 def charged(releases: Iterable[Release], run: str, client: int) -> Account:
-    """What one client was charged for in a run, and nothing of other runs."""
+    """The account of one client in a run, without any information on other runs."""
     own = [release for release in releases if release.run == run and release.client == client]
     return Account(sum(release.steps for release in own), len(own))
 
@@ -82,7 +82,7 @@ def privacy_statement(
     Args:
         plans: client -> plan.
         accounts: client -> account.
-        unit: what was sampled and clipped as one.
+        unit: the unit of privacy.
     """
     noise = next(iter(plans.values())).noise
     noun = unit.noun
@@ -130,7 +130,9 @@ def privacy_statement(
             "target_epsilon": target_epsilon,
         }
     if any(own.lifetime_epsilon == math.inf for own in accounts.values()):
-        statement["not_covered"].append("Earlier releases of the same data with another unit: they do not add up.")
+        statement["not_covered"].append(
+            "Earlier releases of the same data with another unit of privacy: they do not compose."
+        )
     bare = max(own.unprotected for own in accounts.values())
     if noise == "secure" and bare:
         statement["not_covered"].append(

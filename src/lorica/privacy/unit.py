@@ -1,4 +1,4 @@
-"""The unit of privacy: what is sampled, clipped and protected as one."""
+"""The unit of privacy: a record or a group, which is sampled, clipped and protected as a whole."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _GROUP = re.compile(r"group (.*), at most (\d+) records", re.DOTALL)
 class PrivacyUnit:
     """A record, or all records of a group (a patient, a user).
 
-    `str` gives the words that the ledger and `privacy.json` have: `record`, or `group COLUMN, at most N records`.
-    Releases of different units do not add up.
+    `str` gives the text in the ledger and in `privacy.json`: `record`, or `group COLUMN, at most N records`.
+    Releases with different units do not compose.
 
     Attributes:
-        column: whose values say which group a record belongs to; None for single records.
-        group_records: most records of a group that are used.
+        column: the column with the group of each record; None for single records.
+        group_records: maximum number of records used per group.
     """
 
     column: str | None = None
@@ -28,7 +28,7 @@ class PrivacyUnit:
 
     @classmethod
     def of(cls, privacy: PrivacyConfig | Literal["none"]) -> PrivacyUnit:
-        """The unit that a configuration asks for."""
+        """The unit of a configuration."""
         if privacy == "none" or privacy.group is None:
             return cls()
         return cls(privacy.group, privacy.group_records)
@@ -38,7 +38,7 @@ class PrivacyUnit:
         """The inverse of `str`.
 
         Raises:
-            ValueError: no unit that this version knows.
+            ValueError: not a unit of privacy in this version.
 
         >>> PrivacyUnit.parse("group patient, at most 8 records")
         PrivacyUnit(column='patient', group_records=8)
@@ -47,7 +47,7 @@ class PrivacyUnit:
             return cls()
         found = _GROUP.fullmatch(text)
         if found is None:
-            raise ValueError(f"{text!r} is no unit of privacy")
+            raise ValueError(f"{text!r} is not a unit of privacy")
         return cls(found[1], int(found[2]))
 
     def __str__(self) -> str:

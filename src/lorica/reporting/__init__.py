@@ -1,1 +1,1 @@
-"""From a run folder to tables, plots, an HTML page and a model card. Reads files; knows nothing of training."""
+"""Tables, plots, HTML reports and model cards from the files of a run folder, independent of training."""

@@ -1,4 +1,4 @@
-"""What a ledger says of an owner's data: what left, when, to which run, at what ε, and what a policy leaves."""
+"""The account of a ledger: what was released from an owner's data, when, at what ε, and the budget that is left."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ SHOWN_OF_A_DIGEST = 8
 
 
 def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[str, Any]:
-    """JSON-able account of a ledger. Every ε is by PLD at one δ; null stands for infinity.
+    """JSON-able account of a ledger. Each ε is computed by PLD at the same δ; null means infinity.
 
     `runs` has a row for each run, client and kind of noise, with the ε of that run alone. `owners` has a row for each
-    set of records, with the ε of all runs that they may have been in. `policy` composes everything in the ledger, as
+    set of records, with the ε of all runs that may have used them. `policy` composes everything in the ledger, as
     `Policy.review_release` does.
 
     Args:
-        path: a ledger, or the data that it lies beside.
-        delta: where there is no policy; the policy has its own.
+        path: a ledger, or the data next to it.
+        delta: δ if there is no policy; a policy has its own.
 
     Raises:
-        UserError: no ledger there.
+        UserError: no ledger found.
     """
     ledger = find_ledger(path)
     entries = read_ledger(ledger)
@@ -53,18 +53,18 @@ def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[
 
 
 def budget_table(budget: dict[str, Any]) -> Group:
-    """The same for the terminal; what no noise protects is red, identifiers are cut to 8 characters."""
+    """The account for the terminal. Unprotected releases are red, and ids are shortened to 8 characters."""
     parts: list[RenderableType] = [
         Text(f"Ledger {budget['ledger']}"),
         _table(
             f"Releases (ε of each run alone, at δ = {budget['delta']:g}; times in UTC)",
             ["Run", "Client", "Records of", "Released", "Rounds", "Steps", "q", "σ", "C", "Noise", "Unit", "ε"],
             [(_run_cells(row), row["noise"] != "secure") for row in budget["runs"]],
-            # They are in the other table, too.
+            # These columns are also in the other table.
             foldable={"Records of", "Unit"},
         ),
         _table(
-            f"Life of the data (ε of all runs, at δ = {budget['delta']:g})",
+            f"Lifetime of the data (ε of all runs, at δ = {budget['delta']:g})",
             ["Data set", "Records of", "Unit", "Runs", "Releases", "Unprotected", "ε"],
             [(_records_cells(row), row["unprotected"] > 0) for row in budget["owners"]],
         ),
@@ -116,7 +116,7 @@ def _records_row(
     of_dataset = [release for release in releases if release.dataset == dataset]
     own = [release for release in of_dataset if release.records == records]
     runs = {release.run for release in own}
-    # Another partition of the same data set: who had these records then, nobody knows.
+    # Other runs may have divided the data set differently, so it is unknown which client had these records.
     bare = unprotected(own + [release for release in of_dataset if release.run not in runs])
     life = math.inf if bare else lifetime_epsilon(of_dataset, records, delta, unit=unit)
     return {
@@ -164,7 +164,7 @@ def _records_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _period(first: str, last: str) -> str:
-    """From one minute to another; a day that is the same is said once."""
+    """A period of time, to the minute; the date is repeated only if it changes."""
     start, end = first[:16].replace("T", " "), last[:16].replace("T", " ")
     if start == end:
         return start
@@ -174,7 +174,7 @@ def _period(first: str, last: str) -> str:
 def _table(
     title: str, headings: list[str], rows: list[tuple[list[str], bool]], foldable: Collection[str] = ()
 ) -> Table:
-    """A row is red where the flag beside it says so; a foldable column is left out where all its cells are equal."""
+    """A table whose rows are red if flagged; foldable columns are left out if all their cells are equal."""
     kept = [
         place
         for place, heading in enumerate(headings)

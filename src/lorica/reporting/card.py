@@ -1,4 +1,4 @@
-"""The model card of an adapter: what it is, how to load it, and the privacy statement."""
+"""The model card of an adapter: description, how to load it, and the privacy statement."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def model_card(run: Run, load_lines: str) -> str:
-    """Markdown with the front matter that Hugging Face reads, for `README.md` in the adapter folder.
+    """Markdown with Hugging Face front matter, for `README.md` in the adapter folder.
 
-    A base model that is no Hugging Face id (a folder, `lorica:...`) is named in the text only, since the hub refuses a
-    card whose `base_model` it does not know; of a folder only the last part is named, since cards are published.
+    A base model that is not a Hugging Face id (a folder, `lorica:...`) appears in the text only, because the hub
+    rejects cards with an unknown `base_model`. Only the last part of a folder's path is shown, because cards are
+    published.
 
     Args:
-        load_lines: Python that loads the adapter.
+        load_lines: Python code that loads the adapter.
     """
     base = str(run.config.get("model", {}).get("base", "unknown"))
     front: dict[str, Any] = {"library_name": "peft"}
@@ -41,7 +42,7 @@ def model_card(run: Run, load_lines: str) -> str:
 
 # {_inline(run.name)}
 {warning}
-A LoRA adapter for `{_code(base)}`, trained with {trained_with} on data that stayed with its owners.
+A LoRA adapter for `{_code(base)}`, trained with {trained_with} on data that never left its owners.
 
 * Method: `{_code(run.method)}`
 * Test {metric_name(run.metrics)}: {score_text(run)}
@@ -59,12 +60,12 @@ A LoRA adapter for `{_code(base)}`, trained with {trained_with} on data that sta
 def _privacy(run: Run) -> str:
     privacy = run.privacy or {}
     if not _has_noise(run):
-        return f"**Nothing here is a privacy guarantee: {_inline(not_private(run))}**\n"
+        return f"**No privacy guarantee: {_inline(not_private(run))}**\n"
     lines = [f"* {name}: {_inline(privacy[key])}" for key, name in PRIVACY_TERMS if privacy.get(key)]
     table = markdown_table(*client_rows(run.clients, GUARANTEE))
     return "\n".join(
         [
-            "Each client has a guarantee of its own, about its own records.",
+            "Each client has its own guarantee, for its own records.",
             "",
             *lines,
             "",
@@ -92,12 +93,12 @@ def _bullets(lines: list[str] | None) -> list[str]:
 
 
 def _inline(text: object) -> str:
-    """Text on one line that Markdown reads as text."""
+    """Text on one line, escaped for Markdown."""
     return re.sub(r"([\\`*_<>\[\]])", r"\\\1", " ".join(str(text).split()))
 
 
 def _code(text: str) -> str:
-    """Text for between two backticks."""
+    """Text to put between backticks."""
     return " ".join(text.replace("`", "'").split())
 
 

@@ -1,4 +1,4 @@
-"""The table of clients, of which terminal, report and model card show as many columns as fit them."""
+"""The table of clients for terminal, report and model card, each with a selection of columns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from lorica.reporting.style import rounded_up
 
-# Key of a client in privacy.json -> heading and format. Costs have no format: they are rounded up.
+# Key of a client in privacy.json -> heading and format. Costs have no format because they are rounded up.
 _COLUMNS: dict[str, tuple[str, str | None]] = {
     "client": ("Client", "{}"),
     "records": ("Records", "{:,}"),
@@ -19,7 +19,7 @@ _COLUMNS: dict[str, tuple[str, str | None]] = {
     "epsilon": ("ε", None),
     "epsilon_rdp": ("ε by RDP", None),
     "delta": ("δ", None),
-    "lifetime_epsilon": ("ε, life of the data", None),
+    "lifetime_epsilon": ("ε, lifetime of the data", None),
 }
 ALL = tuple(_COLUMNS)
 GUARANTEE = ("client", "records", "sampling_rate", "noise_multiplier", "clip_norm", "steps", "epsilon", "delta")
@@ -27,7 +27,7 @@ SHORT = ("client", "records", "noise_multiplier", "steps", "epsilon", "delta")
 
 
 def client_rows(clients: list[dict[str, Any]], columns: Sequence[str] = ALL) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row for each client in the order of their numbers; what a client lacks is a dash."""
+    """Headings, and one row per client in the order of their numbers. Missing values are dashes."""
     headings = [_COLUMNS[key][0] for key in columns]
     return headings, [[_cell(client, key) for key in columns] for client in sorted(clients, key=_number)]
 

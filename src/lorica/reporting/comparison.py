@@ -1,4 +1,4 @@
-"""Several runs of several methods, brought together by method."""
+"""Several runs of several methods, summarised by method."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lorica.reporting.run_folder import bytes_sent, outcome, seconds_per_round
 
 
 @dataclass(frozen=True)
-class Result:
+class ComparedRun:
     """One run in a comparison: its method, its seed and the lines of its metrics.jsonl.
 
-    `private_release` comes from its privacy.json; None where that is not known.
+    `private_release` comes from its privacy.json; None if unknown.
     """
 
     method: str
@@ -25,10 +25,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Summary:
-    """A method over its seeds: the last evaluated round of each, their mean and sample standard deviation.
+    """A method over its seeds: the last evaluated round of each seed, their mean and sample standard deviation.
 
-    `std` is None with a single seed, `start` if no run evaluated its starting model, `epsilon` without DP. `epsilon` is
-    the largest over the seeds; bytes and seconds are means over the seeds.
+    `std` is None with a single seed, `start` is None if no run evaluated its initial model, and `epsilon` is None
+    without DP. `epsilon` is the maximum over the seeds; bytes and seconds are means over the seeds.
     """
 
     method: str
@@ -45,28 +45,30 @@ class Summary:
     server_seconds_per_round: float | None
 
 
-def by_method(results: list[Result]) -> dict[str, list[Result]]:
-    """The results of each method, in the order of their seeds; methods in the order of their names.
+def by_method(results: list[ComparedRun]) -> dict[str, list[ComparedRun]]:
+    """The runs of each method, sorted by seed; methods are sorted by name.
 
     Raises:
-        UserError: there is no result, one has no evaluated round after round 0, or a method has a seed twice.
+        UserError: there are no runs, a run has no evaluated round after round 0, or a method has the same seed twice.
     """
     if not results:
-        raise UserError("results", [], "nothing to compare", "give at least one finished run")
-    groups: dict[str, list[Result]] = {}
+        raise UserError("results", [], "there is nothing to compare", "give at least one finished run")
+    groups: dict[str, list[ComparedRun]] = {}
     for result in sorted(results, key=lambda result: (result.method, result.seed)):
         group = groups.setdefault(result.method, [])
         label = f"{result.method}, seed {result.seed}"
         if group and group[-1].seed == result.seed:
-            raise UserError("results", label, "the same method and seed twice", "give each run once")
+            raise UserError("results", label, "the same method and seed appear twice", "give each run once")
         if outcome(result.metrics).final is None:
-            raise UserError("results", label, "no evaluated round", "let the run finish a round, or leave it out")
+            raise UserError(
+                "results", label, "no round was evaluated", "finish a round of this run, or leave the run out"
+            )
         group.append(result)
     return groups
 
 
-def summarise(results: list[Result]) -> list[Summary]:
-    """One summary per method, highest mean of the final accuracy first.
+def summarise(results: list[ComparedRun]) -> list[Summary]:
+    """One summary per method, sorted by the mean of the final metric, highest first.
 
     Raises:
         UserError: as `by_method`.
@@ -75,7 +77,7 @@ def summarise(results: list[Result]) -> list[Summary]:
     return sorted(summaries, key=lambda summary: -summary.mean)
 
 
-def _summary(method: str, group: list[Result]) -> Summary:
+def _summary(method: str, group: list[ComparedRun]) -> Summary:
     outcomes = [outcome(result.metrics) for result in group]
     finals = [float(each.final) for each in outcomes if each.final is not None]
     starts = [each.start for each in outcomes if each.start is not None]
@@ -97,7 +99,7 @@ def _summary(method: str, group: list[Result]) -> Summary:
     )
 
 
-def _mean_seconds(group: list[Result], key: str) -> float | None:
+def _mean_seconds(group: list[ComparedRun], key: str) -> float | None:
     times = [seconds_per_round(result.metrics, key) for result in group]
     known = [seconds for seconds in times if seconds is not None]
     return statistics.fmean(known) if known else None

@@ -1,4 +1,4 @@
-"""Which factor was trained where and when: decisions.jsonl as one row per layer."""
+"""The factors trained in each layer and round: decisions.jsonl as one row per layer."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from lorica.reporting.run_folder import Run
 
 @dataclass(frozen=True)
 class FactorRow:
-    """One layer (or one site) over the rounds of `factor_rounds`; a choice is "A", "B", "AB", "R" or "" for neither."""
+    """One layer (or site) over the rounds of `factor_rounds`; each choice is "A", "B", "AB", "R", or "" for none."""
 
     label: str
     choices: tuple[str, ...]
 
     def share(self, factor: str) -> float:
-        """Share of the rounds in which the factor was trained, alone or with the other one."""
+        """Fraction of the rounds in which the factor was trained, alone or with the other one."""
         return sum(factor in choice for choice in self.choices) / len(self.choices)
 
 
 def factor_rounds(run: Run) -> list[int]:
-    """The rounds that have a decision, in order."""
+    """The rounds with a recorded decision, in order."""
     return [row["round"] for row in run.decisions]
 
 
 def factor_rows(run: Run) -> list[FactorRow]:
-    """One row per layer, or per site if the sites of a layer ever differ; empty if no decision was recorded.
+    """One row per layer, or per site if the sites of a layer ever differ. Empty if no decision was recorded.
 
-    A site that a round does not mention trained neither factor. Sites without a layer number get a row of their own,
-    after the layers.
+    A site that is not listed in a round trained neither factor. Sites without a layer number have their own rows, after
+    the layers.
     """
     sites = {site for row in run.decisions for site in row["factors"]}
     choices = {site: tuple("".join(sorted(row["factors"].get(site, ""))) for row in run.decisions) for site in sites}
@@ -50,7 +50,7 @@ def factor_rows(run: Run) -> list[FactorRow]:
 
 
 def layer_numbers(site: str) -> tuple[int, ...]:
-    """The integers in a dotted name, which tell its layer: `(3,)`, or `(0, 1)` for block 1 of stage 0; may be empty."""
+    """The integers in a dotted name, which identify its layer: `(3,)`, or `(0, 1)` for block 1 of stage 0."""
     return tuple(int(part) for part in site.split(".") if part.isdecimal())
 
 
@@ -59,7 +59,7 @@ def _dotted(layer: tuple[int, ...]) -> str:
 
 
 def _site_label(site: str, siblings: list[str]) -> str:
-    """The last part of the name, or all that follows the layer number where the last part is not unique."""
+    """The last part of the name, or everything after the layer number if the last part is not unique."""
     last = site.rsplit(".", 1)[-1]
     if sum(sibling.rsplit(".", 1)[-1] == last for sibling in siblings) == 1:
         return last

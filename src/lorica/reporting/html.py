@@ -1,4 +1,4 @@
-"""The page of a run and the page of a comparison: one file each, nothing loaded from elsewhere."""
+"""The HTML pages of a run and of a comparison, each a single self-contained file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from lorica.files import write_atomically
 from lorica.reporting.clients import client_rows
-from lorica.reporting.comparison import Result, summarise
+from lorica.reporting.comparison import ComparedRun, summarise
 from lorica.reporting.factors import factor_rows
 from lorica.reporting.partition import partition_figure
 from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_figure, factors_figure, final_figure
@@ -48,14 +48,14 @@ MOST_OPEN_ROWS = 25
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.html, accuracy.png, factors.png and partition.png into a run folder and return the path of the page.
+    """Write report.html, accuracy.png, factors.png and partition.png to a run folder and return the path of the page.
 
-    Everything is drawn before the first file is replaced, each file is replaced in one step, and the page comes last,
-    so a failure leaves the old page. What the run does not hold (evaluated rounds, decisions, label counts, clients)
-    is left out.
+    All figures are drawn before the first file is replaced, files are replaced atomically, and the page is written
+    last, so a failure keeps the old page. Sections without data (evaluated rounds, decisions, label counts, clients)
+    are left out.
 
     Raises:
-        UserError: as `read_run`, or the folder cannot be written.
+        UserError: as `read_run`, or the folder is not writable.
     """
     run = read_run(folder)
     figures: dict[str, Figure] = {}
@@ -74,13 +74,13 @@ def write_report(folder: str | Path) -> Path:
     return run.folder / "report.html"
 
 
-def write_comparison(folder: str | Path, results: list[Result]) -> Path:
-    """Write comparison.html, .png, .md and .json and final.png into a folder and return the path of the page.
+def write_comparison(folder: str | Path, results: list[ComparedRun]) -> Path:
+    """Write comparison.html, .png, .md and .json and final.png to a folder and return the path of the page.
 
-    The folder is made if it is absent. The page comes last, so a failure leaves the old page.
+    The folder is created if needed. The page is written last, so a failure keeps the old page.
 
     Raises:
-        UserError: as `lorica.reporting.comparison.by_method`, or the folder cannot be written.
+        UserError: as `lorica.reporting.comparison.by_method`, or the folder is not writable.
     """
     folder = Path(folder)
     figures = {"comparison": comparison_figure(results), "final": final_figure(results)}
@@ -115,8 +115,8 @@ def figure_svg(figure: Figure, name: str, description: str) -> Markup:
     """A figure as an inline SVG element that scales with the page.
 
     Args:
-        name: goes before every id in the SVG, since ids are shared by all figures of a page.
-        description: what a screen reader says.
+        name: prefix for all ids in the SVG, because ids must be unique on a page.
+        description: text for screen readers.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(RC):
@@ -129,7 +129,7 @@ def figure_svg(figure: Figure, name: str, description: str) -> Markup:
     opening = re.match(r"<svg[^>]*>", svg)
     view = re.search(r'viewBox="([^"]*)"', svg)
     if opening is None or view is None:
-        raise RuntimeError("matplotlib wrote an SVG without a view box")
+        raise RuntimeError("matplotlib wrote an SVG without a viewBox")
     label = escape(description)
     start = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
@@ -144,8 +144,8 @@ def _drawings(figures: dict[str, Figure]) -> dict[str, Markup]:
 
 DESCRIPTIONS = {
     "accuracy": "Main metric on the test set per round, and the privacy spent",
-    "factors": "Which factor each layer trained in each round",
-    "partition": "Records of each label that each client holds",
+    "factors": "Factors trained by each layer in each round",
+    "partition": "Number of records per client and label",
     "clients": "Records and noise multiplier of each client",
     "comparison": "Main metric on the test set per round of each method",
     "final": "Main metric on the test set of each method and seed after the last round",
@@ -153,7 +153,7 @@ DESCRIPTIONS = {
 
 
 def _run_view(run: Run) -> dict[str, Any]:
-    """What the page says, as text: the template only puts it in its place."""
+    """The content of the page as text; the template only arranges it."""
     reached = outcome(run.metrics)
     spent = guarantee(run)
     up, down = bytes_sent(run.metrics)
@@ -212,7 +212,7 @@ def _subtitle(run: Run) -> str:
 
 
 def _traffic(run: Run) -> list[list[str]]:
-    """Per client: rounds it took part in, bytes up, bytes down."""
+    """Per client: number of rounds, bytes up, bytes down."""
     clients = {client for row in run.metrics for key in ("bytes_up", "bytes_down") for client in row.get(key, {})}
     return [
         [
@@ -243,7 +243,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for infinity and NaN, which JSON does not know."""
+    """The value with null for infinity and NaN, which are not valid JSON."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):

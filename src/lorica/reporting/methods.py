@@ -12,7 +12,7 @@ HEADINGS = ["method", "trains", "sends", "aggregation", "client ranks", "under D
 
 
 def method_rows() -> list[list[str]]:
-    """Cells of every installed method, in the order of `HEADINGS`; client ranks are `any` or `one` for all clients."""
+    """Cells of all installed methods, in the order of `HEADINGS`. Client ranks are `any`, or `one` for all clients."""
     return [
         [
             name,
@@ -28,10 +28,10 @@ def method_rows() -> list[list[str]]:
 
 
 def methods_table() -> Table:
-    """The rows for a terminal; from 80 columns on, no cell is cut and no name of a method and no number is broken."""
+    """The table for a terminal. From 80 columns on, no cell is cut, and no method name or arXiv number is wrapped."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in HEADINGS:
-        # Broken by hand: its cells are short, and at 80 columns the other ones need the room.
+        # Wrapped by hand: the cells below are narrow, and at 80 columns the other columns need the space.
         broken = heading.replace("aggregation", "aggre-\ngation").replace(" ", "\n")
         table.add_column(broken, overflow="fold", no_wrap=heading in ("method", "paper"))
     for row in method_rows():

@@ -1,4 +1,4 @@
-"""The figure of a simulated division: how many records of each label each client holds."""
+"""The figure of a simulated partition: number of records per client and label."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ LETTER = 0.074
 
 
 def partition_figure(run: Run) -> Figure:
-    """A map of clients (down) by labels (across), darker where there are more records, with each client's total.
+    """A heat map of clients (rows) by labels (columns), darker for more records, with each client's total.
 
-    Counts are written in the cells where they fit. More than 200 labels are drawn in groups of neighbours, so that a
-    column stays visible; the axis says how many labels a column holds.
+    Counts are written in the cells if they fit. With more than 200 labels, neighbouring labels are grouped so that
+    columns stay visible; the axis label gives the size of the groups.
 
     Raises:
-        UserError: partition.json is missing, or holds no counts.
+        UserError: partition.json is missing or has no counts.
     """
     clients = (run.partition or {}).get("clients")
     if not clients or not clients[0]["counts"]:
-        problem = "partition.json is missing or holds no counts"
-        raise UserError("run", str(run.folder), problem, "nothing to draw for this run")
+        problem = "partition.json is missing or has no counts"
+        raise UserError("run", str(run.folder), problem, "choose a run with simulated clients")
     counts = np.array([client["counts"] for client in clients], dtype=np.int64)
     labels = [str(label) for label in (run.partition or {})["labels"]]
     names = [_client_name(client) for client in clients]
@@ -48,7 +48,7 @@ def partition_figure(run: Run) -> Figure:
 
 
 def shade_bounds(most: int) -> list[int]:
-    """The lowest count of each shade: 1, 3, 10, 30, … up to `most`, or every second or third of them if too many."""
+    """The lowest count of each shade: 1, 3, 10, 30, … up to `most`, or every second or third of these if too many."""
     bounds = [step * 10**power for power in range(19) for step in (1, 3) if step * 10**power <= max(1, most)]
     return bounds[:: math.ceil(len(bounds) / len(SHADES))]
 
@@ -107,10 +107,10 @@ def _draw(cells: np.ndarray, totals: np.ndarray, names: list[str], labels: list[
     else:
         panel.xaxis.set_major_locator(MaxNLocator(10, steps=[1, 2, 5, 10], integer=True))
         panel.xaxis.set_major_formatter(lambda place, _: f"{place * group:.0f}")
-        together = f"; each column is {group} labels together" if group > 1 else ""
-        panel.set_xlabel(f"Label (its place among the {len(labels):,}{together})")
+        grouped = f"; each column is a group of {group} labels" if group > 1 else ""
+        panel.set_xlabel(f"Label (index among {len(labels):,}{grouped})")
     _write_counts(panel, cells, levels, shades, width / columns, row_height)
-    _key(figure, left, bounds, int(cells.max()), shades)
+    _legend(figure, left, bounds, int(cells.max()), shades)
     return figure
 
 
@@ -120,7 +120,7 @@ def _client_name(client: dict[str, object]) -> str:
 
 
 def _runs(inside: np.ndarray, gap: tuple[float, float]) -> Outline:
-    """One outline of many cells; cells without a gap that touch in a row become one rectangle."""
+    """One outline of many cells. Without a gap, adjacent cells of a row are merged into one rectangle."""
     corners: list[tuple[float, float]] = []
     for row, line in enumerate(inside):
         if gap[0]:
@@ -148,8 +148,8 @@ def _write_counts(
             panel.text(column, row, f"{count:,}", ha="center", va="center_baseline", fontsize=9, color=colour)
 
 
-def _key(figure: Figure, left: float, bounds: list[int], most: int, shades: list[str]) -> None:
-    """Squares with the counts they stand for, above the map."""
+def _legend(figure: Figure, left: float, bounds: list[int], most: int, shades: list[str]) -> None:
+    """A legend above the map: squares with the counts that they represent."""
     width, height = figure.get_size_inches()
     ends = [bound - 1 for bound in bounds[1:]] + [max(most, bounds[-1])]
     texts = ["none"] + [

@@ -1,4 +1,4 @@
-"""The figures of a run and of a comparison. No global state: every function returns a Figure of its own."""
+"""The figures of a run and of a comparison. Each function returns a new Figure and uses no global state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from matplotlib.path import Path as Outline
 from matplotlib.ticker import MaxNLocator
 
 from lorica.errors import UserError
-from lorica.reporting.comparison import Result, by_method, summarise
+from lorica.reporting.comparison import ComparedRun, by_method, summarise
 from lorica.reporting.factors import factor_rounds, factor_rows
 from lorica.reporting.run_folder import Run, metric_name, outcome, score_of
 from lorica.reporting.style import (
@@ -52,7 +52,7 @@ def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
 
 @_styled
 def accuracy_figure(run: Run) -> Figure:
-    """The main metric per round over the starting model's; with DP, a second panel with the ε spent so far.
+    """The main metric per round, compared with the initial model; with DP, a second panel with the ε spent so far.
 
     Raises:
         UserError: no round was evaluated.
@@ -100,14 +100,16 @@ def accuracy_figure(run: Run) -> Figure:
 
 @_styled
 def factors_figure(run: Run) -> Figure:
-    """Which factor each layer trained in each round, as a map: layers down, rounds across.
+    """A map of the factors trained by each layer (rows) in each round (columns).
 
     Raises:
-        UserError: the run recorded no decision.
+        UserError: the run recorded no decisions.
     """
     rows, rounds = factor_rows(run), factor_rounds(run)
     if not rows:
-        raise UserError("run", str(run.folder), "decisions.jsonl is missing or empty", "run a method that records them")
+        raise UserError(
+            "run", str(run.folder), "decisions.jsonl is missing or empty", "finish at least one round of this run"
+        )
     row_height = min(0.34, max(5.5 / len(rows), min(0.16, 9.6 / len(rows))))
     figure, (panel,) = _panels([max(0.5, row_height * len(rows))], left=_label_room(rows), right=1.16, top=0.62)
     gap = 0.03 * len(rounds) / _width(panel) if len(rounds) <= MOST_MARKED_ROUNDS else 0.0
@@ -132,20 +134,22 @@ def factors_figure(run: Run) -> Figure:
             for place, row in enumerate(rows):
                 _at_right(panel, offset, place, f"{100 * row.share(factor):.0f} %", INK, 0)
         _at_right(panel, 1.04, -0.5, "Share of rounds", MUTED, 17, va="bottom")
-    _key(figure, panel, [choice for choice in FACTOR_COLOURS if any(choice in row.choices for row in rows)])
+    _legend(figure, panel, [choice for choice in FACTOR_COLOURS if any(choice in row.choices for row in rows)])
     return figure
 
 
 @_styled
 def clients_figure(run: Run) -> Figure:
-    """Records and, with DP, noise multiplier of every client, as bars.
+    """Bars with the records and, with DP, the noise multiplier of each client.
 
     Raises:
-        UserError: privacy.json lists no client.
+        UserError: privacy.json lists no clients.
     """
     clients = sorted(run.clients, key=lambda client: client["client"])
     if not clients:
-        raise UserError("run", str(run.folder), "privacy.json lists no client", "nothing to draw for this run")
+        raise UserError(
+            "run", str(run.folder), "privacy.json lists no clients", "finish this run, then draw the figure"
+        )
     shown = [("records", "Records", "{:,.0f}")]
     if any(client.get("noise_multiplier") for client in clients):
         shown.append(("noise_multiplier", "Noise multiplier σ (noise std / clipping norm)", "{:.2f}"))
@@ -180,10 +184,10 @@ def clients_figure(run: Run) -> Figure:
 
 
 @_styled
-def comparison_figure(results: list[Result]) -> Figure:
-    """Accuracy per round of every method: mean over its seeds, and a band from the lowest to the highest seed.
+def comparison_figure(results: list[ComparedRun]) -> Figure:
+    """The main metric per round of each method: mean over its seeds, and a band from the lowest to the highest seed.
 
-    A method's line covers the rounds that all its seeds evaluated, so that no seed enters or leaves it midway.
+    A method's line covers only the rounds that all its seeds evaluated, so that the mean is always over all seeds.
 
     Raises:
         UserError: as `by_method`.
@@ -197,7 +201,12 @@ def comparison_figure(results: list[Result]) -> Figure:
     for method, group in groups.items():
         rounds, seeds = _shared_rounds(group)
         if not rounds:
-            raise UserError("results", method, "its seeds share no evaluated round", "evaluate them in the same rounds")
+            raise UserError(
+                "results",
+                method,
+                "its seeds have no evaluated round in common",
+                "set federation.evaluate_every to the same value for all seeds",
+            )
         mean = [statistics.fmean(values) for values in seeds]
         low, high = [min(values) for values in seeds], [max(values) for values in seeds]
         look = style[method]
@@ -217,10 +226,10 @@ def comparison_figure(results: list[Result]) -> Figure:
 
 
 @_styled
-def final_figure(results: list[Result]) -> Figure:
-    """The main metric after the last evaluated round: a dot per seed, mean and one standard deviation per method.
+def final_figure(results: list[ComparedRun]) -> Figure:
+    """The main metric after the last evaluated round: one dot per seed, mean and standard deviation per method.
 
-    The dashed line is the starting model (the mean, if it differs between runs).
+    The dashed line is the initial model (the mean, if runs differ).
 
     Raises:
         UserError: as `by_method`.
@@ -245,7 +254,7 @@ def final_figure(results: list[Result]) -> Figure:
                 label=f"_{summary.method} std",
             )
         panel.plot([mean, mean], [row - 0.28, row + 0.28], color=look.colour, linewidth=2.5, label=summary.method)
-        # Seeds with the same accuracy stay visible because each seed has its own height.
+        # Each seed has its own height, so that seeds with equal values stay visible.
         offsets = (
             [0.0] if len(finals) == 1 else [0.24 * (place / (len(finals) - 1) - 0.5) for place in range(len(finals))]
         )
@@ -289,13 +298,13 @@ def final_figure(results: list[Result]) -> Figure:
 
 
 def _series(metrics: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Rounds and values where the metrics hold a finite one."""
+    """Rounds and values of a metric, where it is present and finite."""
     rows = [row for row in metrics if row.get(key) is not None and math.isfinite(row[key])]
     return [int(row["round"]) for row in rows], [row[key] for row in rows]
 
 
 def _scores(metrics: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    """Rounds and the main metric in percent, where there is a finite one."""
+    """Rounds and the main metric in percent, where it is present and finite."""
     return _series([{"round": row["round"], "percent": _percent(score_of(row))} for row in metrics], "percent")
 
 
@@ -303,7 +312,7 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def _shared_rounds(group: Sequence[Result]) -> tuple[list[int], list[list[float]]]:
+def _shared_rounds(group: Sequence[ComparedRun]) -> tuple[list[int], list[list[float]]]:
     """The rounds that every seed evaluated and, per round, the main metric of each seed in percent."""
     per_seed = [dict(zip(*_scores(result.metrics), strict=True)) for result in group]
     rounds = sorted(set.intersection(*(set(series) for series in per_seed)))
@@ -311,7 +320,7 @@ def _shared_rounds(group: Sequence[Result]) -> tuple[list[int], list[list[float]
 
 
 def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
-    """Axes at a place in inches: labels are set by hand, so the layout has to be known before anything is drawn."""
+    """Axes at a position in inches. Labels are placed by hand, so the layout must be known before drawing."""
     whole_width, whole_height = figure.get_size_inches()
     return figure.add_axes((left / whole_width, bottom / whole_height, width / whole_width, height / whole_height))
 
@@ -319,7 +328,7 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
 def _panels(
     heights: Sequence[float], left: float = TICK_ROOM, right: float = 0.5, top: float = 0.36
 ) -> tuple[Figure, list[Axes]]:
-    """Panels of these heights (inches) below each other."""
+    """Panels of these heights (inches), one below the other."""
     bottom, between = 0.52, 0.55
     figure = Figure(figsize=(WIDTH, top + sum(heights) + between * (len(heights) - 1) + bottom))
     panels = []
@@ -331,7 +340,7 @@ def _panels(
 
 
 def _name_axis(panel: Axes, text: str, inset: float = 0) -> None:
-    """The y axis' name, upright above the axis, `inset` inches to its left: nobody has to turn the head."""
+    """The name of the y axis, written horizontally above the axis, `inset` inches to its left."""
     panel.set_ylabel(text, rotation=0, ha="left", va="bottom")
     panel.yaxis.set_label_coords(-inset / _width(panel), 1 + 6 / 72 / _height(panel))
 
@@ -346,9 +355,9 @@ def _round_axis(panels: Sequence[Axes], last: int) -> None:
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Bounds of an axis in percent: a margin, and no less than 5 points, so that noise does not look large.
+    """Bounds of an axis in percent: a margin, and a range of at least 5 points, so that noise does not look large.
 
-    A correlation may lie below zero; other metrics never do, and their axis does not show what cannot be.
+    The axis includes negative values only if there are any: correlations can be negative, other metrics cannot.
     """
     low, high = min(values), max(values)
     margin = max(0.06 * (high - low), (5 - (high - low)) / 2, 0.5)
@@ -371,7 +380,7 @@ def _height(panel: Axes) -> float:
 def _label_ends(
     panel: Axes, labels: Sequence[tuple[float, str, str, str]], end_rounds: Sequence[int], last: int
 ) -> None:
-    """Labels (value, text, colour, weight) right of the panel, moved apart where they would overlap."""
+    """Labels (value, text, colour, weight) to the right of the panel, moved apart if they would overlap."""
     low, high = panel.get_ylim()
     unit = (high - low) / _height(panel)
     values = [value for value, *_ in labels]
@@ -403,7 +412,7 @@ def _label_ends(
 
 
 def _row_labels(panel: Axes, labels: Sequence[str]) -> None:
-    """Names of rows; of rows that are too narrow for that, every second, third, ... one."""
+    """Labels of the rows; if the rows are too narrow, only of every second, third, ... row."""
     step = math.ceil(LABEL_HEIGHT * len(labels) / _height(panel))
     panel.set_yticks(range(0, len(labels), step), [shortened(label) for label in labels[::step]])
     panel.tick_params(axis="y", labelcolor=INK)
@@ -423,7 +432,7 @@ def _at_right(
     va: str = "center_baseline",
     weight: str = "normal",
 ) -> None:
-    """Right-aligned text beside the panel, at a height in data coordinates."""
+    """Right-aligned text to the right of the panel, at a height in data coordinates."""
     panel.annotate(
         text,
         (1, place),
@@ -440,7 +449,7 @@ def _at_right(
 
 
 def _cells(cells: Sequence[tuple[float, float]], gap: float) -> Outline:
-    """One outline of many unit cells (left edge, middle height): a single SVG path where a mesh would be thousands."""
+    """One outline of many unit cells (left edge, middle height): a single SVG path instead of thousands."""
     corners: list[tuple[float, float]] = []
     for left, middle in cells:
         x0, x1, y0, y1 = left + gap / 2, left + 1 - gap / 2, middle - 0.43, middle + 0.43
@@ -449,8 +458,8 @@ def _cells(cells: Sequence[tuple[float, float]], gap: float) -> Outline:
     return Outline(corners, codes)
 
 
-def _key(figure: Figure, panel: Axes, choices: Sequence[str]) -> None:
-    """Squares with their names above the map."""
+def _legend(figure: Figure, panel: Axes, choices: Sequence[str]) -> None:
+    """A legend above the map: squares with their names."""
     width, height = figure.get_size_inches()
     x = panel.get_position().x0 * width
     y = height - 0.3

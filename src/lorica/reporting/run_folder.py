@@ -1,4 +1,4 @@
-"""A run folder, read back: what a run was, what it reached and what it guarantees, from its files alone."""
+"""Read a run folder: configuration, results and privacy guarantee of a run, from its files alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METRIC_NAMES = {"f1": "F1", "matthews": "Matthews correlation", "pearson": "Pear
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder; one metrics line per round, in the order of the rounds."""
+    """The content of a run folder, with one line of metrics per round, sorted by round."""
 
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -36,7 +36,7 @@ class Run:
 
     @property
     def rounds(self) -> int:
-        """Rounds that are finished."""
+        """Number of finished rounds."""
         return int(self.metrics[-1]["round"])
 
     @property
@@ -45,13 +45,13 @@ class Run:
 
     @property
     def clients(self) -> list[dict[str, Any]]:
-        """What privacy.json says of each client; empty where it lists none."""
+        """The clients in privacy.json; empty if there are none."""
         return list((self.privacy or {}).get("clients") or [])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Main metric of the starting model and of the last evaluated round; None where nothing was evaluated."""
+    """Main metric of the initial model and of the last evaluated round; None if not evaluated."""
 
     start: float | None
     final: float | None
@@ -65,12 +65,12 @@ class Outcome:
 def read_run(folder: str | Path) -> Run:
     """Read a run folder.
 
-    A last line that a crash cut short is left out, of a round that was run twice (a resumed run) the later line counts,
-    and decisions of a round that did not finish are left out. environment.json, decisions.jsonl, privacy.json and
-    partition.json may be absent.
+    An incomplete last line, left by a crash, is ignored. If a round was run twice (in a resumed run), the later line
+    counts. Decisions of unfinished rounds are ignored. environment.json, decisions.jsonl, privacy.json and
+    partition.json may be missing.
 
     Raises:
-        UserError: there is no such folder, it is not a run folder, a file in it is damaged, or no round is finished.
+        UserError: no such folder, not a run folder, a damaged file, or no finished round.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -85,7 +85,7 @@ def read_run(folder: str | Path) -> Run:
             )
     metrics = _read_rounds(folder / "metrics.jsonl")
     if not metrics or metrics[-1]["round"] < 1:
-        raise UserError("run", str(folder), "no round is finished yet", "let the run finish a round, or resume it")
+        raise UserError("run", str(folder), "no round is finished", "resume the run until it has finished a round")
     finished = {row["round"] for row in metrics}
     decisions = [row for row in _read_rounds(folder / "decisions.jsonl") if row["round"] in finished]
     return Run(
@@ -100,7 +100,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def outcome(metrics: list[dict[str, Any]]) -> Outcome:
-    """Where a run started and where it ended: round 0 and the last evaluated round, never the best one.
+    """The main metric at the start and the end of a run: in round 0 and in the last evaluated round, not the best one.
 
     `final` is None if no round after round 0 was evaluated, `start` if round 0 was not.
     """
@@ -113,26 +113,26 @@ def outcome(metrics: list[dict[str, Any]]) -> Outcome:
 
 
 def score_of(row: dict[str, Any]) -> float | None:
-    """The task's main metric in a line of metrics.jsonl, where 1 is perfect; None where nothing was evaluated."""
+    """The task's main metric in a line of metrics.jsonl, where 1 is perfect; None if not evaluated."""
     value = row.get("score", row.get("accuracy"))
     return None if value is None else float(value)
 
 
 def metric_name(metrics: list[dict[str, Any]]) -> str:
-    """What the main metric is called, such as "F1"."""
+    """Display name of the main metric, such as "F1"."""
     name = next((str(row["metric"]) for row in metrics if row.get("metric")), "accuracy")
     return METRIC_NAMES.get(name, name.replace("_", " "))
 
 
 def bytes_sent(metrics: list[dict[str, Any]]) -> tuple[int, int]:
-    """Bytes from all clients to the server and back, over all rounds."""
+    """Bytes sent by all clients and bytes sent to them, over all rounds."""
     up = sum(sum(row.get("bytes_up", {}).values()) for row in metrics)
     down = sum(sum(row.get("bytes_down", {}).values()) for row in metrics)
     return up, down
 
 
 def missing_text(metrics: list[dict[str, Any]]) -> str:
-    """Which clients gave no reply that counted, and in which rounds: "client 2 in rounds 3, 4"; empty if none."""
+    """Clients without an accepted reply, and the rounds: "client 2 in rounds 3, 4". Empty if there are none."""
     rounds: dict[int, list[int]] = {}
     for row in metrics:
         for client in row.get("missing", []):
@@ -140,19 +140,19 @@ def missing_text(metrics: list[dict[str, Any]]) -> str:
     parts = []
     for client, numbers in sorted(rounds.items()):
         noun = "round" if len(numbers) == 1 else "rounds"
-        listed = ", ".join(map(str, numbers)) if len(numbers) <= 10 else f"{len(numbers)} in all"
-        parts.append(f"client {client} in {noun} {listed}")
+        listed = f"{noun} {', '.join(map(str, numbers))}" if len(numbers) <= 10 else f"{len(numbers)} rounds"
+        parts.append(f"client {client} in {listed}")
     return "; ".join(parts)
 
 
 def seconds_per_round(metrics: list[dict[str, Any]], key: str = "seconds") -> float | None:
-    """Mean time of a round; None where no time was recorded. `server_seconds` is the server's part of it."""
+    """Mean time per round; None if not recorded. The key `server_seconds` gives the time on the server."""
     seconds = [row[key] for row in metrics if row.get(key) is not None]
     return sum(seconds) / len(seconds) if seconds else None
 
 
 def guarantee(run: Run) -> tuple[float, float] | None:
-    """The largest ε and the largest δ over the clients; None for a run without DP."""
+    """The maximum ε and the maximum δ over the clients; None for a run without DP."""
     spent = [client for client in run.clients if client.get("epsilon") is not None]
     if not spent:
         return None
@@ -160,29 +160,29 @@ def guarantee(run: Run) -> tuple[float, float] | None:
 
 
 def not_private(run: Run) -> str | None:
-    """Why this run is not a private release, in one sentence; None if it is one.
+    """Why this run is not a private release, in one sentence; None if it is.
 
-    Only `private_release: true` together with secure noise counts as one; a missing privacy.json does not.
+    A private release requires `private_release: true` and secure noise in privacy.json.
     """
     if run.privacy is None:
-        return "its folder holds no privacy.json, so nothing is known about its noise."
+        return "its folder has no privacy.json, so its noise is unknown."
     noise = run.privacy.get("noise")
     if noise == "none":
-        return "it trained without differential privacy, so the adapter may reveal single records."
+        return "it was trained without differential privacy, so the adapter may reveal single records."
     if noise == "reproducible":
         return (
-            "its noise was drawn from a seed (privacy.noise: reproducible), and whoever knows the seed can take it "
-            "away. The ε given here is what the same run would cost with secure noise."
+            "its noise was drawn from a seed (privacy.noise: reproducible), and anyone who knows the seed can remove "
+            "it. The ε shown is the cost of the same run with secure noise."
         )
     if run.privacy.get("private_release") is not True:
-        return "privacy.json marks it so (private_release: false)."
+        return "privacy.json says so (private_release: false)."
     if noise != "secure":
-        return f"privacy.json names an unknown kind of noise ({noise})."
+        return f"privacy.json has an unknown kind of noise ({noise})."
     return None
 
 
 def _read_rounds(path: Path) -> list[dict[str, Any]]:
-    """The lines of a JSONL file, by round; empty if the file is absent."""
+    """The lines of a JSONL file, sorted by round; empty if the file is missing."""
     if not path.is_file():
         return []
     lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
@@ -194,7 +194,10 @@ def _read_rounds(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
                 raise UserError(
-                    path.name, f"line {number}", "not a JSON object with a round", "mend or remove the line"
+                    path.name,
+                    f"line {number}",
+                    "not a JSON object with a round",
+                    f"correct or delete this line of {path}",
                 ) from None
     return [rows[number] for number in sorted(rows)]
 
@@ -205,9 +208,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(path.name, str(path), f"not valid JSON ({error})", "mend the file") from None
+        raise UserError(path.name, str(path), f"not valid JSON ({error})", "correct the file") from None
     if content is not None and not isinstance(content, dict):
-        raise UserError(path.name, str(path), "not a JSON object", "mend the file")
+        raise UserError(path.name, str(path), "not a JSON object", "correct the file")
     return content
 
 
@@ -215,7 +218,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(path.name, str(path), f"not valid YAML ({error})", "mend the file") from None
+        raise UserError(path.name, str(path), f"not valid YAML ({error})", "correct the file") from None
     if not isinstance(content, dict):
-        raise UserError(path.name, str(path), "not a mapping of keys to values", "mend the file")
+        raise UserError(path.name, str(path), "not a mapping of keys to values", "correct the file")
     return content

@@ -1,4 +1,4 @@
-"""How everything looks: colours of methods and factors, type, spacing of labels, and how numbers are written."""
+"""Style of tables and figures: colours, fonts, spacing of labels, and formats of numbers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from decimal import ROUND_CEILING, Decimal
 
 INK, MUTED, RULE, PAPER = "#1f2933", "#5f6b76", "#d9dee3", "#ffffff"
 
-# Okabe and Ito's colour-blind safe palette, its yellow (too light on paper) replaced by a dark wine.
+# Okabe and Ito's colour-blind-safe palette, with a dark wine red instead of yellow, which is too light on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4a1540")
 DASHES: tuple[tuple[int, tuple[float, ...]], ...] = ((0, ()), (0, (5, 2)), (0, (1.5, 1.5)))
 FACTOR_COLOURS = {"A": "#2f6d9c", "B": "#f3cb80", "AB": "#4a1540", "R": "#009e73", "": "#eceff1"}
 FACTOR_NAMES = {"A": "A", "B": "B", "AB": "A and B", "R": "R", "": "neither"}
 
-# A fixed place for common methods keeps their colours the same in every report; it changes nothing else. Any other
-# method gets a place from its name.
+# The position of a method in this list determines its colour, so that built-in methods look the same in every report.
+# Other methods get a position from their name.
 _FIXED_PLACES = (
     *("as-lora", "ffa-lora", "ro-lora", "la-lora", "fed-avg", "fedask", "random-lora"),
     *("fedsvd", "flex-lora", "flora", "fedex-lora", "lora-fair", "fedsa-lora", "het-lora"),
@@ -29,7 +29,7 @@ RC = {
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 9.5,
     "text.color": INK,
-    # A name with a dollar sign is a name, not a formula.
+    # Names may contain dollar signs, which are not formulas.
     "text.parse_math": False,
     "axes.edgecolor": RULE,
     "axes.labelcolor": INK,
@@ -59,7 +59,7 @@ RC = {
 
 @dataclass(frozen=True)
 class Look:
-    """Colour and dashes of a method's lines, and a shade of the colour that is dark enough for text."""
+    """Colour and dashes of a method's lines. `text` is a shade of the colour that is dark enough for text."""
 
     colour: str
     dashes: tuple[int, tuple[float, ...]]
@@ -70,9 +70,9 @@ class Look:
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A look per method, all different up to 21 methods; the same method looks the same in every figure.
+    """A look per method, all different for up to 21 methods, and the same for a method in every figure.
 
-    Only a method that has no fixed place can change its look, and only where its place is taken by another one.
+    Only a method without a fixed position can change its look, if another method has taken its position.
     """
     count = len(COLOURS) * len(DASHES)
     places: dict[str, int] = {}
@@ -87,12 +87,12 @@ def looks(methods: Iterable[str]) -> dict[str, Look]:
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions nearest to `values` (in least squares) that keep their order, lie `gap` apart and within the bounds.
+    """Least-squares positions closest to `values`, in the same order, at least `gap` apart and within the bounds.
 
-    Where the bounds are too narrow for all, the gap wins and the upper bound is passed.
+    If the bounds are too narrow, the gap is kept and the upper bound is exceeded.
     """
     order = sorted(range(len(values)), key=lambda index: values[index])
-    # With y_i = u_i + i·gap, the gaps say that u does not fall, so u is the isotonic regression of v_i − i·gap.
+    # With y_i = u_i + i·gap, the gaps require that u is non-decreasing: u is the isotonic regression of v_i − i·gap.
     blocks: list[list[float]] = []
     for rank, index in enumerate(order):
         blocks.append([values[index] - rank * gap])
@@ -107,12 +107,12 @@ def spread(values: Sequence[float], gap: float, low: float, high: float) -> list
 
 
 def shortened(text: str, most: int = 30) -> str:
-    """The text, or its beginning and end around "…" where it is longer than `most` characters."""
+    """The text or, if it is longer than `most` characters, its beginning and end around "…"."""
     return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - most // 2 - 1) :]}"
 
 
 def capital(text: str) -> str:
-    """The text with a capital first letter, the rest as it is."""
+    """The text with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
@@ -144,7 +144,7 @@ def rounded_up(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time in the unit that reads best: "3.5 ms", "0.05 s", "42 s", "3.5 min", "2.1 h"; None as a dash."""
+    """A time in a suitable unit: "3.5 ms", "0.05 s", "42 s", "3.5 min", "2.1 h"; None as a dash."""
     if seconds is None:
         return "–"
     for limit, divisor, unit in ((0.00995, 0.001, "ms"), (99.5, 1, "s"), (5970, 60, "min"), (math.inf, 3600, "h")):
@@ -159,7 +159,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _readable(colour: str) -> str:
-    """The colour, darkened until its contrast on paper is 4.5:1 (WCAG AA)."""
+    """The colour, darkened until its contrast on white is 4.5:1 (WCAG AA)."""
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     while 1.05 / (_luminance(red, green, blue) + 0.05) < 4.5:
         red, green, blue = 0.97 * red, 0.97 * green, 0.97 * blue

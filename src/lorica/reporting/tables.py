@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorica.reporting.clients import SHORT, client_rows
-from lorica.reporting.comparison import Result, Summary, summarise
+from lorica.reporting.comparison import ComparedRun, Summary, summarise
 from lorica.reporting.factors import FactorRow, factor_rows
 from lorica.reporting.run_folder import (
     Run,
@@ -39,7 +39,7 @@ FACTOR_LETTERS = {"A": "A", "B": "B", "AB": "+", "R": "R", "": "·"}
 
 
 def human_bytes(count: float) -> str:
-    """A size in decimal units and three digits: 950 is "950 B", 1_234_000 is "1.23 MB"."""
+    """A size in decimal units with three digits: 950 is "950 B", 1_234_000 is "1.23 MB"."""
     value, unit = float(count), "B"
     for larger in ("kB", "MB", "GB", "TB"):
         if value < 999.5:
@@ -50,9 +50,9 @@ def human_bytes(count: float) -> str:
 
 
 def run_table(run: Run) -> Group:
-    """What a run reached, what it cost each client, what it sent, and which factor each layer trained.
+    """Summary of a run for the terminal: result, privacy cost per client, traffic, and factors trained per layer.
 
-    Clients get a row each if there are at most 10 of them; layers with the same history share a row.
+    Clients have their own rows if there are at most 10. Layers with the same history share a row.
     """
     parts: list[RenderableType] = [_summary_table(run)]
     if 0 < len(run.clients) <= MOST_CLIENT_ROWS and guarantee(run) is not None:
@@ -63,8 +63,8 @@ def run_table(run: Run) -> Group:
     return Group(*parts)
 
 
-def comparison_table(results: list[Result]) -> Table:
-    """One row per method, highest mean first: final accuracy (last evaluated round) over its seeds, and its cost.
+def comparison_table(results: list[ComparedRun]) -> Table:
+    """One row per method, highest mean first: main metric in the last evaluated round over its seeds, and its cost.
 
     Raises:
         UserError: as `lorica.reporting.comparison.by_method`.
@@ -79,7 +79,7 @@ def comparison_table(results: list[Result]) -> Table:
     return table
 
 
-def comparison_markdown(results: list[Result]) -> str:
+def comparison_markdown(results: list[ComparedRun]) -> str:
     """The table of `comparison_table` in Markdown.
 
     Raises:
@@ -88,7 +88,7 @@ def comparison_markdown(results: list[Result]) -> str:
     return markdown_table(*comparison_rows(results))
 
 
-def comparison_rows(results: list[Result]) -> tuple[list[str], list[list[str]]]:
+def comparison_rows(results: list[ComparedRun]) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of `comparison_table`, for the page.
 
     Raises:
@@ -113,7 +113,7 @@ def comparison_rows(results: list[Result]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table: first column left, the others right; a bar or a line break in a cell does not break it."""
+    """A Markdown table, first column aligned left, the others right. Bars and line breaks in cells are escaped."""
 
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(re.sub(r"[\r\n]+", " ", cell.replace("|", "\\|")) for cell in cells) + " |"
@@ -123,13 +123,13 @@ def markdown_table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def score_text(run: Run) -> str:
-    """ "73.0 % → 89.4 % (+16.4 points, round 20)"; says so if no round after the start was evaluated.
+    """ "73.0 % → 89.4 % (+16.4 points, round 20)"; or a note that no later round was evaluated.
 
-    Where every client has a model of its own, their mean, and the worst and the best of them.
+    With personal models: their mean, and the worst and the best of them.
     """
     reached = outcome(run.metrics)
     if reached.final is None:
-        return f"{percent(reached.start)} at the start, no later round evaluated"
+        return f"{percent(reached.start)} at the start; no later round was evaluated"
     gain = "" if reached.gain is None else f"{points(reached.gain)}, "
     own = next((row["client_scores"] for row in reversed(run.metrics) if row.get("client_scores")), None)
     spread = (
@@ -139,7 +139,7 @@ def score_text(run: Run) -> str:
 
 
 def further_metrics(run: Run) -> str:
-    """Other metrics of the last evaluated round, such as "loss 0.412, mismatched accuracy 71.3 %"; may be empty."""
+    """Other metrics of the last evaluated round, such as "loss 0.412, mismatched accuracy 71.3 %". May be empty."""
     rows = [row for row in run.metrics if score_of(row) is not None]
     if not rows:
         return ""
@@ -171,11 +171,11 @@ def _summary_table(run: Run) -> Table:
         table.add_row("Privacy", "unknown" if run.privacy is None else "no DP")
     else:
         lifetime = max((client.get("lifetime_epsilon") or 0 for client in run.clients), default=0)
-        more = f"; over the life of the data ε = {rounded_up(lifetime)}" if lifetime > spent[0] else ""
+        more = f"; ε = {rounded_up(lifetime)} over the lifetime of the data" if lifetime > spent[0] else ""
         where = f"largest of {len(run.clients)} clients"
         table.add_row("Privacy", f"ε = {rounded_up(spent[0])}, δ = {rounded_up(spent[1])} ({where}){more}")
     table.add_row("Rounds", f"{rounds_text(run)}, {duration(seconds_per_round(run.metrics))} each")
-    table.add_row("Sent", f"{human_bytes(up)} up, {human_bytes(down)} down, all clients and rounds")
+    table.add_row("Traffic", f"{human_bytes(up)} up, {human_bytes(down)} down, over all clients and rounds")
     left_out = missing_text(run.metrics)
     if left_out:
         table.add_row("Left out", left_out)
@@ -217,7 +217,7 @@ def _factor_table(rows: list[FactorRow]) -> Table:
 
 
 def _comparison_row(summary: Summary, same_seeds: bool) -> list[str]:
-    """Cells of a method; values of seeds carry their seed where the heading cannot."""
+    """Cells of a method. Values are prefixed with their seed if methods have different seeds."""
     deviation = "" if summary.std is None else f" ± {100 * summary.std:.2f}"
     values = [f"{100 * final:.2f}" for final in summary.finals]
     if not same_seeds:

@@ -1,1 +1,1 @@
-"""One run: prepared, conducted round by round, kept in a folder, resumed."""
+"""One run: prepare it, run its rounds, write its folder, resume it."""

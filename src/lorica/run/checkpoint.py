@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: safetensors and JSON in a folder per round, renamed into place."""
+"""Atomic checkpoints: one folder per round with safetensors and JSON, renamed into place when complete."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Checkpoint:
         adapter: the global tensors.
         merged: site name -> `(B, A)` merged into its frozen weight.
         method: `Method.state_dict`.
-        server: `Server.state_dict`: server optimiser, filters and averages.
+        server: `Server.state_dict`: state of the server optimiser, filters and averages.
     """
 
     round: int
@@ -41,15 +41,15 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write `folder/round-NNNNNN` and drop all but the last two.
+    """Write `folder/round-NNNNNN` and delete all but the last two checkpoints.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; earlier checkpoints stay.
+        UserError: the disk is full or the folder is not writable; earlier checkpoints are kept.
     """
     tensors = {f"adapter/{name}": value for name, value in checkpoint.adapter.items()}
     tensors |= flat_pairs(checkpoint.merged, "merged/B/", "merged/A/")
-    method, method_tensors = _separated(checkpoint.method)
-    server, server_tensors = _separated(checkpoint.server)
+    method, method_tensors = _split_tensors(checkpoint.method)
+    server, server_tensors = _split_tensors(checkpoint.server)
     tensors |= {f"method/{path}": value for path, value in method_tensors.items()}
     tensors |= {f"server/{path}": value for path, value in server_tensors.items()}
     content = safetensors.torch.save({name: value.contiguous() for name, value in tensors.items()})
@@ -76,8 +76,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The latest checkpoint, or None if there is none.
 
     Raises:
-        UserError: it is damaged, and the folder to delete is named, so that the run resumes from the one before; or
-            another version of Lorica wrote it.
+        UserError: it is damaged (the remedy names the folder to delete, so that the run resumes from the checkpoint
+            before it), or another version of Lorica wrote it.
     """
     rounds = _rounds(folder)
     if not rounds:
@@ -90,8 +90,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             raise UserError(
                 "checkpoint",
                 str(latest),
-                f"has format {state['version']}, and this version of Lorica reads format {VERSION}",
-                "finish the run with the version of Lorica that started it, or set another name",
+                f"has format {state['version']}, but this version of Lorica reads format {VERSION}",
+                "finish the run with the version of Lorica that started it, or start a new run with another name",
             )
         if hashlib.sha256(content).hexdigest() != state["sha256"]:
             raise ValueError("state.safetensors does not match its checksum")
@@ -100,15 +100,15 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             round=state["round"],
             adapter=under("adapter/", tensors),
             merged=pairs_under("merged/B/", "merged/A/", tensors),
-            method=_united(state["method"], under("method/", tensors)),
-            server=_united(state["server"], under("server/", tensors)),
+            method=_join_tensors(state["method"], under("method/", tensors)),
+            server=_join_tensors(state["server"], under("server/", tensors)),
         )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             "checkpoint",
             str(latest),
-            f"damaged ({error})",
-            f"delete {latest} and run again to resume from the checkpoint before it",
+            f"is damaged ({error})",
+            f"delete {latest} and run again to resume from the previous checkpoint",
         ) from error
 
 
@@ -116,25 +116,25 @@ def _rounds(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*"))
 
 
-def _separated(state: Mapping[str, Any], path: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A nested state as what JSON can hold, and its tensors by their path `KEY/KEY/…`."""
+def _split_tensors(state: Mapping[str, Any], path: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Split a nested state into its JSON-able part and its tensors, named by their path `KEY/KEY/…`."""
     plain: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for key, value in state.items():
         if "/" in key:
-            raise ValueError(f"a key of a state has no '/': {key!r}")
+            raise ValueError(f"the key {key!r} of a state contains '/'")
         if isinstance(value, Tensor):
             tensors[f"{path}{key}"] = value
         elif isinstance(value, Mapping):
-            plain[key], inner = _separated(value, f"{path}{key}/")
+            plain[key], inner = _split_tensors(value, f"{path}{key}/")
             tensors |= inner
         else:
             plain[key] = value
     return plain, tensors
 
 
-def _united(plain: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The inverse of `_separated`."""
+def _join_tensors(plain: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of `_split_tensors`."""
     for path, value in tensors.items():
         *keys, last = path.split("/")
         inner = plain

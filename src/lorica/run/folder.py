@@ -1,4 +1,4 @@
-"""A run's folder on disk: claim it, open it, cut it back to where a run resumes."""
+"""The run folder on disk: claim it, open it, and drop the lines of rounds that will be repeated."""
 
 from __future__ import annotations
 
@@ -20,16 +20,18 @@ from lorica.files import write_atomically
 
 
 def claim_folder(folder: Path, config: ExperimentConfig) -> None:
-    """Check that the run folder is free or holds this very experiment.
+    """Check that the run folder is empty or contains the same experiment.
 
     Raises:
-        UserError: another experiment's, or a folder that Lorica did not make.
+        UserError: the folder contains another experiment, or was not written by Lorica.
     """
     path = folder / "config.yaml"
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not path.is_file():
-        raise UserError("name", config.name, f"{folder} exists and is no run folder", "choose another name or output")
+        raise UserError(
+            "name", config.name, f"{folder} exists and is not a run folder", "choose another name or output"
+        )
     found = _experiment(yaml.safe_load(path.read_text(encoding="utf-8")))
     wanted = _experiment(config.model_dump(mode="json"))
     different = [key for key in wanted if found.get(key) != wanted[key]]
@@ -37,20 +39,20 @@ def claim_folder(folder: Path, config: ExperimentConfig) -> None:
         raise UserError(
             "name",
             config.name,
-            f"{folder} holds another experiment (its {', '.join(different)} differ)",
-            "choose another name, or delete that folder",
+            f"{folder} contains another experiment, which differs in: {', '.join(different)}",
+            f"choose another name, or delete {folder}",
         )
 
 
 def _experiment(content: dict[str, Any]) -> dict[str, Any]:
-    """Without what may change between a run and its resumption: where it runs, and how many clients it waits for."""
+    """The keys that must stay the same when a run is resumed: not where it runs, nor how many clients it waits for."""
     kept = {key: value for key, value in content.items() if key not in ("output", "engine", "flower")}
     federation = {key: value for key, value in content.get("federation", {}).items() if key != "min_clients"}
     return kept | {"federation": federation}
 
 
 def open_run(folder: Path, config: ExperimentConfig, device: str) -> str:
-    """Make the run folder, or open it again; returns the run's identity, which the ledger knows it by."""
+    """Create or reopen the run folder, and return the id under which the ledger records the run."""
     path = folder / "environment.json"
     if path.is_file():
         return str(json.loads(path.read_text(encoding="utf-8"))["run"])
@@ -69,7 +71,7 @@ def open_run(folder: Path, config: ExperimentConfig, device: str) -> str:
 
 
 def keep_rounds(path: Path, last: int) -> None:
-    """Drop the lines of rounds after `last`, which will be run again."""
+    """Drop the lines of rounds after `last`; those rounds will be repeated."""
     if path.is_file():
         lines = path.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _round_of(line) <= last]
@@ -81,7 +83,7 @@ def _round_of(line: str) -> float:
     try:
         return float(json.loads(line)["round"])
     except ValueError:
-        # A crash can leave half a line at the end.
+        # A crash can leave an incomplete last line.
         return float("inf")
 
 

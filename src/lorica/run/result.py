@@ -1,4 +1,4 @@
-"""What a finished run leaves."""
+"""The result of a finished run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Result:
     """A finished run.
 
     Attributes:
-        folder: the run folder; `report.html` is in it.
-        adapter: the PEFT folder.
-        metrics: one dictionary a round, round 0 first.
+        folder: the run folder, which contains `report.html`.
+        adapter: folder of the PEFT adapter.
+        metrics: one dictionary per round, starting with round 0.
         privacy: the content of privacy.json.
     """
 
@@ -38,21 +38,21 @@ class Result:
 
     @property
     def epsilon(self) -> float:
-        """The largest over the clients; infinite without privacy."""
+        """The largest ε of all clients; infinite without privacy."""
         return float(max(client.get("epsilon", float("inf")) for client in self.privacy["clients"]))
 
 
 def read_result(folder: Path) -> Result:
-    """The result of a finished run, from its folder."""
+    """Read the result of a finished run from its folder."""
     run = read_run(folder)
     return Result(folder, folder / "adapter", run.metrics, run.privacy or {})
 
 
 def finished_result(config: ExperimentConfig) -> Result | None:
-    """The result of this experiment's run if it has ended before.
+    """The result of this experiment if its run has already finished, else None.
 
     Raises:
-        UserError: the run folder holds another experiment.
+        UserError: the run folder contains another experiment.
     """
     folder = config.folder
     claim_folder(folder, config)

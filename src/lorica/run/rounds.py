@@ -1,4 +1,4 @@
-"""Run the rounds that are left over any engine, and write what they give into the run folder."""
+"""Run the remaining rounds over any engine and write their results to the run folder."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def conduct(
     on_start: OnStart,
     on_round: Callable[[dict[str, Any]], None],
 ) -> Result:
-    """Run the rounds that are left, whatever moves the messages, and write everything into the run folder.
+    """Run the remaining rounds over an engine and write everything to the run folder.
 
     Raises:
-        UserError: a client's budget does not allow the run, or too few clients take part.
+        UserError: the run exceeds a client's budget, or too few clients take part.
     """
     config, folder = prepared.config, prepared.config.folder
     run = open_run(folder, config, str(prepared.model.device))
@@ -145,9 +145,9 @@ def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
 
 
 def _evaluate(prepared: Prepared, federation: Federation) -> dict[str, Any]:
-    """On the public test set: of the global model, or of every client's own and their mean.
+    """Metrics on the public test set, of the global model or of each client's own model and their mean.
 
-    Clients' own models that are not in this process are not evaluated.
+    Personal models of clients outside this process are not evaluated.
     """
     config, model, server = prepared.config, prepared.model, federation.server
     if config.federation.private_test or server.round == server.rounds:
@@ -169,9 +169,9 @@ def _evaluate(prepared: Prepared, federation: Federation) -> dict[str, Any]:
 
 
 def _models(prepared: Prepared, federation: Federation) -> dict[str, dict[str, Tensor]]:
-    """Name -> tensors of every model that the method ends with and the server has.
+    """Name -> tensors of each final model that is available to the server.
 
-    One, named "", or one for each client of this process.
+    Either the global model, named "", or one model for each client of this process.
     """
     tensors = federation.server.evaluated
     if not prepared.method.personal:
@@ -189,7 +189,7 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
         PrivacyUnit.of(config.privacy),
     )
     write_atomically(folder / "privacy.json", json.dumps(statement, indent=2).encode())
-    # What every client has in common, where the rest of a model is with its client.
+    # If the personal models stay with their clients, export the tensors that all clients share.
     models = _models(prepared, federation) or {"": federation.server.evaluated}
     export = Export(config.model, config.task.type, prepared.task.label_names, config.seed)
     with replaced_folder(folder / "adapter") as target:

@@ -1,4 +1,4 @@
-"""The server's side of a run, loaded and checked before anything is released or written."""
+"""Load and check the server's side of a run before anything is released or written."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lorica.tasks.records import Task
 
 @dataclass(frozen=True)
 class Prepared:
-    """The server's side of a run, checked; nothing has been released and no file written.
+    """The server's side of a run after all checks; nothing has been released or written yet.
 
     Attributes:
         state: the global adapter.
-        schedule: participants of each round, index 0 for round 1.
-        ranks: client -> rank of its factors; empty if all have the whole one.
-        partition: label counts of each simulated client (`partition.json`), where they may be shown.
+        schedule: participants of each round; index 0 is round 1.
+        ranks: client -> rank of its factors; empty if all clients use the full rank.
+        partition: label counts of each simulated client (`partition.json`), if they may be shown.
     """
 
     config: ExperimentConfig
@@ -42,7 +42,7 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     """Load and check the server's side.
 
     Args:
-        task: of its records the server needs the public test sets only.
+        task: the server uses only its public test sets.
 
     Raises:
         UserError: names the key, the value and the remedy.
@@ -54,7 +54,7 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
     ranks = _client_ranks(config)
     fewest = _fewest_replies(federation, len(schedule[0]))
-    # Of a secure sum the server sees as much as of one client's reply.
+    # With a secure sum, the server sees one combined reply.
     method.check(config.optimizer, 1 if federation.secure_sum else fewest, federation.local_steps)
     check_pieces(config, method)
     check_aggregate(config.server, fewest)
@@ -66,7 +66,7 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
 
 
 def _fewest_replies(federation: FederationConfig, participants: int) -> int:
-    """How many clients' replies a round has at least."""
+    """The minimum number of replies in a round."""
     if federation.min_clients is None:
         return participants
     if federation.min_clients > participants:
@@ -87,8 +87,9 @@ def _client_ranks(config: ExperimentConfig) -> dict[int, int]:
                 "lora.client_ranks",
                 own,
                 f"{len(own)} ranks for {federation.clients} clients",
-                "give one for each client",
+                "give one rank for each client",
             )
         if not all(1 <= rank <= config.lora.r for rank in own):
-            raise UserError("lora.client_ranks", own, f"not all between 1 and lora.r = {config.lora.r}", "change them")
+            problem = "a rank is out of range"
+            raise UserError("lora.client_ranks", own, problem, f"choose ranks from 1 to lora.r = {config.lora.r}")
     return client_ranks(own, federation.clients, config.lora.r, config.seed)

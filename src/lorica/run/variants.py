@@ -1,4 +1,4 @@
-"""What a comparison runs: one experiment with each of several methods, and with options of its own for each."""
+"""The variants that a comparison runs: one experiment with different methods and options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Variant:
     """One line of a comparison.
 
     Attributes:
-        label: how tables and plots call it.
+        label: its name in tables and plots.
         config: the experiment with this variant's method and options.
     """
 
@@ -25,18 +25,17 @@ class Variant:
 
 
 def parse_variant(label: str, config: ExperimentConfig) -> Variant:
-    """`as-lora`, or with options `as-lora:score=energy+server.denoise=kalman`.
+    """Parse `as-lora`, or with options `as-lora:score=energy+server.denoise=kalman`.
 
-    A key with a dot is one of the experiment, such as those of `local` and `server`; one without is the method's own.
-    Options in the configuration's own `method` section hold for that method only.
+    A key with a dot belongs to the experiment (`local.*`, `server.*`); a key without a dot is an option of the method.
+    Options in the `method` section of the configuration apply to that method only.
 
     Raises:
-        UserError: no such method, an option not of the form `key=value`, a key that does not exist or a value that it
-            does not take.
+        UserError: no such method, an option not of the form `key=value`, an unknown key or an invalid value.
     """
     name, _, text = label.partition(":")
     if name not in registry():
-        raise UserError("--methods", name, "no such method", f"choose among: {', '.join(registry())}")
+        raise UserError("--methods", name, "no such method", f"choose one of: {', '.join(registry())}")
     options = dict(config.method.options) if name == config.method.name else {}
     overrides = []
     for option in filter(None, text.split("+")):

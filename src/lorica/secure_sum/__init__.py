@@ -1,4 +1,4 @@
-"""Secure summation: the server learns the sum of the clients' tensors, and no client's own.
+"""Secure summation: the server learns the sum of the clients' tensors, but no single client's tensors.
 
 Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017 (ePrint 2017/281),
 the protocol against a server that is honest but curious, with dropouts. Bytes and tensors in, bytes and tensors out.
@@ -12,19 +12,19 @@ One summation of the clients `u` with threshold `t`, under terms that were fixed
 | 4 reveal | `reveal`: for each client, a share of `b` if its `y` arrived, else one of `s`; never both | `unmask` |
 
 `q_u` is the quantised input (`quantisation.py`), `s_uv` the seed that u and v agree on, `G` the ChaCha20 keystream as
-words of k bits. In `Σ y_u` the pairwise masks of the clients that answered cancel. `t` shares each give the server what
-removes the rest: the seeds `b_u` of those clients, and the keys `s_v` of the clients that shared but did not answer.
-Clients that stop before they share take no part. With fewer than `t` clients at any stage the summation ends in an
-error, and the server has nothing but masked values.
+words of k bits. In `Σ y_u` the pairwise masks of the clients that answered cancel. From `t` shares each, the server
+recovers the secrets that remove the other masks: the seeds `b_u` of those clients, and the keys `s_v` of the clients
+that shared but did not answer. Clients that stop before they share are not in the sum. With fewer than `t` clients at
+any stage the summation fails, and the server has only masked values.
 
-Every function is pure: `(state, incoming) -> (state, outgoing)`. A client's `State` is secret and turns into bytes and
-back, so that each stage may run in a fresh process. Store the new state before the outgoing bytes leave, and never
-return to an older one: two different inputs under the same masks would give away their difference. Functions raise
-`SummationError`, which names the client whose bytes were wrong, if it was a client.
+Every function is pure: `(state, incoming) -> (state, outgoing)`. A client's `State` is secret. It can be converted to
+bytes and back, so each stage may run in a new process. Store the new state before the outgoing bytes leave, and never
+restore an older one: two different inputs under the same masks would reveal their difference. Functions raise
+`SummationError`, which names the client that sent wrong bytes, if there is one.
 
-What this protects. The tensors are releases of a differentially private mechanism with each client's full noise, so the
-guarantee does not rest on this package: ε is the same with it and without it, and what quantisation and clipping do is
-post-processing. Secure summation hides single releases in addition.
+What this protects: the tensors are releases of a differentially private mechanism with each client's full noise, so the
+privacy guarantee does not depend on this package. ε is the same with and without it; quantisation and clipping are
+post-processing. Secure summation additionally hides the single releases.
 
 The server picks the terms, and each client checks them against its `Requirements`. Members, shares, shapes and setup
 are bound into all keys and masks by their digest. A `Part` remembers what was in earlier sums of a run.

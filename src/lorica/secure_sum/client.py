@@ -1,4 +1,4 @@
-"""A client's four stages: functions of its secret state and of what the server sent."""
+"""The client's four stages, as functions of its secret state and the server's message."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lorica.secure_sum.shamir import SECRET_BYTES, SHARE_BYTES, split, valid
 
 @dataclass(frozen=True)
 class State:
-    """What a client keeps between the stages of one summation. Secret: it never leaves the client.
+    """State of a client between the stages of one summation. Secret: it never leaves the client.
 
     Attributes:
         agreement: what this client was told before it sent a key; no later stage changes it.
@@ -40,11 +40,11 @@ class State:
         encryption_private, mask_private: X25519 private keys.
         advertised: what it sent in stage 1.
         keys: client -> public keys of all participants; empty before `share`.
-        seed: of the self mask; empty before `share`.
-        shares: client -> its seed's share and its mask key's share for this client. Before `mask` only its own, then
-            of all clients that shared.
-        masked: SHA-256 of the quantised tensors and of whom they were masked with; empty before `mask`.
-        survivors: what `reveal` was told; empty before.
+        seed: seed of the self mask; empty before `share`.
+        shares: client -> the shares of its seed and of its mask key for this client. Before `mask` only this client's
+            own; afterwards those of all clients that shared.
+        masked: SHA-256 of the quantised tensors and of the clients they were masked with; empty before `mask`.
+        survivors: the clients named to `reveal`; empty before.
     """
 
     agreement: Agreement
@@ -100,7 +100,7 @@ def share(state: State, keys: Mapping[int, bytes], required: Requirements) -> tu
     """Stage 2: draw the seed of the self mask; share it and the mask key among all participants.
 
     Args:
-        keys: client -> what it advertised, this client included.
+        keys: client -> its public keys, this client included.
 
     Returns:
         Recipient -> encrypted shares, for each other participant.
@@ -133,9 +133,9 @@ def share(state: State, keys: Mapping[int, bytes], required: Requirements) -> tu
 
 
 def mask(state: State, shares: Mapping[int, bytes], tensors: Mapping[str, Tensor]) -> tuple[State, bytes]:
-    """Stage 3: the quantised tensors under the self mask and one mask with each client that shared.
+    """Stage 3: mask the quantised tensors with the self mask and a pairwise mask for each client that shared.
 
-    Called again with the same tensors and senders it gives the same bytes, for a reply that got lost.
+    A repeated call with the same tensors and senders returns the same bytes, in case the reply was lost.
 
     Args:
         shares: sender -> encrypted shares for this client, from each other client that shared.
@@ -148,7 +148,7 @@ def mask(state: State, shares: Mapping[int, bytes], tensors: Mapping[str, Tensor
     """
     agreement, own = state.agreement, state.own
     if not state.seed:
-        raise SummationError("the server asks for an input before this client shared its secrets")
+        raise SummationError("the server asks for a masked input before this client shared its secrets")
     unknown = set(shares) - (set(state.keys) - {own})
     if unknown:
         raise SummationError(f"shares from clients that are not among the others: {sorted(unknown)}")
@@ -180,7 +180,7 @@ def mask(state: State, shares: Mapping[int, bytes], tensors: Mapping[str, Tensor
 def reveal(state: State, survivors: Collection[int], required: Requirements) -> tuple[State, bytes]:
     """Stage 4: for each client that shared, the share of its seed if it survived, else the share of its mask key.
 
-    Called again with the same survivors it gives the same bytes.
+    A repeated call with the same survivors returns the same bytes.
 
     Args:
         survivors: the clients whose masked inputs reached the server.
@@ -192,7 +192,7 @@ def reveal(state: State, survivors: Collection[int], required: Requirements) -> 
     own = state.own
     alive = tuple(sorted(set(survivors)))
     if not state.masked:
-        raise SummationError("the server asks for shares before this client sent its input")
+        raise SummationError("the server asks for shares before this client sent its masked input")
     if state.survivors not in ((), alive):
         raise SummationError("the server asks for shares a second time, with other survivors")
     unknown = set(alive) - set(state.shares)
@@ -219,7 +219,7 @@ def _check_signatures(agreement: Agreement, keys: Mapping[int, bytes], required:
 
 
 def _encryption(state: State, other: int, keys: Mapping[int, bytes]) -> bytes:
-    """The key of the shares between this client and another."""
+    """The encryption key for shares between this client and another."""
     public = encryption_key(keys[other])
     ids = sorted((state.own, other))
     try:

@@ -1,10 +1,10 @@
-"""The bytes that travel in a summation, as both sides read them.
+"""The messages of a summation, as bytes.
 
 | message | content |
 |---|---|
 | keys | public key for encryption, public key for masks, 32 bytes each; with an identity key, 64 bytes of signature |
 | share | sealed: share of the seed, share of the mask key, 33 bytes each |
-| masked input | SHA-256 of what it belongs to, commitment to the seed, 32 bytes each; then the words, little-endian |
+| masked input | SHA-256 of its context, commitment to the seed, 32 bytes each; then the words, little-endian |
 | reveal | for each client that shared, by id: one share of 33 bytes |
 """
 
@@ -85,7 +85,7 @@ def pair_seed(agreement: Agreement, own: int, private: bytes, other: int, public
 def commitment(agreement: Agreement, seed: bytes) -> bytes:
     """SHA-256 of a self-mask seed, by which the server knows whether it reconstructed the right one.
 
-    The seed has 256 random bits, so this does not help to find it.
+    The seed has 256 random bits, so its hash does not reveal it.
     """
     return hashlib.sha256(json.dumps(["seed", agreement.digest]).encode() + seed).digest()
 
@@ -94,7 +94,7 @@ def context(agreement: Agreement, keys: Mapping[int, bytes]) -> bytes:
     """SHA-256 of what two masked inputs must have in common to be summed.
 
     Args:
-        keys: of the clients that shared: those that masks were made with.
+        keys: client -> public keys, of the clients that shared.
     """
     content = {
         "agreement": agreement.digest,

@@ -1,4 +1,4 @@
-"""The cryptography under the protocol: key agreement, authenticated encryption, a stream of masks."""
+"""The cryptographic primitives of the protocol: key agreement, authenticated encryption, mask generation."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ def public_key(private: bytes) -> bytes:
 
 
 def agree(private: bytes, public: bytes, *purpose: object) -> bytes:
-    """32 bytes that the owners of both keys can compute: HKDF-SHA256 (RFC 5869) of the X25519 agreement.
+    """Derive 32 bytes that both key holders can compute: HKDF-SHA256 (RFC 5869) of the X25519 shared secret.
 
     Args:
-        purpose: what the result is for; different purposes give unrelated bytes.
+        purpose: the use of the result; different purposes give independent bytes.
 
     Raises:
-        ValueError: a public key of small order, with which every agreement is zero.
+        ValueError: a public key of small order, for which the shared secret is zero.
     """
     secret = X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(public))
     return HKDF(SHA256(), KEY_BYTES, salt=None, info=json.dumps(purpose).encode()).derive(secret)
 
 
 def seal(key: bytes, content: bytes, *context: object) -> bytes:
-    """`nonce | ciphertext | tag` of ChaCha20-Poly1305 (RFC 8439), the context as associated data."""
-    # Both sides of a pair encrypt under the same key, and a crashed client may do it again: no counter can be trusted.
+    """`nonce | ciphertext | tag` of ChaCha20-Poly1305 (RFC 8439), with the context as associated data."""
+    # Random, not a counter: both clients of a pair use the same key, and a client may encrypt again after a crash.
     nonce = secrets.token_bytes(NONCE_BYTES)
     return nonce + ChaCha20Poly1305(key).encrypt(nonce, content, json.dumps(context).encode())
 
 
 def open_sealed(key: bytes, sealed: bytes, *context: object) -> bytes | None:
-    """The content; None if it was not sealed with this key in this context."""
+    """Decrypt the output of `seal`; None if it was not sealed with this key in this context."""
     nonce, ciphertext = sealed[:NONCE_BYTES], sealed[NONCE_BYTES:]
     try:
         return ChaCha20Poly1305(key).decrypt(nonce, ciphertext, json.dumps(context).encode())
@@ -61,7 +61,7 @@ def open_sealed(key: bytes, sealed: bytes, *context: object) -> bytes | None:
 def keystream(seed: bytes, count: int, word: np.dtype[np.unsignedinteger]) -> np.ndarray:
     """The first `count` words of the ChaCha20 keystream (RFC 8439) under key `seed`, nonce 0, block counter from 0.
 
-    A seed is used for one stream only, which is why the nonce may be constant.
+    Each seed is used for one stream only, so the nonce may be constant.
     """
     # The library's nonce is the 32-bit block counter followed by the RFC's nonce.
     encryptor = Cipher(ChaCha20(seed, bytes(16)), mode=None).encryptor()

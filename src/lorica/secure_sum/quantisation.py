@@ -1,11 +1,11 @@
-"""Tensors as integers modulo 2^k, and back.
+"""Convert tensors to integers modulo 2^k and back.
 
-A coordinate `x` becomes `round(clip(x, ±bound) / step)`, in two's complement. The step is such that a sum of all
-clients never wraps. The dequantised sum of `n` clients differs from the sum of the clipped values by at most
-`n · step / 2` a coordinate (rounding is to nearest, ties to even), and by its own rounding to fp32. Values beyond the
-bound are clipped.
-That is post-processing of a release, so it costs no privacy, but it biases the sum: choose the bound from public
-numbers, such that it is rarely reached.
+A coordinate `x` becomes `round(clip(x, ±bound) / step)`, in two's complement. The step is chosen so that the sum over
+all clients never overflows. The dequantised sum of `n` clients differs from the sum of the clipped values by at most
+`n · step / 2` per coordinate (rounding to nearest, ties to even), plus the rounding to fp32.
+
+Values beyond the bound are clipped. Clipping is post-processing of a release, so it costs no privacy, but it biases the
+sum: choose a bound, from public numbers, that values rarely exceed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def coordinates(shapes: Shapes) -> int:
-    """How many coordinates tensors of these shapes have together."""
+    """Total number of coordinates of tensors with these shapes."""
     return sum(math.prod(shape) for shape in shapes.values())
 
 
 def quantise(setup: Setup, tensors: Mapping[str, Tensor]) -> np.ndarray:
-    """All coordinates as words, tensors in the order of their names: `(coordinates,)`.
+    """All coordinates as words, `(coordinates,)`, with the tensors in the order of their names.
 
     Raises:
         SummationError: NaN or inf in a tensor.
@@ -44,7 +44,7 @@ def quantise(setup: Setup, tensors: Mapping[str, Tensor]) -> np.ndarray:
 
 
 def dequantise(setup: Setup, words: np.ndarray, shapes: Shapes) -> dict[str, Tensor]:
-    """The inverse, for words `(coordinates,)` of a sum: name -> fp32 tensor, computed in float64."""
+    """The inverse of `quantise`, for the words `(coordinates,)` of a sum: name -> fp32 tensor, computed in float64."""
     values = words.view(f"<i{setup.bits // 8}").astype(np.float64) * setup.step
     tensors, start = {}, 0
     for name, shape in sorted(shapes.items()):

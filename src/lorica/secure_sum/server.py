@@ -1,8 +1,8 @@
 """The server's side: route the clients' shares, check their masked inputs, and remove the masks from the sum.
 
-No function keeps state. Where an error names a client, the server can leave that client's bytes out and call again,
-until fewer than the threshold are left. Once the survivors were announced to the clients, only answers to that can be
-left out, no masked input: hence `check_masked` as each one comes in. Stage 1 needs `messages.check_keys` only.
+No function keeps state. If an error names a client, the server can drop that client's bytes and call again, as long as
+at least the threshold of clients is left. After the survivors have been announced to the clients, masked inputs can no
+longer be dropped, so check each one with `check_masked` when it arrives. Stage 1 needs only `messages.check_keys`.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from lorica.secure_sum.shamir import SHARE_BYTES, combine, valid
 def route(
     agreement: Agreement, keys: Mapping[int, bytes], sent: Mapping[int, Mapping[int, bytes]]
 ) -> dict[int, dict[int, bytes]]:
-    """After stage 2: hand every client that shared what the others sent it.
+    """After stage 2: the encrypted shares for each client that shared, from the other clients.
 
     Args:
         keys: client -> public keys, as given to `client.share`.
-        sent: sender -> recipient -> encrypted shares, from those that answered.
+        sent: sender -> recipient -> encrypted shares, from the clients that answered.
 
     Returns:
-        Recipient -> sender -> encrypted shares, among those that answered.
+        Recipient -> sender -> encrypted shares, among the clients that answered.
 
     Raises:
-        SummationError: fewer senders than the threshold; a sender without keys; other recipients than all the others;
-            a message of the wrong length.
+        SummationError: fewer senders than the threshold; a sender without keys; recipients that are not exactly the
+            other clients; a message of the wrong length.
     """
     for sender, messages in sent.items():
         if sender not in keys:
-            raise SummationError("sent shares but no keys", sender)
+            raise SummationError("it sent shares but no keys", sender)
         if set(messages) != set(keys) - {sender}:
             raise SummationError("its shares are not for exactly the other clients", sender)
         if any(len(message) != SEALED_BYTES for message in messages.values()):
@@ -85,8 +85,8 @@ def unmask(
     `Σ_u y_u − Σ_u G(b_u) − Σ_u Σ_{v dropped} ±G(s_uv)  mod 2^k`, dequantised. ePrint 2017/281, figure 4, round 4.
 
     Args:
-        keys: of the clients that shared: those that `route` returned.
-        masked: survivor -> masked input: exactly those that `client.reveal` was told of.
+        keys: client -> public keys, of the clients that `route` returned.
+        masked: survivor -> masked input, of exactly the survivors named to `client.reveal`.
         revealed: client -> answer of `client.reveal`; at least `threshold` of the survivors.
 
     Returns:
@@ -94,7 +94,8 @@ def unmask(
 
     Raises:
         SummationError: fewer answers than the threshold; a masked input that `check_masked` refuses; an answer of the
-            wrong length or out of range, or from a client that is no survivor; shares that give no secrets back.
+            wrong length, out of range, or from a client that did not survive; shares of which the secrets cannot be
+            reconstructed.
     """
     for client, reply in masked.items():
         check_masked(agreement, keys, client, reply)
@@ -115,7 +116,7 @@ def unmask(
             total -= keystream(secret, count, setup.word)
         else:
             if secret is None or public_key(secret) != mask_key(keys[client]):
-                raise SummationError(f"wrong shares: they do not give back the mask key of client {client}")
+                raise SummationError(f"wrong shares: the mask key of client {client} cannot be reconstructed")
             for survivor in masked:
                 seed = pair_seed(agreement, client, secret, survivor, mask_key(keys[survivor]))
                 stream = keystream(seed, count, setup.word)
@@ -125,9 +126,9 @@ def unmask(
 
 
 def _shares(keys: Mapping[int, bytes], masked: Mapping[int, bytes], client: int, reply: bytes) -> dict[int, bytes]:
-    """One client's revealed shares, by the client whose secret they are of."""
+    """Client -> share of its secret, from one client's answer in stage 4."""
     if client not in masked:
-        raise SummationError("revealed shares but sent no masked input", client)
+        raise SummationError("it revealed shares but sent no masked input", client)
     parts = [reply[start : start + SHARE_BYTES] for start in range(0, len(reply), SHARE_BYTES)]
     if len(parts) != len(keys) or not all(valid(part) for part in parts):
         raise SummationError(f"its revealed shares are not {len(keys)} field elements", client)

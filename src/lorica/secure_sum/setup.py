@@ -1,4 +1,4 @@
-"""What all parties of one summation agree on, and the error that ends it."""
+"""The public terms of a summation, and the error that ends it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 
 from lorica.errors import UserError
 
-# Shamir's x-coordinates and the messages hold ids in 64 bits.
+# Ids are 64-bit numbers in the messages and as x-coordinates of Shamir shares.
 LARGEST_ID = 2**63 - 1
 
 
 class SummationError(Exception):
-    """The summation cannot go on. Says why, without any private content.
+    """The summation failed. The message gives the reason and contains no private data.
 
     Attributes:
-        client: whose bytes were wrong; None where no client is to blame: too few answered, or the server asked for
-            what a client refuses.
+        client: the client that sent wrong bytes; None if too few clients answered, or if a client refuses what the
+            server asked for.
     """
 
     def __init__(self, problem: str, client: int | None = None) -> None:
@@ -31,9 +31,9 @@ class Setup:
     """The public terms of one summation.
 
     Attributes:
-        summation: an id that is never used twice; it is bound into every key and every encrypted share.
+        summation: an id that is never used twice; all keys and encrypted shares are bound to it.
         clients: the largest number of summands, `n`, from 2 to 65536.
-        threshold: `t`: how many clients must answer each stage, and how many shares reveal a secret. More than `n / 2`.
+        threshold: `t`, more than `n / 2`: clients that must answer each stage, and shares that reveal a secret.
         bits: `k`, 32 or 64: sums are modulo `2^k`.
         bound: coordinates are clipped to `[-bound, bound]`, from 1e-30 to 1e30.
 
@@ -49,16 +49,16 @@ class Setup:
 
     def __post_init__(self) -> None:
         if not self.summation:
-            raise UserError("summation", self.summation, "empty", "give each summation an id of its own")
+            raise UserError("summation", self.summation, "it is empty", "give each summation a unique id")
         if not 2 <= self.clients <= 2**16:
-            raise UserError("clients", self.clients, "a sum hides its parts among 2 to 65536 clients", "invite as many")
+            raise UserError("clients", self.clients, "out of range", "choose a number from 2 to 65536")
         if not self.clients < 2 * self.threshold <= 2 * self.clients:
             problem = f"not a majority of {self.clients} clients"
             raise UserError(
-                "threshold", self.threshold, problem, f"choose from {self.clients // 2 + 1} to {self.clients}"
+                "threshold", self.threshold, problem, f"choose a number from {self.clients // 2 + 1} to {self.clients}"
             )
         if self.bits not in (32, 64):
-            raise UserError("bits", self.bits, "no such word size", "choose 32 or 64")
+            raise UserError("bits", self.bits, "unsupported word size", "choose 32 or 64")
         if not 1e-30 <= self.bound <= 1e30:
             raise UserError("bound", self.bound, "out of range", "choose a number from 1e-30 to 1e30")
 
@@ -73,5 +73,5 @@ class Setup:
 
     @property
     def word(self) -> np.dtype[np.unsignedinteger]:
-        """Unsigned words of k bits, little-endian as they travel; numpy's sums of them are modulo `2^k`."""
+        """Unsigned k-bit words, little-endian as in the messages. NumPy adds them modulo `2^k`."""
         return np.dtype(f"<u{self.bits // 8}")

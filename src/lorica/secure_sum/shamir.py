@@ -1,7 +1,7 @@
-"""Shamir's secret sharing: any `t` shares of a secret give it back, fewer say nothing about it.
+"""Shamir's secret sharing: any `t` shares reconstruct the secret; fewer shares reveal nothing.
 
 Shamir, How to share a secret, CACM 1979. The secret is the constant term of a random polynomial of degree `t - 1` over
-the integers modulo the prime `P`; client `u` gets its value at `u + 1`.
+the integers modulo the prime `P`; client `u` gets the value at `u + 1`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def combine(shares: Mapping[int, bytes]) -> bytes | None:
     """The secret from `threshold` shares, by Lagrange's formula at 0: `Σ_u f(x_u) Π_{v≠u} x_v / (x_v - x_u) mod P`.
 
     Returns:
-        `SECRET_BYTES` bytes; None if the shares belong to no such secret. Wrong shares mostly give a wrong secret
-        instead, so compare it with something that is known of it.
+        `SECRET_BYTES` bytes, or None if the shares do not belong to such a secret. Wrong shares usually give a wrong
+        secret rather than None, so check the result against a commitment.
     """
     total = 0
     for client, share in shares.items():

@@ -1,4 +1,4 @@
-"""The four stages between a server and its clients: who is asked what, and who is left out on the way."""
+"""Run the four stages of a summation between a server and its clients, leaving out clients that fail."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ VERSION = 2
 # Hexadecimal digits that are kept of a digest: 128 bits.
 DIGEST = 32
 Ask = Callable[[str, Mapping[int, str]], Mapping[int, bytes]]
-"""A stage and client -> question, to client -> answer, of those that gave one."""
+"""`ask(stage, client -> question)` returns client -> answer, for the clients that answered."""
 logger = logging.getLogger(__name__)
 
 
 def add_up(agreement: Agreement, ask: Ask) -> tuple[list[int], dict[str, Tensor]]:
     """The sum of `w_k` times the tensors of client k, over the members that stayed to the end.
 
-    A client that does not answer a stage, or whose answer is wrong, is left out from there on and logged.
+    A client that fails to answer a stage, or gives a wrong answer, is logged and takes no further part.
 
     Returns:
         The clients in the sum, and the sum. Both are empty if fewer than the threshold were left at some stage.
@@ -121,13 +121,13 @@ def answer(
 ) -> tuple[Part, bytes]:
     """One client's answer to the question of a stage.
 
-    An input or a reveal that is asked for again, after an answer was lost, is the same again.
+    A repeated question in the last two stages gets the same answer, in case the first one was lost.
 
     Args:
         given: called at the stage of the masked input: what to add up under this agreement.
 
     Returns:
-        What to store before the answer leaves, and the answer.
+        The new `Part`, to be stored before the answer leaves, and the answer.
 
     Raises:
         SummationError: the question is none that a client answers in its state, or the sum none that it takes part in.
@@ -171,7 +171,7 @@ def _check_shown(shown: Mapping[tuple[int, int], Shown], place: tuple[int, int],
 
 
 def _read(question: str) -> tuple[str, str, dict[str, Any]]:
-    """Stage, summation, and what else the stage's question holds."""
+    """Stage, id of the summation, and the other content of a question."""
     try:
         asked = json.loads(question)
         stage = asked["stage"]
@@ -224,8 +224,8 @@ def _add_up(agreement: Agreement, ask: Ask) -> tuple[list[int], dict[str, Tensor
     return survivors, total
 
 
-def _without_liars(check: Callable[[], Any], answers: dict[int, Any]) -> Any:
-    """`check()`, again without each client that it names."""
+def _retry_without_faulty(check: Callable[[], Any], answers: dict[int, Any]) -> Any:
+    """`check()`, repeated without the answers of each client that it reports as faulty."""
     while True:
         try:
             return check()

@@ -1,1 +1,1 @@
-"""The server's side: the round loop, and what it accepts as a reply."""
+"""The server's side of a federation: the round loop and the checks on replies."""

@@ -1,4 +1,4 @@
-"""The round loop: who takes part, what travels, what a round cost. Knows neither methods nor engines by name."""
+"""The round loop: who takes part, what is sent, and the traffic of a round. Independent of method and engine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class TooFewReplies(UserError):
-    """A round that cannot go on. Finished rounds are kept; run again, clients give the replies that they stored."""
+    """A round has too few replies. Finished rounds are kept; in a new run, clients repeat their stored replies."""
 
 
 class Engine(Protocol):
@@ -40,36 +40,38 @@ class Engine(Protocol):
 
     @property
     def ledger(self) -> str:
-        """Where releases are recorded."""
+        """Where releases are recorded, for display."""
 
     def join(self, run: str) -> Mapping[int, ClientPlan]:
-        """Client -> what it agreed to for this run; of the clients that have joined since the last call, or of all."""
+        """Client -> its plan for this run, of all clients or only of those that have joined since the last call."""
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
-        """Client -> the tensors that it released; without those whose reply did not come."""
+        """Client -> the tensors that it released. Clients that did not reply are left out."""
 
     def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
         """The weighted sum of the replies (`lorica.secure_sum.stages.add_up`), and nothing of single ones.
 
         Returns:
-            The clients in it, and the sum; both empty if there were too few.
+            The clients in the sum, and the sum; both empty if too few clients took part.
         """
 
     def accounts(self, run: str) -> Mapping[int, Account]:
-        """Client -> what it was charged for in this run."""
+        """Client -> the steps and releases charged to it in this run."""
 
     def personal(self, run: str) -> Mapping[int, Mapping[str, Tensor]]:
-        """Client -> tensors of its own model (`Method.personal`), of the clients in this process."""
+        """Client -> tensors of its personal model (`Method.personal`), for the clients in this process."""
 
 
 @dataclass
 class Traffic:
-    """What one round moved and how long the server's own work took.
+    """Traffic of one round, and the time of the server's own work.
 
     Attributes:
         participants: clients that replied to every request of the round.
-        missing: clients that were asked and at some point did not reply, or not as was asked; out from there on.
-        bytes_up, bytes_down: client -> what it sent, refused replies included, and what it was sent.
+        missing: clients that were scheduled but have not joined, did not reply, or sent a reply that was refused. They
+            take no further part in the round.
+        bytes_up, bytes_down: client -> bytes received from it (refused replies included) and sent to it.
+        factors: site name -> factors trained in the round.
     """
 
     participants: list[int]
@@ -82,10 +84,14 @@ class Traffic:
 
 @dataclass
 class SentState:
-    """What a client has of the global adapter: a version of each tensor, and so many merged ranks of each site.
+    """The state of the global adapter that a client has been sent.
 
     Attributes:
-        requests: how many requests it has been sent.
+        requests: number of requests sent to it.
+        rank: rank of its factors; None for the full rank.
+        versions: tensor name -> version.
+        epoch: epoch of the merged ranks (`AdapterState.epoch`); None before the first request.
+        merged: site name -> number of merged ranks.
     """
 
     requests: int = 0
@@ -100,12 +106,12 @@ class Federation:
     """One run's server side.
 
     Attributes:
-        run: identity of the run.
-        plans: client -> what it agreed to, of all that have joined.
-        schedule: participants of each round, index 0 for round 1.
+        run: id of the run.
+        plans: client -> its plan, for all clients that have joined.
+        schedule: participants of each round; index 0 is round 1.
         weighting: how clients are weighted in a mean.
-        secure_sum: replies are added up under masks.
-        min_clients: fewest replies with which a round goes on; None for those of all its participants.
+        secure_sum: whether replies are added up under masks.
+        min_clients: minimum number of replies in a round; None requires the replies of all participants.
     """
 
     run: str
@@ -120,26 +126,26 @@ class Federation:
     _sent: dict[int, SentState] = field(default_factory=dict)
 
     def join(self) -> None:
-        """Take in the clients that have joined since the last call."""
+        """Add the clients that have joined since the last call."""
         self.plans |= self.engine.join(self.run)
         self.server.terms = {client: plan.terms for client, plan in self.plans.items()}
 
     def deliver(self, final: bool) -> None:
-        """Send the model that is evaluated and exported to all clients."""
+        """Send the evaluated model to all clients."""
         work = Delivery(self.server.evaluated, self.server.model.merged, final, self.method.personal)
         self.engine.exchange(
             {client: Request(self.run, client, self.server.round, 0, {}, work) for client in self.plans}
         )
 
     def round(self) -> Traffic:
-        """Run the next round: drive the method's generator, one exchange for each request that it yields.
+        """Run the next round: drive the method's generator, with one exchange for each `Train` or `Project` it yields.
 
-        A client that does not reply leaves the round: what it replied to before counts, later exchanges go to the rest,
-        and weights are those of the clients that replied.
+        A client that does not reply takes no further part in the round. Its earlier replies count, later exchanges go
+        to the other clients, and weights are computed over the clients that replied.
 
         Raises:
-            TooFewReplies: fewer than `min_clients` replied. This object is of no more use; a new one, from the last
-                checkpoint, repeats the round, and clients that had replied give the same replies from their ledgers.
+            TooFewReplies: fewer than `min_clients` replied. Do not reuse this object; rebuild it from the last
+                checkpoint. The repeated round gets the stored replies of the clients that had already replied.
         """
         self.join()
         self.server.round += 1
@@ -158,15 +164,15 @@ class Federation:
             requests = self._requests(asked, traffic.participants, exchange)
             traffic.server_seconds += time.perf_counter() - started
             if self.secure_sum:
-                replies = self._summed(requests, expected, traffic)
+                replies = self._sum_exchange(requests, expected, traffic)
                 started = time.perf_counter()
             else:
                 arrived = self.engine.exchange(requests)
                 started = time.perf_counter()
-                released = self._accepted(requests, arrived, expected, traffic)
+                released = self._accept_replies(requests, arrived, expected, traffic)
                 replies = replace(_replies(released, self._weights(traffic)), aggregate=self.server.aggregate)
             if isinstance(asked, Train):
-                traffic.factors = _united(traffic.factors, _per_site(asked, self.server))
+                traffic.factors = _union(traffic.factors, _per_site(asked, self.server))
             if isinstance(asked, Train) and self.server.scaffold is not None:
                 self.server.scaffold.learn(replies.updates, replies.weights, self.server.rates, self.server.local_steps)
             try:
@@ -180,10 +186,12 @@ class Federation:
     def _weights(self, traffic: Traffic) -> dict[int, float]:
         return client_weights(self.weighting, [self.plans[client] for client in traffic.participants])
 
-    def _summed(self, requests: Mapping[int, Request], expected: dict[int, Expected], traffic: Traffic) -> Replies:
-        """One exchange of which the server sees the weighted sum over the clients that stayed to its end.
+    def _sum_exchange(
+        self, requests: Mapping[int, Request], expected: dict[int, Expected], traffic: Traffic
+    ) -> Replies:
+        """One exchange in which the server sees only the weighted sum over the clients that stayed to the end.
 
-        No coordinate of a weighted update is larger than its norm bound, so nothing honest is clipped.
+        No coordinate of an honest weighted update exceeds its norm bound, so the sum clips none of them.
         """
         weights = self._weights(traffic)
         for client, request in requests.items():
@@ -199,7 +207,7 @@ class Federation:
         clients, total = self.engine.sum(requests, agreement)
         for client in clients:
             traffic.bytes_up[client] += coordinates(shapes) * setup.word.itemsize
-        self._leave_out({client: "it has no part in the sum" for client in requests if client not in clients}, traffic)
+        self._leave_out({client: "it is not in the sum" for client in requests if client not in clients}, traffic)
         share = sum(weights[client] for client in clients)
         means = {name: value / share for name, value in total.items()}
         return Replies(
@@ -213,17 +221,17 @@ class Federation:
         records, earlier = self.plans[request.client].records, expected.get(request.client)
         return expected_reply(request, records, self.server.model.tensors, self.server.seed, earlier)
 
-    def _accepted(
+    def _accept_replies(
         self,
         requests: Mapping[int, Request],
         replies: Mapping[int, Mapping[str, Tensor]],
         expected: dict[int, Expected],
         traffic: Traffic,
     ) -> dict[int, Mapping[str, Tensor]]:
-        """The replies that count; clients that gave none are moved from the round's participants to the missing.
+        """Client -> its reply, if that passes the checks. All other clients become missing in this round.
 
         Args:
-            expected: client -> what it had to reply to its last request of this round; taken in and brought up to date.
+            expected: client -> the expected reply to its last request of this round; updated in place.
         """
         accepted, reasons = {}, {}
         for client, request in requests.items():
@@ -237,14 +245,14 @@ class Federation:
             if wrong is None:
                 accepted[client] = replies[client]
             else:
-                reasons[client] = f"its reply is refused, {wrong}"
+                reasons[client] = f"its reply was refused: {wrong}"
         self._leave_out(reasons, traffic)
         return accepted
 
     def _leave_out(self, reasons: Mapping[int, str], traffic: Traffic) -> None:
         for client, reason in reasons.items():
-            logger.warning("round %d goes on without client %d: %s", self.server.round, client, reason)
-            # It may or may not have taken in what it was sent.
+            logger.warning("round %d continues without client %d: %s", self.server.round, client, reason)
+            # It may or may not have received the last request.
             self._sent.pop(client, None)
         traffic.participants = [client for client in traffic.participants if client not in reasons]
         traffic.missing = sorted([*traffic.missing, *reasons])
@@ -259,8 +267,8 @@ class Federation:
                 "federation.min_clients",
                 self.min_clients,
                 f"round {self.server.round} needs {needed} replies and has {replied} ({why})",
-                "mend what stopped these clients and run the same command again: finished rounds are kept, and a reply "
-                "that a client has given is not charged twice",
+                "check these clients and run the same command again; finished rounds are kept, and no reply is charged "
+                "twice",
             )
 
     def _requests(self, asked: Train | Project, participants: list[int], exchange: int) -> dict[int, Request]:
@@ -286,7 +294,7 @@ class Federation:
         return requests
 
     def _training(self, train: Train, client: int) -> Training:
-        """What is common to all clients of an exchange, with the terms of one of them."""
+        """The part of the work that all clients of an exchange share, with the terms of one of them."""
         server = self.server
         trained = tuple(server.model.trained(train.factors))
         return Training(
@@ -303,11 +311,11 @@ class Federation:
         )
 
     def _changed(self, sent: SentState, rank: int | None) -> dict[str, Tensor]:
-        """Tensors that a client lacks; all of them if its rank has grown."""
+        """Tensors that the client does not have yet; all tensors if its rank has grown."""
         model = self.server.model
-        versions = {} if _grown(sent.rank, rank) else sent.versions
+        versions = {} if _has_grown(sent.rank, rank) else sent.versions
         changed = {
-            # As it is after a journey: products of other layouts round otherwise, and engines agree bit for bit.
+            # Contiguous, as after decoding: other layouts can round differently, and engines must agree bit for bit.
             name: leading(name, value, rank).contiguous()
             for name, value in model.tensors.items()
             if versions.get(name) != model.versions[name]
@@ -316,7 +324,7 @@ class Federation:
         return changed
 
     def _new_increments(self, sent: SentState) -> tuple[bool, dict[str, Pair]]:
-        """Merged ranks that a client lacks, and whether they replace what it has."""
+        """Merged ranks that the client does not have yet, and whether they replace all that it has."""
         model = self.server.model
         restart = sent.epoch != model.epoch
         have = {} if restart else sent.merged
@@ -325,7 +333,7 @@ class Federation:
 
 
 def new_ranks(model: AdapterState, have: Mapping[str, int]) -> dict[str, Pair]:
-    """Site -> `(B, A)`: the merged ranks after the first `have[site]`, for sites that have any."""
+    """Site -> `(B, A)`: the merged ranks after the first `have[site]`. Sites without new ranks are left out."""
     found = {}
     for name, (b, a) in model.merged.items():
         first = have.get(name, 0)
@@ -335,7 +343,7 @@ def new_ranks(model: AdapterState, have: Mapping[str, int]) -> dict[str, Pair]:
 
 
 def client_weights(weighting: str, plans: list[ClientPlan]) -> dict[int, float]:
-    """Weights of one round's participants, summing to 1.
+    """Weights of the participants of a round; they sum to 1.
 
     `uniform`: equal. `records`: `n_k`. `noise`: `1/τ_k²`, which minimises the noise variance of the mean.
     """
@@ -348,7 +356,7 @@ def client_weights(weighting: str, plans: list[ClientPlan]) -> dict[int, float]:
     return {plan.client: float(weight) for plan, weight in zip(plans, values / values.sum(), strict=True)}
 
 
-def _grown(before: int | None, now: int | None) -> bool:
+def _has_grown(before: int | None, now: int | None) -> bool:
     return before is not None and (now is None or now > before)
 
 
@@ -373,10 +381,10 @@ def _per_site(train: Train, server: Server) -> dict[str, Factors]:
     return {site.name: train.factors for site in server.model.sites}
 
 
-def _united(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Factors that two exchanges of one round trained, per site."""
-    united: dict[str, Factors] = dict(first)
+def _union(first: Mapping[str, Factors], second: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Site name -> the factors trained in either of two exchanges."""
+    union: dict[str, Factors] = dict(first)
     for name, factors in second.items():
-        both = "".join(sorted(set(united.get(name, "") + factors)))
-        united[name] = both  # type: ignore[assignment]
-    return united
+        both = "".join(sorted(set(union.get(name, "") + factors)))
+        union[name] = both  # type: ignore[assignment]
+    return union

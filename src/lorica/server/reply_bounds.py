@@ -1,8 +1,8 @@
-"""How far noisy steps can move a tensor: what a server can hold against a reply, since it sees no gradient.
+"""Bounds on how far noisy steps can move a tensor. The server sees no gradients, but it can check replies against them.
 
-It knows the terms of every step. With `m ~ Binomial(n, q)` records in a batch, a noisy gradient is `ĝ = s/b + ξ` with
-`‖s‖ ≤ C m` over all tensors trained in the step and `ξ ~ N(0, τ² I)`, `τ = σC/b`. Each of these events fails with
-probability at most `p = 1e-12`:
+The server knows the terms of every step. With `m ~ Binomial(n, q)` records in a batch, a noisy gradient is
+`ĝ = s/b + ξ` with `‖s‖ ≤ C m` over all tensors trained in the step and `ξ ~ N(0, τ² I)`, `τ = σC/b`. Each of these
+events fails with probability at most `p = 1e-12`:
 
     m_1 + … + m_k ≤ M_k, the (1 - p)-quantile of Binomial(k n, q), over any k given steps
     ‖Σ_e h_e ξ_e‖ ≤ τ (√(Σ_i v_i) + √(2 max_i v_i ln(1/p))),  v_i = Σ_e h_e² of coordinate i
@@ -10,23 +10,23 @@ probability at most `p = 1e-12`:
 The second is the concentration of a Lipschitz function of Gaussians around a mean of at most `τ √(Σ_i v_i)` (Boucheron,
 Lugosi and Massart, Concentration Inequalities, theorem 5.6).
 
-What comes after the noise is known, so a bound on the update follows. Let `h_e` bound how far a gradient of norm 1 in
-step `e` moves the tensor by the end: for plain SGD `η`, with momentum `η (1 - μ^{E-e+1})/(1 - μ)`, in general the
+All operations after the noise are known, so a bound on the update follows. Let `h_e` bound how far a gradient of norm 1
+in step `e` moves the tensor by the end: for plain SGD `η`, with momentum `η (1 - μ^{E-e+1})/(1 - μ)`, in general the
 response of
 
     w ← μ w + κ ρ x + (λ + κ μ_prox) u,   u ← u + η w
 
-to `x = 1` in one step. `ρ` is 1, or `√0.273` where the smoothing is a rescaling (the filter has norm 1); `κ` is the
-norm of scaled gradient descent's `(F Fᵀ + δI)⁻¹`: that of the factor `F` where it is public and rests, else `1/δ`. Then
+to `x = 1` in one step. `ρ` is 1, or `√0.273` if the smoothing is a rescaling (the filter has norm 1). `κ` is the
+norm of scaled gradient descent's `(F Fᵀ + δI)⁻¹`: exact if the factor `F` is public and fixed, else `1/δ`. Then
 
     ‖U‖ ≤ (C/b) Σ_k (h_(k) - h_(k+1)) M_k + (noise, as above) + (Σ_e h_e/ρ) (‖c - c_k‖ + λ‖θ_0‖/κ)
 
 with `h_(1) ≥ h_(2) ≥ …` (summation by parts; for plain SGD the first term is `η C M_E/b`), and the same for all updates
-together, each divided by its rate. Where a step's map depends on earlier noise (scaled GD on both factors of a site,
-HetLoRA's tail penalty) noises are bounded step by step, with `Σ_e h_e` for `√(Σ_e h_e²)`; the penalty's gradient is
+together, each divided by its rate. If a step's map depends on earlier noise (scaled GD on both factors of a site,
+HetLoRA's tail penalty), the noise is bounded step by step, with `Σ_e h_e` for `√(Σ_e h_e²)`; the penalty's gradient is
 bounded by `λ_t (‖other_0‖ + ‖U_other‖)`.
 
-AdamW needs no probability. By Cauchy and Schwarz no coordinate of `m̂/√v̂` exceeds
+The bound for AdamW is deterministic. By Cauchy-Schwarz, no coordinate of `m̂/√v̂` exceeds
 
     R_t = (1-β₁)/(1-β₁^t) √((1-β₂^t)/(1-β₂)) √(Σ_{i<t} (β₁²/β₂)^i)
 
@@ -52,19 +52,19 @@ from lorica.messages import Training
 from lorica.privacy.mechanism import Terms
 
 FAILURE = 1e-12
-"""`p` of one event."""
+"""`p`, the failure probability of one event."""
 ROUNDING = 1e-3
-"""Relative slack for what fp32 makes of sums."""
+"""Relative tolerance for rounding in fp32."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of the updates of one exchange.
+    """Bounds on the updates of one exchange.
 
     Attributes:
         norms: name -> largest L2 norm.
-        joint: `√(Σ_n ‖U_n‖²/η_n²) ≤ joint` over all updates that are sent, each over its rate.
-        coordinates: name -> largest absolute value of each coordinate, where that is known (AdamW).
+        joint: `√(Σ_n ‖U_n‖²/η_n²) ≤ joint` over all updates in the reply.
+        coordinates: name -> largest absolute value of each coordinate; AdamW only.
     """
 
     norms: Mapping[str, float]
@@ -73,10 +73,10 @@ class Bounds:
 
 
 def update_bounds(work: Training, records: int, model: Mapping[str, Tensor]) -> Bounds:
-    """Bounds on `U = θ_E - θ_0` of every tensor that is trained, of those that stay with the client too.
+    """Bounds on `U = θ_E - θ_0` of every trained tensor, including those that stay with the client.
 
     Args:
-        work: with privacy; without it there are no bounds.
+        work: with private terms; without privacy there are no bounds.
         records: `n`.
         model: all global tensors.
     """
@@ -89,12 +89,12 @@ def update_bounds(work: Training, records: int, model: Mapping[str, Tensor]) -> 
 
 
 def gradient_bound(terms: Terms, records: int, size: int) -> float:
-    """`C M_1/b + τ (√d + √(2 ln(1/p)))`: of one noisy gradient with `size` coordinates."""
+    """`C M_1/b + τ (√d + √(2 ln(1/p)))`: bound on the norm of one noisy gradient with `size` coordinates `d`."""
     return (1 + ROUNDING) * (clipped_norm(terms, records, [1.0]) + gaussian_norm([(terms.noise_std, size)]))
 
 
 def active_steps(work: Training) -> dict[str, list[int]]:
-    """Name -> the steps, from 0, in which it is trained; without tensors that are trained in none."""
+    """Name -> steps, counted from 0, in which the tensor is trained. Tensors that are never trained are left out."""
     found: dict[str, list[int]] = {}
     for step in range(work.steps):
         for name in work.local.active(work.trained, step):
@@ -103,7 +103,7 @@ def active_steps(work: Training) -> dict[str, list[int]]:
 
 
 def clipped_norm(terms: Terms, records: int, gains: Sequence[float]) -> float:
-    """What `Σ_e h_e C m_e/b` stays below: `(C/b) Σ_k (h_(k) - h_(k+1)) M_k`, gains `h_e` in descending order."""
+    """Bound on `Σ_e h_e C m_e/b`: `(C/b) Σ_k (h_(k) - h_(k+1)) M_k`, with the gains `h_e` in descending order."""
     ordered = np.sort(gains)[::-1]
     falls = ordered - np.append(ordered[1:], 0.0)
     counts = np.flatnonzero(falls) + 1
@@ -112,10 +112,10 @@ def clipped_norm(terms: Terms, records: int, gains: Sequence[float]) -> float:
 
 
 def gaussian_norm(parts: Sequence[tuple[float, int]]) -> float:
-    """What the norm of independent Gaussian coordinates stays below, but with probability `p`.
+    """Bound on the norm of independent Gaussian coordinates, exceeded with probability at most `p`.
 
     Args:
-        parts: standard deviation, and of how many coordinates.
+        parts: standard deviations, each with its number of coordinates.
     """
     spread = math.sqrt(sum(deviation**2 * size for deviation, size in parts))
     return spread + max(deviation for deviation, _ in parts) * math.sqrt(-2 * math.log(FAILURE))
@@ -131,7 +131,7 @@ def _sgd(work: Training, records: int, tensors: Mapping[str, Tensor], active: Ma
     drifts, tails, gains = {}, {}, {}
     for name, steps in active.items():
         amplified = _amplification(name, work, tensors)
-        # To a unit that comes in after the gradient's rescaling and preconditioning.
+        # Responses to a unit input after the rescaling and preconditioning of the gradient.
         responses = _responses(
             len(steps), work.rates[name], work.optimizer.momentum, decay + amplified * local.proximal
         )
@@ -139,13 +139,13 @@ def _sgd(work: Training, records: int, tensors: Mapping[str, Tensor], active: Ma
         gains[name] = [rescaled * amplified * response for response in responses]
         drifts[name] = amplified * norm(work.corrections[name]) * sum(responses) if name in work.corrections else 0.0
         if decay:
-            # Where a client starts with a tensor of its own, the server does not know.
+            # The server does not know the starting value of a personal tensor.
             drifts[name] += math.inf if name in work.personal else decay * norm(tensors[name]) * sum(responses)
         tails[name] = amplified * local.tail_penalty * sum(responses) if is_factor(name) else 0.0
     independent = not any(_depends_on_noise(name, work, active) for name in active)
 
     def noise(scales: Mapping[str, float]) -> float:
-        """Of the tensors that are named, each times its scale."""
+        """Bound on the noise of these tensors together, each multiplied by its scale."""
         deviations = {name: work.terms.noise_std * scale for name, scale in scales.items()}
         if independent:
             return gaussian_norm(
@@ -163,14 +163,14 @@ def _sgd(work: Training, records: int, tensors: Mapping[str, Tensor], active: Ma
     if any(tails.values()) or not scales:
         return Bounds(norms)
     scaled = {name: dict(zip(active[name], gains[name], strict=True)) for name in scales}
-    # One clip norm for all tensors of a step: the largest gain among them bounds the whole.
+    # All tensors of a step share one clip norm, so the largest gain among them bounds the step.
     shared = [max(scales[name] * scaled[name].get(step, 0.0) for name in scales) for step in range(work.steps)]
     drift = math.sqrt(sum((scale * drifts[name]) ** 2 for name, scale in scales.items()))
     return Bounds(norms, (1 + ROUNDING) * (clipped_norm(work.terms, records, shared) + noise(scales) + drift))
 
 
 def _adamw(work: Training, tensors: Mapping[str, Tensor], active: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """`Σ_t h_t (R_t + λ |θ_0|)` of each coordinate."""
+    """`Σ_t h_t (R_t + λ |θ_0|)` for each coordinate."""
     decay, (first, second) = work.optimizer.weight_decay, AdamW.BETAS
     reached = {}
     for name, steps in active.items():
@@ -189,9 +189,10 @@ def _adamw(work: Training, tensors: Mapping[str, Tensor], active: Mapping[str, l
 
 
 def _responses(steps: int, rate: float, momentum: float, pull: float) -> list[float]:
-    """`h_e`, `e = 1…E`: how far a unit in step `e` has moved the tensor at the end, every pull taken as a push.
+    """`h_e`, `e = 1…E`: how far a unit input in step `e` can move the tensor by the end.
 
-    `w ← μ w + x + pull u`, `u ← u + η w`. Steps are alike, so the response to the first is that of all, shifted.
+    `w ← μ w + x + pull u`, `u ← u + η w`, where the pull is taken in the worst direction, outwards. All steps are
+    alike, so the response to a later step is the response to the first one, shifted.
     """
     velocity = position = 0.0
     after = []
@@ -203,7 +204,7 @@ def _responses(steps: int, rate: float, momentum: float, pull: float) -> list[fl
 
 
 def _amplification(name: str, work: Training, tensors: Mapping[str, Tensor]) -> float:
-    """`κ`: the norm of what the noisy gradient is multiplied by."""
+    """`κ`: the operator norm of the preconditioner of the noisy gradient; 1 without one."""
     if work.local.damping is None or not is_factor(name):
         return 1.0
     other = other_factor(name)
@@ -215,7 +216,7 @@ def _amplification(name: str, work: Training, tensors: Mapping[str, Tensor]) -> 
 
 
 def _depends_on_noise(name: str, work: Training, active: Mapping[str, list[int]]) -> bool:
-    """Whether a step's map from gradient to increment depends on the noise of earlier ones."""
+    """Whether the map from gradient to increment depends on the noise of earlier steps."""
     preconditioned = work.local.damping is not None and other_factor(name) in active
     return is_factor(name) and (bool(work.local.tail_penalty) or preconditioned)
 
@@ -227,7 +228,7 @@ def _with_tail(
     tensors: Mapping[str, Tensor],
     work: Training,
 ) -> float:
-    """Solve `u = a + k (‖other_0‖ + u')`, `u' = a' + k' (‖own_0‖ + u)` for `u`; infinite where they feed each other."""
+    """Solve `u = a + k (‖other_0‖ + u')`, `u' = a' + k' (‖own_0‖ + u)` for `u`; infinite if there is no solution."""
     if not tails[name]:
         return alone[name]
     other = other_factor(name)

@@ -1,4 +1,4 @@
-"""What a server accepts as a reply: the tensors that it asked for, finite, and no larger than the steps allow."""
+"""Check replies at the server: exactly the requested tensors, finite, and no larger than the steps allow."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lorica.server.reply_bounds import ROUNDING, active_steps, gradient_bound, n
 
 @dataclass(frozen=True)
 class Expected:
-    """What a reply must look like.
+    """Requirements on a reply.
 
     Attributes:
-        shapes: name -> shape; exactly these names.
+        shapes: name -> shape; the reply has exactly these names.
         norms: name -> largest L2 norm.
-        coordinates: name -> largest absolute value of each coordinate, where one is known.
+        coordinates: name -> largest absolute value of each coordinate, if a bound is known.
         rates, joint: `√(Σ_n ‖U_n‖²/rates_n²) ≤ joint` over the updates.
-        kept: name -> largest L2 norm of a factor that stays with the client for a projection.
+        kept: name -> largest L2 norm of a factor that the client keeps for a projection.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -37,12 +37,12 @@ class Expected:
 
 
 def check_reply(reply: Mapping[str, Tensor], expected: Expected) -> str | None:
-    """What is wrong with a reply, with the tensor's name; None if nothing is."""
+    """The first problem with a reply, with the name of the tensor; None if it meets all requirements."""
     missing, extra = expected.shapes.keys() - reply.keys(), reply.keys() - expected.shapes.keys()
     if missing:
-        return f"it lacks {_some(missing)}"
+        return f"missing {_listed(missing)}"
     if extra:
-        return f"it has {_some(extra)}, not asked for"
+        return f"unexpected {_listed(extra)}"
     for name, shape in expected.shapes.items():
         value = reply[name]
         if tuple(value.shape) != shape:
@@ -56,30 +56,30 @@ def check_reply(reply: Mapping[str, Tensor], expected: Expected) -> str | None:
     norms = {name: norm(reply[name]) for name in expected.shapes}
     for name, bound in expected.norms.items():
         if norms[name] > bound:
-            return f"{name} has norm {norms[name]:.4g}, and its steps allow {bound:.4g}"
+            return f"{name} has norm {norms[name]:.4g}, but its steps allow at most {bound:.4g}"
     for name, largest in expected.coordinates.items():
         if bool((reply[name].abs() > largest).any()):
             return f"{name} has coordinates that AdamW cannot reach in its steps"
     joint = math.sqrt(sum((norms[name] / rate) ** 2 for name, rate in expected.rates.items()))
     if joint > expected.joint:
-        return f"its updates, each over its rate, have norm {joint:.4g}, and its steps allow {expected.joint:.4g}"
+        return f"the updates over their rates have norm {joint:.4g}, but the steps allow at most {expected.joint:.4g}"
     return None
 
 
 def expected_reply(
     request: Request, records: int, model: Mapping[str, Tensor], seed: int, earlier: Expected | None
 ) -> Expected:
-    """What an honest client can reply.
+    """Requirements that every honest reply to a request meets.
 
-    Exactly the tensors asked for, fp32 and finite; with privacy also the bounds of
-    `lorica.server.reply_bounds`. Of sketches:
+    Exactly the requested tensors, fp32 and finite; with privacy, also the bounds of `lorica.server.reply_bounds`. For
+    sketches:
     `‖B_k A_k Ω‖ ≤ ‖B_0 A_0 Ω‖ + ‖U_B‖ ‖A_0 Ω‖₂ + ‖B_k‖ ‖U_A‖ ‖Ω‖₂` and `‖A_kᵀ B_kᵀ Q‖ ≤ ‖A_k‖ ‖B_k‖ ‖Q‖₂`.
 
     Args:
         records: `n` of the client, public.
         model: all global tensors.
-        seed: public, of the sketches.
-        earlier: what was expected of the client before in this round, for a `Projection`.
+        seed: public seed of the sketches.
+        earlier: the requirements on the client's previous reply in this round, for a `Projection`.
     """
     if isinstance(request.work, Projection):
         return _projection(request.work, model, earlier)
@@ -110,9 +110,9 @@ def _training(work: Training, records: int, model: Mapping[str, Tensor], seed: i
         name_a, name_b = factor_a(site), factor_b(site)
         a, b = tensors[name_a], tensors[name_b]
         omega = sketch_matrix(seed, round_number, site, a.shape[1], work.sketch_columns or 0)
-        bound = norm(b @ (a @ omega)) + bounds.norms[name_b] * _spectral(a @ omega)
+        bound = norm(b @ (a @ omega)) + bounds.norms[name_b] * _spectral_norm(a @ omega)
         if name_a in active:
-            bound += ends[name_b] * bounds.norms[name_a] * _spectral(omega)
+            bound += ends[name_b] * bounds.norms[name_a] * _spectral_norm(omega)
         norms[f"{SKETCH}{site}"] = (1 + ROUNDING) * bound
     return Expected(
         shapes,
@@ -132,19 +132,19 @@ def _projection(work: Projection, model: Mapping[str, Tensor], earlier: Expected
         a = model[name_a]
         shapes[name] = (a.shape[1], basis.shape[1])
         if name_b in kept:
-            norms[name] = (1 + ROUNDING) * kept.get(name_a, _spectral(a)) * kept[name_b] * _spectral(basis)
+            norms[name] = (1 + ROUNDING) * kept.get(name_a, _spectral_norm(a)) * kept[name_b] * _spectral_norm(basis)
     return Expected(shapes, norms, kept=kept)
 
 
-def _spectral(value: Tensor) -> float:
-    """The largest singular value, through the Gram matrix of the short side: these matrices are long and thin."""
+def _spectral_norm(value: Tensor) -> float:
+    """The largest singular value, from the Gram matrix of the shorter side: these matrices are long and thin."""
     matrix = value.double()
     gram = matrix.T @ matrix if matrix.shape[0] > matrix.shape[1] else matrix @ matrix.T
     return float(torch.linalg.eigvalsh(gram)[-1].clamp(min=0).sqrt())
 
 
-def _some(names: Iterable[str]) -> str:
-    """A few names, quoted and cut: they may come from a reply, so they may hold anything."""
+def _listed(names: Iterable[str]) -> str:
+    """Up to three names, quoted and shortened, since names from a reply may contain anything."""
     listed = sorted(names)
     more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
     return ", ".join(repr(name[:60]) for name in listed[:3]) + more

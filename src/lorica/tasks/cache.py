@@ -77,8 +77,8 @@ def cached_arrays(key: Iterable[str], make: Callable[[Arrays], None]) -> dict[st
         raise UserError(
             "LORICA_HOME",
             str(cache_folder()),
-            f"prepared records cannot be kept there ({error.strerror})",
-            "free the disk, or set the environment variable LORICA_HOME to a folder with more room",
+            f"prepared records cannot be stored there ({error.strerror})",
+            "free disk space, or set the environment variable LORICA_HOME to a folder with more space",
         ) from error
 
 

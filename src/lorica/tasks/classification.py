@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorica.tasks.metrics import METRICS
+from lorica.tasks.metrics import OF_CLASSES, OF_NUMBERS
 from lorica.tasks.records import Batch, Records
 
 
@@ -19,7 +19,7 @@ class Classification:
     """Cross entropy on single labels.
 
     Attributes:
-        metrics: names of `lorica.tasks.metrics.METRICS`; the first one is the main one.
+        metrics: names of `lorica.tasks.metrics.OF_CLASSES`; the first one is the main one.
     """
 
     metrics: tuple[str, ...] = ("accuracy",)
@@ -42,7 +42,7 @@ class Classification:
         for places, batch, outputs in _passes(model, records, tokens, device):
             predicted[places] = outputs.logits.argmax(dim=-1).cpu().numpy()
             loss += float(self.losses(outputs, batch).sum(dtype=torch.float64))
-        found = {name: METRICS[name](records.labels, predicted) for name in self.metrics}
+        found = {name: OF_CLASSES[name](records.labels, predicted) for name in self.metrics}
         return found | {"loss": loss / len(records)}
 
 
@@ -51,7 +51,7 @@ class Regression:
     """Squared error on one number.
 
     Attributes:
-        metrics: `pearson`, `spearman`; the first one is the main one.
+        metrics: names of `lorica.tasks.metrics.OF_NUMBERS`; the first one is the main one.
     """
 
     metrics: tuple[str, ...] = ("pearson", "spearman")
@@ -70,7 +70,7 @@ class Regression:
         predicted = np.empty(len(records))
         for places, _, outputs in _passes(model, records, tokens, device):
             predicted[places] = outputs.logits.float()[:, 0].cpu().numpy()
-        found = {name: METRICS[name](records.labels, predicted) for name in self.metrics}
+        found = {name: OF_NUMBERS[name](records.labels, predicted) for name in self.metrics}
         return found | {"loss": float(np.mean((predicted - records.labels) ** 2))}
 
 

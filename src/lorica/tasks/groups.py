@@ -84,8 +84,8 @@ class GroupedRecords(Records):
         inner = self.records.batch(self._members_of(indices))
         sizes = torch.from_numpy(self.sizes[indices])
         group = torch.repeat_interleave(sizes)
-        record = torch.arange(len(group)) if inner.owners is None else inner.owners
-        return replace(inner, owners=group[record], weights=inner.row_weights() / sizes[group[record]])
+        record = torch.arange(len(group)) if inner.example_of_row is None else inner.example_of_row
+        return replace(inner, example_of_row=group[record], weights=inner.row_weights() / sizes[group[record]])
 
 
 def group_keys(source: Source, column: str) -> np.ndarray:
@@ -98,8 +98,8 @@ def group_keys(source: Source, column: str) -> np.ndarray:
 
     values = source.table.column(column)
     if not (is_text(values.type) or pa.types.is_integer(values.type)):
-        problem = f"the column of {source.name} holds {values.type}, which names no groups"
-        raise UserError("privacy.group", column, problem, "name a column of text or integers")
+        problem = f"the column of {source.name} holds {values.type}, which cannot identify groups"
+        raise UserError("privacy.group", column, problem, "choose a column of text or integers")
     keys: np.ndarray = values.cast(pa.large_string()).to_numpy()
     return keys.astype(str)
 
@@ -144,7 +144,7 @@ def grouped(records: Records, keys: np.ndarray, most: int, seed: int) -> Grouped
         ValueError: there are not as many keys as records, or `most` is less than 1.
     """
     if len(keys) != len(records) or most < 1:
-        raise ValueError(f"{len(keys)} keys for {len(records)} records, at most {most} a group")
+        raise ValueError(f"{len(keys)} keys for {len(records)} records, at most {most} records per group")
     _, firsts, group = np.unique(keys, return_index=True, return_inverse=True)
     order = np.argsort(np.argsort(firsts))[group]
     by_group = np.split(np.argsort(order, kind="stable"), np.cumsum(np.bincount(order))[:-1])

@@ -94,14 +94,19 @@ def load_preprocessing(base: str) -> Preprocessing:
             "model.base",
             base,
             "its configuration or its image processor cannot be loaded",
-            "give a hub id that can be reached, or a folder with config.json and preprocessor_config.json",
+            "give the id of a model on the hub, or a folder with config.json and preprocessor_config.json",
         ) from None
     # Colours are converted here, to the model's number of channels; processors only know RGB.
     processor.do_convert_rgb = False
     vision = getattr(config, "vision_config", config)
     channels = getattr(vision, "num_channels", 3)
     if channels not in (1, 3):
-        raise UserError("model.base", base, f"it takes images of {channels} channels", "give a model for 1 or 3")
+        raise UserError(
+            "model.base",
+            base,
+            f"it requires images with {channels} channels",
+            "use a model for images with 1 or 3 channels",
+        )
     patch = getattr(vision, "patch_size", None) or DEFAULT_PATCH
     height, width = (patch, patch) if isinstance(patch, int) else patch
     return Preprocessing(base, processor, channels, (height, width))
@@ -165,7 +170,7 @@ def _check_type(source: Source, column: str, kind: Any) -> None:
     binary = str(kind) in ("binary", "large_binary", "binary_view")
     if not (binary or is_text(kind) or "bytes" in fields):
         problem = f"the column of {source.name} holds {kind}, not images"
-        raise UserError("task.image", column, problem, "name a column of encoded images or of paths to image files")
+        raise UserError("task.image", column, problem, "choose a column of encoded images or of paths to image files")
 
 
 def _encoded(source: Source, column: str, index: int, value: bytes | str | dict[str, Any]) -> bytes:
@@ -177,8 +182,8 @@ def _encoded(source: Source, column: str, index: int, value: bytes | str | dict[
         return (source.folder / (content or "")).read_bytes()
     # A path with a null byte is a ValueError.
     except (OSError, ValueError):
-        problem = f"the image of record {index} (counted from 0), column {column!r}, is not there"
-        raise source.error(problem, f"give paths relative to {source.folder}, or remove the record") from None
+        problem = f"the image of record {index} (counted from 0), column {column!r}, is missing"
+        raise source.error(problem, f"write paths relative to {source.folder}, or remove the record") from None
 
 
 def _decode(source: Source, column: str, index: int, content: bytes, mode: str) -> Any:
@@ -192,7 +197,7 @@ def _decode(source: Source, column: str, index: int, content: bytes, mode: str) 
         converted = ImageOps.exif_transpose(image).convert(mode)
     # Decoders raise whatever a broken file makes them stumble over.
     except Exception:
-        raise source.error(f"{place} is not a readable image", "write the image again or remove the record") from None
+        raise source.error(f"{place} is not a readable image", "replace the image or remove the record") from None
     if deep:
         raise source.error(f"{place} has more than 8 bits per channel", "convert the images to 8 bits")
     return converted
@@ -233,6 +238,6 @@ def _not_one_size(preprocessing: Preprocessing) -> UserError:
     return UserError(
         "model.base",
         preprocessing.base,
-        f"its image processor does not bring all images to one size with {preprocessing.channels} channel(s)",
+        f"its image processor does not convert all images to one size with {preprocessing.channels} channel(s)",
         "set size (height and width), image_mean and image_std (one value per channel) in preprocessor_config.json",
     )

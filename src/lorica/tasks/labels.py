@@ -57,7 +57,7 @@ def label_indices(source: Source, column: str, names: list[str]) -> np.ndarray:
     unknown = sorted(set(texts.filter(compute.is_null(indices)).unique().to_pylist()))
     if unknown:
         raise source.error(
-            f"{unknown[0]!r} is no label of the task",
+            f"{unknown[0]!r} is not a label of the task",
             f"remove the records with this label, or add it to task.labels or task.train; they have {_listed(names)}",
         )
     found: np.ndarray = indices.to_numpy().astype(np.int64)
@@ -77,16 +77,18 @@ def label_numbers(source: Source, column: str) -> np.ndarray:
         texts = values.to_pylist()
         wrong = next((index for index, text in enumerate(texts) if not NUMBER.fullmatch(text.strip())), None)
         if wrong is not None:
-            raise source.error(f"record {wrong} (counted from 0) has no number in column {column!r}", "mend the record")
+            raise source.error(
+                f"record {wrong} (counted from 0) has no number in column {column!r}", "correct or remove the record"
+            )
         return np.array([float(text) for text in texts], dtype=np.float32)
     if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
         problem = f"the column of {source.name} holds {values.type}, not numbers"
-        raise UserError("task.label", column, problem, "name a column of numbers")
+        raise UserError("task.label", column, problem, "choose a column of numbers")
     numbers: np.ndarray = values.to_numpy().astype(np.float32)
     if not np.isfinite(numbers).all():
         index = int(np.flatnonzero(~np.isfinite(numbers))[0])
         raise source.error(
-            f"record {index} (counted from 0) has no finite number in column {column!r}", "mend the record"
+            f"record {index} (counted from 0) has no finite number in column {column!r}", "correct or remove the record"
         )
     return numbers
 
@@ -111,7 +113,7 @@ def label_texts(source: Source, column: str) -> pa.ChunkedArray:
         if len(outside):
             raise source.error(
                 f"record {outside[0]} (counted from 0) has no label in column {column!r}",
-                "the labels of this split may be withheld: name another one, as in ID[validation]",
+                "the labels of this split may be withheld; choose another split, as in ID[validation]",
             )
         return pa.chunked_array([pa.array(declared, pa.large_string()).take(pa.array(indices))])
     texts = values.cast(pa.large_string())
@@ -127,8 +129,8 @@ def is_text(kind: pa.DataType) -> bool:
 
 
 def _not_classes(source: Source, column: str, problem: str) -> UserError:
-    remedy = "name a column of integers or of label names, or set task.type=text-regression to predict numbers"
-    return UserError("task.label", column, f"the column of {source.name} {problem}, which are no classes", remedy)
+    remedy = "choose a column of integers or label names, or set task.type=text-regression to predict numbers"
+    return UserError("task.label", column, f"the column of {source.name} {problem}, which are not classes", remedy)
 
 
 def _declared_names(table: pa.Table, column: str) -> list[str] | None:

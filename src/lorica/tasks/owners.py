@@ -11,6 +11,7 @@ import numpy as np
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
+from lorica.tasks.kind import kind_of
 from lorica.tasks.labels import INTEGER, is_text
 from lorica.tasks.readers import IMAGE_SUFFIXES, READERS, Source, read
 from lorica.tasks.records import Owners
@@ -52,9 +53,9 @@ def source_names(train: str | list[str]) -> list[str]:
     """
     if isinstance(train, list):
         if not train:
-            raise UserError("task.train", train, "it names no source", "name at least one")
+            raise UserError("task.train", train, "it is empty", "give at least one source")
         if len(set(train)) < len(train):
-            raise UserError("task.train", train, "it names a source twice", "name each source once")
+            raise UserError("task.train", train, "it contains a source twice", "give each source once")
         return train
     path = Path(train).expanduser()
     if path.is_dir() and not _holds_images(path):
@@ -85,22 +86,24 @@ def _join(sources: list[Source], config: TaskConfig) -> Source:
 
     first = sources[0]
     one_folder = len({source.folder.absolute() for source in sources}) == 1
-    has_paths = config.type == "image-classification" and not one_folder
+    has_paths = "image" in kind_of(config).columns and not one_folder
     tables = [_with_absolute_paths(source, config.image) if has_paths else source.table for source in sources]
     for source, table in zip(sources, tables, strict=True):
         if _features(table) != _features(tables[0]):
-            problem = f"it declares other features (such as label names) than {first.name}"
-            raise source.error(problem, "write both from one data set, or leave the declared features out")
+            problem = f"its declared features (such as label names) differ from those of {first.name}"
+            raise source.error(problem, "write both files from the same data set, or remove the declared features")
         for column in table.column_names:
             kind, expected = table.schema.field(column).type, tables[0].schema.field(column).type
             if is_text(kind) != is_text(expected):
-                problem = f"its column {column!r} holds {kind}, that of {first.name} holds {expected}"
-                raise source.error(problem, "write the column with one type in all files")
+                problem = f"its column {column!r} holds {kind}, but that of {first.name} holds {expected}"
+                raise source.error(problem, "write the column with the same type in all files")
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException:
-        problem = "their columns of the same name hold different types"
-        raise UserError("task.train", config.train, problem, "write each column with one type in all files") from None
+        problem = "columns with the same name have different types"
+        raise UserError(
+            "task.train", config.train, problem, "write each column with the same type in all files"
+        ) from None
     return Source(first.key, f"{first.name} and {len(sources) - 1} more", table, first.folder)
 
 
@@ -124,8 +127,8 @@ def _owners_of(source: Source, by: str) -> Owners:
 
     column = source.table.column(by)
     if not (is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_boolean(column.type)):
-        problem = f"the column of {source.name} holds {column.type}, which names no owners"
-        raise UserError("federation.by", by, problem, "name a column of text or integers")
+        problem = f"the column of {source.name} holds {column.type}, which cannot identify owners"
+        raise UserError("federation.by", by, problem, "choose a column of text or integers")
     values = column.cast(pa.large_string()).to_pylist()
     distinct = set(values)
     integers = all(map(INTEGER.fullmatch, distinct))

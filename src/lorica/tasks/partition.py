@@ -43,7 +43,7 @@ def partition(
             "federation.clients",
             config.clients,
             f"there are only {len(labels)} training records"
-            + (f", and each client needs {config.min_records}" if config.min_records > 1 else ""),
+            + (f", but each client needs {config.min_records}" if config.min_records > 1 else ""),
             "lower federation.clients"
             + (" or federation.min_records" if config.min_records > 1 else ", so that every client has a record"),
         )
@@ -58,7 +58,7 @@ def partition(
     raise UserError(
         "federation.alpha",
         config.alpha,
-        f"{DRAWS} draws each left one of {config.clients} clients {wanted}",
+        f"each of {DRAWS} draws left one of {config.clients} clients {wanted}",
         "raise federation.alpha or lower federation.clients"
         + (" or federation.min_records" if config.min_records > 1 else ""),
     )
@@ -80,7 +80,7 @@ def _draw(labels: np.ndarray, config: FederationConfig, generator: np.random.Gen
                 raise UserError(
                     "federation.shards_per_client",
                     config.shards_per_client,
-                    f"{len(labels)} training records cannot be cut into {count} shards",
+                    f"{len(labels)} training records cannot be divided into {count} shards",
                     "lower federation.shards_per_client or federation.clients",
                 )
             return draws.shards(labels, config.clients, config.shards_per_client, generator)
@@ -96,7 +96,7 @@ def _by_owner(config: FederationConfig, owners: np.ndarray) -> list[np.ndarray]:
         raise UserError(
             "federation.clients",
             config.clients,
-            f"{what} {found} {unit}, and each is one client",
+            f"{what} {found} {unit}, each of which is one client",
             f"set federation.clients to {found}",
         )
     parts = [np.flatnonzero(owners == owner) for owner in range(found)]

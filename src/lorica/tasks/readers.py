@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
-from lorica.tasks.squad_files import read_squad_json
+from lorica.tasks.kind import kind_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -60,7 +60,8 @@ def read(config: TaskConfig, key: str, name: str, also: Mapping[str, str] | None
     """
     path = Path(name).expanduser()
     folder = path.parent
-    wanted = _wanted(config) | dict(also or {})
+    kind = kind_of(config)
+    wanted = kind.column_keys() | dict(also or {})
     if name.startswith("lorica:"):
         table = _read_embedded(name, key, config, wanted)
     elif path.is_dir():
@@ -69,13 +70,13 @@ def read(config: TaskConfig, key: str, name: str, also: Mapping[str, str] | None
     elif path.suffix.lower() in READERS:
         if not path.is_file():
             raise UserError(key, name, "no such file", f"give {FORMATS}")
-        if config.type == "question-answering" and path.suffix.lower() == ".json":
-            table = read_squad_json(path, key)
-            table = table.select(_check_columns(table.column_names, path.name, wanted))
-        else:
+        own = kind.read_file(path, key)
+        if own is None:
             table = READERS[path.suffix.lower()](path, key, wanted)
+        else:
+            table = own.select(_check_columns(own.column_names, path.name, wanted))
     elif path.is_file():
-        raise UserError(key, name, f"files that end in {path.suffix!r} are not read", f"give {FORMATS}")
+        raise UserError(key, name, f"files that end in {path.suffix!r} are not supported", f"give {FORMATS}")
     elif match := HUB_ID.fullmatch(name):
         table = _read_hub(match, key, wanted)
     else:
@@ -83,18 +84,6 @@ def read(config: TaskConfig, key: str, name: str, also: Mapping[str, str] | None
     source = Source(key, name, _without_dictionaries(table), folder)
     _check_complete(source)
     return source
-
-
-def _wanted(config: TaskConfig) -> dict[str, str]:
-    """The columns that the task needs, each with the configuration's key that names it."""
-    if config.type == "question-answering":
-        columns = {config.question: "task.question", config.context: "task.context"}
-        return columns | {config.answers: "task.answers"}
-    if config.type == "language-modelling":
-        return dict.fromkeys(config.text, "task.text")
-    if config.type.startswith("text-"):
-        return {**dict.fromkeys(config.text, "task.text"), config.label: "task.label"}
-    return {config.image: "task.image", config.label: "task.label"}
 
 
 def _check_columns(available: list[str], name: str, wanted: dict[str, str]) -> list[str]:
@@ -105,7 +94,7 @@ def _check_columns(available: list[str], name: str, wanted: dict[str, str]) -> l
             question = f"did you mean {nearest[0]!r}? The columns are" if nearest else "the columns are"
             raise UserError(key, column, f"no such column in {name}", f"{question}: {', '.join(available)}")
         if available.count(column) > 1:
-            raise UserError(key, column, f"{name} has several columns of this name", "rename all but one of them")
+            raise UserError(key, column, f"{name} has several columns with this name", "rename all but one of them")
     return list(wanted)
 
 
@@ -119,14 +108,14 @@ def _without_dictionaries(table: pa.Table) -> pa.Table:
 
 def _check_complete(source: Source) -> None:
     if source.table.num_rows == 0:
-        raise source.error("it holds no records", "give a data set with at least one record")
+        raise source.error("it has no records", "give a data set with at least one record")
     for name in source.table.column_names:
         column = source.table.column(name)
         if column.null_count:
             index = column.is_null().index(True).as_py()
             raise source.error(
                 f"record {index} (counted from 0) has no value in column {name!r}",
-                f"fill the value in or remove the record ({column.null_count} such in this column)",
+                f"add the value or remove the record ({column.null_count} values are missing in this column)",
             )
 
 
@@ -163,9 +152,9 @@ def _read_csv(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
         raise UserError(
             key,
             str(path),
-            f"its first line names none of the columns {', '.join(map(repr, wanted))}",
+            f"its first line contains none of the columns {', '.join(map(repr, wanted))}",
             f"start the file with a line of column names, and set {' and '.join(dict.fromkeys(wanted.values()))} to "
-            "those that the task needs",
+            "the columns of the task",
         )
     return table.select(_check_columns(table.column_names, path.name, wanted))
 
@@ -204,7 +193,7 @@ def _read_json_lines(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
             if number % LINES == 0:
                 pack()
     if not available:
-        raise UserError(key, str(path), "it holds no records", "write one JSON object per line")
+        raise UserError(key, str(path), "it has no records", "write one JSON object per line")
     _check_columns(list(available), path.name, wanted)
     pack()
     arrays = {}
@@ -220,8 +209,8 @@ def _read_json_lines(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
 
 
 def _mixed(key: str, column: str, path: Path) -> UserError:
-    problem = f"column of {path.name} mixes types, or holds what is neither text nor a 64-bit integer"
-    return UserError(key, column, problem, "write all its values as text, or all as integers")
+    problem = f"column of {path.name} mixes types, or has values that are neither text nor 64-bit integers"
+    return UserError(key, column, problem, "write all values as text, or all as integers")
 
 
 def _read_parquet(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
@@ -234,7 +223,7 @@ def _read_parquet(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
         # `columns` may also match fields inside other columns, whose names hold dots.
         return parquet.read_table(path, columns=columns, partitioning=None).select(columns)
     except (pa.ArrowException, OSError):
-        raise UserError(key, str(path), "not a readable Parquet file", "write the file again") from None
+        raise UserError(key, str(path), "not a readable Parquet file", "create the file again") from None
 
 
 READERS = {".csv": _read_csv, ".jsonl": _read_json_lines, ".json": _read_json_lines, ".parquet": _read_parquet}
@@ -251,8 +240,8 @@ def _read_image_folder(path: Path, key: str, config: TaskConfig, wanted: dict[st
         lines = [line.split("\t") for line in annotations.read_text(encoding="utf-8").splitlines() if line.strip()]
         wrong = next((number for number, fields in enumerate(lines, start=1) if len(fields) < 2), None)
         if wrong is not None:
-            problem = f"line {wrong} of {annotations.name} is no image and its label, with a tab between them"
-            raise UserError(key, str(path), problem, "write the file again")
+            problem = f"line {wrong} of {annotations.name} is not an image and its label, separated by a tab"
+            raise UserError(key, str(path), problem, f"correct {annotations}")
         labelled = [(f"images/{fields[0]}", fields[1]) for fields in lines]
     else:
         files = [file for pattern in ("*/*", "*/images/*") for file in path.glob(pattern) if _is_image(file, path)]
@@ -260,7 +249,7 @@ def _read_image_folder(path: Path, key: str, config: TaskConfig, wanted: dict[st
         labelled = [(str(name), name.parts[0]) for name in named]
     if not labelled:
         layout = f"FOLDER/label/image, where the image ends in {', '.join(sorted(IMAGE_SUFFIXES))}"
-        raise UserError(key, str(path), "no images in this folder's subfolders", f"lay the images out as {layout}")
+        raise UserError(key, str(path), "no images in the subfolders of this folder", f"arrange the images as {layout}")
     names, labels = zip(*labelled, strict=True)
     table = pa.table({config.image: list(names), config.label: list(labels)})
     return table.select(_check_columns(table.column_names, str(path), wanted))
@@ -276,7 +265,7 @@ def _read_embedded(name: str, key: str, config: TaskConfig, wanted: dict[str, st
 
     split = name.removeprefix("lorica:digits/")
     if split not in ("train", "test"):
-        raise UserError(key, name, "no such embedded data set", "give lorica:digits/train or lorica:digits/test")
+        raise UserError(key, name, "no such embedded data set", "use lorica:digits/train or lorica:digits/test")
     table = digits.table(split, config.image, config.label)
     return table.select(_check_columns(table.column_names, name, wanted))
 
@@ -286,8 +275,8 @@ def _read_hub(match: re.Match[str], key: str, wanted: dict[str, str]) -> pa.Tabl
     try:
         import datasets
     except ImportError:
-        problem = "no such file or folder; to load it as a Hugging Face dataset, the package `datasets` is needed"
-        raise UserError(key, name, problem, 'pip install "lorica[hub]"') from None
+        problem = "no such file or folder, and the package `datasets` for Hugging Face datasets is not installed"
+        raise UserError(key, name, problem, 'check the path, or run pip install "lorica[hub]"') from None
     try:
         loaded = datasets.load_dataset(identifier, match["config"], split=split)
     # The library raises errors of a dozen types, from its own to its HTTP client's, and some quote records.
@@ -295,7 +284,7 @@ def _read_hub(match: re.Match[str], key: str, wanted: dict[str, str]) -> pa.Tabl
         raise UserError(
             key,
             name,
-            f"no such file or folder, and not to be loaded from the Hugging Face hub ({type(error).__name__})",
+            f"no such file or folder, and it cannot be loaded from the Hugging Face hub ({type(error).__name__})",
             "check the network and the id (ID, ID:CONFIG or ID[SPLIT]), or download the data set and give a local "
             ".csv, .jsonl or .parquet file",
         ) from None
@@ -304,7 +293,7 @@ def _read_hub(match: re.Match[str], key: str, wanted: dict[str, str]) -> pa.Tabl
         found = [candidate for candidate in preferred if candidate in loaded]
         if not found:
             problem = f"it has no split {' or '.join(preferred)}"
-            raise UserError(key, name, problem, f"name one of its splits: {identifier}[{'|'.join(loaded)}]")
+            raise UserError(key, name, problem, f"choose one of its splits: {identifier}[{'|'.join(loaded)}]")
         loaded = loaded[found[0]]
     columns = _check_columns(loaded.column_names, name, wanted)
     table = loaded.select_columns(columns).with_format("arrow")[:]

@@ -25,20 +25,20 @@ class Batch:
             channels, height, width) float32.
         labels: (rows,) or (rows, …) int64, or (rows,) float32 for regression; for language modelling (rows, longest)
             int64, the tokens themselves where the loss counts and -100 elsewhere.
-        owners: (rows,) int64, non-decreasing: the example that each row belongs to; each of 0 … n-1 occurs. None: row i
-            is example i.
+        example_of_row: (rows,) int64, non-decreasing: the example that each row belongs to; each of 0 … n-1 occurs.
+            None: row i is example i.
         weights: (rows,) float32, what each row's loss counts in the loss of its example. None: the example's loss is
-            the mean over its rows. Without `owners` there are none.
+            the mean over its rows. Without `example_of_row` there are none.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
-    owners: Tensor | None = None
+    example_of_row: Tensor | None = None
     weights: Tensor | None = None
 
     def __len__(self) -> int:
         """Examples, not rows."""
-        return len(self.labels) if self.owners is None else int(self.owners[-1]) + 1
+        return len(self.labels) if self.example_of_row is None else int(self.example_of_row[-1]) + 1
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
@@ -46,18 +46,20 @@ class Batch:
 
     def example(self, index: int) -> Batch:
         """One example alone, with all its rows."""
-        if self.owners is None:
+        if self.example_of_row is None:
             return self._each(lambda tensor: tensor[index : index + 1])
-        rows = self.owners == index
-        return replace(self._each(lambda tensor: tensor[rows]), owners=torch.zeros_like(self.owners[rows]))
+        rows = self.example_of_row == index
+        return replace(
+            self._each(lambda tensor: tensor[rows]), example_of_row=torch.zeros_like(self.example_of_row[rows])
+        )
 
     def row_weights(self) -> Tensor:
         """(rows,) float32: `weights`, or an equal share for each row of an example."""
         if self.weights is not None:
             return self.weights
-        if self.owners is None:
+        if self.example_of_row is None:
             return torch.ones(len(self.labels), device=self.labels.device)
-        return 1.0 / torch.bincount(self.owners)[self.owners]
+        return 1.0 / torch.bincount(self.example_of_row)[self.example_of_row]
 
     def by_example(self, losses: Tensor) -> Tensor:
         """(n,): each example's loss, `Σ weight · loss` over its rows.
@@ -68,15 +70,15 @@ class Batch:
         Args:
             losses: (rows,), one loss a row.
         """
-        if self.owners is None:
+        if self.example_of_row is None:
             return losses
-        return losses.new_zeros(len(self)).index_add(0, self.owners, losses * self.row_weights())
+        return losses.new_zeros(len(self)).index_add(0, self.example_of_row, losses * self.row_weights())
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Batch:
         return Batch(
             {name: function(tensor) for name, tensor in self.inputs.items()},
             function(self.labels),
-            None if self.owners is None else function(self.owners),
+            None if self.example_of_row is None else function(self.example_of_row),
             None if self.weights is None else function(self.weights),
         )
 

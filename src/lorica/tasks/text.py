@@ -111,8 +111,8 @@ def load_tokenizer(base: str) -> Any:
             "model.base",
             base,
             "its tokenizer cannot be loaded",
-            "give a hub id that can be reached, or a folder with the tokenizer's files (tokenizer.json, "
-            "tokenizer_config.json) beside config.json",
+            "give the id of a model on the hub, or a folder with config.json and the tokenizer's files "
+            "(tokenizer.json, tokenizer_config.json)",
         ) from None
     # transformers makes a tokenizer that knows its special tokens only where the vocabulary's file is missing.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
@@ -155,8 +155,8 @@ def tokenise(
             if not sizes.all():
                 index = start + int(np.flatnonzero(sizes == 0)[0])
                 named = " and ".join(map(repr, columns))
-                problem = f"record {index} (counted from 0) gives no tokens from column {named}"
-                raise source.error(problem, "fill the text in or remove the record")
+                problem = f"record {index} (counted from 0) has no tokens in column {named}"
+                raise source.error(problem, "add text or remove the record")
             arrays.append("sizes", sizes)
             arrays.append("tokens", _flat(encoded["input_ids"], np.int32, int(sizes.sum())))
             if "token_type_ids" in encoded:
@@ -189,8 +189,11 @@ def tokenizer_identity(tokenizer: Any) -> str:
     return hashlib.sha256("\0".join([inner, *outer, *tokenizer.model_input_names]).encode()).hexdigest()
 
 
-def column_texts(source: Source, column: str) -> pa.ChunkedArray:
+def column_texts(source: Source, column: str, key: str = "task.text") -> pa.ChunkedArray:
     """The texts of a column (large_string).
+
+    Args:
+        key: the configuration's key that names the column.
 
     Raises:
         UserError: it holds something else.
@@ -200,7 +203,7 @@ def column_texts(source: Source, column: str) -> pa.ChunkedArray:
     values = source.table.column(column)
     if not is_text(values.type):
         problem = f"the column of {source.name} holds {values.type}, not text"
-        raise UserError("task.text", column, problem, "name a column of text")
+        raise UserError(key, column, problem, "choose a column of text")
     return values.cast(pa.large_string())
 
 

@@ -1,1 +1,1 @@
-"""Packages that Lorica writes for its users."""
+"""Templates of packages that Lorica creates for its users."""

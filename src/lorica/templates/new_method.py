@@ -1,37 +1,40 @@
-"""Write a package for a method of one's own: the class, its entry point, its tests, its row for a table."""
+"""Create a package for a new method: its class, entry point, tests and README."""
 
 from __future__ import annotations
 
 import os
 import re
-from importlib.metadata import entry_points, version
+from importlib.metadata import version
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lorica.errors import UserError
 from lorica.files import write_atomically
+from lorica.registry import METHODS, registered
 
 TEMPLATES = Path(__file__).parent / "method"
 LONGEST_NAME = 40
 
 
 def write_package(name: str, folder: Path) -> Path:
-    """Make the package `folder/lorica-NAME` of a method that runs as it is, and return its path.
+    """Create the package `folder/lorica-NAME` with a working method, and return its path.
 
     Args:
-        name: what `method.name` will be.
-        folder: made if it is absent.
+        name: the value of `method.name`.
+        folder: created if needed.
 
     Raises:
-        UserError: a bad or a taken name, or the package's folder exists (nothing is written then); or a file cannot be
-            written.
+        UserError: an invalid or existing name, or the package's folder exists (in these cases nothing is written); or
+            a file cannot be written.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or len(name) > LONGEST_NAME:
         problem = f"not lower-case words joined by dashes, of at most {LONGEST_NAME} characters"
         raise UserError("NAME", name, problem, "write it as my-lora")
-    if name in entry_points(group="lorica.methods").names:
-        raise UserError("NAME", name, "a method of this name is installed", "choose one that lorica methods lacks")
+    if name in registered(METHODS):
+        raise UserError(
+            "NAME", name, "a method of this name is installed", "choose a name that `lorica methods` does not list"
+        )
     package = folder / f"lorica-{name}"
     if os.path.lexists(package):
         raise UserError("--folder", str(folder), f"{package} exists", "choose another folder or another name")

@@ -1,1 +1,1 @@
-"""A federation over Flower: a `ServerApp` for the server, a `ClientApp` for each owner's node."""
+"""A federation over Flower: a `ServerApp` for the server, and a `ClientApp` for each owner's node."""

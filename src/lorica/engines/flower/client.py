@@ -1,4 +1,4 @@
-"""The `ClientApp`: hands a message to the owner's node, in this process or in one that stays."""
+"""The `ClientApp`: passes each message to the owner's node, in this process or in a worker process."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ app = ClientApp()
 
 @app.query()
 def join(message: Message, context: Context) -> Message:
-    """An invitation: the plan that the owner agrees to, or a refusal."""
-    return _answer(message, context)
+    """Handle an invitation: answer with the owner's plan, or with a refusal."""
+    return _handle(message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """A request: the reply and what the run has cost so far, or a refusal."""
-    return _answer(message, context)
+    """Handle a request: answer with the reply and the cost of the run so far, or with a refusal."""
+    return _handle(message, context)
 
 
-def _answer(message: Message, context: Context) -> Message:
+def _handle(message: Message, context: Context) -> Message:
     record = message.content.get(RECORD, ConfigRecord())
     invitation, request, question = (record.get(key) for key in ("invitation", "request", "question"))
     answer = ask(

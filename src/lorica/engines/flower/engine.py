@@ -1,4 +1,4 @@
-"""Requests and replies as Flower messages, over whatever `Grid` Flower gives the server."""
+"""Send requests and receive replies as Flower messages over a `Grid`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class FlowerEngine:
-    """Sends each client's requests to the node that it is on. No reply is trusted: what cannot be read is left out.
+    """Sends each client's requests to its node. Replies are not trusted: a malformed one is dropped and logged.
 
     Args:
-        config: what the nodes get.
+        config: the experiment as sent to the nodes.
         base: hash of the server's base model.
     """
 
@@ -44,19 +44,19 @@ class FlowerEngine:
         self._declined: dict[int, str] = {}
 
     def join(self, run: str) -> dict[int, ClientPlan]:
-        """Invite the nodes that have no part yet and take in those that have accepted.
+        """Invite the nodes that have not joined yet, and add those that accepted.
 
-        The first call waits until all `federation.clients` are there, at most `flower.wait` seconds. Later ones do not
-        wait: a node that comes late takes part from the round after its answer.
+        The first call waits until all `federation.clients` have joined, at most `flower.wait` seconds. Later calls do
+        not wait: a late node takes part from the round after its answer.
 
         Raises:
-            UserError: fewer than `federation.min_clients` (by default all) are there after `flower.wait` seconds.
+            UserError: fewer than `federation.min_clients` (default: all) have joined after `flower.wait` seconds.
         """
         first, deadline = not self._plans, time.monotonic() + self._config.flower.wait
         declined: set[int] = set()
         while True:
             self._invite(run, declined)
-            declined |= self._take_in()
+            declined |= self._collect_plans()
             if not first or len(self._plans) == self._config.federation.clients or time.monotonic() > deadline:
                 break
             time.sleep(POLL_SECONDS)
@@ -66,12 +66,12 @@ class FlowerEngine:
                 "federation.min_clients",
                 needed,
                 f"{len(self._plans)} clients have joined after {self._config.flower.wait:g} seconds",
-                "start more nodes (the log says why one refuses), or lower federation.min_clients",
+                "start more nodes, check the log for refusals, or lower federation.min_clients",
             )
         return self._plans
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
-        """Replies of the clients that answered within `flower.timeout`; the others are logged and left out."""
+        """Replies of the clients that answered within `flower.timeout`. The others are logged and left out."""
         run = next(iter(requests.values())).run
         replies = {}
         answers = self._replies(run, {client: {"request": requests[client].encode()} for client in sorted(requests)})
@@ -79,7 +79,7 @@ class FlowerEngine:
             try:
                 replies[client] = decode(content)
             except (ValueError, SafetensorError) as error:
-                logger.warning("client %d: its reply cannot be read (%s)", client, type(error).__name__)
+                logger.warning("client %d sent an unreadable reply (%s)", client, type(error).__name__)
         return replies
 
     def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
@@ -96,11 +96,11 @@ class FlowerEngine:
         return add_up(agreement, ask)
 
     def accounts(self, run: str) -> dict[int, Account]:
-        """What the clients say that their ledgers hold of this run."""
+        """The accounts of this run as reported by the clients."""
         return {client: self._accounts.get(client, Account(0, 0)) for client in self._plans}
 
     def spent(self) -> dict[int, float]:
-        """Client -> ε that its ledger holds of this run."""
+        """Client -> ε of this run, as reported by the client."""
         return {
             client: plan.epsilon(self._accounts[client].steps)
             for client, plan in sorted(self._plans.items())
@@ -108,22 +108,22 @@ class FlowerEngine:
         }
 
     def personal(self, run: str) -> dict[int, dict[str, Tensor]]:
-        """None: they stay with the owners."""
+        """Empty: personal tensors stay with the owners."""
         return {}
 
     def _replies(self, run: str, contents: Mapping[int, Mapping[str, str | bytes]]) -> dict[int, bytes]:
-        """Ask, and note what each client says that it was charged; an answer without that is left out."""
+        """Send messages, keep the accounts that come back, and return the replies. Malformed answers are dropped."""
         replies = {}
         for client, content in self._ask(run, contents).items():
             try:
                 self._accounts[client] = decode_account(str(content["account"]))
                 replies[client] = bytes(content["reply"])
             except (KeyError, TypeError, ValueError) as error:
-                logger.warning("client %d: its answer cannot be read (%s)", client, type(error).__name__)
+                logger.warning("client %d sent an unreadable answer (%s)", client, type(error).__name__)
         return replies
 
     def _ask(self, run: str, contents: Mapping[int, Mapping[str, str | bytes]]) -> dict[int, Mapping[str, Any]]:
-        """Send each client its message and wait for the answers, `flower.timeout` seconds at most."""
+        """Send each client its message and wait for the answers, at most `flower.timeout` seconds."""
         connected = set(self._grid.get_node_ids())
         sent: dict[str, int] = {}
         for client, content in contents.items():
@@ -137,7 +137,7 @@ class FlowerEngine:
         while sent and time.monotonic() < deadline:
             for message in self._grid.pull_messages(list(sent)):
                 client = sent.pop(message.metadata.reply_to_message_id)
-                answer = _answer(message)
+                answer = _read_answer(message)
                 if isinstance(answer, str):
                     logger.warning("client %d %s", client, answer)
                 else:
@@ -148,16 +148,16 @@ class FlowerEngine:
         return answers
 
     def _invite(self, run: str, declined: set[int]) -> None:
-        """Send invitations to connected nodes without a part."""
+        """Send invitations to connected nodes that have not joined or been invited."""
         busy = {*self._nodes.values(), *self._invited.values(), *declined}
         for node in sorted(set(self._grid.get_node_ids()) - busy):
             message = self._message(run, node, MessageType.QUERY, {})
             self._invited |= dict.fromkeys(self._grid.push_messages([message]), node)
 
-    def _take_in(self) -> set[int]:
-        """Read the answers to invitations that have arrived; returns the nodes that take no part.
+    def _collect_plans(self) -> set[int]:
+        """Read the answers to invitations, and return the nodes that declined or were rejected.
 
-        An invitation that was lost, with a node that was started again, is none of them.
+        A node that lost its invitation, for example because it was restarted, is not among them.
         """
         declined: set[int] = set()
         if not self._invited:
@@ -165,7 +165,7 @@ class FlowerEngine:
         connected = set(self._grid.get_node_ids())
         for message in self._grid.pull_messages(list(self._invited)):
             node = self._invited.pop(message.metadata.reply_to_message_id)
-            answer = _answer(message)
+            answer = _read_answer(message)
             if isinstance(answer, str):
                 if not message.has_error():
                     declined.add(node)
@@ -175,11 +175,11 @@ class FlowerEngine:
                 continue
             try:
                 plan = decode_plan(str(answer["plan"]))
-                problem = self._problem(plan, connected)
+                problem = self._check_plan(plan, connected)
             except (KeyError, ValueError):
-                problem = "its answer cannot be read"
+                problem = "its answer is unreadable"
             if problem is not None:
-                logger.warning("node %d is not taken in: %s", node, problem)
+                logger.warning("node %d was rejected: %s", node, problem)
                 declined.add(node)
                 continue
             self._nodes[plan.client], self._plans[plan.client] = node, plan
@@ -187,8 +187,8 @@ class FlowerEngine:
         self._invited = {message: node for message, node in self._invited.items() if node in connected}
         return declined
 
-    def _problem(self, plan: ClientPlan, connected: set[int]) -> str | None:
-        """Why a plan is none that the server can work with."""
+    def _check_plan(self, plan: ClientPlan, connected: set[int]) -> str | None:
+        """Why the server rejects a plan; None if it accepts it."""
         config = self._config
         clip_norm = float("inf") if config.privacy == "none" else config.privacy.clip_norm
         noise = "none" if config.privacy == "none" else config.privacy.noise
@@ -200,25 +200,25 @@ class FlowerEngine:
         if (plan.terms.batch_size, plan.terms.clip_norm, plan.noise) != asked:
             return "its plan is for another batch size, clip norm or kind of noise"
         if plan.records < 1 or plan.terms.sampling_rate != plan.terms.batch_size / plan.records:
-            return "its plan contradicts itself"
+            return "its plan is inconsistent"
         if plan.client in self._plans and plan != self._plans[plan.client]:
-            return f"client {plan.client} agreed to another plan before"
+            return f"client {plan.client} agreed to a different plan before"
         return None
 
     def _message(self, run: str, node: int, kind: str, content: Mapping[str, str | bytes]) -> Message:
         invitation = Invitation(run, self._config.model_dump_json(), self._base).encode()
         record = ConfigRecord({"invitation": invitation, **content})
         wait, timeout = self._config.flower.wait, self._config.flower.timeout
-        # A node that answers an invitation reads its data first, for which the server may wait longer than for a reply.
+        # A node reads its data before it answers an invitation, which may take longer than a reply.
         lifetime = max(wait, timeout) if kind == MessageType.QUERY else timeout
         return Message(RecordDict({RECORD: record}), node, kind, ttl=lifetime)
 
 
-def _answer(message: Message) -> Mapping[str, Any] | str:
-    """What a node answered, or what there is instead, in words for the log."""
+def _read_answer(message: Message) -> Mapping[str, Any] | str:
+    """The content of a node's answer, or a text for the log if there is none."""
     if message.has_error():
-        return f"gives no answer: Flower reports error {message.error.code} ({message.error.reason})"
+        return f"did not answer: Flower reports error {message.error.code} ({message.error.reason})"
     content = message.content.get(RECORD)
     if not isinstance(content, ConfigRecord):
-        return f"answers without a record {RECORD!r}"
-    return f"refuses: {content['refused']!s}" if "refused" in content else dict(content)
+        return f"answered without a record {RECORD!r}"
+    return f"refused: {content['refused']!s}" if "refused" in content else dict(content)

@@ -1,4 +1,4 @@
-"""Write a Flower app for an experiment, and run it: simulated on this machine, or on a SuperLink."""
+"""Write a Flower app for an experiment and run it, in a simulation on this machine or on a SuperLink."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from lorica.files import write_atomically
 
 
 def write_app(config: ExperimentConfig, folder: Path) -> None:
-    """A Flower app that runs this experiment: `pyproject.toml`, `policy.yaml` and a `README.md` with the commands.
+    """Write a Flower app for this experiment: `pyproject.toml`, `policy.yaml` and a `README.md` with the commands.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder is not empty.
     """
     import tomli_w
 
     if folder.exists() and any(folder.iterdir()):
-        raise UserError("DIR", str(folder), "is not empty", "name a new folder")
+        raise UserError("DIR", str(folder), "the folder is not empty", "choose a new folder")
     app = {
         "project": {
-            # Flower takes letters, digits and hyphens, 32 at most.
+            # Flower accepts letters, digits and hyphens, at most 32 characters.
             "name": re.sub("[^a-z0-9]+", "-", f"lorica-{config.name}".lower())[:32].strip("-"),
             "version": "1.0.0",
             "description": f"Federated LoRA fine-tuning with Lorica: {config.name}",
@@ -58,7 +58,7 @@ def write_app(config: ExperimentConfig, folder: Path) -> None:
 
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
-    """The experiment with every local path made absolute: Flower's processes run elsewhere."""
+    """The experiment with absolute local paths: Flower's processes run in other folders."""
 
     def absolute(value: str) -> str:
         path = Path(value).expanduser()
@@ -79,15 +79,15 @@ def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def launch(config: ExperimentConfig, home: Path | None = None) -> None:
-    """Run an experiment as a Flower app and show its log, until it ends.
+    """Run an experiment as a Flower app and show its log until it finishes.
 
-    Without `flower.superlink` it is simulated: a SuperLink of its own, gone when this function returns.
+    Without `flower.superlink` the run is simulated, with a SuperLink that is stopped when this function returns.
 
     Args:
-        home: in place of `FLWR_HOME`, whose `config.toml` knows `flower.superlink`.
+        home: replaces `FLWR_HOME`, whose `config.toml` defines the connection `flower.superlink`.
 
     Raises:
-        UserError: Flower is not installed, or the run ended with an error.
+        UserError: Flower is not installed, or the run failed.
     """
     with tempfile.TemporaryDirectory(prefix="lorica-") as temporary:
         app = Path(temporary) / "app"
@@ -101,7 +101,7 @@ def launch(config: ExperimentConfig, home: Path | None = None) -> None:
 
 @contextmanager
 def _simulation(folder: Path) -> Iterator[dict[str, str]]:
-    """A SuperLink that simulates nodes; yields the environment in which `flwr` knows it as `simulation`."""
+    """A SuperLink that simulates nodes. Yields the environment in which `flwr` calls it `simulation`."""
     port, home = free_port(), folder / "flwr"
     connect(home, "simulation", port)
     around = environment(home)

@@ -1,4 +1,4 @@
-"""Flower's commands as processes of this machine: find them, start them, run an app with them, stop them for good."""
+"""Run Flower's commands as processes on this machine: find, start and stop them, and run an app."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ OFFLINE = {
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-"""Without these Flower reaches for the package index and for its own servers in every run, and Ray for its own."""
+"""Without these, Flower contacts the package index and its own servers in every run, and Ray contacts its own."""
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 
 
 def environment(home: Path | None = None) -> dict[str, str]:
-    """In which Flower's commands work without a network and find each other, beside the running Python.
+    """Environment in which Flower's commands run offline and find each other in the folder of the running Python.
 
     Args:
-        home: in place of `FLWR_HOME`, where Flower keeps its connections and apps.
+        home: replaces `FLWR_HOME`, where Flower keeps its connections and apps.
 
     Raises:
         UserError: Flower is not installed.
@@ -46,10 +46,10 @@ def environment(home: Path | None = None) -> dict[str, str]:
 
 
 def connect(home: Path, name: str, port: int, certificate: Path | None = None) -> None:
-    """Make a SuperLink on this machine known as `name`, which becomes the default, in a `FLWR_HOME` of its own.
+    """Define `name` as the default connection, to a SuperLink on this machine, in the `FLWR_HOME` folder `home`.
 
     Args:
-        certificate: of the authority that the SuperLink is certified by; None for a connection without TLS.
+        certificate: root certificate of the SuperLink; None for a connection without TLS.
     """
     security = "insecure = true" if certificate is None else f"root-certificates = {json.dumps(str(certificate))}"
     home.mkdir(parents=True, exist_ok=True)
@@ -58,17 +58,17 @@ def connect(home: Path, name: str, port: int, certificate: Path | None = None) -
 
 
 def free_port() -> int:
-    """A TCP port that nothing on this machine listens on."""
+    """A free TCP port on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], log: Path, port: int) -> subprocess.Popen[bytes]:
-    """Start a process that stays, beyond the reach of this terminal's Ctrl-C, and wait until it listens.
+    """Start a background process, unaffected by Ctrl-C in this terminal, and wait until it listens on the port.
 
     Raises:
-        UserError: it ends, or does not listen after `START_SECONDS`. Quotes the end of its log.
+        UserError: it exits, or does not listen within `START_SECONDS`. Quotes the end of its log.
     """
     with log.open("ab") as output:
         process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
@@ -77,7 +77,8 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path, por
         while not _listens(port):
             if process.poll() is not None or time.monotonic() > deadline:
                 end = log.read_text(errors="replace")[-500:]
-                raise UserError("engine", "flower", f"{command[0]} does not start: {end}", "mend that")
+                problem = f"{command[0]} did not start: {end}"
+                raise UserError("engine", "flower", problem, f"fix the error above; the full log is {log}")
             time.sleep(0.1)
     except BaseException:
         stop(process)
@@ -86,7 +87,7 @@ def start(command: Sequence[str], environment: Mapping[str, str], log: Path, por
 
 
 def stop(*processes: subprocess.Popen[bytes]) -> None:
-    """End processes with all that they have started: first politely from the top, then by force."""
+    """Stop processes and their children: terminate them from the top, then kill those that remain."""
     families = {process: _family(process) for process in processes}
     for process in processes:
         if process.poll() is None:
@@ -96,7 +97,7 @@ def stop(*processes: subprocess.Popen[bytes]) -> None:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:
             process.kill()
-    # What a SuperLink leaves: a simulation goes on without it.
+    # A simulation keeps running when its SuperLink is gone.
     left = [member for family in families.values() for member in family if member.is_running()]
     for member in left:
         with suppress(psutil.NoSuchProcess):
@@ -107,20 +108,20 @@ def stop(*processes: subprocess.Popen[bytes]) -> None:
 
 
 def run_app(app: Path, superlink: str, environment: Mapping[str, str], nodes: int | None = None) -> None:
-    """Start an app on a SuperLink, show its log, and return once it has ended. Ctrl-C stops it there.
+    """Run an app on a SuperLink, show its log, and return when it has finished. Ctrl-C stops the run on the SuperLink.
 
     Args:
         superlink: name of a connection in Flower's `config.toml`.
-        nodes: how many the SuperLink simulates; None if they are real.
+        nodes: number of simulated nodes; None for real nodes.
 
     Raises:
-        UserError: the SuperLink does not take it, or it ended with an error.
+        UserError: the SuperLink rejected the app, or the run failed.
     """
     simulated = [] if nodes is None else ["--federation-config", f"num-supernodes={nodes}"]
     run = str(ask_flwr(environment, "run", str(app), superlink, *simulated)["run-id"])
     try:
         subprocess.call(["flwr", "log", run, superlink, "--stream"], env=environment)
-        # The log ends when the server app does; its status follows.
+        # The log ends with the server app, and the status is updated shortly afterwards.
         deadline = time.monotonic() + START_SECONDS
         status, details = _status(run, superlink, environment)
         while not status.startswith("finished") and time.monotonic() < deadline:
@@ -130,14 +131,14 @@ def run_app(app: Path, superlink: str, environment: Mapping[str, str], nodes: in
         subprocess.call(["flwr", "stop", run, superlink], env=environment)
         raise
     if status != "finished:completed":
-        raise UserError("engine", "flower", f"run {run} is {status}: {details}", "the log above has the rest")
+        raise UserError("engine", "flower", f"run {run} is {status}: {details}", "see the log above for the cause")
 
 
 def ask_flwr(environment: Mapping[str, str], *arguments: str) -> dict[str, Any]:
-    """The JSON that `flwr` answers a command with.
+    """Run a `flwr` command and return its JSON output.
 
     Raises:
-        UserError: it failed. Quotes what it says.
+        UserError: the command failed. Quotes its output.
     """
     command = ["flwr", *arguments, "--format", "json"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -147,7 +148,9 @@ def ask_flwr(environment: Mapping[str, str], *arguments: str) -> dict[str, Any]:
         answer = {"success": False}
     if not answer.get("success"):
         said = answer.get("error-message") or (done.stdout + done.stderr).strip()
-        raise UserError("engine", "flower", f"`flwr {arguments[0]}` failed: {said}", "mend that")
+        raise UserError(
+            "engine", "flower", f"`flwr {arguments[0]}` failed: {said}", "fix the error above and run again"
+        )
     return answer
 
 

@@ -1,4 +1,4 @@
-"""The `ServerApp`: the rounds of an experiment, run where the SuperLink is."""
+"""The `ServerApp`: runs the rounds of an experiment on the machine of the SuperLink."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorica.messages import OWNER
 from lorica.run.result import Result, finished_result
 from lorica.run.rounds import conduct
 from lorica.run.setup import prepare
-from lorica.tasks import load_tests
+from lorica.tasks.loading import load_tests
 from lorica.tasks.records import Task
 
 app = ServerApp()
@@ -27,18 +27,18 @@ logger = logging.getLogger(__name__)
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the experiment in the app's configuration, or resume it."""
+    """Run or resume the experiment in the app's configuration."""
     _show_log()
     try:
         result = serve(load(json.loads(str(context.run_config["experiment"]))), grid)
     except UserError as error:
         logger.error("%s", error)
         raise
-    logger.info("finished: %s", result.folder)
+    logger.info("finished; the results are in %s", result.folder)
 
 
 def _show_log() -> None:
-    """Lorica's own lines only: Flower's processes log every request that they make."""
+    """Show only Lorica's log: Flower's processes log every request that they make."""
     lorica = logging.getLogger("lorica")
     lorica.setLevel(logging.INFO)
     lorica.propagate = False
@@ -46,7 +46,7 @@ def _show_log() -> None:
 
 
 def serve(config: ExperimentConfig, grid: Grid) -> Result:
-    """Run to the end over whatever nodes the grid connects, resuming where an earlier run stopped.
+    """Run to the end over the nodes of the grid, resuming an interrupted run.
 
     Raises:
         UserError: names the key, the value and the remedy.
@@ -66,9 +66,9 @@ def serve(config: ExperimentConfig, grid: Grid) -> Result:
 
 
 def for_nodes(config: ExperimentConfig, task: Task) -> ExperimentConfig:
-    """The experiment as the nodes get it: without the server's paths, and with the labels that all must agree on.
+    """The experiment as sent to the nodes: without the server's paths, and with the labels that all nodes must use.
 
-    A simulation has but one machine, and its clients share out `task.train`.
+    In a simulation the paths stay, because its clients divide `task.train` on the same machine.
     """
     known: dict[str, Any] = {"labels": task.label_names} if task.has_classes else {}
     if config.flower.superlink is None:
@@ -84,7 +84,7 @@ def for_nodes(config: ExperimentConfig, task: Task) -> ExperimentConfig:
 
 
 def progress(metrics: dict[str, Any], engine: FlowerEngine) -> str:
-    """A line a round: score, clients, what each has spent by its ledger, traffic."""
+    """One line for the log: score, number of clients, ε spent by each, traffic, time."""
     parts = [f"round {metrics['round']:>3}"]
     if "score" in metrics:
         parts.append(f"{metrics['metric']} {100 * metrics['score']:5.1f} %   loss {metrics['loss']:.3f}")

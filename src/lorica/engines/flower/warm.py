@@ -1,8 +1,8 @@
-"""A process at the node that stays between messages, with the base model and the data in memory.
+"""A worker process at the node that keeps the base model and the data in memory between messages.
 
 Flower starts a process for every message. Importing PyTorch and loading the model there takes longer than a small
-round, so the message goes on to a worker, over a Unix socket in a folder that only the owner's account can enter.
-The worker ends after `worker_idle` seconds without a message, and at once when the SuperNode is stopped.
+round, so the message is passed on to a worker, through a Unix socket in a folder that only the owner's account can
+access. The worker exits after `worker_idle` seconds without a message, or when the SuperNode is stopped.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ logger = logging.getLogger(__name__)
 def ask(
     node_config: Mapping[str, Any], invitation: str, request: bytes | None, question: str | None = None
 ) -> dict[str, str | bytes]:
-    """The node's answer (`lorica.owner.node.respond`), from the worker if `worker` is set, else from this process."""
+    """Get the node's answer (`lorica.owner.node.respond`) from the worker, or in this process if `worker` is false."""
     try:
         settings = NodeSettings.of(node_config)
         if settings.worker:
             try:
                 return _ask_worker(settings, invitation, request, question)
             except (ConnectionError, EOFError):
-                # Killed, or its time was over just then. What it may have released is in the ledger.
-                logger.warning("the worker ended before it answered; another one is asked")
+                # Killed, or just timed out. The ledger has recorded anything that it released.
+                logger.warning("the worker exited before it answered; asking another one")
                 return _ask_worker(settings, invitation, request, question)
     except UserError as error:
         logger.error("%s", error)
         return {"refused": because_of(error)}
     except (OSError, EOFError):
-        logger.exception("two workers ended before they answered")
+        logger.exception("two workers exited before they answered")
         return {"refused": ERROR}
     from lorica.owner.node import respond
 
@@ -62,11 +62,11 @@ def ask(
 
 
 def serve(settings: NodeSettings, address: Path) -> None:
-    """Answer messages, one after another, until none has come for `worker_idle` seconds."""
+    """Answer messages one after another, until none has arrived for `worker_idle` seconds."""
     from lorica.owner.node import respond
 
     listener = socket.socket(socket.AF_UNIX)
-    # Bound under another name first: whoever finds the socket can connect to it.
+    # Bound under a temporary name first, so that a client never finds a socket that does not listen yet.
     temporary = address.with_suffix(f".{os.getpid()}")
     listener.bind(str(temporary))
     listener.listen()
@@ -88,22 +88,23 @@ def serve(settings: NodeSettings, address: Path) -> None:
                 connection.send_bytes(json.dumps(answer).encode())
                 connection.send_bytes(bytes(reply) if isinstance(reply, bytes) else b"")
             except (OSError, EOFError):
-                logger.warning("the process that brought a message is gone; the ledger keeps what was released")
+                logger.warning("the process that sent a message is gone; the ledger keeps the released reply")
     if address.exists() and address.stat().st_ino == inode:
         address.unlink()
 
 
 def runtime_folder() -> Path:
-    """Where the sockets are: a folder that nobody but this account can enter.
+    """Folder of the sockets, accessible to this account only.
 
     Raises:
-        UserError: the folder exists and is open to others.
+        UserError: the folder exists and other accounts can access it.
     """
     folder = Path(tempfile.gettempdir()) / f"lorica-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) != 0o700:
-        raise UserError("worker", str(folder), "others can enter it", "delete it, or set TMPDIR, or worker=false")
+        problem = "other accounts can access this folder"
+        raise UserError("worker", str(folder), problem, f"delete {folder}, set TMPDIR, or set worker=false")
     return folder
 
 
@@ -119,7 +120,7 @@ def _ask_worker(
 
 
 def _connect(settings: NodeSettings) -> Connection:
-    # The SuperNode's process that has started this one for a single message.
+    # The process of the SuperNode, which started this one for a single message.
     node = os.getppid()
     home = os.environ.get("LORICA_HOME", "")
     identity = [settings.model_dump_json(), version("lorica"), sys.executable, home, node]
@@ -137,7 +138,7 @@ def _connect(settings: NodeSettings) -> Connection:
                 return connected
             time.sleep(0.05)
     log = settings.place / "worker.log"
-    raise UserError("worker", str(address), "the worker does not start", f"read {log}, or set worker=false")
+    raise UserError("worker", str(address), "the worker did not start", f"see {log}, or set worker=false")
 
 
 def _try(address: Path) -> Connection | None:
@@ -149,7 +150,7 @@ def _try(address: Path) -> Connection | None:
         return None
     connection = Connection(connecting.detach())
     try:
-        # The socket of a worker that is ending takes connections until the very end.
+        # A worker that is about to exit still accepts connections; only one that is ready sends a message.
         connection.recv_bytes()
     except (ConnectionError, EOFError):
         connection.close()
@@ -159,7 +160,7 @@ def _try(address: Path) -> Connection | None:
 
 def _start(settings: NodeSettings, address: Path, node: int) -> subprocess.Popen[bytes]:
     settings.place.mkdir(parents=True, exist_ok=True)
-    # What an earlier worker left; nobody answers there.
+    # The socket of an earlier worker, where nobody listens any more.
     address.unlink(missing_ok=True)
     arguments = [settings.model_dump_json(), str(address), str(node)]
     command = [sys.executable, "-m", "lorica.engines.flower.warm", *arguments]
@@ -168,7 +169,7 @@ def _start(settings: NodeSettings, address: Path, node: int) -> subprocess.Popen
 
 
 def _end_with(node: int) -> None:
-    """End this process when another one ends, in the midst of a message too: what left is in the ledger."""
+    """Exit when the process `node` exits, even during a message: the ledger has recorded any release."""
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(node)
         while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from lorica.tasks.squad_metrics import exact_match, f1, normalised
+from lorica.tasks.questions.metrics import exact_match, f1, normalised
 
 
 @pytest.mark.parametrize(

@@ -52,5 +52,5 @@ def read_squad_json(path: Path, key: str = "task.train") -> pa.Table:
         return pa.Table.from_pylist(rows, schema=schema)
     # The parsers' own messages quote the file.
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        problem = f"not a file of SQuAD's format{f' from question {len(rows)} (counted from 0) on' if rows else ''}"
-        raise UserError(key, str(path), problem, "give the official train-*.json or dev-*.json") from None
+        problem = f"not in SQuAD format{f' from question {len(rows)} (counted from 0) on' if rows else ''}"
+        raise UserError(key, str(path), problem, "use the official train-*.json or dev-*.json") from None

@@ -1,0 +1,21 @@
+"""What can be named in a configuration because a package registers it: methods, kinds of task."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from importlib.metadata import EntryPoint, entry_points
+
+METHODS, TASK_KINDS = "lorica.methods", "lorica.tasks"
+
+
+def registered(group: str) -> dict[str, EntryPoint]:
+    """Name -> entry point, sorted by name: Lorica's own and those of other installed packages. Imports none of them."""
+    return {entry.name: entry for entry in sorted(entry_points(group=group), key=lambda entry: entry.name)}
+
+
+def remedy_for_unknown(name: str, known: Iterable[str]) -> str:
+    """What to do about a name that is not among the known ones: the nearest of them, and all of them."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return (f"did you mean {nearest[0]!r}? " if nearest else "") + f"Choose one of: {', '.join(known)}"

@@ -1,0 +1,55 @@
+"""The next tokens of texts, completions and the assistant's turns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lorica.tasks.kind import TaskKind
+from lorica.tasks.made_up import TEXTS
+from lorica.tasks.readers import Source
+
+if TYPE_CHECKING:
+    from lorica.tasks.records import Objective, Records
+
+
+class LanguageModelling(TaskKind):
+    """The next tokens, by their mean cross entropy in each record; the base model keeps its own head.
+
+    The pieces are in `lorica.tasks.causal`.
+    """
+
+    columns = ("text",)
+    model_class = "AutoModelForCausalLM"
+    own_head = True
+    default_metrics = ("token_accuracy", "perplexity")
+
+    @property
+    def metrics(self) -> list[str]:
+        decoded = [] if self.config.answer_tokens is None else ["exact_match"]
+        return [*self.default_metrics, *decoded]
+
+    def processor(self, base: str) -> Any:
+        from lorica.tasks.text import load_tokenizer
+
+        return load_tokenizer(base)
+
+    def records(self, source: Source, label_names: list[str], processor: Any, keep_texts: bool) -> Records:
+        from lorica.tasks.causal.tokenising import tokenise_causal
+
+        return tokenise_causal(source, self.config.text, processor, self.config.max_length)
+
+    def objective(self, processor: Any) -> Objective:
+        from lorica.tasks.causal.objective import NextTokenObjective
+
+        return NextTokenObjective(processor, self.config.answer_tokens, self.config.answer_format)
+
+    def made_up(self, label_names: list[str]) -> dict[str, list[Any]]:
+        return dict.fromkeys(self.config.text, TEXTS)
+
+    @classmethod
+    def prepare_model(cls, model: Any, base: str) -> None:
+        from lorica.tasks.models import check_causal
+
+        # Training never continues a text; a cache would only take memory.
+        model.config.use_cache = False
+        check_causal(model, base)
