@@ -238,9 +238,9 @@ def flower_node(context: typer.Context) -> None:
 @flower.command("keys")
 def flower_keys(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of identity.key and identity.pub.")],
-    name: Annotated[str, typer.Option(help="Who this is, for the other owners' logs.")] = "owner",
+    name: Annotated[str, typer.Option(help="Name of the owner, for the other owners' logs.")] = "owner",
 ) -> None:
-    """Make an owner's identity key for secure sums, and print the line for `members` in every owner's policy."""
+    """Create an owner's identity key for secure sums, and print the line for `members` in the owners' policies."""
     with _errors():
         from lorica.owner.identity import make_identity
 

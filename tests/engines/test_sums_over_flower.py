@@ -226,7 +226,7 @@ def test_a_hub_that_swaps_keys_gets_nothing_and_the_member_is_named(
 
     with pytest.raises(TooFewReplies):
         serve(clinics.config("swapped"), Altering(clinics, swap))
-    assert "client 1: its fresh keys are not signed, for this sum, by ed25519:" in caplog.text
+    assert "client 1: its public keys are not signed for this sum by ed25519:" in caplog.text
     assert "clinic-1" in caplog.text
 
 
@@ -251,14 +251,14 @@ def test_a_hub_that_picks_the_weights_gets_nothing(clinics: Clinics, caplog: pyt
 
     with pytest.raises(TooFewReplies):
         serve(clinics.config("alone"), Altering(clinics, alone))
-    assert caplog.text.count("client 0: its share of the sum is 0.98, this client allows 0.5") >= 3
+    assert caplog.text.count("client 0: its share of the sum is 0.98, but this client allows at most 0.5") >= 3
 
 
 def test_the_policy_sets_the_limits_of_a_sum(clinics: Clinics, caplog: pytest.LogCaptureFixture) -> None:
     clinics.write_policy(2, members=clinics.members, max_share_in_sum=0.3)
     with pytest.raises(TooFewReplies):
         serve(clinics.config("limits"), Altering(clinics, lambda stage, client, question: question))
-    assert "its share of the sum is 0.333, this client allows 0.3" in caplog.text
+    assert "its share of the sum is 0.333, but this client allows at most 0.3" in caplog.text
 
 
 def test_runs_of_sums_that_a_policy_does_not_allow_are_refused_before_they_start(clinics: Clinics) -> None:
@@ -278,7 +278,7 @@ def test_a_node_needs_the_identity_that_its_own_policy_lists(
     assert "the policy lists members" in caplog.text
     other = str(clinics.places[1] / "identity.key")
     assert clinics.asked(0, identity=other)["refused"] == told
-    assert "the policy lists another key, or none, for client 0" in caplog.text
+    assert "it is not the key that the policy lists for this node, client 0" in caplog.text
     (clinics.places[0] / "identity.key").chmod(0o644)
     assert clinics.asked(0)["refused"] == told
     assert "other accounts can read it" in caplog.text
@@ -304,4 +304,4 @@ def test_what_an_earlier_version_left_of_a_sum_is_named(clinics: Clinics, caplog
 
     with pytest.raises(TooFewReplies):
         serve(clinics.config("old"), Altering(clinics, old))
-    assert "of another version of Lorica; finish the run with that one, or start a new run" in caplog.text
+    assert "by another version of Lorica; finish the run with that version, or start a new run" in caplog.text

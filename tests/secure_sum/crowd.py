@@ -13,7 +13,7 @@ from torch import Tensor
 from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.requirements import Requirements
 from lorica.secure_sum.setup import Setup, SummationError
-from lorica.secure_sum.stages import Input, Part, add_up, answer
+from lorica.secure_sum.stages import Input, Part, add_up, run_client_stage
 
 RUN = "run-7"
 SHAPES = {"a": (3, 4), "b": (5,)}
@@ -76,7 +76,7 @@ class Clients:
     def answered(self, client: int, question: Mapping[str, Any] | str) -> tuple[Part, bytes]:
         """A client's answer, without storing anything."""
         text = question if isinstance(question, str) else json.dumps(question)
-        return answer(self.part(client), self.required(client), text, self.given(client))
+        return run_client_stage(self.part(client), self.required(client), text, self.given(client))
 
     def ask(self, stage: str, questions: Mapping[int, str]) -> dict[int, bytes]:
         answers = {}

@@ -17,7 +17,7 @@ from lorica.secure_sum.messages import to_sign
 from lorica.secure_sum.primitives import private_key, public_key
 from lorica.secure_sum.requirements import Requirements
 from lorica.secure_sum.setup import SummationError
-from lorica.secure_sum.stages import Ask, Input, Part, add_up, answer
+from lorica.secure_sum.stages import Ask, Input, Part, add_up, run_client_stage
 from tests.secure_sum.crowd import RUN, SHAPES, WEIGHTS, Clients, agreed, check, inputs, requirements
 
 IDENTITIES = {client: Identity.new() for client in range(4)}
@@ -53,11 +53,11 @@ VICTIM_ABOVE_ALL = [[0, 0.97], [1, 0.01], [2, 0.01], [3, 0.01]]
 @pytest.mark.parametrize(
     ("weights", "problem"),
     [
-        (VICTIM_ALONE, "share of client 1 is not in"),
-        (VICTIM_ABOVE_ALL, "client 0: its share of the sum is 0.97, this client allows 0.6"),
+        (VICTIM_ALONE, "weight of client 1 is not in"),
+        (VICTIM_ABOVE_ALL, "client 0: its share of the sum is 0.97, but this client allows at most 0.6"),
         ([[0, 0.61], [1, 0.13], [2, 0.13], [3, 0.13]], "its share of the sum is 0.61"),
         ([[0, 1.0], [1, 1e-300], [2, 1e-300], [3, 1e-300]], "its share of the sum is 1"),
-        ([[0, 0.5], [1, 0.5], [2, -0.5], [3, 0.5]], "share of client 2 is not in"),
+        ([[0, 0.5], [1, 0.5], [2, -0.5], [3, 0.5]], "weight of client 2 is not in"),
         ([[0, 0.25], [1, 0.25], [2, 0.25], [3, 0.2]], "do not sum to 1"),
     ],
 )
@@ -80,7 +80,7 @@ def test_the_default_limit_is_half_of_the_sum() -> None:
     clients.required = lambda own: Requirements(RUN, own)
     assert add_up(agreed(weights={0: 0.5, 1: 0.25, 2: 0.25}), clients.ask)[0] == [0, 1, 2]
     assert add_up(agreed("more", (2, 1), {0: 0.51, 1: 0.25, 2: 0.24}), clients.ask) == ([], {})
-    assert all("allows 0.5" in refusal for refusal in clients.refusals)
+    assert all("allows at most 0.5" in refusal for refusal in clients.refusals)
 
 
 def test_who_is_told_another_vector_has_masks_that_fit_nobody() -> None:
@@ -121,7 +121,7 @@ def test_terms_do_not_change_on_the_way() -> None:
     with pytest.raises(SummationError, match="the same summation twice"):
         clients.answered(0, {"stage": "keys", "agreement": again})
     clients.ask("keys", {0: json.dumps({"stage": "keys", "agreement": agreed("two", bound=1e-3).plain()})})
-    with pytest.raises(SummationError, match="no part in"):
+    with pytest.raises(SummationError, match="has not joined"):
         clients.answered(0, asked)
     with pytest.raises(SummationError, match="before this client shared its secrets"):
         clients.answered(0, asked | {"summation": "two"})
@@ -130,16 +130,16 @@ def test_terms_do_not_change_on_the_way() -> None:
 def test_fewer_members_than_the_owner_requires_are_refused() -> None:
     clients = Clients(min_clients=5)
     assert add_up(agreed(), clients.ask) == ([], {})
-    assert "4 clients are members of the sum, this client requires 5" in clients.refusals[0]
+    assert "4 clients are members of the sum, but this client requires 5" in clients.refusals[0]
     clients = Clients()
     assert add_up(agreed(weights={0: 0.5, 1: 0.5}), clients.ask) == ([], {})
-    assert "2 clients are members of the sum, this client requires 3" in clients.refusals[0]
+    assert "2 clients are members of the sum, but this client requires 3" in clients.refusals[0]
 
 
 def test_fewer_survivors_than_the_owner_requires_get_no_shares() -> None:
     clients = Clients(silent={("masked", 3)}, min_clients=4)
     assert add_up(agreed(), clients.ask) == ([], {})
-    assert all("3 clients survived, this client requires 4" in refusal for refusal in clients.refusals)
+    assert all("3 clients survived, but this client requires 4" in refusal for refusal in clients.refusals)
     assert len(clients.refusals) == 3
 
 
@@ -252,7 +252,7 @@ def sybils(clients: Clients, victim: int, members: list[int]) -> tuple[list[int]
     def ask(stage: str, questions: Mapping[int, str]) -> dict[int, bytes]:
         answers = clients.ask(stage, {own: question for own, question in questions.items() if own == victim})
         for member in questions.keys() & played.keys():
-            played[member], answers[member] = answer(
+            played[member], answers[member] = run_client_stage(
                 played[member], requirements(member), questions[member], lambda agreement: Input(zeros)
             )
         return answers
@@ -272,7 +272,9 @@ def test_invented_members_do_not_count() -> None:
     clients = knowing()
     names, total = sybils(clients, 0, [0, 10, 11, 12])
     assert (names, float(total["a"].abs().max())) == ([10, 11, 12], 0.0)
-    assert clients.refusals == ["0: secure summation: client 10: not in the list `members` of this client's policy"]
+    assert clients.refusals == [
+        "0: secure summation: client 10: it is not listed under `members` in this client's policy"
+    ]
 
 
 def test_members_whose_keys_the_server_made_are_refused_by_name() -> None:
@@ -282,7 +284,7 @@ def test_members_whose_keys_the_server_made_are_refused_by_name() -> None:
     assert (names, float(total["a"].abs().max())) == ([1, 2, 3], 0.0)
     line = str(MEMBERS[1])
     assert clients.refusals == [
-        f"0: secure summation: client 1: its fresh keys are not signed; the policy lists {line} for it"
+        f"0: secure summation: client 1: its public keys are not signed; the policy lists {line} for it"
     ]
 
 
@@ -311,11 +313,11 @@ def swapped(clients: Clients, signed_by: Identity | None, for_terms: Agreement |
 
 def test_swapped_keys_are_refused_by_name() -> None:
     (refusal,) = swapped(knowing(), None)
-    assert "client 2: its fresh keys are not signed; the policy lists" in refusal
+    assert "client 2: its public keys are not signed; the policy lists" in refusal
     assert "clinic-2" in refusal
     for stranger in (Identity.new(), IDENTITIES[1]):
         (refusal,) = swapped(knowing(), stranger)
-        assert "client 2: its fresh keys are not signed, for this sum, by ed25519:" in refusal
+        assert "client 2: its public keys are not signed for this sum by ed25519:" in refusal
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ def test_swapped_keys_are_refused_by_name() -> None:
 )
 def test_keys_that_were_signed_for_other_terms_are_refused(terms: Agreement) -> None:
     (refusal,) = swapped(knowing(), IDENTITIES[2], terms)
-    assert "client 2: its fresh keys are not signed, for this sum" in refusal
+    assert "client 2: its public keys are not signed for this sum" in refusal
 
 
 def test_a_member_without_an_identity_is_named() -> None:
@@ -333,7 +335,7 @@ def test_a_member_without_an_identity_is_named() -> None:
     known = clients.required
     clients.required = lambda own: requirements(own) if own == 2 else known(own)
     assert add_up(agreed(), clients.ask) == ([], {})
-    assert all("client 2: its fresh keys are not signed" in refusal for refusal in clients.refusals[:2])
+    assert all("client 2: its public keys are not signed" in refusal for refusal in clients.refusals[:2])
 
 
 def test_an_owner_that_changes_its_list_meanwhile_is_heard() -> None:
@@ -343,7 +345,7 @@ def test_an_owner_that_changes_its_list_meanwhile_is_heard() -> None:
     fewer = {client: member for client, member in MEMBERS.items() if client != 3}
     clients.required = lambda own: requirements(own, members=fewer, identity=IDENTITIES[own])
     hexed = {client: content.hex() for client, content in keys.items()}
-    with pytest.raises(SummationError, match="client 3: not in the list"):
+    with pytest.raises(SummationError, match="client 3: it is not listed under `members`"):
         clients.answered(0, {"stage": "shares", "summation": "one", "keys": hexed})
 
 
@@ -389,7 +391,7 @@ def test_questions_of_an_earlier_round_are_refused_in_a_later_one() -> None:
         answers = clients.ask(stage, questions)
         for client, question in old:
             if json.loads(question)["stage"] != "keys":
-                with pytest.raises(SummationError, match="no part in"):
+                with pytest.raises(SummationError, match="has not joined"):
                     clients.answered(client, question)
                 asked.append(stage)
         return answers

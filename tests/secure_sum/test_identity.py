@@ -76,7 +76,7 @@ def test_the_command_makes_a_key_once_and_prints_the_line_for_policies(tmp_path:
     assert Policy(**policy, members={0: line}).members == {0: line}
     other = str(Identity.new().public())
     for wrong, problem in [
-        ({}, "no member"),
+        ({}, "it is empty"),
         ({0: line, 1: line.split()[0]}, "the same key"),
         ({0: other, 1: "clinic-b"}, "not a valid|as `lorica flower keys` prints it"),
     ]:

@@ -10,7 +10,7 @@ import torch
 
 from lorica.errors import UserError
 from lorica.secure_sum.setup import SummationError
-from lorica.secure_sum.stages import Input, Part, add_up, answer
+from lorica.secure_sum.stages import Input, Part, add_up, run_client_stage
 from tests.secure_sum.crowd import SHAPES, WEIGHTS, Clients, agreed, check, inputs, requirements
 
 
@@ -47,7 +47,7 @@ def test_below_the_threshold_there_is_no_sum(stage: str) -> None:
 
 def refused(clients: Clients, question: dict[str, object], match: str) -> None:
     with pytest.raises(SummationError, match=match):
-        answer(clients.part(0), requirements(0), json.dumps(question), lambda agreement: Input(inputs(0)))
+        run_client_stage(clients.part(0), requirements(0), json.dumps(question), lambda agreement: Input(inputs(0)))
 
 
 def with_setup(plain: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -60,30 +60,30 @@ def test_what_no_honest_server_asks_is_refused() -> None:
     plain = agreed("two").plain()
     refused(clients, {"stage": "keys", "agreement": agreed().plain()}, "the same summation twice")
     for wrong, problem in [
-        (with_setup(plain, threshold=1), "terms cannot hold: threshold"),
-        (with_setup(plain, clients=5), "terms cannot hold: clients"),
-        (with_setup(plain, bits=32.0), "cannot be understood"),
-        (with_setup(plain, more=1), "cannot be understood"),
-        (plain | {"more": 1}, "cannot be understood"),
-        (plain | {"round": "1"}, "cannot be understood"),
-        (plain | {"weights": [*plain["weights"][:3], plain["weights"][2]]}, "terms cannot hold: clients"),
-        (plain | {"weights": plain["weights"][::-1]}, "cannot be understood"),
-        (plain | {"weights": [[client, float("nan")] for client in range(4)]}, "share of client 0 is not in"),
-        (plain | {"weights": [[client, 0.3] for client in range(4)]}, "shares do not sum to 1"),
-        (plain | {"run": "other"}, "a sum of run 'other'"),
-        ([], "cannot be understood"),
-        (None, "cannot be understood"),
+        (with_setup(plain, threshold=1), "terms are invalid: threshold"),
+        (with_setup(plain, clients=5), "terms are invalid: clients"),
+        (with_setup(plain, bits=32.0), "malformed"),
+        (with_setup(plain, more=1), "malformed"),
+        (plain | {"more": 1}, "malformed"),
+        (plain | {"round": "1"}, "malformed"),
+        (plain | {"weights": [*plain["weights"][:3], plain["weights"][2]]}, "terms are invalid: clients"),
+        (plain | {"weights": plain["weights"][::-1]}, "malformed"),
+        (plain | {"weights": [[client, float("nan")] for client in range(4)]}, "weight of client 0 is not in"),
+        (plain | {"weights": [[client, 0.3] for client in range(4)]}, "they do not sum to 1"),
+        (plain | {"run": "other"}, "the sum is of run 'other'"),
+        ([], "malformed"),
+        (None, "malformed"),
     ]:
         refused(clients, {"stage": "keys", "agreement": wrong}, problem)
-    refused(clients, question | {"summation": "other"}, "no part in")
-    refused(clients, question | {"stage": "single"}, "stage that there is not")
+    refused(clients, question | {"summation": "other"}, "has not joined")
+    refused(clients, question | {"stage": "single"}, "unknown stage")
     refused(clients, {"stage": "revealed", "summation": "one", "survivors": [0, 1, 2]}, "second time")
-    refused(clients, {"stage": "revealed", "summation": "one", "survivors": "0123"}, "cannot be understood")
-    refused(clients, {"stage": "shares", "summation": "one"}, "cannot be understood")
-    refused(clients, {"hello": 1}, "cannot be understood")
+    refused(clients, {"stage": "revealed", "summation": "one", "survivors": "0123"}, "malformed")
+    refused(clients, {"stage": "shares", "summation": "one"}, "malformed")
+    refused(clients, {"hello": 1}, "malformed")
     for garbage in ("", "[]", "null", "{", "\x00"):
         with pytest.raises(SummationError):
-            answer(clients.part(0), requirements(0), garbage, lambda agreement: Input(inputs(0)))
+            run_client_stage(clients.part(0), requirements(0), garbage, lambda agreement: Input(inputs(0)))
 
 
 def test_no_later_stage_changes_the_share() -> None:
@@ -100,7 +100,7 @@ def test_an_error_of_the_input_is_not_blamed_on_the_question() -> None:
     clients = Clients()
     question = clients.masked_once(agreed(), stop={0})[0]
     with pytest.raises(UserError, match="the disk is full"):
-        answer(clients.part(0), requirements(0), json.dumps(question), full)
+        run_client_stage(clients.part(0), requirements(0), json.dumps(question), full)
 
 
 def test_a_sum_that_was_lost_is_made_again_and_is_the_same() -> None:
@@ -129,7 +129,7 @@ def test_a_damaged_part_is_an_error() -> None:
 
 
 def test_a_part_of_an_earlier_version_is_named_as_such() -> None:
-    with pytest.raises(SummationError, match="of another version of Lorica; finish the run with that one"):
+    with pytest.raises(SummationError, match="written by another version of Lorica; finish the run with that version"):
         Part.from_bytes(b'{"state": null, "given": ["00", 0.5], "shown": null}')
 
 

@@ -23,8 +23,7 @@ from lorica.run.setup import Prepared, prepare
 from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.requirements import Requirements
 from lorica.secure_sum.setup import SummationError
-from lorica.secure_sum.stages import Input, Part, add_up, answer
-from lorica.tasks import load_task
+from lorica.secure_sum.stages import Input, Part, add_up, run_client_stage
 from lorica.tasks.label_counts import label_counts
 from lorica.tasks.loading import load_task
 from lorica.tasks.records import Records, Task
@@ -69,7 +68,7 @@ class LocalEngine:
         }
 
     def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
-        """By the very protocol that machines apart would run."""
+        """Sum the replies with the same protocol as in a federation across machines."""
 
         def ask(stage: str, questions: Mapping[int, str]) -> dict[int, bytes]:
             answers = {}
@@ -82,13 +81,13 @@ class LocalEngine:
 
         return add_up(agreement, ask)
 
-    def _part_of(self, number: int, request: Request, question: str) -> bytes:
+    def _run_stage(self, number: int, request: Request, question: str) -> bytes:
         def given(agreement: Agreement) -> Input:
             derived = isinstance(request.work, Projection)
-            return Input(decode(self.clients[number].answer(self._model, request)), derived)
+            return Input(decode(self.clients[number].reply_to(self._model, request)), derived)
 
         part, required = self._parts.get(number, Part()), Requirements(request.run, number)
-        self._parts[number], content = answer(part, required, question, given)
+        self._parts[number], content = run_client_stage(part, required, question, given)
         return content
 
     def accounts(self, run: str) -> dict[int, Account]:

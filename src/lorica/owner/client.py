@@ -154,10 +154,10 @@ class Client:
             self.sequence = request.sequence
 
     def _sketched(self, request: Request, kept: Mapping[str, Released]) -> dict[str, Released]:
-        """The factors behind this round's sketch; those of an earlier round are not projected again.
+        """The factors behind this round's sketch, without those of earlier rounds.
 
         Raises:
-            Refused: there is no sketch of this round.
+            Refused: this round has no sketch.
         """
         factors = {name.removeprefix(SKETCH): value for name, value in kept.items() if name.startswith(SKETCH)}
         if not factors or self.ledger.last_round(request.run, self.number) != request.round:
@@ -217,7 +217,7 @@ class Client:
         kept = {name: value for name, value in moved.items() if name in work.personal}
         if work.sketch_columns is not None:
             sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
-            # Under names of their own: a projection is of what was sketched, not of what else stays with the client.
+            # With a prefix, so that a projection uses these factors only, and not other tensors kept at the client.
             kept |= {f"{SKETCH}{name}": moved[name] for name in moved if is_factor(name)}
             released = {name: value for name, value in released.items() if not is_factor(name)} | sketches
         if work.last_step_energy:

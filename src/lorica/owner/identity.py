@@ -1,4 +1,4 @@
-"""An owner's identity key as files: the private key, which stays, and the line that the other owners get."""
+"""An owner's identity key on disk: the private key, and the public line for the other owners."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRIVATE, PUBLIC = "identity.key", "identity.pub"
 
 
 def make_identity(folder: Path, name: str) -> str:
-    """Write `identity.key`, for this account only, and `identity.pub`; a key that is there already is kept.
+    """Write `identity.key`, readable by this account only, and `identity.pub`. An existing key is kept.
 
     Returns:
         The public line, for the `members` of all owners' policies.
@@ -37,28 +37,28 @@ def make_identity(folder: Path, name: str) -> str:
 
 
 def read_identity(path: Path) -> Identity:
-    """The private key in a file.
+    """Read a private key.
 
     Raises:
-        UserError: it cannot be read, is no such key, or others than this account can read it.
+        UserError: the file cannot be read, is not such a key, or is readable by other accounts.
     """
     try:
         content = path.read_bytes()
         others = stat.S_IMODE(path.stat().st_mode) & 0o077
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-        raise UserError("node-config.identity", str(path), problem, "make one with `lorica flower keys`") from error
+        raise UserError("node-config.identity", str(path), problem, "create one with `lorica flower keys`") from error
     if others:
         raise UserError("node-config.identity", str(path), "other accounts can read it", f"run chmod 600 {path}")
     try:
         return Identity.from_pem(content)
     except ValueError as error:
         problem = str(error)
-        raise UserError("node-config.identity", str(path), problem, "make one with `lorica flower keys`") from None
+        raise UserError("node-config.identity", str(path), problem, "create one with `lorica flower keys`") from None
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Never in place of another file, and never readable by others, whatever the umask."""
+    """Create a file that only this account can read, whatever the umask. An existing file is not replaced."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

@@ -43,8 +43,8 @@ from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.identity import Identity, Member
 from lorica.secure_sum.requirements import Requirements
 from lorica.secure_sum.setup import SummationError
-from lorica.secure_sum.stages import Input, Part, answer
-from lorica.tasks import load_training
+from lorica.secure_sum.stages import Input, Part, run_client_stage
+from lorica.tasks.loading import load_training
 from lorica.tasks.records import Records, Task
 
 logger = logging.getLogger(__name__)
@@ -117,20 +117,20 @@ class Node:
 
         def given(agreement: Agreement) -> Input:
             if content is None:
-                raise Refused("the server asks for an input and does not say of what")
-            request = self._request(content)
+                raise Refused("the server asks for a masked input without a request")
+            request = self._checked_request(content)
             if (request.round, request.exchange) != (agreement.round, agreement.exchange):
-                raise Refused("the server asks for an input of another round or exchange than it announced")
-            return Input(decode(self._answer(request)), derived=isinstance(request.work, Projection))
+                raise Refused("the server asks for a masked input of another round or exchange than it announced")
+            return Input(decode(self._reply_to(request)), derived=isinstance(request.work, Projection))
 
         path = self._folder / "sum.json"
         kept = Part.from_bytes(path.read_bytes()) if path.is_file() else Part()
-        kept, reply = answer(kept, self._requirements(), question, given)
+        kept, reply = run_client_stage(kept, self._requirements(), question, given)
         write_atomically(path, kept.to_bytes(), mode=0o600)
         return reply
 
     def _requirements(self) -> Requirements:
-        """The owner's say on sums; read anew, as the policy is."""
+        """What the current policy requires of a sum."""
         run, own, policy = self._invitation.run, self._client.number, self._policy()
         if policy is None:
             return Requirements(run, own, identity=self._identity)
@@ -139,7 +139,7 @@ class Node:
             run, own, policy.min_clients_in_sum, policy.max_share_in_sum, members, identity=self._identity
         )
 
-    def _request(self, content: bytes) -> Request:
+    def _checked_request(self, content: bytes) -> Request:
         try:
             request = Request.decode(content)
         except ValueError as error:
@@ -204,7 +204,7 @@ class Node:
         return self._folder / "invitation.json"
 
     def _pin(self) -> None:
-        """A run is one experiment: what it costs was agreed once."""
+        """Pin the run to one experiment: its cost is agreed once."""
         path = self._invitation_path
         content = self._invitation.encode().encode()
         if path.is_file() and path.read_bytes() != content:
@@ -212,13 +212,12 @@ class Node:
         write_atomically(path, content)
 
     def _warn_of_sums(self, policy: Policy | None) -> None:
-        """Once a run, before it is pinned."""
+        """Log what a sum without `members` does not protect against, once for each run: before it is pinned."""
         unlisted = policy is not None and policy.members is None
         if unlisted and self._config.federation.secure_sum and not self._invitation_path.is_file():
             logger.warning(
-                "run %s shows the server sums only, but the policy lists no members: a server that invents clients or "
-                "replaces their keys can still read single replies. List the other owners' keys (lorica flower keys) "
-                "under `members`",
+                "run %s uses secure sums, but the policy lists no members: a server that invents clients or replaces "
+                "their keys can still read single replies. List the owners' keys (lorica flower keys) under `members`",
                 self._invitation.run,
             )
 
@@ -308,23 +307,26 @@ def _own_records(config: ExperimentConfig, settings: NodeSettings, task: Task) -
 
 
 def _identity(settings: NodeSettings, config: ExperimentConfig, policy: Policy | None) -> Identity | None:
-    """The node's identity key, where it needs one or has one.
+    """The node's identity key, if the run uses secure sums and the node has one.
 
     Raises:
-        UserError: the key cannot be read, others can read it, or it is not the one that the policy lists.
+        UserError: the key is missing but the policy lists `members`, cannot be read, or is not the listed one.
     """
     if not config.federation.secure_sum:
         return None
     members = {} if policy is None else policy.members or {}
     if settings.identity is None:
         if members:
-            problem, remedy = "the policy lists members", "make a key with `lorica flower keys` and give its path"
+            problem, remedy = (
+                "the policy lists members, so the node needs an identity key",
+                "create a key with `lorica flower keys` and give its path",
+            )
             raise UserError("node-config.identity", None, problem, remedy)
         return None
     identity = read_identity(Path(settings.identity).expanduser())
     line = members.get(settings.client)
     if members and (line is None or Member.of(line).key != identity.public().key):
-        problem = f"the policy lists another key, or none, for client {settings.client}, which is this node"
+        problem = f"it is not the key that the policy lists for this node, client {settings.client}"
         raise UserError("node-config.identity", settings.identity, problem, f"list {identity.public()} under members")
     return identity
 

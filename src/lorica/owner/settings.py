@@ -24,7 +24,7 @@ class NodeSettings(Strict):
     policy: str | None = None
     """The owner's policy file; required with `data`."""
     identity: str | None = None
-    """The private identity key that `lorica flower keys` made; required if the policy lists `members`."""
+    """Path of the private key that `lorica flower keys` created; required if the policy lists `members`."""
     ledger: str | None = None
     """SQLite file that records every release; by default beside the data."""
     folder: str | None = None

@@ -54,14 +54,14 @@ class Policy(Strict):
     sums_only: bool = False
     """Take part only in runs whose server sees only sums over clients (`federation.secure_sum`)."""
     min_clients_in_sum: int = Field(3, ge=2)
-    """Minimum number of clients in a secure sum, before and after others drop out."""
+    """Minimum number of clients in a secure sum, before and after dropouts."""
     max_share_in_sum: float = Field(0.5, gt=0, le=1)
-    """Maximum share of one client in a secure sum, before and after others drop out. A sum in which one client has
-    nearly all of the weight is that client's own reply."""
+    """Maximum share of one client in the weight of a secure sum, before and after dropouts. A sum in which one client
+    has almost all of the weight reveals that client's reply."""
     members: dict[int, str] | None = None
-    """Number of each client, this one included, and its identity key as `lorica flower keys` prints it. In secure sums,
-    only these clients count, and only with keys that they signed. Without it, a server can invent clients or replace
-    their keys, and so read single replies."""
+    """The clients of secure sums, this one included: number and identity key, as `lorica flower keys` prints it. Sums
+    with other clients are refused, and so are keys that the listed client did not sign. By default, a server can invent
+    clients or replace their keys, and so read single replies."""
     metrics: list[str] = Field([])
     """Metrics, including `loss`, that a test on the owner's own held-out records (`federation.private_test`) may
     compute, such as `[loss, accuracy]`. The results stay with the owner. By default there is no such test."""
@@ -94,7 +94,7 @@ class Policy(Strict):
         if len({line.split()[0] for line in lines}) < len(lines):
             raise ValueError("two clients have the same key")
         if value is not None and not value:
-            raise ValueError("no member: list all clients, or leave the key out")
+            raise ValueError("it is empty: list all clients, or remove the key")
         return value
 
     @field_validator("group")
@@ -229,11 +229,11 @@ class Policy(Strict):
             _refuse("max_group_records", proposed, f"the limit is {self.max_group_records}")
 
     def _review_sums(self, config: ExperimentConfig) -> None:
-        """What can be told before the first sum; each sum is then checked by `lorica.secure_sum.requirements`."""
+        """Check what is known before the first sum; `lorica.secure_sum.requirements` then checks each sum."""
         federation = config.federation
         if not federation.secure_sum:
             if self.sums_only:
-                _refuse("sums_only", "federation.secure_sum = False", "only sums may leave")
+                _refuse("sums_only", "federation.secure_sum = False", "only sums are allowed")
             return
         if federation.participants < self.min_clients_in_sum:
             least = f"the least is {self.min_clients_in_sum}"

@@ -1,8 +1,8 @@
 """Secure summation: the server learns the sum of the clients' tensors, but no single client's tensors.
 
-Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017 (ePrint 2017/281),
-the protocol against a server that is honest but curious, with dropouts. Bytes and tensors in, bytes and tensors out.
-One summation of the clients `u` with threshold `t`, under terms that were fixed before (`agreement.py`):
+Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning, CCS 2017 (ePrint 2017/281): the
+protocol for an honest-but-curious server, with dropouts, and with checks against a server that is not honest. The
+functions take and return bytes and tensors. One summation over clients `u` with threshold `t`:
 
 | stage | client | server |
 |---|---|---|
@@ -26,17 +26,18 @@ What this protects: the tensors are releases of a differentially private mechani
 privacy guarantee does not depend on this package. ε is the same with and without it; quantisation and clipping are
 post-processing. Secure summation additionally hides the single releases.
 
-The server picks the terms, and each client checks them against its `Requirements`. Members, shares, shapes and setup
-are bound into all keys and masks by their digest. A `Part` remembers what was in earlier sums of a run.
+What the server cannot change: it proposes the terms of a sum (`Agreement`: members, weights, shapes and setup) before
+keys are exchanged, and each client checks them against its `Requirements`. All keys and masks are bound to the terms. A
+client's `Part` records every input that was in a sum of the run, and refuses a second sum that would reveal it.
 
 What it does not protect:
 
-* A server that hands out public keys of its own can impersonate clients, unless clients know each other's identity keys
-  (`Requirements.members`).
-* The server together with `t` or more clients can reveal the others' values. `t` is a majority of the clients, so that
-  a server that tells clients different stories of who dropped out cannot collect `t` shares of both kinds.
+* A server that distributes its own public keys can impersonate clients, unless the clients know each other's identity
+  keys (`Requirements.members`).
+* The server together with `t` or more clients can reveal the other clients' values. `t` is a majority of the clients,
+  so a server that gives clients different lists of dropouts cannot collect `t` shares of both kinds.
 * At most `n − t` clients may drop out.
-* A sum is an output: the sums of the same tensors with and without one client give away that client's. A client whose
-  stored `Part` is rolled back does not notice the second one.
-* A client can send any value within the bound: nobody sees it. Sums are neither robust nor verifiable.
+* The sum itself is revealed: two sums of the same tensors, with and without one client, reveal that client's tensors. A
+  client whose stored `Part` was restored from a backup does not notice the second sum.
+* A client can send any value within the bound without detection. Sums are neither robust nor verifiable.
 """

@@ -1,4 +1,4 @@
-"""What the clients of a summation agree on before any of them sends a key: of what, with whom, at which shares."""
+"""The terms of a summation, on which all clients agree before they exchange keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorica.errors import UserError
 from lorica.secure_sum.quantisation import Shapes
 from lorica.secure_sum.setup import LARGEST_ID, Setup, SummationError
 
-# Of the sum of all shares, which the server computes in another order than a client adds them up.
+# Tolerance for the sum of all weights.
 ROUNDING = 1e-9
 
 
@@ -22,16 +22,16 @@ ROUNDING = 1e-9
 class Agreement:
     """The public terms of one summation, fixed by the server before keys are exchanged.
 
-    Its digest is part of every key, seal, commitment, signature and masked input, so that what clients made under
-    different agreements does not fit together: it ends in an error, never in a sum.
+    All keys, encrypted shares, commitments, signatures and masked inputs are bound to its digest. Messages of clients
+    that were told different terms therefore do not fit together: the summation fails, and no wrong sum results.
 
     Attributes:
-        run, round, exchange: whose replies are summed.
-        weights: client -> `w_k`, its share of the sum. These clients are the members; nobody else takes part.
+        run, round, exchange: identify the replies that are summed.
+        weights: client -> `w_k`, its weight in the sum. The clients listed are the members of the sum.
         shapes: name -> shape of each tensor.
 
     Raises:
-        UserError: an id or a count out of range, another number of members than `setup.clients`, or shares that are
+        UserError: an id or a count out of range, a number of members other than `setup.clients`, or weights that are
             not in (0, 1] or do not sum to 1.
     """
 
@@ -45,26 +45,28 @@ class Agreement:
     def __post_init__(self) -> None:
         for name, count in (("round", self.round), ("exchange", self.exchange)):
             if not 0 <= count <= LARGEST_ID:
-                raise UserError(name, count, "not in 0 .. 2^63 - 1", "count from 1")
+                raise UserError(name, count, "not between 0 and 2^63 - 1", "count from 1")
         if len(self.weights) != self.setup.clients:
-            problem = f"not the number of members, {len(self.weights)}"
-            raise UserError("clients", self.setup.clients, problem, "give each member a share")
+            problem = f"there are {len(self.weights)} members"
+            raise UserError("clients", self.setup.clients, problem, "give each member a weight")
         for client, weight in self.weights.items():
             if not 0 <= client <= LARGEST_ID:
-                raise UserError("client", client, "the id is not in 0 .. 2^63 - 1", "choose another")
+                raise UserError("client", client, "the id is not between 0 and 2^63 - 1", "choose another id")
             if not 0 < weight <= 1:
-                raise UserError("weights", weight, f"the share of client {client} is not in (0, 1]", "normalise them")
+                raise UserError(
+                    "weights", weight, f"the weight of client {client} is not in (0, 1]", "normalise the weights"
+                )
         total = math.fsum(self.weights.values())
         if abs(total - 1) > ROUNDING:
-            raise UserError("weights", total, "the shares do not sum to 1", "normalise them")
+            raise UserError("weights", total, "they do not sum to 1", "normalise the weights")
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that was agreed."""
+        """SHA-256 of the terms."""
         return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()
 
     def plain(self) -> dict[str, Any]:
-        """As JSON-able values, the same for equal agreements."""
+        """The terms as JSON-compatible values, identical for equal agreements."""
         return {
             "setup": asdict(self.setup) | {"bound": float(self.setup.bound)},
             "run": self.run,
@@ -79,7 +81,7 @@ class Agreement:
         """The inverse of `plain`.
 
         Raises:
-            SummationError: not an agreement, or not one that can hold.
+            SummationError: the terms are malformed or invalid.
         """
         try:
             setup = Setup(**{name: _as(kind, plain["setup"][name]) for name, kind in _SETUP.items()})
@@ -92,12 +94,12 @@ class Agreement:
                 {_as(str, name): tuple(_as(int, size) for size in shape) for name, shape in plain["shapes"]},
             )
         except UserError as error:
-            raise SummationError(f"the server's terms cannot hold: {error}") from None
+            raise SummationError(f"the server's terms are invalid: {error}") from None
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            raise SummationError("the server's terms cannot be understood") from None
-        # What was left out or listed twice is not understood.
+            raise SummationError("the server's terms are malformed") from None
+        # Extra keys, and clients or tensors that are listed twice or out of order.
         if agreement.plain() != plain:
-            raise SummationError("the server's terms cannot be understood")
+            raise SummationError("the server's terms are malformed")
         return agreement
 
 
@@ -105,7 +107,7 @@ _SETUP: dict[str, type] = {"summation": str, "clients": int, "threshold": int, "
 
 
 def _as(kind: type, value: Any) -> Any:
-    # Exactly: what Python would convert, another client may read otherwise.
+    # No conversions: all clients must read the same values.
     if type(value) is not kind:
         raise TypeError(f"a {type(value).__name__}, expected a {kind.__name__}")
     return value

@@ -35,10 +35,10 @@ class State:
     """State of a client between the stages of one summation. Secret: it never leaves the client.
 
     Attributes:
-        agreement: what this client was told before it sent a key; no later stage changes it.
+        agreement: the terms from stage 1; no later stage can change them.
         own: this client's id.
         encryption_private, mask_private: X25519 private keys.
-        advertised: what it sent in stage 1.
+        advertised: its public keys, as sent in stage 1.
         keys: client -> public keys of all participants; empty before `share`.
         seed: seed of the self mask; empty before `share`.
         shares: client -> the shares of its seed and of its mask key for this client. Before `mask` only this client's
@@ -83,10 +83,12 @@ class State:
 
 
 def advertise(agreement: Agreement, required: Requirements) -> tuple[State, bytes]:
-    """Stage 1: two fresh key pairs; the public keys, signed if this client has an identity key, are for all members.
+    """Stage 1: check the terms, generate two key pairs, and return the public keys for all members.
+
+    The public keys are signed if this client has an identity key.
 
     Raises:
-        SummationError: terms under which this client takes no part (`Requirements.review`).
+        SummationError: the terms do not meet this client's requirements (`Requirements.review`).
     """
     required.review(agreement)
     private = primitives.private_key(), primitives.private_key()
@@ -97,7 +99,7 @@ def advertise(agreement: Agreement, required: Requirements) -> tuple[State, byte
 
 
 def share(state: State, keys: Mapping[int, bytes], required: Requirements) -> tuple[State, dict[int, bytes]]:
-    """Stage 2: draw the seed of the self mask; share it and the mask key among all participants.
+    """Stage 2: draw the seed of the self mask, and share it and the mask key among all participants.
 
     Args:
         keys: client -> its public keys, this client included.
@@ -106,13 +108,13 @@ def share(state: State, keys: Mapping[int, bytes], required: Requirements) -> tu
         Recipient -> encrypted shares, for each other participant.
 
     Raises:
-        SummationError: called before; fewer keys than the threshold, or too few members for this client; malformed,
-            repeated or unusable keys; this client's own keys missing or replaced; keys that are not signed, for this
-            very agreement, by the member that this client knows (where it knows them).
+        SummationError: called before; fewer keys than the threshold or than this client requires; malformed, repeated
+            or unusable keys; this client's own keys missing or replaced; with `required.members`, keys without that
+            member's signature for this agreement.
     """
     agreement, own = state.agreement, state.own
     if state.seed:
-        raise SummationError("the server asks for shares of secrets twice")
+        raise SummationError("the server asks for this client's shares twice")
     check_keys(agreement, keys)
     if keys.get(own) != state.advertised:
         raise SummationError("the public keys that this client sent are missing or replaced")
@@ -139,11 +141,11 @@ def mask(state: State, shares: Mapping[int, bytes], tensors: Mapping[str, Tensor
 
     Args:
         shares: sender -> encrypted shares for this client, from each other client that shared.
-        tensors: name -> what to sum, released, before this client's agreed share multiplies it.
+        tensors: name -> released tensor to sum; this function multiplies it by the client's agreed weight.
 
     Raises:
         SummationError: called before `share`; called a second time with other tensors or senders; unknown senders;
-            fewer clients than the threshold; shares that were altered, or are another client's or agreement's; other
+            fewer clients than the threshold; shares that were altered or belong to another client or agreement; other
             tensors than agreed; a tensor that is not finite.
     """
     agreement, own = state.agreement, state.own
@@ -151,7 +153,7 @@ def mask(state: State, shares: Mapping[int, bytes], tensors: Mapping[str, Tensor
         raise SummationError("the server asks for a masked input before this client shared its secrets")
     unknown = set(shares) - (set(state.keys) - {own})
     if unknown:
-        raise SummationError(f"shares from clients that are not among the others: {sorted(unknown)}")
+        raise SummationError(f"shares from unknown clients: {sorted(unknown)}")
     check_threshold(agreement, len(shares) + 1, "shared their secrets")
     agreed = {name: tuple(shape) for name, shape in agreement.shapes.items()}
     if {name: tuple(value.shape) for name, value in tensors.items()} != agreed:
@@ -178,7 +180,7 @@ def mask(state: State, shares: Mapping[int, bytes], tensors: Mapping[str, Tensor
 
 
 def reveal(state: State, survivors: Collection[int], required: Requirements) -> tuple[State, bytes]:
-    """Stage 4: for each client that shared, the share of its seed if it survived, else the share of its mask key.
+    """Stage 4: for each client that shared, reveal the share of its seed if it survived, else that of its mask key.
 
     A repeated call with the same survivors returns the same bytes.
 
@@ -187,7 +189,7 @@ def reveal(state: State, survivors: Collection[int], required: Requirements) -> 
 
     Raises:
         SummationError: called before `mask`; called a second time with other survivors; unknown clients; this client
-            not among them; fewer than the threshold, too few for this client, or one that has too large a share.
+            not among them; fewer than the threshold or than this client requires; too large a weight of one of them.
     """
     own = state.own
     alive = tuple(sorted(set(survivors)))
@@ -199,7 +201,7 @@ def reveal(state: State, survivors: Collection[int], required: Requirements) -> 
     if unknown:
         raise SummationError(f"survivors that did not share their secrets: {sorted(unknown)}")
     if own not in alive:
-        raise SummationError("the server declares this client to have dropped out, and asks it for shares")
+        raise SummationError("the server says that this client dropped out, but asks it for shares")
     check_threshold(state.agreement, len(alive), "survived")
     required.check(state.agreement, alive, "survived")
     reply = b"".join(
@@ -212,9 +214,9 @@ def _check_signatures(agreement: Agreement, keys: Mapping[int, bytes], required:
     for client, message in sorted(keys.items()):
         member = required.members[client]
         if not signature(message):
-            raise SummationError(f"its fresh keys are not signed; the policy lists {member} for it", client)
+            raise SummationError(f"its public keys are not signed; the policy lists {member} for it", client)
         if not member.signed(to_sign(agreement, client, message), signature(message)):
-            problem = f"its fresh keys are not signed, for this sum, by {member}, which the policy lists for it"
+            problem = f"its public keys are not signed for this sum by {member}, which the policy lists for it"
             raise SummationError(problem, client)
 
 

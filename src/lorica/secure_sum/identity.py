@@ -1,7 +1,6 @@
-"""Identity keys (Ed25519, RFC 8032): by them a client knows that another one's fresh keys are its own.
+"""Identity keys (Ed25519, RFC 8032), with which clients sign the public keys that they use in a summation.
 
-An owner makes a pair once. The public half travels as a line, `ed25519:HEX NAME`, which the other owners copy into
-their policies.
+An owner creates its key once. The other owners copy the public key into their policies, as a line `ed25519:HEX NAME`.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ LINE = re.compile(r"ed25519:(?P<key>[0-9a-f]{64})(?: (?P<name>[A-Za-z0-9_.@-]{1,
 
 @dataclass(frozen=True)
 class Member:
-    """Another owner, as one knows it.
+    """A client and its public identity key.
 
     Attributes:
-        key: its public identity key, 32 bytes.
-        name: for the log; may be empty.
+        key: 32 bytes.
+        name: name for the log; may be empty.
     """
 
     key: bytes
@@ -50,7 +49,7 @@ class Member:
         return f"ed25519:{self.key.hex()} {self.name}".strip()
 
     def signed(self, content: bytes, signature: bytes) -> bool:
-        """Whether the owner of this key signed the content."""
+        """Whether `signature` is this key's signature of `content`."""
         try:
             Ed25519PublicKey.from_public_bytes(self.key).verify(signature, content)
         except (InvalidSignature, ValueError):
@@ -87,9 +86,9 @@ class Identity:
         return self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
     def public(self, name: str = "") -> Member:
-        """The public half; as text, it is the line for policies."""
+        """The public key; its `str` is the line for policies."""
         return Member(self._key.public_key().public_bytes_raw(), name)
 
     def sign(self, content: bytes) -> bytes:
-        """`SIGNATURE_BYTES` bytes, the same for the same content."""
+        """The signature of `content`, `SIGNATURE_BYTES` bytes."""
         return self._key.sign(content)

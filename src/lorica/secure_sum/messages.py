@@ -25,19 +25,19 @@ DIGEST_BYTES = 32
 
 
 def check_keys(agreement: Agreement, keys: Mapping[int, bytes]) -> None:
-    """Check the public keys of all participants, but for their signatures.
+    """Check the public keys of all participants, but not their signatures.
 
     Raises:
-        SummationError: a client that is no member, a message of the wrong length, a key that another client has too,
-            or fewer clients than the threshold.
+        SummationError: a client that is not a member, a message of the wrong length, a repeated key, or fewer clients
+            than the threshold.
     """
     seen: set[bytes] = set()
     for client, message in sorted(keys.items()):
         if client not in agreement.weights:
-            raise SummationError("sent keys but is no member of the sum", client)
+            raise SummationError("it sent keys but is not a member of the sum", client)
         if len(message) not in (2 * KEY_BYTES, 2 * KEY_BYTES + SIGNATURE_BYTES):
             expected = f"{2 * KEY_BYTES}, or {2 * KEY_BYTES + SIGNATURE_BYTES} with a signature"
-            raise SummationError(f"{len(message)} bytes of public keys, expected {expected}", client)
+            raise SummationError(f"its public keys have {len(message)} bytes, not {expected}", client)
         pair = {encryption_key(message), mask_key(message)}
         if len(pair) < 2 or pair & seen:
             raise SummationError("a public key appears twice", client)
@@ -49,7 +49,7 @@ def check_threshold(agreement: Agreement, count: int, what: str) -> None:
     """Raise `SummationError` if `count` clients are fewer than the threshold."""
     threshold = agreement.setup.threshold
     if count < threshold:
-        raise SummationError(f"{count} clients {what}, the threshold is {threshold}: nothing is revealed")
+        raise SummationError(f"only {count} clients {what}, but the threshold is {threshold}: nothing is revealed")
 
 
 def encryption_key(message: bytes) -> bytes:
@@ -61,12 +61,12 @@ def mask_key(message: bytes) -> bytes:
 
 
 def signature(message: bytes) -> bytes:
-    """Of the two keys; empty without one."""
+    """The signature of the two keys; empty if they are not signed."""
     return message[2 * KEY_BYTES :]
 
 
 def to_sign(agreement: Agreement, client: int, message: bytes) -> bytes:
-    """What a client signs with its identity key: its fresh keys, for this agreement and no other."""
+    """The bytes that a client signs with its identity key: its public keys, for this agreement."""
     return json.dumps(["lorica secure sum: keys", agreement.digest, client, message[: 2 * KEY_BYTES].hex()]).encode()
 
 
@@ -83,7 +83,7 @@ def pair_seed(agreement: Agreement, own: int, private: bytes, other: int, public
 
 
 def commitment(agreement: Agreement, seed: bytes) -> bytes:
-    """SHA-256 of a self-mask seed, by which the server knows whether it reconstructed the right one.
+    """SHA-256 of a self-mask seed, with which the server checks that it reconstructed the right one.
 
     The seed has 256 random bits, so its hash does not reveal it.
     """
@@ -91,7 +91,7 @@ def commitment(agreement: Agreement, seed: bytes) -> bytes:
 
 
 def context(agreement: Agreement, keys: Mapping[int, bytes]) -> bytes:
-    """SHA-256 of what two masked inputs must have in common to be summed.
+    """SHA-256 of everything that masked inputs must agree on to be summed.
 
     Args:
         keys: client -> public keys, of the clients that shared.

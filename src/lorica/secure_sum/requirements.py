@@ -1,4 +1,4 @@
-"""What a client insists on in every sum, whatever the server proposes."""
+"""What a client requires of every sum, whatever the server proposes."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lorica.secure_sum.setup import SummationError
 
 @dataclass(frozen=True)
 class Requirements:
-    """One client's terms. The defaults are for clients that trust each other's machines, as in one process.
+    """One client's requirements.
 
     Attributes:
-        run: the only run whose sums it takes part in.
+        run: the run that this client takes part in.
         own: this client's id.
-        min_clients: fewest clients in a sum.
-        max_share: largest share of a sum that one client may have, before and after others dropped out.
-        members: client -> the identity key by which its fresh keys are known. Nobody else takes part. Empty: fresh
-            keys are not checked, so that a server can invent clients or replace keys.
-        identity: signs this client's own fresh keys.
+        min_clients: minimum number of clients in a sum, before and after dropouts.
+        max_share: maximum share of one client in the total weight, before and after dropouts.
+        members: client -> its identity key, which must have signed its public keys; other clients are refused. If
+            empty, no signatures are checked, and a server can invent clients or replace keys.
+        identity: the key that signs this client's public keys.
     """
 
     run: str
@@ -33,31 +33,32 @@ class Requirements:
     identity: Identity | None = field(default=None, repr=False)
 
     def review(self, agreement: Agreement) -> None:
-        """Refuse terms under which this client takes no part.
+        """Check the terms of a sum.
 
         Raises:
-            SummationError: another run, this client is no member, an unknown member, too few members, or too large a
-                share.
+            SummationError: another run, this client is not a member, an unlisted member, too few members, or too large
+                a share.
         """
         if agreement.run != self.run:
-            raise SummationError(f"a sum of run {agreement.run!r:.100}, this client takes part in {self.run!r}")
+            raise SummationError(f"the sum is of run {agreement.run!r:.100}, not of {self.run!r}")
         if self.own not in agreement.weights:
-            raise SummationError("this client is not among the members of the sum")
+            raise SummationError("this client is not a member of the sum")
         unknown = sorted(set(agreement.weights) - set(self.members)) if self.members else []
         if unknown:
-            raise SummationError("not in the list `members` of this client's policy", unknown[0])
+            raise SummationError("it is not listed under `members` in this client's policy", unknown[0])
         self.check(agreement, agreement.weights, "are members of the sum")
 
     def check(self, agreement: Agreement, clients: Collection[int], what: str) -> None:
-        """Refuse a sum over these members: too few, or one of them dominates.
+        """Check a sum over some of the members.
 
         Raises:
-            SummationError: says which.
+            SummationError: too few clients, or one with too large a share.
         """
         if len(clients) < self.min_clients:
-            raise SummationError(f"{len(clients)} clients {what}, this client requires {self.min_clients}")
+            raise SummationError(f"only {len(clients)} clients {what}, but this client requires {self.min_clients}")
         total = math.fsum(agreement.weights[client] for client in clients)
         largest = max(clients, key=lambda client: (agreement.weights[client], -client))
         share = agreement.weights[largest] / total
         if share > self.max_share + ROUNDING:
-            raise SummationError(f"its share of the sum is {share:.3g}, this client allows {self.max_share:g}", largest)
+            problem = f"its share of the sum is {share:.3g}, but this client allows at most {self.max_share:g}"
+            raise SummationError(problem, largest)

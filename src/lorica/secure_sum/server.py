@@ -50,7 +50,7 @@ def route(
         if set(messages) != set(keys) - {sender}:
             raise SummationError("its shares are not for exactly the other clients", sender)
         if any(len(message) != SEALED_BYTES for message in messages.values()):
-            raise SummationError(f"a share that is not {SEALED_BYTES} bytes long", sender)
+            raise SummationError(f"one of its shares is not {SEALED_BYTES} bytes long", sender)
     check_threshold(agreement, len(sent), "shared their secrets")
     return {
         recipient: {sender: sent[sender][recipient] for sender in sorted(sent) if sender != recipient}
@@ -62,19 +62,19 @@ def check_masked(agreement: Agreement, keys: Mapping[int, bytes], client: int, r
     """Check one masked input, before its client is declared a survivor.
 
     Args:
-        keys: of the clients that shared: those that `route` returned.
+        keys: client -> public keys, of the clients that `route` returned.
 
     Raises:
-        SummationError: a client that did not share; a message of the wrong length; made under another agreement or with
-            other clients' masks.
+        SummationError: a client that did not share; a message of the wrong length; an input for another agreement or
+            with other clients' masks.
     """
     if client not in keys:
-        raise SummationError("sent a masked input but no shares", client)
+        raise SummationError("it sent a masked input but no shares", client)
     expected = 2 * DIGEST_BYTES + coordinates(agreement.shapes) * agreement.setup.word.itemsize
     if len(reply) != expected:
-        raise SummationError(f"a masked input of {len(reply)} bytes, expected {expected}", client)
+        raise SummationError(f"its masked input has {len(reply)} bytes, not {expected}", client)
     if reply[:DIGEST_BYTES] != context(agreement, keys):
-        raise SummationError("its masked input is of other masks or terms", client)
+        raise SummationError("its masked input is for other masks or terms", client)
 
 
 def unmask(
@@ -111,7 +111,7 @@ def unmask(
         if client in masked:
             known = masked[client][DIGEST_BYTES : 2 * DIGEST_BYTES]
             if secret is None or commitment(agreement, secret) != known:
-                raise SummationError(f"wrong shares: they do not give back the seed of client {client}")
+                raise SummationError(f"wrong shares: the seed of client {client} cannot be reconstructed")
             total += np.frombuffer(masked[client], setup.word, offset=2 * DIGEST_BYTES)
             total -= keystream(secret, count, setup.word)
         else:

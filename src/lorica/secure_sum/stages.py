@@ -20,7 +20,7 @@ from lorica.secure_sum.server import check_masked, route, unmask
 from lorica.secure_sum.setup import SummationError
 
 INPUT = "masked"
-"""The stage for which a client needs to know what it is to add up."""
+"""The stage in which a client sends its tensors, masked."""
 VERSION = 2
 # Hexadecimal digits that are kept of a digest: 128 bits.
 DIGEST = 32
@@ -30,12 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 def add_up(agreement: Agreement, ask: Ask) -> tuple[list[int], dict[str, Tensor]]:
-    """The sum of `w_k` times the tensors of client k, over the members that stayed to the end.
+    """The sum of `w_k` times the tensors of client k, over the members whose masked inputs arrived.
 
     A client that fails to answer a stage, or gives a wrong answer, is logged and takes no further part.
 
     Returns:
-        The clients in the sum, and the sum. Both are empty if fewer than the threshold were left at some stage.
+        The clients in the sum, and the sum; both empty if fewer clients than the threshold were left at a stage.
     """
     try:
         return _add_up(agreement, ask)
@@ -46,11 +46,11 @@ def add_up(agreement: Agreement, ask: Ask) -> tuple[list[int], dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Input:
-    """What a client is to add up.
+    """A client's input to a sum.
 
     Attributes:
-        tensors: released, before weighting.
-        derived: they are a function of what the client released earlier in the same round, and no release of their own.
+        tensors: name -> released tensor, before weighting.
+        derived: the tensors are a function of what the client released earlier in the same round.
     """
 
     tensors: Mapping[str, Tensor]
@@ -59,12 +59,12 @@ class Input:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a sum that the server got was made of.
+    """An input that became part of a sum.
 
     Attributes:
         content: digest of the input.
-        limit: where it was clipped: sums of the same input, clipped elsewhere, differ too.
-        others: digest of the clients in the sum and their relative shares.
+        limit: the value at which the input was clipped.
+        others: digest of the clients in the sum and their relative weights.
         derived: as in `Input`.
     """
 
@@ -76,13 +76,13 @@ class Shown:
 
 @dataclass(frozen=True)
 class Part:
-    """One client's part in the sums of a run, kept between their stages. Secret.
+    """What one client stores between the stages and summations of a run. Secret.
 
     Attributes:
-        state: of the summation that is going on; None before the first.
-        given: digest of the input that was masked for it, and whether it is derived.
-        shown: (round, exchange) -> its input that was in a sum. Two sums of one input, or of an input and a function of
-            it, over other clients or at other shares, would show single inputs by difference.
+        state: state of the current summation; None before the first.
+        given: digest of the input masked in the current summation, and whether it is derived.
+        shown: (round, exchange) -> the input that became part of a sum. A second sum of the same input, or of a
+            function of it, over other clients or with other weights would reveal single inputs as the difference.
     """
 
     state: State | None = None
@@ -99,13 +99,13 @@ class Part:
         """The inverse of `to_bytes`.
 
         Raises:
-            SummationError: not a part, or one that an earlier version of Lorica wrote.
+            SummationError: the content is damaged, or another version of Lorica wrote it.
         """
         try:
             fields = json.loads(content)
             if fields.get("version") != VERSION and {"state", "given", "shown"} <= fields.keys():
-                problem = "the stored part of this client is of another version of Lorica; finish the run with that one"
-                raise SummationError(f"{problem}, or start a new run")
+                problem = "the stored state of this client was written by another version of Lorica"
+                raise SummationError(f"{problem}; finish the run with that version, or start a new run")
             state, given = fields["state"], fields["given"]
             return cls(
                 None if state is None else State.from_bytes(state.encode()),
@@ -113,24 +113,25 @@ class Part:
                 {(row[0], row[1]): Shown(*row[2:]) for row in fields["shown"]},
             )
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            raise SummationError("the stored part of this client is damaged") from None
+            raise SummationError("the stored state of this client is damaged") from None
 
 
-def answer(
+def run_client_stage(
     part: Part, required: Requirements, question: str, given: Callable[[Agreement], Input]
 ) -> tuple[Part, bytes]:
-    """One client's answer to the question of a stage.
+    """Answer the server's question of one stage as the client that `required` names.
 
     A repeated question in the last two stages gets the same answer, in case the first one was lost.
 
     Args:
-        given: called at the stage of the masked input: what to add up under this agreement.
+        given: called in the stage of the masked input; returns the input for this agreement.
 
     Returns:
         The new `Part`, to be stored before the answer leaves, and the answer.
 
     Raises:
-        SummationError: the question is none that a client answers in its state, or the sum none that it takes part in.
+        SummationError: the question is malformed, not allowed in the client's state, or asks for a sum that does not
+            meet the client's requirements.
     """
     stage, summation, asked = _read(question)
     if stage == "keys":
@@ -139,7 +140,7 @@ def answer(
         state, keys = advertise(asked["agreement"], required)
         return replace(part, state=state, given=None), keys
     if part.state is None or summation != part.state.agreement.setup.summation:
-        raise SummationError("the server asks about a summation that this client has no part in")
+        raise SummationError("the server asks about a summation that this client has not joined")
     if stage == "shares":
         state, sealed = share(part.state, asked["keys"], required)
         return replace(part, state=state), json.dumps(_hex(sealed)).encode()
@@ -157,7 +158,7 @@ def answer(
 
 
 def _check_shown(shown: Mapping[tuple[int, int], Shown], place: tuple[int, int], one: Shown) -> None:
-    """Refuse a sum that would show single inputs together with an earlier one."""
+    """Refuse a sum that, together with an earlier one, would reveal single inputs."""
     if shown.get(place, one) != one or any(other.content == one.content and other != one for other in shown.values()):
         raise SummationError("the server asks for a second sum of the same input with other clients, weights or terms")
     for (round_number, exchange), other in shown.items():
@@ -166,7 +167,7 @@ def _check_shown(shown: Mapping[tuple[int, int], Shown], place: tuple[int, int],
         if other.others != one.others:
             raise SummationError("the server asks for a function of what was summed, with other clients or weights")
         if one.derived and other.derived:
-            # Of a second one the clipping could be chosen by what the first one has shown.
+            # The server could choose the clipping of the second one by what the first one revealed.
             raise SummationError("the server asks for a second function of what was summed in this round")
 
 
@@ -188,14 +189,14 @@ def _read(question: str) -> tuple[str, str, dict[str, Any]]:
                 raise TypeError("survivors are a list of ids")
             return stage, asked["summation"], {"survivors": survivors}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise SummationError("the server's question cannot be understood") from None
-    raise SummationError("the server asks for a stage that there is not")
+        raise SummationError("the server's question is malformed") from None
+    raise SummationError("the server asks for an unknown stage")
 
 
 def _add_up(agreement: Agreement, ask: Ask) -> tuple[list[int], dict[str, Tensor]]:
     opening = json.dumps({"stage": "keys", "agreement": agreement.plain()})
     keys = dict(ask("keys", dict.fromkeys(agreement.weights, opening)))
-    _without_liars(lambda: check_keys(agreement, keys), keys)
+    _retry_without_faulty(lambda: check_keys(agreement, keys), keys)
 
     asking = _question("shares", agreement, keys=_hex(keys))
     sent = {}
@@ -203,8 +204,8 @@ def _add_up(agreement: Agreement, ask: Ask) -> tuple[list[int], dict[str, Tensor
         try:
             sent[client] = _bytes(json.loads(content))
         except (ValueError, AttributeError, TypeError, RecursionError):
-            logger.warning("client %d: its shares cannot be read", client)
-    routed: dict[int, dict[int, bytes]] = _without_liars(lambda: route(agreement, keys, sent), sent)
+            logger.warning("client %d sent unreadable shares", client)
+    routed: dict[int, dict[int, bytes]] = _retry_without_faulty(lambda: route(agreement, keys, sent), sent)
     keys = {client: keys[client] for client in routed}
 
     questions = {client: _question(INPUT, agreement, shares=_hex(routed[client])) for client in routed}
@@ -220,7 +221,7 @@ def _add_up(agreement: Agreement, ask: Ask) -> tuple[list[int], dict[str, Tensor
     survivors = sorted(masked)
     asking = _question("revealed", agreement, survivors=survivors)
     revealed = dict(ask("revealed", dict.fromkeys(survivors, asking)))
-    total: dict[str, Tensor] = _without_liars(lambda: unmask(agreement, keys, masked, revealed), revealed)
+    total: dict[str, Tensor] = _retry_without_faulty(lambda: unmask(agreement, keys, masked, revealed), revealed)
     return survivors, total
 
 
@@ -249,9 +250,9 @@ def _content(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _others(state: State) -> str:
-    """Digest of the survivors and of their shares, relative to their sum: a constant factor shows nothing new.
+    """Digest of the survivors and their relative weights, since a constant factor reveals nothing new.
 
-    Shares count as equal if they agree to about 12 digits, finer than any quantisation step.
+    Weights count as equal if they agree to about 12 digits, which is finer than the quantisation step.
     """
     weights = state.agreement.weights
     total = math.fsum(weights[client] for client in state.survivors)
@@ -260,7 +261,7 @@ def _others(state: State) -> str:
 
 
 def _rounded(value: float) -> float:
-    """To 40 bits: the same number as other sums of the same values round it to."""
+    """`value` to 40 significant bits, so that sums in another order give the same number."""
     mantissa, exponent = math.frexp(value)
     return math.ldexp(round(mantissa * 2**40), exponent - 40)
 

@@ -49,7 +49,7 @@ class Engine(Protocol):
         """Client -> the tensors that it released. Clients that did not reply are left out."""
 
     def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
-        """The weighted sum of the replies (`lorica.secure_sum.stages.add_up`), and nothing of single ones.
+        """The weighted sum of the replies, without the single replies (`lorica.secure_sum.stages.add_up`).
 
         Returns:
             The clients in the sum, and the sum; both empty if too few clients took part.

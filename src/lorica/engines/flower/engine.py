@@ -83,7 +83,7 @@ class FlowerEngine:
         return replies
 
     def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
-        """As `exchange`, in the four stages of a secure sum."""
+        """As `exchange`, but in the four stages of a secure sum."""
         run = next(iter(requests.values())).run
 
         def ask(stage: str, questions: Mapping[int, str]) -> dict[int, bytes]:
