@@ -250,6 +250,18 @@ def flower_node(context: typer.Context) -> None:
         become_node(context.args)
 
 
+@flower.command("keys")
+def flower_keys(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of identity.key and identity.pub.")],
+    name: Annotated[str, typer.Option(help="Name of the owner, for the other owners' logs.")] = "owner",
+) -> None:
+    """Create an owner's identity key for secure sums, and print the line for `members` in the owners' policies."""
+    with _errors():
+        from lorica.owner.identity import make_identity
+
+        typer.echo(make_identity(folder, name))
+
+
 class _Rounds:
     """Shows a run: its settings, a line per round, a progress bar. Ctrl-C stops it at the latest after the round."""
 

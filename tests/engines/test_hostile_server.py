@@ -375,6 +375,11 @@ HOSTILE = {
     "sketches of no column": (lambda r: work(r, sketch_columns=0), "sketches with 0 columns"),
     "sketches of fewer": (lambda r: work(r, sketch_columns=-4), "sketches with -4 columns"),
     "sketches that fill the memory": (lambda r: work(r, sketch_columns=10**9), "sketches with 1000000000 columns"),
+    "sketches of what stays": (
+        lambda r: work(r, sketch_columns=2, personal=(first(r),)),
+        "sketches of tensors that it keeps at the client",
+    ),
+    "a projection of nothing": (lambda r: replace(r, work=projection(r)), "round 1 has no sketch"),
     "personal tensors not trained": (lambda r: work(r, personal=("x",)), "keeps tensors at the client"),
     "corrections of the wrong shape": (lambda r: work(r, corrections={first(r): torch.ones(1)}), "of shape (1,)"),
     "a tensor of another model": (
@@ -407,6 +412,27 @@ def test_a_hostile_request_is_refused(asked: tuple[Owner, str], name: str) -> No
     answer = owner.ask(sent, change(request(owner, sent)))
     assert message in str(answer["refused"])
     owner.assert_untouched()
+
+
+def projection(some: Request) -> Projection:
+    """Of every site onto the first two coordinates."""
+    factors = {name[:-2]: value for name, value in some.tensors.items() if name.endswith(".B")}
+    return Projection({site: torch.eye(len(b), 2) for site, b in factors.items()})
+
+
+def test_a_sketch_is_projected_in_its_own_round_only(owner: Owner) -> None:
+    """A sum of the same factors a round later, over other clients, would show a client's by difference."""
+    sent = owner.invitation()
+    some = request(owner, sent)
+    assert "reply" in owner.ask(sent, work(some, sketch_columns=4))
+    assert "reply" in owner.ask(sent, replace(some, exchange=2, work=projection(some)))
+    later = replace(some, round=2, work=projection(some))
+    assert owner.ask(sent, later)["refused"] == "client 0: round 2 has no sketch whose factors could be projected"
+    # Nor with a training in between that leaves the same tensors with the client and moves them by nothing.
+    trained = tuple(name for name in some.tensors if name.endswith(".B"))
+    still = work(replace(some, round=2), personal=trained, rates=dict.fromkeys(trained, 0.0))
+    assert "reply" in owner.ask(sent, still)
+    assert "has no sketch" in str(owner.ask(sent, replace(later, exchange=2))["refused"])
 
 
 def edited(some: Request, change: Any) -> bytes:

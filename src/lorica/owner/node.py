@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import EMBEDDED, base_identity, resolve_base
@@ -21,7 +20,8 @@ from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.files import private_folder, replaced_folder, write_atomically
 from lorica.markdown import code
-from lorica.messages import OWNER, Delivery, Invitation, Request, encode_account, encode_plan
+from lorica.messages import OWNER, Delivery, Invitation, Projection, Request, encode_account, encode_plan
+from lorica.owner.identity import read_identity
 from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.request_checks import check_request
 from lorica.owner.settings import NodeSettings
@@ -30,8 +30,11 @@ from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.plan import ClientPlan, Refused, plan_run, planned_steps
 from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.statement import Account, charged
+from lorica.secure_sum.agreement import Agreement
+from lorica.secure_sum.identity import Identity, Member
+from lorica.secure_sum.requirements import Requirements
 from lorica.secure_sum.setup import SummationError
-from lorica.secure_sum.stages import Part, run_client_stage
+from lorica.secure_sum.stages import Input, Part, run_client_stage
 from lorica.tasks.loading import load_training
 from lorica.tasks.records import Records, Task
 from lorica.tensors import decode, encode
@@ -73,10 +76,12 @@ class Node:
         # Hashed, because the server chose the name of the run: it must not lead out of the node's folder.
         self._folder = settings.place / f"run-{hashlib.sha256(invitation.run.encode()).hexdigest()[:16]}"
         _make_private(settings.place, self._folder)
+        self._identity = _identity(settings, self._config, policy)
         self._client = make_client(self._config, self.plan, records, private_test, ledger, dataset)
         self._check_pinned()
         self._review()
-        write_atomically(self._folder / "invitation.json", invitation.encode().encode(), mode=0o600)
+        self._warn_of_sums(policy)
+        write_atomically(self._invitation_path, invitation.encode().encode(), mode=0o600)
         self._model = load_model(self._config, task)
         self._shapes = {name: tuple(value.shape) for name, value in self._model.read().items()}
         # Not on the owner's records: a refusal would tell the server about them without being charged.
@@ -106,16 +111,29 @@ class Node:
             SummationError: an honest server would not ask this question.
         """
 
-        def tensors() -> dict[str, Tensor]:
+        def given(agreement: Agreement) -> Input:
             if content is None:
                 raise Refused("the server asks for a masked input without a request")
-            return decode(self._reply_to(self._checked_request(content)))
+            request = self._checked_request(content)
+            if (request.round, request.exchange) != (agreement.round, agreement.exchange):
+                raise Refused("the server asks for a masked input of another round or exchange than it announced")
+            return Input(decode(self._reply_to(request)), derived=isinstance(request.work, Projection))
 
         path = self._folder / "sum.json"
         kept = Part.from_bytes(path.read_bytes()) if path.is_file() else Part()
-        kept, reply = run_client_stage(kept, self._client.number, question, tensors)
+        kept, reply = run_client_stage(kept, self._requirements(), question, given)
         write_atomically(path, kept.to_bytes(), mode=0o600)
         return reply
+
+    def _requirements(self) -> Requirements:
+        """What the current policy requires of a sum."""
+        run, own, policy = self._invitation.run, self._client.number, self._policy()
+        if policy is None:
+            return Requirements(run, own, identity=self._identity)
+        members = {client: Member.of(line) for client, line in (policy.members or {}).items()}
+        return Requirements(
+            run, own, policy.min_clients_in_sum, policy.max_share_in_sum, members, identity=self._identity
+        )
 
     def _checked_request(self, content: bytes) -> Request:
         try:
@@ -184,11 +202,25 @@ class Node:
 
         client.reserve(self._invitation.run, allow)
 
+    @property
+    def _invitation_path(self) -> Path:
+        return self._folder / "invitation.json"
+
     def _check_pinned(self) -> None:
         """Refuse another experiment under the name of a run whose cost was agreed."""
-        path = self._folder / "invitation.json"
+        path = self._invitation_path
         if path.is_file() and path.read_bytes() != self._invitation.encode().encode():
             raise Refused(f"run {self._invitation.run} was agreed with another experiment")
+
+    def _warn_of_sums(self, policy: Policy | None) -> None:
+        """Log what a sum without `members` does not protect against, once for each run: before it is pinned."""
+        unlisted = policy is not None and policy.members is None
+        if unlisted and self._config.federation.secure_sum and not self._invitation_path.is_file():
+            logger.warning(
+                "run %s uses secure sums, but the policy lists no members: a server that invents clients or replaces "
+                "their keys can still read single replies. List the owners' keys (lorica flower keys) under `members`",
+                self._invitation.run,
+            )
 
     def _restore(self) -> None:
         path = self._folder / "adapter.safetensors"
@@ -282,6 +314,31 @@ def _make_private(*folders: Path) -> None:
         except OSError as error:
             problem = f"cannot be made ({error.strerror})"
             raise UserError("node-config.folder", str(folder), problem, "give another folder=PATH") from error
+
+
+def _identity(settings: NodeSettings, config: ExperimentConfig, policy: Policy | None) -> Identity | None:
+    """The node's identity key, if the run uses secure sums and the node has one.
+
+    Raises:
+        UserError: the key is missing but the policy lists `members`, cannot be read, or is not the listed one.
+    """
+    if not config.federation.secure_sum:
+        return None
+    members = {} if policy is None else policy.members or {}
+    if settings.identity is None:
+        if members:
+            problem, remedy = (
+                "the policy lists members, so the node needs an identity key",
+                "create a key with `lorica flower keys` and give its path",
+            )
+            raise UserError("node-config.identity", None, problem, remedy)
+        return None
+    identity = read_identity(Path(settings.identity).expanduser())
+    line = members.get(settings.client)
+    if members and (line is None or Member.of(line).key != identity.public().key):
+        problem = f"it is not the key that the policy lists for this node, client {settings.client}"
+        raise UserError("node-config.identity", settings.identity, problem, f"list {identity.public()} under members")
+    return identity
 
 
 def _ledger(config: ExperimentConfig, settings: NodeSettings, dataset: str) -> Path:
