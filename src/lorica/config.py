@@ -411,6 +411,10 @@ def load(source: str | Path | dict[str, Any] | None = None, overrides: list[str]
     Raises:
         UserError: the file is missing or is not YAML, a key is unknown (the nearest known one is named), a value has
             the wrong type or is out of bounds.
+
+    >>> config = load(overrides=["method.name=ffa-lora", "federation.rounds=3"])
+    >>> config.method.name, config.federation.rounds
+    ('ffa-lora', 3)
     """
     content = dict(source) if isinstance(source, dict) else read_mapping(Path(source or DEFAULT_CONFIG))
     for override in overrides or []:

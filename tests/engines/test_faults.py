@@ -1,7 +1,7 @@
 """What breaks in the middle of a run costs a repetition at most: nothing is lost, and no release goes unrecorded.
 
-The slow tests run Flower's own processes, each node's worker among them; in the others a grid in this process stands
-for them.
+The integration tests run Flower's own processes, each node's worker among them; in the others a grid in this process
+stands for them.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def rounds(config: ExperimentConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_killed_worker_is_replaced_in_the_same_message(organisations: Organisations) -> None:
     """Between the ledger's row and the reply, and in training."""
     here, config = local(organisations, "local"), over_flower(organisations)
@@ -142,7 +142,7 @@ def test_a_killed_worker_is_replaced_in_the_same_message(organisations: Organisa
         assert charged(organisations, client) == [(1, 2), (2, 2)]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_killed_node_ends_the_run_which_then_resumes(
     organisations: Organisations, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -166,7 +166,7 @@ def test_a_killed_node_ends_the_run_which_then_resumes(
         assert charged(organisations, client) == [(1, 2), (2, 2)]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_node_that_answers_late_is_charged_and_stays_in_the_run(organisations: Organisations) -> None:
     changes = ["flower.timeout=20", "federation.min_clients=1", "federation.rounds=3"]
     config = over_flower(organisations, *changes)
@@ -183,7 +183,7 @@ def test_a_node_that_answers_late_is_charged_and_stays_in_the_run(organisations:
     assert [row["steps"] for row in read_result(config.folder).privacy["clients"]] == [6, 6]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_node_that_is_started_late_joins_the_running_federation(organisations: Organisations) -> None:
     changes = ["flower.wait=45", "federation.min_clients=1", "federation.rounds=6"]
     config = over_flower(organisations, *changes)
@@ -231,7 +231,7 @@ def fill(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_disk_that_gets_full_at_the_node(organisations: Organisations, capfd: pytest.CaptureFixture[str]) -> None:
     """Before the ledger's row nothing leaves; after it, the reply waits in the ledger for room."""
     here, config = local(organisations, "local"), over_flower(organisations)
@@ -253,7 +253,7 @@ def test_a_disk_that_gets_full_at_the_node(organisations: Organisations, capfd: 
     assert_same(here.adapter, config.folder / "adapter")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_server_app_and_the_superlink_are_killed_in_one_run(organisations: Organisations) -> None:
     """Each time the same command resumes after the last finished round."""
     here = local(organisations, "local", "federation.rounds=3")

@@ -77,8 +77,19 @@ class Owner:
 @pytest.fixture
 def owner(tmp_path: Path) -> Owner:
     agreed.cache_clear()
-    (tmp_path / "world").mkdir()
-    return Owner(tmp_path / "world", noise=["secure"], max_clip_norm=2.0, max_steps=100, max_epsilon=30.0)
+    return strict_owner(tmp_path / "world")
+
+
+def strict_owner(folder: Path) -> Owner:
+    folder.mkdir()
+    return Owner(folder, noise=["secure"], max_clip_norm=2.0, max_steps=100, max_epsilon=30.0)
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Owner, str]:
+    """One owner for all requests that it refuses, since none of them may change anything, and its invitation."""
+    owner = strict_owner(tmp_path_factory.mktemp("asked") / "world")
+    return owner, owner.invitation()
 
 
 def node_of(owner: Owner, sent: str) -> Node:
@@ -327,9 +338,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_request_is_refused(owner: Owner, name: str) -> None:
+def test_a_hostile_request_is_refused(asked: tuple[Owner, str], name: str) -> None:
     change, message = HOSTILE[name]
-    sent = owner.invitation()
+    owner, sent = asked
     answer = owner.ask(sent, change(request(owner, sent)))
     assert message in str(answer["refused"])
     owner.assert_untouched()
@@ -359,23 +370,24 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_what_is_not_understood_is_refused(owner: Owner, name: str) -> None:
-    sent = owner.invitation()
+def test_what_is_not_understood_is_refused(asked: tuple[Owner, str], name: str) -> None:
+    owner, sent = asked
     answer = owner.ask(sent, edited(request(owner, sent), EDITS[name]))
     assert "not a request of this version of Lorica" in str(answer["refused"])
     owner.assert_untouched()
 
 
 @pytest.mark.parametrize("content", [b"\x00", b"garbage" * 100, b"\xff" * 64, (2).to_bytes(8, "little") + b"{}"])
-def test_garbage_is_no_request(owner: Owner, content: bytes) -> None:
-    assert "not a request of this version of Lorica" in str(owner.ask(owner.invitation(), content)["refused"])
+def test_garbage_is_no_request(asked: tuple[Owner, str], content: bytes) -> None:
+    owner, sent = asked
+    assert "not a request of this version of Lorica" in str(owner.ask(sent, content)["refused"])
     nested = b"[" * 100_000
-    assert "nested too deeply" in str(owner.ask(owner.invitation(), len(nested).to_bytes(8, "little") + nested))
+    assert "nested too deeply" in str(owner.ask(sent, len(nested).to_bytes(8, "little") + nested))
     owner.assert_untouched()
 
 
-def test_tensors_beside_those_of_the_work_are_refused(owner: Owner) -> None:
-    sent = owner.invitation()
+def test_tensors_beside_those_of_the_work_are_refused(asked: tuple[Owner, str]) -> None:
+    owner, sent = asked
     content = request(owner, sent).encode()
     length = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + length])["__metadata__"]

@@ -30,7 +30,7 @@ from tests.engines.real_processes import kill_processes, until
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "federation" / "loopback.py"
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 
 def example() -> ModuleType:

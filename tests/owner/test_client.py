@@ -17,8 +17,8 @@ from lorica.owner.client import Client
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.plan import Refused, plan_client
+from lorica.testing.records import TinyRecords
 from tests.models import adapted
-from tests.records import TinyRecords
 
 
 def owner(folder: Path, noise: str = "secure", steps: int = 6) -> tuple[Client, Any, Request]:

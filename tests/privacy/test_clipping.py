@@ -3,7 +3,7 @@
 import math
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,7 +21,6 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     return math.sqrt(float(torch.stack(squares).sum()))
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     values=st.lists(st.lists(BAD, min_size=6, max_size=6), min_size=1, max_size=6),
     clip_norm=st.sampled_from([1e-3, 0.5, 2.0, 100.0]),
@@ -44,7 +43,6 @@ def _fixed(name: str, names: set[str]) -> bool:
     return name.endswith(".B") and f"{name[:-2]}.R" in names
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     family=st.sampled_from(sorted(MODELS)),
     seed=st.integers(0, 10**6),
@@ -79,7 +77,6 @@ def test_no_example_of_a_model_moves_the_sum_by_more_than_c(
     assert moved <= clip_norm * (1 + 1e-4)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     family=st.sampled_from(sorted(MODELS)),
     seed=st.integers(0, 10**6),

@@ -168,7 +168,8 @@ ROWS = st.builds(
 )
 
 
-@settings(max_examples=15, deadline=None)
+# Each takes half a second.
+@settings(max_examples=settings().max_examples // 4)
 @given(
     rows=st.lists(ROWS, max_size=4),
     limit=st.floats(0.2, 12),

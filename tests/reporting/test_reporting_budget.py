@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +37,20 @@ def release(**changes: Any) -> Release:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+def finished(tmp_path_factory: pytest.TempPathFactory, some_digits: list[str]) -> tuple[Result, Path]:
     """Two runs on one partition of the digits, with held-out records; the second one's result, and the ledger."""
     folder = tmp_path_factory.mktemp("budget")
     ledger = folder / "ledger.sqlite"
-    os.environ["LORICA_HOME"] = str(folder / "home")
     for name, rounds in (("first", 3), ("second", 2)):
         small = [
             "federation.clients=2",
             "federation.partition=iid",
             "federation.local_steps=2",
             "federation.private_test=0.1",
+            "federation.batch_size=32",
+            "privacy.epsilon=null",
+            "privacy.noise_multiplier=1.0",
+            *some_digits,
         ]
         own = [f"output={folder}", f"name={name}", f"federation.rounds={rounds}", f"privacy.ledger={ledger}"]
         result = Experiment.load(None, [*small, *own]).run()

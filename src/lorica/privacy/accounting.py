@@ -44,6 +44,9 @@ def epsilon(steps: Iterable[Steps], delta: float) -> float:
 
     Zero for no steps; infinite for a noise multiplier of 0. Koskela et al., arXiv 1906.03049; Doroshenko et al.,
     arXiv 2207.04380 (connect-the-dots).
+
+    >>> round(epsilon([Steps(sampling_rate=0.01, noise_multiplier=1.0, count=1000)], delta=1e-5), 2)
+    1.83
     """
     return _epsilon(_merged(steps), delta)
 
@@ -52,6 +55,9 @@ def epsilon_rdp(steps: Iterable[Steps], delta: float) -> float:
     """The ε of a composition at `delta` by Rényi differential privacy: a looser bound, as an independent check.
 
     Mironov et al., arXiv 1908.10530, for the sampled Gaussian; Canonne et al., arXiv 2004.00010, for the conversion.
+
+    >>> round(epsilon_rdp([Steps(sampling_rate=0.01, noise_multiplier=1.0, count=1000)], delta=1e-5), 2)
+    2.11
     """
     return epsilon_from_rdp(total_rdp(steps), delta)
 
@@ -94,6 +100,10 @@ def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: fl
     """The smallest noise multiplier (to 1e-4) with which `steps` steps cost at most `target_epsilon` at `delta`.
 
     Results are cached on disk in Lorica's cache folder, since a calibration takes about a second.
+
+    >>> noise_multiplier = calibrate(sampling_rate=0.1, steps=10, target_epsilon=3.0, delta=1e-5)
+    >>> round(epsilon([Steps(0.1, noise_multiplier, 10)], delta=1e-5), 2)
+    3.0
     """
     key = [sampling_rate, steps, target_epsilon, delta, DISCRETIZATION, CALIBRATION_TOLERANCE, ACCOUNTANT]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]

@@ -100,7 +100,12 @@ def _reference(reference: str, answer: Answer, index: int) -> str | Decimal:
     number = _last_number(reference.rpartition("####")[2]) if "####" in reference else None
     if number is None:
         problem = f"record {index} (counted from 0) has no number after #### in its answer"
-        raise UserError("task.test", "gsm8k", problem, "raise task.max_length if the answer was cut off, or set task.answer_format=text")
+        raise UserError(
+            "task.test",
+            "gsm8k",
+            problem,
+            "raise task.max_length if the answer was cut off, or set task.answer_format=text",
+        )
     return number
 
 
