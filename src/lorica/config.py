@@ -38,7 +38,8 @@ class ModelConfig(Strict):
     """The frozen base model and the head on top of it."""
 
     base: str
-    """A folder or a Hugging Face hub id. `lorica:glyph-vit` is the embedded default."""
+    """A folder or a Hugging Face hub id. `lorica:glyph-vit` is the embedded default. Code that comes with a model is
+    never run, and of a pickle (`pytorch_model.bin`) only tensors are read."""
     head: Literal["train", "freeze"] = "train"
     """`train`: the last linear layer is trained under DP; it starts at zero unless the checkpoint contains one trained
     for these labels. `freeze`: the head stays as loaded (or as initialised from the seed)."""
@@ -201,6 +202,10 @@ class FederationConfig(Strict):
     min_records: int = Field(1, ge=1)
     """Minimum number of records of a client. Random sizes are redrawn, up to 100 times, until all clients have that
     many; `batch_size` is a good choice, since no client may have fewer."""
+    max_records: int | list[int] | None = None
+    """Maximum number of records (or groups) that a client may declare: one number, or one for each client, such as the
+    numbers that the owners registered before the run. A client that declares more is refused. Required across machines
+    with `weights: records` or `noise`, where a client could otherwise declare its way to all of the weight."""
     partition_seed: int | None = Field(None, ge=0, lt=2**63)
     """Seeds the partition (NumPy's `default_rng`) with this number, to reproduce a published split or to keep the split
     while `seed` changes; by default a stream derived from `seed`."""
@@ -243,6 +248,10 @@ class FederationConfig(Strict):
         """Clients in a round."""
         return max(1, round(self.participation * self.clients))
 
+    def most_records(self, client: int) -> int | None:
+        """`max_records` of a client; None for no limit."""
+        return self.max_records[client] if isinstance(self.max_records, list) else self.max_records
+
     def pass_tokens(self, device: str) -> int:
         """`micro_batch_tokens`, or its default on a type of device."""
         return self.micro_batch_tokens or (1024 if device == "cpu" else 32768)
@@ -256,6 +265,15 @@ class FederationConfig(Strict):
             raise _mistake(
                 "used only with federation.partition=column", "remove federation.by, or set federation.partition=column"
             )
+        return value
+
+    @field_validator("max_records")
+    @classmethod
+    def _one_for_each_client(cls, value: int | list[int] | None, info: ValidationInfo) -> int | list[int] | None:
+        if isinstance(value, list) and len(value) != info.data.get("clients"):
+            raise ValueError(f"{len(value)} numbers for {info.data.get('clients')} clients; give one for each client")
+        if any(count < 1 for count in (value if isinstance(value, list) else [] if value is None else [value])):
+            raise ValueError("a client has at least one record")
         return value
 
 
@@ -359,7 +377,8 @@ class PrivacyConfig(Strict):
     ledger: str | None = None
     """SQLite file that records every release; by default beside the training data."""
     max_lifetime_epsilon: float | None = Field(None, gt=0)
-    """The owner's limit over all runs on the same data; a run that would exceed it is refused before it starts."""
+    """The owner's limit for each record over all runs, in whichever file the record comes, with what other runs have
+    reserved. A run that would exceed it is refused before it starts."""
 
     @model_validator(mode="after")
     def _a_group_has_a_column(self) -> PrivacyConfig:

@@ -13,10 +13,10 @@ from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.files import home_folder
 from lorica.owner.client import Client
-from lorica.privacy.ledger import Ledger, ledger_beside
-from lorica.privacy.plan import ClientPlan, plan_client
+from lorica.privacy.ledger import Ledger
+from lorica.privacy.ledger_file import ledger_beside
+from lorica.privacy.plan import ClientPlan
 from lorica.privacy.unit import RECORD, PrivacyUnit
-from lorica.schedule import participation_schedule
 from lorica.streams import stream_seed
 from lorica.tasks.groups import by_group
 from lorica.tasks.owners import first_source
@@ -74,26 +74,6 @@ def hold_out(config: ExperimentConfig, records: Records) -> tuple[Records, Recor
             "federation.private_test", share, f"it holds out all {len(records)} records of a client", "lower it"
         )
     return records.subset(np.flatnonzero(~tested)), records.subset(np.flatnonzero(tested)) if tested.any() else None
-
-
-def planned_steps(config: ExperimentConfig, client: int) -> int:
-    """Noisy steps that the schedule asks of a client."""
-    federation = config.federation
-    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
-    return federation.local_steps * sum(client in participants for participants in schedule)
-
-
-def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
-    """A client's plan, with noise calibrated to the steps that the schedule assigns to it.
-
-    Args:
-        records: `n`, declared public.
-
-    Raises:
-        UserError: as `plan_client`.
-    """
-    steps = planned_steps(config, client)
-    return plan_client(client, records, config.federation.batch_size, steps, config.privacy)
 
 
 def ledger_path(config: ExperimentConfig, dataset: str) -> Path:

@@ -59,7 +59,7 @@ def epsilon(steps: Iterable[Steps], delta: float) -> float:
     >>> round(epsilon([Steps(sampling_rate=0.01, noise_multiplier=1.0, count=1000)], delta=1e-5), 2)
     1.83
     """
-    return _epsilon(_merged(steps), delta)
+    return _epsilon(merged_steps(steps), delta)
 
 
 def epsilon_rdp(steps: Iterable[Steps], delta: float) -> float:
@@ -95,7 +95,7 @@ def rdp_curve(steps: Steps) -> np.ndarray:
 
 def total_rdp(steps: Iterable[Steps]) -> np.ndarray:
     """The RDP curve of a composition: the sum of the curves of its steps."""
-    return sum((rdp_curve(step) for step in _merged(steps)), np.zeros(len(RDP_ORDERS)))
+    return sum((rdp_curve(step) for step in merged_steps(steps)), np.zeros(len(RDP_ORDERS)))
 
 
 def epsilon_from_rdp(curve: np.ndarray, delta: float) -> float:
@@ -105,6 +105,19 @@ def epsilon_from_rdp(curve: np.ndarray, delta: float) -> float:
     if np.all(np.isinf(curve)):
         return float("inf")
     return float(rdp.rdp_privacy_accountant.compute_epsilon(RDP_ORDERS, curve, delta)[0])
+
+
+def epsilons_from_rdp(curves: np.ndarray, delta: float) -> np.ndarray:
+    """`epsilon_from_rdp` of many curves at once: (n, orders) to (n,).
+
+    `min_α r(α) + log(1 - 1/α) - log(δα)/(α - 1)`, and 0 where `δ² > 1 - exp(-r)`: Canonne et al., arXiv 2004.00010,
+    Proposition 12.
+    """
+    orders = np.array(RDP_ORDERS, dtype=np.float64)
+    values = curves + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
+    values = np.where(delta**2 + np.expm1(-curves) > 0, 0.0, values)
+    found: np.ndarray = np.maximum(values.min(axis=1), 0.0)
+    return found
 
 
 def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: float) -> float:
@@ -157,7 +170,7 @@ def _bracket(excess: Callable[[float], float], target_epsilon: float, guess: flo
     return high / 2, high
 
 
-def _merged(steps: Iterable[Steps]) -> tuple[Steps, ...]:
+def merged_steps(steps: Iterable[Steps]) -> tuple[Steps, ...]:
     """Equal mechanisms merged and sorted, so that equal compositions have the same cache key."""
     counts: dict[tuple[float, float], int] = {}
     for step in steps:

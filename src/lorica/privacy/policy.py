@@ -12,7 +12,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from lorica.config import ExperimentConfig, Strict, TaskConfig, read_mapping, validate
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, epsilon_above, epsilon_rdp
-from lorica.privacy.ledger import Release, lifetime_above, lifetime_epsilon
+from lorica.privacy.ledger import Release
+from lorica.privacy.lifetime import lifetime_above, lifetime_epsilon
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.unit import PrivacyUnit
 from lorica.tasks.kind import kind_of, kinds
@@ -22,7 +23,8 @@ class Policy(Strict):
     """Limits on what leaves an owner's data over its whole life. A server cannot change them."""
 
     max_epsilon: float = Field(gt=0, allow_inf_nan=False)
-    """Maximum ε at `delta` of everything ever released from the data: all runs in its ledger together."""
+    """Maximum ε at `delta` of everything ever released from the data: all runs in its ledger together, those that are
+    still running, and runs in other ledgers of this account that used any of the records."""
     delta: float = Field(ge=1e-12, lt=0.5)
     """The owner's δ, used whatever δ the server proposes. It must be below 1/records."""
     base_models: list[str] | None
@@ -54,6 +56,15 @@ class Policy(Strict):
     what was released with secure noise."""
     sums_only: bool = False
     """Take part only in runs whose server sees only sums over clients (`federation.secure_sum`)."""
+    min_clients_in_sum: int = Field(3, ge=2)
+    """Minimum number of clients in a secure sum, before and after dropouts."""
+    max_share_in_sum: float = Field(0.5, gt=0, le=1)
+    """Maximum share of one client in the weight of a secure sum, before and after dropouts. A sum in which one client
+    has almost all of the weight reveals that client's reply."""
+    members: dict[int, str] | None = None
+    """The clients of secure sums, this one included: number and identity key, as `lorica flower keys` prints it. Sums
+    with other clients are refused, and so are keys that the listed client did not sign. By default, a server can invent
+    clients or replace their keys, and so read single replies."""
     metrics: list[str] = Field([])
     """Metrics, including `loss`, that a test on the owner's own held-out records (`federation.private_test`) may
     compute, such as `[loss, accuracy]`. The results stay with the owner. By default there is no such test."""
@@ -76,6 +87,18 @@ class Policy(Strict):
             task = validate(TaskConfig, {"train": "", "test": ""} | entry, prefix="policy.tasks")
             entries.append({key: getattr(task, key) for key in ("type", *columns, *entry)})
         return entries
+
+    @field_validator("members")
+    @classmethod
+    def _each_has_a_key_of_its_own(cls, value: dict[int, str] | None) -> dict[int, str] | None:
+        lines = list((value or {}).values())
+        if not all(re.fullmatch(r"ed25519:[0-9a-f]{64}( [A-Za-z0-9_.@-]{1,100})?", line) for line in lines):
+            raise ValueError("each is a public key as `lorica flower keys` prints it, ed25519:… NAME")
+        if len({line.split()[0] for line in lines}) < len(lines):
+            raise ValueError("two clients have the same key")
+        if value is not None and not value:
+            raise ValueError("it is empty: list all clients, or remove the key")
+        return value
 
     @field_validator("group")
     @classmethod
@@ -151,7 +174,14 @@ class Policy(Strict):
         self._review_learned(config, base)
         self._review_unit(config)
 
-    def review_release(self, releases: Iterable[Release], unit: PrivacyUnit, plan: ClientPlan, steps: int) -> None:
+    def review_release(
+        self,
+        releases: Iterable[Release],
+        unit: PrivacyUnit,
+        plan: ClientPlan,
+        steps: int,
+        reserved: Iterable[Release] = (),
+    ) -> None:
         """Refuse steps that would bring the total cost of all releases above the owner's limit.
 
         Called before a run with all its remaining steps, and before each release with its own steps. All releases in
@@ -163,12 +193,14 @@ class Policy(Strict):
             unit: unit of privacy of the steps.
             plan: plan with the terms of the steps.
             steps: number of steps.
+            reserved: steps that other runs have reserved and not used.
 
         Raises:
             Refused: names the policy's key, the resulting cost and the limit.
         """
         self._review_noise(plan.noise)
-        releases = list(releases)
+        reserved = list(reserved)
+        releases = [*releases, *reserved]
         kinds = self._unlisted_noise(releases)
         if kinds:
             raise Refused(
@@ -187,7 +219,11 @@ class Policy(Strict):
         if life is not None:
             total = f"ε = {life:.4g} at δ = {self.delta:g}"
             proposed = f"{steps} steps that would bring the total cost of all releases from this data to {total}"
-            _refuse("max_epsilon", proposed, f"the limit is {self.max_epsilon:g}")
+            limit = f"the limit is {self.max_epsilon:g}"
+            if reserved:
+                holders = ", ".join(sorted({f"{one.run:.8}" for one in reserved}))
+                limit += f", and part of it is reserved for run {holders}"
+            _refuse("max_epsilon", proposed, limit)
 
     def spent(self, releases: Iterable[Release]) -> float:
         """ε at the owner's δ of all releases in a ledger.
@@ -229,9 +265,23 @@ class Policy(Strict):
             proposed = f"privacy.group_records = {privacy.group_records}"
             _refuse("max_group_records", proposed, f"the limit is {self.max_group_records}")
 
+    def _review_sums(self, config: ExperimentConfig) -> None:
+        """Check what is known before the first sum; `lorica.secure_sum.requirements` then checks each sum."""
+        federation = config.federation
+        if not federation.secure_sum:
+            if self.sums_only:
+                _refuse("sums_only", "federation.secure_sum = False", "only sums are allowed")
+            return
+        if federation.participants < self.min_clients_in_sum:
+            least = f"the least is {self.min_clients_in_sum}"
+            _refuse("min_clients_in_sum", f"sums over {federation.participants} clients", least)
+        unknown = set(range(federation.clients)) - set(self.members or range(federation.clients))
+        if unknown:
+            listed = ", ".join(map(str, sorted(self.members or {})))
+            _refuse("members", f"federation.clients = {federation.clients}", f"the clients listed are {listed}")
+
     def _review_terms(self, config: ExperimentConfig, noise: str, rate: float, steps: int) -> None:
-        if self.sums_only and not config.federation.secure_sum:
-            _refuse("sums_only", "federation.secure_sum = False", "only sums are allowed")
+        self._review_sums(config)
         self._review_noise(noise)
         if not rate <= self.max_sampling_rate:
             _refuse("max_sampling_rate", f"a sampling rate of {rate:g}", f"the limit is {self.max_sampling_rate:g}")

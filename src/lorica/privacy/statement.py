@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION
-from lorica.privacy.ledger import Ledger, Release, lifetime_epsilon, unprotected
+from lorica.privacy.ledger import Ledger, Release
+from lorica.privacy.lifetime import history
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.unit import RECORD, PrivacyUnit
 
@@ -39,9 +40,9 @@ class Account:
 
     Attributes:
         steps, releases: count every release that may have left, whether or not it arrived.
-        lifetime_epsilon: ε of everything ever released about its records; None if the owner does not share it, or if
-            it is not defined.
-        unprotected: number of releases of the same data with seeded noise or none.
+        lifetime_epsilon: ε of everything ever released about its most exposed record; None if the owner does not share
+            it, or if it is not defined.
+        unprotected: number of releases about any of its records with seeded noise or none.
         ledger: path of the ledger; None if it is with the owner.
     """
 
@@ -60,14 +61,14 @@ def charged(releases: Iterable[Release], run: str, client: int) -> Account:
 
 def account(ledger: Ledger, dataset: str, records: str, run: str, plan: ClientPlan, unit: PrivacyUnit) -> Account:
     """One client's account, from its ledger."""
-    releases = ledger.releases(dataset)
+    found = history(ledger, dataset, records)
     life = None
     if plan.noise == "secure" and plan.delta is not None:
-        life = lifetime_epsilon(releases, records, plan.delta, unit=unit)
+        life = found.epsilon(plan.delta, (run, plan.client), unit=unit)
     return replace(
-        charged(releases, run, plan.client),
+        charged(ledger.releases(dataset), run, plan.client),
         lifetime_epsilon=life,
-        unprotected=unprotected(releases),
+        unprotected=found.unprotected,
         ledger=str(ledger.path),
     )
 
@@ -154,7 +155,5 @@ def privacy_statement(
         )
     bare = max(own.unprotected for own in accounts.values())
     if noise == "secure" and bare:
-        statement["not_covered"].append(
-            f"{bare} earlier releases of the same data with reproducible or no noise, which the ledger lists."
-        )
+        statement["not_covered"].append(f"{bare} earlier releases of the same records with reproducible or no noise.")
     return statement
