@@ -11,10 +11,12 @@ import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dp_accounting
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -28,9 +30,12 @@ from lorica.errors import UserError
 from lorica.local.step import LocalStep
 from lorica.messages import Delivery, Invitation, Projection, Request, Training
 from lorica.owner.node import Node, agreed, respond
+from lorica.owner.refusals import because_of
 from lorica.owner.settings import NodeSettings
 from lorica.privacy import accounting
+from lorica.privacy.gradients import per_example_gradients
 from lorica.privacy.ledger import Ledger, Release
+from lorica.tasks.labels import UNKNOWN
 from lorica.tensors import decode
 from tests.engines.organisations import DELTA, RECORDS, SIGMA, Organisations, invitation
 from tests.tasks.test_whole_runs import sentences, write_rows
@@ -59,6 +64,9 @@ class Owner:
 
     def ask(self, sent: str, request: Request | bytes | None = None) -> dict[str, str | bytes]:
         return respond(self.settings, sent, request.encode() if isinstance(request, Request) else request)
+
+    def labels(self) -> list[str]:
+        return [str(json.loads(line)["label"]) for line in (self.place / "data.jsonl").read_text().splitlines()]
 
     def releases(self) -> list[Release]:
         path = self.place / "data.jsonl.ledger.sqlite"
@@ -195,7 +203,7 @@ def test_numbers_that_make_no_sense_are_no_experiment(
     experiment = json.loads(sent.experiment)
     experiment[section] |= keys
     refused = owner.ask(replace(sent, experiment=json.dumps(experiment)).encode())["refused"]
-    assert re.search(f"the experiment is not valid here: {message}", str(refused))
+    assert re.search(f"the experiment is not valid: {message}", str(refused))
     owner.assert_untouched()
 
 
@@ -212,6 +220,36 @@ def test_numbers_that_make_no_sense_are_no_experiment(
 )
 def test_the_server_names_neither_files_nor_other_columns(owner: Owner, task: dict[str, Any], message: str) -> None:
     assert re.search(message, str(owner.ask(owner.invitation(**task))["refused"]))
+    owner.assert_untouched()
+
+
+def test_a_server_does_not_learn_which_labels_occur(owner: Owner, caplog: pytest.LogCaptureFixture) -> None:
+    """By asking once with and once without a label, it saw in the refusal whether a record has it."""
+    expected = owner.ask(owner.invitation(run="honest"))
+    assert "plan" in expected
+    for run, labels in {"a": ["bad", "great"], "b": ["great", "good"], "c": ["1", "2", "3"]}.items():
+        sent = owner.invitation(run=run, labels=labels)
+        with caplog.at_level(logging.WARNING, logger="lorica"):
+            assert owner.ask(sent) == expected
+        client = node_of(owner, sent)._client
+        unknown = np.flatnonzero(client.records.labels == UNKNOWN)
+        counted = len(unknown)
+        assert 0 < counted == sum(text not in labels for text in owner.labels())
+        assert f"{counted} of {RECORDS[0]} records have a label that is not in task.labels" in caplog.text
+        # Neither in an update nor in an error.
+        model = node_of(owner, sent)._model
+        batch = client.records.batch(unknown)
+        model.write({name: torch.randn(value.shape) for name, value in model.read().items()})
+        losses = partial(model.losses, model.peft_model, batch)
+        gradients = per_example_gradients(losses, model.tensors, len(batch))
+        assert all(not bool(gradient.any()) for gradient in gradients.values())
+        assert "reply" in owner.ask(sent, request(owner, sent, run=run))
+
+
+def test_labels_are_never_taken_from_the_records(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorica.tasks.loading.read_training", lambda *_, **__: pytest.fail("the records were read"))
+    refused = owner.ask(owner.invitation(labels=None))["refused"]
+    assert refused == because_of(UserError("task.labels", None, "", ""))
     owner.assert_untouched()
 
 
