@@ -26,10 +26,12 @@ from lorica.adapters.base_files import hash_of_base
 from lorica.config import OptimizerConfig
 from lorica.errors import UserError
 from lorica.local.step import LocalStep
-from lorica.messages import Delivery, Invitation, Projection, Request, Training, decode
+from lorica.messages import Delivery, Invitation, Projection, Request, Training
 from lorica.owner.node import Node, agreed, respond
 from lorica.owner.settings import NodeSettings
+from lorica.privacy import accounting
 from lorica.privacy.ledger import Ledger, Release
+from lorica.tensors import decode
 from tests.engines.organisations import DELTA, RECORDS, SIGMA, Organisations, invitation
 from tests.tasks.test_whole_runs import sentences, write_rows
 
@@ -136,17 +138,64 @@ def test_no_other_account_can_read_what_a_node_writes(owner: Owner) -> None:
         (["privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
         (["privacy.noise_multiplier=0.01"], r"policy\.min_noise_multiplier: .* 0\.01; the minimum is 0\.5"),
         (["privacy.clip_norm=1.0e+9"], r"policy\.max_clip_norm: .* 1e\+09; the limit is 2"),
-        (["privacy.clip_norm=.inf"], r"the experiment is not valid here: privacy\.clip_norm"),
+        (["privacy.clip_norm=.inf"], r"the experiment is not valid: privacy\.clip_norm"),
         ([f"federation.batch_size={RECORDS[0]}"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.5"),
         (["federation.rounds=51"], r"policy\.max_steps: .* 102 steps; the limit is 100"),
         (["privacy.noise_multiplier=0.5", "federation.rounds=50"], r"policy\.max_epsilon: .* the limit is 30"),
         (["federation.private_test=0.2"], r"policy\.metrics: .* \['loss', 'accuracy'\]"),
-        (["federation.batch_size=25"], r"federation\.batch_size = 25: client 0 has only 24 records"),
+        (["federation.batch_size=25"], r"policy\.max_sampling_rate: .* 1\.04167; the limit is 0\.5"),
     ],
 )
 def test_a_run_beyond_the_policy_is_refused(owner: Owner, overrides: list[str], message: str) -> None:
     refused = owner.ask(owner.invitation(*overrides))["refused"]
     assert re.search(message, str(refused))
+    owner.assert_untouched()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["privacy.epsilon=40"], r"policy\.max_epsilon: the server proposes ε = 40 .*; the limit is 30"),
+        (["privacy.epsilon=100", "privacy.delta=1.0e-12"], r"policy\.min_noise_multiplier: .* the minimum is 0\.5"),
+        (["privacy.epsilon=3", "privacy.delta=0.49"], r"privacy\.delta = 0\.49: not below 1/24"),
+    ],
+)
+def test_a_proposal_that_is_dear_to_compute_is_refused_without_computing(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    """A calibration takes seconds, and far from what the policy allows it took minutes."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a loss distribution was computed")
+
+    monkeypatch.setattr(accounting, "from_gaussian_mechanism", never)
+    refused = owner.ask(owner.invitation(*overrides, "privacy.noise_multiplier=null"))["refused"]
+    assert re.search(message, str(refused))
+    owner.assert_untouched()
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "message"),
+    [
+        ("privacy", {"epsilon": 300, "noise_multiplier": None}, r"privacy\.epsilon = 300"),
+        ("privacy", {"epsilon": 1e-300, "noise_multiplier": None}, r"privacy\.epsilon = 1e-300"),
+        ("privacy", {"delta": 0.5}, r"privacy\.delta = 0\.5"),
+        ("privacy", {"noise_multiplier": math.inf}, r"privacy\.noise_multiplier = inf: .* finite"),
+        ("privacy", {"clip_norm": math.inf}, r"privacy\.clip_norm = inf: .* finite"),
+        ("privacy", {"clip_norm": math.nan}, r"privacy\.clip_norm = nan: .* finite"),
+        ("federation", {"rounds": 10**9}, r"federation = .* participations"),
+        ("federation", {"rounds": 10**4, "local_steps": 10**4}, r"federation = .* 1,000,000 steps"),
+        ("federation", {"rounds": 10**6, "clients": 10**5}, r"federation = .* participations"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_no_experiment(
+    owner: Owner, section: str, keys: dict[str, Any], message: str
+) -> None:
+    sent = Invitation.decode(owner.invitation())
+    experiment = json.loads(sent.experiment)
+    experiment[section] |= keys
+    refused = owner.ask(replace(sent, experiment=json.dumps(experiment)).encode())["refused"]
+    assert re.search(f"the experiment is not valid here: {message}", str(refused))
     owner.assert_untouched()
 
 
@@ -157,8 +206,8 @@ def test_a_run_beyond_the_policy_is_refused(owner: Owner, overrides: list[str], 
         # Whether there is such a column is not for the server to learn.
         ({"text": ["diagnosis"]}, r"policy\.tasks: the server proposes task\.text = \['diagnosis'\]"),
         ({"label": "text"}, r"policy\.tasks: the server proposes task\.label = 'text'"),
-        ({"train": "/etc/passwd"}, r"task\.train = '/etc/passwd': the data are for the owner to name"),
-        ({"train": "data.jsonl"}, r"task\.train = 'data\.jsonl': the data are for the owner to name"),
+        ({"train": "/etc/passwd"}, r"task\.train = '/etc/passwd': only the owner may name the data, not the server"),
+        ({"train": "data.jsonl"}, r"task\.train = 'data\.jsonl': only the owner may name the data, not the server"),
     ],
 )
 def test_the_server_names_neither_files_nor_other_columns(owner: Owner, task: dict[str, Any], message: str) -> None:
@@ -327,6 +376,11 @@ HOSTILE = {
     "sketches of no column": (lambda r: work(r, sketch_columns=0), "sketches with 0 columns"),
     "sketches of fewer": (lambda r: work(r, sketch_columns=-4), "sketches with -4 columns"),
     "sketches that fill the memory": (lambda r: work(r, sketch_columns=10**9), "sketches with 1000000000 columns"),
+    "sketches of what stays": (
+        lambda r: work(r, sketch_columns=2, personal=(first(r),)),
+        "sketches of tensors that it keeps at the client",
+    ),
+    "a projection of nothing": (lambda r: replace(r, work=projection(r)), "round 1 has no sketch"),
     "personal tensors not trained": (lambda r: work(r, personal=("x",)), "keeps tensors at the client"),
     "corrections of the wrong shape": (lambda r: work(r, corrections={first(r): torch.ones(1)}), "of shape (1,)"),
     "a tensor of another model": (
@@ -335,7 +389,7 @@ HOSTILE = {
     ),
     "a tensor that lacks": (lambda r: replace(r, tensors={first(r): r.tensors[first(r)]}), " is missing"),
     "a tensor of the wrong shape": (lambda r: tensor(r, torch.ones(1, 1)), "of shape (1, 1)"),
-    "a tensor of the wrong type": (lambda r: tensor(r, r.tensors[first(r)].double()), "torch.float64"),
+    "a tensor of the wrong type": (lambda r: tensor(r, r.tensors[first(r)].long()), "torch.int64"),
     "increments that do not fit": (
         lambda r: replace(r, increments={first(r)[:-2]: (torch.ones(1, 2), torch.ones(2, 1))}),
         "it merges (1, 2) x (2, 1)",
@@ -359,6 +413,27 @@ def test_a_hostile_request_is_refused(asked: tuple[Owner, str], name: str) -> No
     answer = owner.ask(sent, change(request(owner, sent)))
     assert message in str(answer["refused"])
     owner.assert_untouched()
+
+
+def projection(some: Request) -> Projection:
+    """Of every site onto the first two coordinates."""
+    factors = {name[:-2]: value for name, value in some.tensors.items() if name.endswith(".B")}
+    return Projection({site: torch.eye(len(b), 2) for site, b in factors.items()})
+
+
+def test_a_sketch_is_projected_in_its_own_round_only(owner: Owner) -> None:
+    """A sum of the same factors a round later, over other clients, would show a client's by difference."""
+    sent = owner.invitation()
+    some = request(owner, sent)
+    assert "reply" in owner.ask(sent, work(some, sketch_columns=4))
+    assert "reply" in owner.ask(sent, replace(some, exchange=2, work=projection(some)))
+    later = replace(some, round=2, work=projection(some))
+    assert owner.ask(sent, later)["refused"] == "client 0: round 2 has no sketch whose factors could be projected"
+    # Nor with a training in between that leaves the same tensors with the client and moves them by nothing.
+    trained = tuple(name for name in some.tensors if name.endswith(".B"))
+    still = work(replace(some, round=2), personal=trained, rates=dict.fromkeys(trained, 0.0))
+    assert "reply" in owner.ask(sent, still)
+    assert "has no sketch" in str(owner.ask(sent, replace(later, exchange=2))["refused"])
 
 
 def edited(some: Request, change: Any) -> bytes:
@@ -425,7 +500,7 @@ def test_an_older_round_is_over(owner: Owner) -> None:
     sent = owner.invitation()
     owner.ask(sent, request(owner, sent, round=2))
     answer = owner.ask(sent, request(owner, sent, round=1))
-    assert answer["refused"] == "client 0: round 1 is over; its releases are not made again"
+    assert answer["refused"] == "client 0: round 1 is over, and its releases are not repeated"
     assert len(owner.releases()) == 1
 
 
@@ -442,7 +517,7 @@ def test_a_run_is_agreed_on_once(owner: Owner) -> None:
     owner.ask(owner.invitation())
     agreed.cache_clear()
     answer = owner.ask(owner.invitation("federation.rounds=4"))
-    assert answer["refused"] == "run run was agreed on with another experiment"
+    assert answer["refused"] == "run run was agreed with another experiment"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38, 1e20])

@@ -15,11 +15,12 @@ import torch
 
 from lorica.config import OptimizerConfig, PrivacyConfig
 from lorica.errors import UserError
-from lorica.messages import Request, Training, decode
+from lorica.messages import Request, Training
 from lorica.owner.client import Client
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.mechanism import Terms, noisy_gradient
 from lorica.privacy.plan import Refused, plan_client
+from lorica.tensors import decode
 from lorica.testing.records import TinyRecords
 from tests.models import adapted
 

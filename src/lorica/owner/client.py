@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
-from lorica.adapters.names import ENERGY, Pair, is_factor
+from lorica.adapters.names import ENERGY, SKETCH, Pair, is_factor
 from lorica.adapters.state import leading, stack_pairs
 from lorica.files import append_line
 from lorica.local.optimizers import make_optimizer
 from lorica.local.perturbation import strength
 from lorica.local.sketches import project, sketch
 from lorica.local.step import transform_gradients
-from lorica.messages import Delivery, Reply, Request, Training
+from lorica.messages import Delivery, Projection, Reply, Request, Training
 from lorica.privacy.exposures import Exposure
 from lorica.privacy.ledger import Earlier, Ledger, Release
 from lorica.privacy.mechanism import noisy_gradient
@@ -92,6 +92,8 @@ class Client:
         if stored is not None:
             return stored
         own = self.ledger.kept(request.run, self.number)
+        if isinstance(request.work, Projection):
+            own = self._sketched(request, own)
         release = Release(
             dataset=self.dataset,
             records=self.records.fingerprint(),
@@ -170,6 +172,17 @@ class Client:
                 self.merged[name] = stack_pairs(self.merged.get(name), pair)
             self.sequence = request.sequence
 
+    def _sketched(self, request: Request, kept: Mapping[str, Released]) -> dict[str, Released]:
+        """The factors behind this round's sketch, without those of earlier rounds.
+
+        Raises:
+            Refused: this round has no sketch.
+        """
+        factors = {name.removeprefix(SKETCH): value for name, value in kept.items() if name.startswith(SKETCH)}
+        if not factors or self.ledger.last_round(request.run, self.number) != request.round:
+            raise Refused(f"client {self.number}: round {request.round} has no sketch whose factors could be projected")
+        return factors
+
     def _test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:
         if self.private_test is None:
             return
@@ -225,8 +238,9 @@ class Client:
         kept = {name: value for name, value in moved.items() if name in work.personal}
         if work.sketch_columns is not None:
             sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
-            kept |= {name: moved[name] for name in moved if is_factor(name)}
-            released = {name: value for name, value in released.items() if name not in kept} | sketches
+            # With a prefix, so that a projection uses these factors only, and not other tensors kept at the client.
+            kept |= {f"{SKETCH}{name}": moved[name] for name in moved if is_factor(name)}
+            released = {name: value for name, value in released.items() if not is_factor(name)} | sketches
         if work.last_step_energy:
             released |= {f"{ENERGY}{name}": post_process(_energy, gradient) for name, gradient in gradients.items()}
         return released, kept or None

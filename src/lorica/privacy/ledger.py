@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 
 from lorica.errors import UserError
 from lorica.privacy import database, record_sets
@@ -34,6 +33,7 @@ from lorica.privacy.ledger_rows import (
     terms_of,
 )
 from lorica.privacy.released import Released, _release
+from lorica.tensors import decode, encode
 
 __all__ = ["Charge", "Earlier", "Ledger", "Release"]
 
@@ -126,7 +126,7 @@ class Ledger:
         Raises:
             UserError: the row cannot be written.
         """
-        state = None if kept is None else safetensors.torch.save({name: value.tensor for name, value in kept.items()})
+        state = None if kept is None else encode({name: value.tensor for name, value in kept.items()})
         with self._errors(), database.transaction(self.path) as connection:
             connection.execute(
                 "UPDATE releases SET reply = ?, kept = ?, seed = NULL WHERE id = ? AND reply IS NULL",
@@ -157,9 +157,8 @@ class Ledger:
                 "SELECT kept FROM releases WHERE run = ? AND client = ? AND kept IS NOT NULL ORDER BY id DESC LIMIT 1",
                 (run, client),
             ).fetchone()
-        # They are released: `attach` accepts nothing else. Cloned for PyTorch's alignment, which can affect rounding.
-        tensors = safetensors.torch.load(row[0]) if row else {}
-        return {name: _release(value.clone()) for name, value in tensors.items()}
+        # They are released: `attach` accepts nothing else.
+        return {name: _release(value) for name, value in (decode(row[0]) if row else {}).items()}
 
     def steps(self, run: str, client: int) -> int:
         """Number of steps charged to a client in a run."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION, RELATION
+from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION
 from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.lifetime import history
 from lorica.privacy.plan import ClientPlan
@@ -16,6 +16,8 @@ from lorica.privacy.unit import RECORD, PrivacyUnit
 ASSUMPTIONS = [
     "Clients hold disjoint records, so the guarantee of the federation is that of its weakest client.",
     "Record counts, sampling rates, noise multipliers, learning rates and the choice of clients per round are public.",
+    "Which record belongs to which client is public; the partition of a simulation is fixed before training.",
+    "Whether a record is held out (federation.private_test) depends on its own content and the public seed alone.",
     "The server and the other owners may see every message; each owner adds its noise before anything leaves it.",
     "The choice of records in each batch is known to the owner only.",
 ]
@@ -25,6 +27,7 @@ NOT_COVERED = [
     "The number of records of each client.",
     "Running time and memory use.",
 ]
+VOID_DELTA = "A δ that is not below the inverse of the client's records: publishing one at random would satisfy it"
 UNPROTECTED = {
     "none": "All records: the run was trained without differential privacy.",
     "reproducible": "An attacker who knows or guesses the seed, since the noise and the batches follow from it.",
@@ -68,6 +71,12 @@ def account(ledger: Ledger, dataset: str, records: str, run: str, plan: ClientPl
         unprotected=found.unprotected,
         ledger=str(ledger.path),
     )
+
+
+def relation(unit: PrivacyUnit) -> str:
+    """How two data sets differ that a guarantee makes hard to tell apart (`accounting.NEIGHBOURS`), in words."""
+    what = "one record contributes" if unit == RECORD else "all records of one group contribute"
+    return f"zero-out: {what} zero to every batch; the number of {unit.noun}s is public"
 
 
 def privacy_statement(
@@ -115,7 +124,7 @@ def privacy_statement(
         "private_release": noise == "secure",
         "noise": noise,
         "unit": str(unit),
-        "relation": RELATION if unit == RECORD else "add or remove all records of one group",
+        "relation": relation(unit),
         "sampler": f"Poisson: each {noun} enters each batch independently with probability q = batch size / {noun}s",
         "clients": clients,
         "assumptions": ASSUMPTIONS,
@@ -130,6 +139,9 @@ def privacy_statement(
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),
             "target_epsilon": target_epsilon,
         }
+    void = [str(plan.client) for plan in plans.values() if plan.void_delta]
+    if void:
+        statement["not_covered"].append(f"{VOID_DELTA} (clients {', '.join(void)})")
     if any(own.lifetime_epsilon == math.inf for own in accounts.values()):
         statement["not_covered"].append(
             "Earlier releases of the same data with another unit of privacy: they do not compose."

@@ -133,7 +133,7 @@ def by_group(task: Task, most: int, divided: bool, seed: int) -> Task:
 def grouped(records: Records, keys: np.ndarray, most: int, seed: int) -> GroupedRecords:
     """Make each group of records one record, of at most `most` of its records.
 
-    Adding or removing one whole group changes nothing about the others, neither which of their records are kept nor
+    Leaving one whole group out changes nothing about the others, neither which of their records are kept nor
     their order among themselves: a record's rank within its group is a hash of the public seed and the record alone.
     Bounding contributions this way: Amin et al., arXiv 1905.13177 (records of one user); McMahan et al., arXiv
     1710.06963 (a user as the unit of DP-SGD).
