@@ -104,7 +104,6 @@ def read_ledger(path: Path) -> Book:
         if home.at(path) - {identity}:
             problem = "another ledger was used here"
         try:
-            # Read while the file may be written: what is remembered can be newer than what is seen here.
             verify(identity, chained(connection), home.head(identity))
         except Broken as broken:
             problem = str(broken)
