@@ -68,7 +68,7 @@ def test_run_shows_progress_and_ends_with_what_was_reached(lorica: Callable[...,
     assert "runs/digits-as-lora/report.html" in output
     assert (tmp_path / "runs/digits-as-lora/report.html").is_file()
     again = lorica("run", *SMALL)
-    assert "finished before" in again
+    assert "already finished" in again
     assert "name=digits-as-lora-2" in again
     (tmp_path / "runs/digits-as-lora/report.html").unlink()
     assert "report.html" in lorica("report", "runs/digits-as-lora")
@@ -113,7 +113,7 @@ def test_account_prints_both_accountants(lorica: Callable[..., str]) -> None:
     assert "PLD" in output
     assert "RDP" in output
     assert "0.872" in lorica("account", *counts, "--epsilon", "3")
-    assert "give either" in lorica("account", *counts, code=2)
+    assert "exactly one of --epsilon and --noise-multiplier" in lorica("account", *counts, code=2)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_folder_of_links_is_what_it_links_to(folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("base", "message"),
-    [("./absent", "no such folder"), ("a/hub-id", "no folder on this machine"), ("lorica:none", "no such embedded")],
+    [("./absent", "no such folder"), ("a/hub-id", "not a folder on this machine"), ("lorica:none", "no such embedded")],
 )
 def test_what_is_no_folder_is_refused(base: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"model\.base = .*{message}"):
