@@ -29,7 +29,9 @@ Model = TypeVar("Model", bound=BaseModel)
 class Strict(BaseModel):
     """A configuration section: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Strict):
@@ -178,7 +180,7 @@ class TaskConfig(Strict):
 class FederationConfig(Strict):
     """Who takes part, how often, and how long each client trains."""
 
-    clients: int = Field(6, ge=1)
+    clients: int = Field(6, ge=1, le=100_000)
     """Number of owners."""
     partition: Literal[
         "dirichlet", "iid", "shards", "quantity", "column", "files", "as-lora-text", "as-lora-images"
@@ -219,8 +221,9 @@ class FederationConfig(Strict):
     """Sum the clients' replies under masks, so that the server sees only their sum (`lorica.secure_sum`). Needs at
     least three clients per round and a method that needs only sums. It does not change ε."""
     private_test: float = Field(0.0, ge=0, lt=1)
-    """Fraction of each client's records that it holds out for testing. The results are private: they are written beside
-    the ledger, for the owner, and do not appear in any report."""
+    """Fraction of each client's records that it holds out for testing. Each record is held out or not by a hash of its
+    own content and the seed, so the number varies a little. The results are private: they are written beside the
+    ledger, for the owner, and do not appear in any report."""
     weights: Literal["uniform", "records", "noise"] = "uniform"
     """Weight of a client in the mean: `uniform`, in proportion to its `records`, or to 1/τ² of its `noise`."""
     evaluate_every: int = Field(1, ge=1)
@@ -228,6 +231,14 @@ class FederationConfig(Strict):
     micro_batch_tokens: int | None = Field(None, ge=1)
     """Padded tokens (text) or patches (images) in one forward pass; by default 1,024 on a CPU, where small passes over
     texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes results only by rounding."""
+
+    @model_validator(mode="after")
+    def _a_schedule_is_short(self) -> FederationConfig:
+        if self.rounds * self.participants > 1_000_000:
+            raise ValueError("more than 1,000,000 participations in all: choose fewer rounds or participants")
+        if self.rounds * self.local_steps > 1_000_000:
+            raise ValueError("more than 1,000,000 steps in all: choose fewer rounds or local steps")
+        return self
 
     @property
     def participants(self) -> int:
@@ -341,18 +352,20 @@ class PrivacyConfig(Strict):
     """The guarantee that each owner gets."""
 
     unit: Literal["record", "group"] = "record"
-    """What is protected, added or removed: one record of one client, or all records of one group, such as a patient or
-    a user."""
+    """What is protected: one record of one client, or all records of one group, such as a patient or a user. The
+    guarantee compares the run with one in which these contribute zero; the number of records or groups is public."""
     group: str | None = None
     """For `unit: group`: the column with the group of each record. A group is sampled, clipped and counted as one."""
     group_records: int = Field(8, ge=1)
     """For `unit: group`: maximum number of records of a group that are used, chosen by the public seed."""
-    epsilon: float | None = Field(3.0, gt=0)
-    """Target ε of each client over the whole run; the noise is calibrated to it."""
-    noise_multiplier: float | None = Field(None, gt=0)
-    """Set this and `epsilon: null` to fix the noise and compute ε from it."""
-    delta: float = Field(1e-5, gt=0, lt=1)
-    """Choose it below 1/records."""
+    epsilon: float | None = Field(3.0, ge=0.01, le=100)
+    """Target ε of each client over the whole run; the noise is calibrated to it. Above 10 it protects little, at 100
+    nothing."""
+    noise_multiplier: float | None = Field(None, ge=1e-3, le=1e6)
+    """Set this and `epsilon: null` to fix the noise and compute ε from it. Below 0.2, ε is that of the looser RDP
+    accountant."""
+    delta: float = Field(1e-5, ge=1e-12, lt=0.5)
+    """It must be below 1/records; with `noise: reproducible`, a warning says when it is not."""
     clip_norm: float = Field(2.0, ge=1e-6)
     """`C`: maximum norm of one record's gradient over all tensors trained in a step."""
     noise: Literal["secure", "reproducible"] = "secure"
@@ -361,7 +374,8 @@ class PrivacyConfig(Strict):
     ledger: str | None = None
     """SQLite file that records every release; by default beside the training data."""
     max_lifetime_epsilon: float | None = Field(None, gt=0)
-    """The owner's limit over all runs on the same data; a run that would exceed it is refused before it starts."""
+    """The owner's limit for each record over all runs, in whichever file the record comes, with what other runs have
+    reserved. A run that would exceed it is refused before it starts."""
 
     @model_validator(mode="after")
     def _a_group_has_a_column(self) -> PrivacyConfig:

@@ -80,7 +80,7 @@ def test_a_report_says_what_was_reached_and_what_it_cost(make_run):
     assert "50.0 % → 70.0 % +20.0 points, after round 3" in text
     assert "95.3" not in text
     assert "ε = 2.97 at δ = 1e-5" in text
-    assert "add or remove one record" in text
+    assert "zero-out: one record contributes zero" in text
     assert "dp-accounting 0.6.0 PLD" in text
     assert "Clients hold disjoint sets of records." in text
     assert "The choice of hyper-parameters" in text
@@ -233,7 +233,7 @@ def test_a_model_card_states_the_guarantee_per_client(make_run):
     assert front["library_name"] == "peft"
     assert front["tags"] == ["lora", "federated-learning", "differential-privacy", "lorica"]
     assert '```python\nmodel = load("adapter")\n```' in body
-    for text in ("add or remove one record", "Poisson", "flat over all trained tensors", "dp-accounting 0.6.0 PLD"):
+    for text in ("zero-out: one record", "Poisson", "flat over all trained tensors", "dp-accounting 0.6.0 PLD"):
         assert text in body
     rows = [line for line in body.splitlines() if line.startswith("| ")]
     assert rows[2] == "| 0 | 300 | 0.2133 | 0.9 | 2 | 60 | 2.97 | 1e-5 |"

@@ -57,6 +57,11 @@ class ClientPlan:
         alike = math.isclose(self.terms.noise_multiplier, sigma, rel_tol=1e-9)
         return alike and replace(self, terms=replace(self.terms, noise_multiplier=sigma)) == other
 
+    @property
+    def void_delta(self) -> bool:
+        """Whether δ is 1/n or more: publishing one of the records at random would satisfy it."""
+        return self.delta is not None and self.delta >= 1 / self.records
+
     def check(self, proposed: Terms, steps_in_all: int) -> None:
         """Refuse terms or steps beyond the plan.
 
@@ -85,7 +90,8 @@ def plan_client(
     `q = batch_size / records` exactly, as in the sampler; it is not rounded to a whole number of batches.
 
     Raises:
-        UserError: the batch size exceeds the client's records.
+        UserError: the batch size exceeds the client's records; secure noise with δ ≥ 1/records; no noise multiplier
+            meets the target ε.
     """
     if batch_size > records:
         raise UserError(
@@ -98,6 +104,14 @@ def plan_client(
     if privacy == "none":
         terms = Terms(rate, batch_size, float("inf"), 0.0)
         return ClientPlan(client, records, terms, max_steps, None, "none")
+    if privacy.noise == "secure" and privacy.delta >= 1 / records:
+        raise UserError(
+            "privacy.delta",
+            privacy.delta,
+            f"not below 1/{records}, the inverse of client {client}'s records: publishing one of them at random would "
+            "satisfy it",
+            f"choose {0.1 / records:.0e} or less",
+        )
     if privacy.noise_multiplier is not None:
         noise_multiplier = privacy.noise_multiplier
     else:
@@ -127,6 +141,11 @@ def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
             f"client {client} has {records} records, and at most {most} count",
             "raise the limit, or let the owner declare fewer (records in its policy)",
         )
+    return plan_client(client, records, federation.batch_size, planned_steps(config, client), config.privacy)
+
+
+def planned_steps(config: ExperimentConfig, client: int) -> int:
+    """Noisy steps that the schedule asks of a client."""
+    federation = config.federation
     schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
-    steps = federation.local_steps * sum(client in participants for participants in schedule)
-    return plan_client(client, records, federation.batch_size, steps, config.privacy)
+    return federation.local_steps * sum(client in participants for participants in schedule)

@@ -17,8 +17,7 @@ from lorica.errors import UserError
 from lorica.messages import LARGEST_COUNT, Delivery, Invitation, Request, Training, decode_account, decode_plan
 from lorica.privacy.plan import ClientPlan, plan_run
 from lorica.privacy.statement import Account
-from lorica.secure_sum.quantisation import Shapes
-from lorica.secure_sum.setup import Setup
+from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.stages import INPUT, add_up
 from lorica.server.reply_checks import reply_shapes
 from lorica.tensors import decode
@@ -92,9 +91,7 @@ class FlowerEngine:
                 logger.warning("client %d sent an unreadable reply (%s)", client, _quoted(error))
         return replies
 
-    def sum(
-        self, requests: Mapping[int, Request], weights: Mapping[int, float], shapes: Shapes, setup: Setup
-    ) -> tuple[list[int], dict[str, Tensor]]:
+    def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
         """As `exchange`, but in the four stages of a secure sum."""
         run = next(iter(requests.values())).run
 
@@ -105,7 +102,7 @@ class FlowerEngine:
                 contents[client] = {"question": question, **request}
             return self._replies(run, contents, requests if stage == INPUT else {})
 
-        return add_up(setup, weights, shapes, ask)
+        return add_up(agreement, ask)
 
     def accounts(self, run: str) -> dict[int, Account]:
         """The accounts of this run as reported by the clients, where they are possible."""

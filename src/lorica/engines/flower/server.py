@@ -34,7 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     except UserError as error:
         logger.error("%s", error)
         raise
-    logger.info("finished; the results are in %s", result.folder)
+    logger.info("finished: %s", result.folder)
 
 
 def _show_log() -> None:
