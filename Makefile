@@ -16,12 +16,16 @@ endif
 demo: install
 	$(BIN)/lorica run
 
-test: install-dev
-	$(BIN)/python -m pytest -n 2
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
+test: install-dev
+	$(PYTEST)
+
+# The slow tests, and those over drawn examples again with ten times as many.
 test-all: install-dev
-	$(BIN)/python -m pytest -n 2
-	$(BIN)/python -m pytest -n 2 -m slow --dist worksteal
+	$(PYTEST) --durations 15
+	$(PYTEST) --durations 15 -m integration
+	$(PYTEST) --durations 15 -m "slow or hypothesis" --hypothesis-profile thorough
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -22,12 +22,12 @@ from lorica.methods.pieces import PIECES
 from lorica.reporting.methods import HEADINGS, method_rows
 from lorica.reporting.plots import WIDTH
 from lorica.reporting.style import COLOURS, FACTOR_COLOURS, INK, MUTED, RC
+from lorica.testing.federation import tiny_federation
 
 ROOT = Path(__file__).parent.parent
-# The federation is the one that the methods are tested with; neither `tests` nor `scripts` is installed.
+# `scripts` is not installed.
 sys.path.insert(0, str(ROOT))
 from scripts.configuration_docs import _table as options_table  # noqa: E402
-from tests.methods.test_every_method import federation  # noqa: E402
 
 TARGET = ROOT / "docs" / "methods.md"
 FIGURE = ROOT / "docs" / "images" / "methods.png"
@@ -127,7 +127,7 @@ def traffic() -> dict[str, tuple[Sizes, Sizes]]:
     found = {}
     for name in registry():
         with tempfile.TemporaryDirectory() as folder:
-            run = federation(name, Path(folder), clients=CLIENTS, rank=RANK, options=OPTIONS.get(name))
+            run = tiny_federation(name, Path(folder), clients=CLIENTS, rank=RANK, options=OPTIONS.get(name))
             for _ in range(ROUNDS):
                 before = len(run.engine.requests)
                 moved = run.round()

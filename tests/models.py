@@ -1,4 +1,4 @@
-"""Tiny random models of several families, with inputs for them."""
+"""Tiny random models of several families, with inputs for them, and gradients one example at a time."""
 
 from __future__ import annotations
 
@@ -8,27 +8,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lorica.adapters.adapted import AdaptedModel, adapt
-from lorica.adapters.base_model import BaseModel
-from lorica.config import LoraSection, ModelConfig
+from lorica.adapters.adapted import AdaptedModel
 from lorica.tasks.records import Batch
-
-LABELS = 3
-VOCABULARY = 60
-TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 40,
-    "num_labels": LABELS,
-    "pad_token_id": 0,
-    # Equality with another way of computing needs the same masks, and none is the easiest.
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-}
-
+from lorica.testing.models import LABELS, TEXT, VOCABULARY, adapted_model, random_texts
 
 # What language models with grouped-query attention have beside that.
 DECODER = {**TEXT, "num_key_value_heads": 1, "head_dim": 8}
@@ -157,11 +139,7 @@ def adapted(
 ) -> AdaptedModel:
     """A tiny model with LoRA in place; `randomise` fills every factor, since `B = 0` leaves `A` without a gradient."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]().eval().requires_grad_(False)
-    base = BaseModel(model, HEADS[family], True, [])
-    section = LoraSection(r=rank, lora_alpha=4, **settings)
-    config = ModelConfig(base="tiny", gradient_checkpointing=gradient_checkpointing)
-    result = adapt(base, section, config, seed, torch.device("cpu"))
+    result = adapted_model(FAMILIES[family](), seed, rank, HEADS[family], gradient_checkpointing, **settings)
     if randomise:
         generator = torch.Generator().manual_seed(seed)
         result.write(
@@ -172,17 +150,12 @@ def adapted(
 
 def batch(family: str, examples: int, seed: int = 0) -> Batch:
     """Random examples; texts have different lengths and are padded on the right."""
+    if family not in IMAGES:
+        return random_texts(examples, seed, padding=1 if family == "roberta" else 0)
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, LABELS, (examples,), generator=generator)
-    if family in IMAGES:
-        size = IMAGES[family]
-        return Batch({"pixel_values": torch.randn(examples, 1, size, size, generator=generator)}, labels)
-    lengths = torch.randint(3, 9, (examples,), generator=generator)
-    lengths[0] = 8
-    ids = torch.randint(4, VOCABULARY, (examples, 8), generator=generator)
-    mask = (torch.arange(8) < lengths[:, None]).long()
-    ids = torch.where(mask.bool(), ids, 1 if family == "roberta" else 0)
-    return Batch({"input_ids": ids, "attention_mask": mask}, labels)
+    size = IMAGES[family]
+    return Batch({"pixel_values": torch.randn(examples, 1, size, size, generator=generator)}, labels)
 
 
 def one_at_a_time(model: AdaptedModel, examples: Batch) -> dict[str, Tensor]:

@@ -23,12 +23,12 @@ from pyarrow import parquet
 import lorica
 from lorica.config import DEFAULT_CONFIG, ExperimentConfig, PrivacyConfig, load
 from lorica.methods.base import registry
-from lorica.privacy.accounting import epsilon
+from lorica.privacy.accounting import Steps, epsilon
 from lorica.privacy.plan import plan_client
 from lorica.schedule import participation_schedule
 from lorica.streams import stream_seed
 from lorica.tasks.partition import partition
-from tests.models import TEXT
+from lorica.testing.models import TEXT
 from tests.tasks.conftest import WORDS, write_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -137,6 +137,34 @@ def test_the_digits_are_those_of_the_default() -> None:
 # Privacy.
 
 
+@dataclass(frozen=True)
+class Owner:
+    """A client of average size: its records, and the steps that the schedule gives it."""
+
+    records: int
+    steps: int
+
+    @classmethod
+    def of(cls, config: ExperimentConfig) -> Owner:
+        federation = config.federation
+        schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
+        rounds = max(sum(client in participants for participants in schedule) for client in range(federation.clients))
+        return cls(data_of(config).records // federation.clients, federation.local_steps * rounds)
+
+
+@each_example
+def test_the_budget_suffices_with_sane_noise(path: Path) -> None:
+    """Less ε than the budget with much noise and more with little: what is planned lies between."""
+    config = load(path)
+    owner = Owner.of(config)
+    if config.privacy == "none":
+        return
+    rate = config.federation.batch_size / owner.records
+    assert config.privacy.epsilon is not None
+    little, much = (epsilon([Steps(rate, sigma, owner.steps)], config.privacy.delta) for sigma in (0.3, 20))
+    assert much < config.privacy.epsilon < little
+
+
 @cache
 def planned(records: int, batch_size: int, steps: int, privacy: PrivacyConfig) -> tuple[float, float]:
     """Noise multiplier and ε of a client: a second or two, so examples with the same numbers share them."""
@@ -145,19 +173,15 @@ def planned(records: int, batch_size: int, steps: int, privacy: PrivacyConfig) -
 
 
 @each_example
-def test_the_budget_suffices_with_sane_noise(path: Path) -> None:
-    """For a client of average size, and the steps that the schedule gives it."""
+@pytest.mark.slow
+def test_the_noise_that_is_planned_spends_the_budget(path: Path) -> None:
     config = load(path)
-    federation = config.federation
-    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
-    steps = federation.local_steps * max(
-        sum(client in participants for participants in schedule) for client in range(federation.clients)
-    )
-    records = data_of(config).records // federation.clients
+    owner = Owner.of(config)
     if config.privacy == "none":
-        assert plan_client(0, records, federation.batch_size, steps, "none").epsilon() == float("inf")
+        plan = plan_client(0, owner.records, config.federation.batch_size, owner.steps, "none")
+        assert plan.epsilon() == float("inf")
         return
-    noise_multiplier, spent = planned(records, federation.batch_size, steps, config.privacy)
+    noise_multiplier, spent = planned(owner.records, config.federation.batch_size, owner.steps, config.privacy)
     assert 0.3 < noise_multiplier < 20
     assert config.privacy.epsilon is not None
     assert 0.9 * config.privacy.epsilon < spent <= config.privacy.epsilon
@@ -278,7 +302,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[DataSet, str, 
     return make
 
 
-@each_example
+# One for each kind of task.
+OFTEN = {"as-lora-sst2", "as-lora-cifar100", "as-lora-squad-v2", "fedask-dolly"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, id=path.stem, marks=[] if path.stem in OFTEN else pytest.mark.slow) for path in PATHS],
+)
 def test_a_round_runs_on_stand_ins(
     path: Path, base: Callable[[str], str], source: Callable[[DataSet, str, int], str], tmp_path: Path
 ) -> None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
-import signal
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +20,20 @@ from transformers import AutoModelForImageClassification
 
 import lorica
 from lorica.adapters.base_files import resolve_base
-from lorica.config import PrivacyConfig, TaskConfig
+from lorica.config import PrivacyConfig, TaskConfig, load
 from lorica.engines.local import LocalEngine, prepare_local
 from lorica.errors import UserError
 from lorica.methods.base import registry
 from lorica.owner.setup import ledger_path
 from lorica.privacy.accounting import Steps, epsilon
 from lorica.privacy.ledger import Ledger
+from lorica.privacy.plan import plan_run
 from lorica.run.result import Result
 from lorica.tasks import digits
 from lorica.tasks.classification import Classification
+from tests.killed import kill_run
 
+Load = Callable[..., lorica.Experiment]
 SMALL = [
     "federation.clients=2",
     "federation.partition=iid",
@@ -45,20 +45,36 @@ SMALL = [
 ]
 
 
-def experiment(folder: Path, *overrides: str) -> lorica.Experiment:
-    return lorica.Experiment.load(overrides=[*SMALL, f"output={folder}", f"privacy.ledger={folder}/ledger", *overrides])
+@pytest.fixture(scope="session")
+def small(some_digits: list[str]) -> list[str]:
+    return [*SMALL, *some_digits]
+
+
+def placed(folder: Path, *overrides: str) -> list[str]:
+    return [f"output={folder}", f"privacy.ledger={folder}/ledger", *overrides]
+
+
+@pytest.fixture(scope="session")
+def experiment(small: list[str]) -> Load:
+    """A small run below a folder."""
+
+    def load(folder: Path, *overrides: str) -> lorica.Experiment:
+        return lorica.Experiment.load(overrides=[*small, *placed(folder), *overrides])
+
+    return load
+
+
+no_report = pytest.mark.usefixtures("without_report")
 
 
 def adapter_of(result: Result) -> dict[str, torch.Tensor]:
     return load_file(result.adapter / "adapter_model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Result:
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, experiment: Load) -> Result:
     """One whole run that several tests look at."""
-    folder = tmp_path_factory.mktemp("finished")
-    os.environ["LORICA_HOME"] = str(folder / "home")
-    return experiment(folder, "federation.rounds=6").run()
+    return experiment(tmp_path_factory.mktemp("finished")).run()
 
 
 def test_a_run_writes_everything(finished: Result) -> None:
@@ -67,7 +83,7 @@ def test_a_run_writes_everything(finished: Result) -> None:
     assert wanted | {"adapter", "partition.json"} <= names
     assert {"report.html", "accuracy.png", "factors.png", "partition.png"} <= names
     rounds = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["round"] for row in rounds] == list(range(7))
+    assert [row["round"] for row in rounds] == list(range(5))
     assert all(0 <= row["accuracy"] <= 1 for row in rounds)
     epsilons = [row["epsilon"] for row in rounds[1:]]
     assert epsilons == sorted(epsilons)
@@ -75,15 +91,15 @@ def test_a_run_writes_everything(finished: Result) -> None:
     assert [set(row["factors"].values()) for row in decisions[:2]] == [{"B"}, {"A"}]
     assert all(set(row["factors"].values()) <= {"A", "B"} for row in decisions)
     card = (finished.adapter / "README.md").read_text()
-    assert "add or remove one record" in card
+    assert "zero-out: one record contributes zero" in card
     assert "Poisson" in card
 
 
 def test_the_statement_is_what_the_ledger_says(finished: Result) -> None:
     for row in finished.privacy["clients"]:
         releases = [r for r in _releases(finished) if r.client == row["client"]]
-        assert row["releases"] == len(releases) == 6
-        assert row["steps"] == sum(release.steps for release in releases) == 6
+        assert row["releases"] == len(releases) == 4
+        assert row["steps"] == sum(release.steps for release in releases) == 4
         steps = Steps(row["sampling_rate"], row["noise_multiplier"], row["steps"])
         assert row["epsilon"] == pytest.approx(epsilon([steps], row["delta"]))
         assert row["sampling_rate"] == 64 / row["records"]
@@ -130,67 +146,45 @@ def test_running_again_reads_the_finished_run(finished: Result) -> None:
     assert before == {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*") if path.is_file()}
 
 
-KILLER = """
-import os, signal, sys
-import lorica, lorica.run.rounds
-from lorica.privacy.ledger import Ledger
-count, moment = int(sys.argv[1]), sys.argv[2]
-def die_at(function):
-    calls = [0]
-    def wrapped(*arguments):
-        calls[0] += 1
-        if moment == "before" and calls[0] == count: os.kill(os.getpid(), signal.SIGKILL)
-        found = function(*arguments)
-        if moment == "after" and calls[0] == count: os.kill(os.getpid(), signal.SIGKILL)
-        return found
-    return wrapped
-if sys.argv[3] == "charge": Ledger.charge = die_at(Ledger.charge)
-else: lorica.run.rounds.save_checkpoint = die_at(lorica.run.rounds.save_checkpoint)
-lorica.Experiment.load(overrides=sys.argv[4:]).run()
-"""
-
-
+@no_report
 @pytest.mark.parametrize(
-    ("count", "moment", "where"),
-    [(4, "before", "charge"), (3, "after", "charge"), (4, "after", "charge"), (2, "before", "checkpoint")],
+    ("call", "moment", "where"),
+    [
+        (4, "before", "charge"),
+        (4, "after", "attach"),
+        pytest.param(3, "after", "charge", marks=pytest.mark.integration),
+        pytest.param(2, "before", "checkpoint", marks=pytest.mark.integration),
+    ],
 )
 def test_kill_9_in_a_round_then_resume_equals_an_uninterrupted_run(
-    tmp_path: Path, whole_run: dict[str, Any], count: int, moment: str, where: str
+    tmp_path: Path, small: list[str], finished: Result, call: int, moment: str, where: str
 ) -> None:
-    overrides = [*SMALL, f"output={tmp_path}", f"privacy.ledger={tmp_path}/ledger"]
-    killed = subprocess.run([sys.executable, "-c", KILLER, str(count), moment, where, *overrides], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    overrides = [*small, *placed(tmp_path)]
+    kill_run(overrides, call, moment, where)
     resumed = lorica.Experiment.load(overrides=overrides).run()
+    whole = adapter_of(finished)
     for name, value in adapter_of(resumed).items():
-        assert torch.equal(value, whole_run["adapter"][name]), name
-    assert [row["accuracy"] for row in resumed.metrics] == whole_run["accuracies"]
-    for mine, theirs in zip(resumed.privacy["clients"], whole_run["clients"], strict=True):
+        assert torch.equal(value, whole[name]), name
+    assert [row["accuracy"] for row in resumed.metrics] == [row["accuracy"] for row in finished.metrics]
+    for mine, theirs in zip(resumed.privacy["clients"], finished.privacy["clients"], strict=True):
         # Never smaller; and, since stored replies answer repeated requests, not larger either.
         assert mine["steps"] == theirs["steps"]
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("whole")
-    os.environ["LORICA_HOME"] = str(folder / "home")
-    result = experiment(folder).run()
-    accuracies = [row["accuracy"] for row in result.metrics]
-    return {"adapter": adapter_of(result), "accuracies": accuracies, "clients": result.privacy["clients"]}
-
-
-@pytest.mark.slow
+@no_report
+@pytest.mark.integration
 @pytest.mark.parametrize(
-    ("method", "count"),
+    ("method", "call"),
     # Clients charge twice a round in FedASK: the 6th charge is in the middle of the second exchange of round 2.
     [("flora", 4), ("fedask", 6), ("fedask", 8), ("fedsa-lora", 4), ("fed-galore", 5), ("fed-sb", 7)],
 )
-def test_methods_with_more_state_resume_from_kill_9_too(tmp_path: Path, method: str, count: int) -> None:
-    overrides = [*SMALL, f"method.name={method}"]
-    paths = [f"output={tmp_path}/killed", f"privacy.ledger={tmp_path}/killed-ledger"]
-    arguments = [sys.executable, "-c", KILLER, str(count), "after", "charge", *overrides, *paths]
-    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
-    resumed = lorica.Experiment.load(overrides=[*overrides, *paths]).run()
-    whole = experiment(tmp_path / "whole", *overrides).run()
+def test_methods_with_more_state_resume_from_kill_9_too(
+    tmp_path: Path, small: list[str], experiment: Load, method: str, call: int
+) -> None:
+    overrides = [*small, *placed(tmp_path / "killed"), f"method.name={method}"]
+    kill_run(overrides, call, "after", "attach")
+    resumed = lorica.Experiment.load(overrides=overrides).run()
+    whole = experiment(tmp_path / "whole", f"method.name={method}").run()
     files = sorted(path.relative_to(whole.adapter) for path in whole.adapter.rglob("adapter_model.safetensors"))
     assert files
     for file in files:
@@ -201,8 +195,15 @@ def test_methods_with_more_state_resume_from_kill_9_too(tmp_path: Path, method: 
     assert [row["steps"] for row in resumed.privacy["clients"]] == [4, 4]
 
 
-@pytest.mark.parametrize("method", sorted(registry()))
-def test_every_method_exports_what_it_was_evaluated_with(tmp_path: Path, method: str) -> None:
+# One for each shape of adapter: plain factors, increments stacked with them, R between A and B, a model of its own for
+# each client, a higher rank.
+SHAPES = ("as-lora", "flora", "fed-sb", "fedsa-lora", "fedex-lora")
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[] if name in SHAPES else pytest.mark.slow) for name in sorted(registry())]
+)
+def test_every_method_exports_what_it_was_evaluated_with(tmp_path: Path, experiment: Load, method: str) -> None:
     """The PEFT folder (of each client, where models are personal) gives the last round's metrics on the test set."""
     steps = ["federation.local_steps=2", "federation.rounds=2"]
     result = experiment(tmp_path, f"method.name={method}", *steps).run()
@@ -225,7 +226,8 @@ def test_every_method_exports_what_it_was_evaluated_with(tmp_path: Path, method:
     assert method in page
 
 
-def test_the_average_over_rounds_is_what_is_exported(tmp_path: Path) -> None:
+@no_report
+def test_the_average_over_rounds_is_what_is_exported(tmp_path: Path, experiment: Load) -> None:
     overrides = ["method.name=ffa-lora", "federation.rounds=3"]
     plain = experiment(tmp_path / "plain", *overrides).run()
     averaged = experiment(tmp_path / "averaged", *overrides, "server.average=0.5").run()
@@ -238,7 +240,8 @@ def test_the_average_over_rounds_is_what_is_exported(tmp_path: Path) -> None:
     assert found["loss"] == pytest.approx(averaged.metrics[-1]["loss"], rel=1e-4)
 
 
-def test_a_stopped_secure_run_resumes_without_exceeding_its_budget(tmp_path: Path) -> None:
+@no_report
+def test_a_stopped_secure_run_resumes_without_exceeding_its_budget(tmp_path: Path, experiment: Load) -> None:
     class Stop(Exception):
         pass
 
@@ -261,7 +264,10 @@ def test_a_stopped_secure_run_resumes_without_exceeding_its_budget(tmp_path: Pat
     assert not (result.folder / "partition.json").exists()
 
 
-def test_a_run_goes_on_without_a_client_or_stops_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@no_report
+def test_a_run_goes_on_without_a_client_or_stops_and_resumes(
+    tmp_path: Path, experiment: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Client 1's reply of round 2 is lost, once; its ledger has it."""
     exchange = LocalEngine.exchange
 
@@ -285,7 +291,10 @@ def test_a_run_goes_on_without_a_client_or_stops_and_resumes(tmp_path: Path, mon
         assert torch.equal(adapter_of(resumed)[name], value), name
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_resumes(tmp_path: Path, whole_run: dict[str, Any]) -> None:
+@no_report
+def test_a_damaged_checkpoint_is_named_and_the_one_before_resumes(
+    tmp_path: Path, experiment: Load, finished: Result
+) -> None:
     class Stop(Exception):
         pass
 
@@ -307,16 +316,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_resumes(tmp_path: Path
     # Round 3 is asked for again, and the owners send what they had sent: nothing is charged twice.
     resumed = some.run()
     for name, value in adapter_of(resumed).items():
-        assert torch.equal(value, whole_run["adapter"][name]), name
+        assert torch.equal(value, adapter_of(finished)[name]), name
     assert [row["steps"] for row in resumed.privacy["clients"]] == [4, 4]
 
 
-def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path: Path, whole_run: dict[str, Any]) -> None:
+@no_report
+def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path: Path, experiment: Load, finished: Result) -> None:
     again = experiment(tmp_path, "name=again").run()
     for name, value in adapter_of(again).items():
-        assert torch.equal(value, whole_run["adapter"][name]), name
+        assert torch.equal(value, adapter_of(finished)[name]), name
     other = experiment(tmp_path, "name=other", "seed=1").run()
-    assert any(not torch.equal(value, whole_run["adapter"][name]) for name, value in adapter_of(other).items())
+    assert any(not torch.equal(value, adapter_of(finished)[name]) for name, value in adapter_of(other).items())
 
 
 def test_a_folder_of_another_experiment_is_left_alone(finished: Result) -> None:
@@ -327,7 +337,8 @@ def test_a_folder_of_another_experiment_is_left_alone(finished: Result) -> None:
         lorica.Experiment.load(config, [f"output={finished.folder}", "name=checkpoint"]).run()
 
 
-def test_the_lifetime_limit_stops_a_run_before_it_starts(tmp_path: Path) -> None:
+@no_report
+def test_the_lifetime_limit_stops_a_run_before_it_starts(tmp_path: Path, experiment: Load) -> None:
     spent = experiment(tmp_path, "privacy.noise=secure").run().epsilon
     limit = f"privacy.max_lifetime_epsilon={spent * 1.2}"
     with pytest.raises(UserError, match=r"privacy\.max_lifetime_epsilon"):
@@ -338,9 +349,10 @@ def test_the_lifetime_limit_stops_a_run_before_it_starts(tmp_path: Path) -> None
     assert life > spent * 1.2
 
 
-def test_without_privacy_a_run_says_so(tmp_path: Path) -> None:
+@no_report
+def test_without_privacy_a_run_says_so(tmp_path: Path, some_digits: list[str]) -> None:
     overrides = ["privacy=none", "federation.weights=records", "federation.rounds=1", "federation.clients=2"]
-    result = lorica.Experiment.load(overrides=[*overrides, f"output={tmp_path}"]).run()
+    result = lorica.Experiment.load(overrides=[*overrides, *some_digits, f"output={tmp_path}"]).run()
     assert result.epsilon == float("inf")
     assert result.privacy["private_release"] is False
     assert "without differential privacy" in result.privacy["not_covered"][0]
@@ -368,15 +380,17 @@ def test_without_privacy_a_run_says_so(tmp_path: Path) -> None:
         ("server.optimiser=fedadam", r"Did you mean 'optimizer'"),
     ],
 )
-def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path, override: str, message: str) -> None:
+def test_bad_input_is_refused_before_anything_is_written(
+    tmp_path: Path, experiment: Load, override: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         experiment(tmp_path / "out", override).run()
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_are_dealt_counted_and_drawn(tmp_path: Path) -> None:
-    shards = ["federation.partition=shards", "federation.clients=5", "federation.min_records=64"]
-    result = experiment(tmp_path, *shards, "federation.rounds=1").run()
+def test_shards_are_dealt_counted_and_drawn(tmp_path: Path, experiment: Load) -> None:
+    shards = ["task.train=lorica:digits/train", "federation.partition=shards", "federation.clients=5"]
+    result = experiment(tmp_path, *shards, "federation.min_records=64", "federation.rounds=1").run()
     counts = json.loads((result.folder / "partition.json").read_text())
     assert counts["labels"] == [str(digit) for digit in range(10)]
     assert np.sum([client["counts"] for client in counts["clients"]]) == 1437
@@ -389,7 +403,8 @@ def test_shards_are_dealt_counted_and_drawn(tmp_path: Path) -> None:
     assert "a real federation has no such view" in page
 
 
-def test_files_are_clients_and_the_ledger_lies_beside_their_folder(tmp_path: Path) -> None:
+@no_report
+def test_files_are_clients_and_the_ledger_lies_beside_their_folder(tmp_path: Path, experiment: Load) -> None:
     table = digits.table("train", "image", "label")
     for name, start, end in (("north", 0, 500), ("south", 500, 600)):
         (tmp_path / "hospitals").mkdir(exist_ok=True)
@@ -420,13 +435,12 @@ def test_the_ledger_lies_beside_the_data(tmp_path: Path) -> None:
     assert ledger_path(embedded, dataset).parent == Path(os.environ["LORICA_HOME"]) / "ledgers"
 
 
-def test_a_large_delta_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="lorica"):
-        prepare_local(experiment(tmp_path, "privacy.delta=0.1").config)
-    assert "privacy.delta = 0.1 is not below 1/" in caplog.text
+def test_a_large_delta_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"privacy\.delta = 0\.1: not below 1/"):
+        plan_run(load(None, ["privacy.delta=0.1"]), 0, 200)
 
 
-def test_query_and_value_are_found_under_their_new_names(tmp_path: Path) -> None:
+def test_query_and_value_are_found_under_their_new_names(tmp_path: Path, experiment: Load) -> None:
     prepared = prepare_local(experiment(tmp_path, "lora.target_modules=[query, value]").config)[0]
     assert {site.name.rsplit(".", 1)[-1] for site in prepared.model.sites} == {"q_proj", "v_proj"}
     everything = prepare_local(experiment(tmp_path, "lora.target_modules=all-linear").config)[0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from lorica.cli import app
 from lorica.errors import UserError
 from lorica.files import append_line, write_atomically
 
@@ -33,18 +33,20 @@ def test_appending_to_a_full_disk_is_a_clear_error() -> None:
         append_line(Path("/dev/full"), "line")
 
 
-def test_a_run_out_of_disk_ends_with_one_line_and_resumes(tmp_path: Path) -> None:
+def test_a_run_out_of_disk_ends_with_one_line_and_resumes(tmp_path: Path, some_digits: list[str]) -> None:
     """A limit on file size stands in for the disk: the ledger reaches it first."""
-    command = [Path(sys.executable).parent / "lorica", "run", f"output={tmp_path}", "federation.rounds=3"]
+    command = ["run", f"output={tmp_path}", f"privacy.ledger={tmp_path}/ledger", *some_digits, "federation.rounds=3"]
     command += ["federation.clients=2", "federation.partition=iid", "federation.local_steps=1", "name=full"]
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
-
-    first = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
-    assert first.returncode == 2, first.stdout + first.stderr
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
+    try:
+        first = CliRunner().invoke(app, command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert first.exit_code == 2, first.output
+    assert isinstance(first.exception, SystemExit)
     assert "error" in first.stdout
-    assert "Traceback" not in first.stderr
-    second = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stdout + second.stderr
+    assert "Traceback" not in first.output
+    second = CliRunner().invoke(app, command)
+    assert second.exit_code == 0, second.output
     assert (tmp_path / "full" / "report.html").is_file()

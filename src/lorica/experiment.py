@@ -30,6 +30,9 @@ class Experiment:
 
         Raises:
             UserError: names the key, the value and the remedy.
+
+        >>> Experiment.load(overrides=["privacy.epsilon=1"]).config.privacy.epsilon
+        1.0
         """
         return cls(load(source, overrides))
 

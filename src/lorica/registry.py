@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
 
 METHODS, TASK_KINDS = "lorica.methods", "lorica.tasks"
 
 
-def registered(group: str) -> dict[str, EntryPoint]:
-    """Name -> entry point, sorted by name: Lorica's own and those of other installed packages. Imports none of them."""
-    return {entry.name: entry for entry in sorted(entry_points(group=group), key=lambda entry: entry.name)}
+@cache
+def registered(group: str) -> Mapping[str, EntryPoint]:
+    """Name -> entry point, sorted by name: Lorica's own and those of other installed packages. Imports none of them.
+
+    Looked up once in a process: it reads a file of every installed package.
+    """
+    entries = sorted(entry_points(group=group), key=lambda entry: entry.name)
+    return MappingProxyType({entry.name: entry for entry in entries})
 
 
 def remedy_for_unknown(name: str, known: Iterable[str]) -> str:

@@ -11,6 +11,9 @@ def participation_schedule(clients: int, rounds: int, participants: int, seed: i
     Balanced rotation: every client of a public permutation takes part before the next permutation is drawn, so after
     any number of rounds the participation counts of two clients differ by at most one. The schedule is known before
     the run, so each client's budget is computed for exactly the steps that it will run.
+
+    >>> participation_schedule(clients=5, rounds=4, participants=2, seed=0)
+    [[1, 3], [2, 4], [0, 1], [3, 4]]
     """
     draws = numpy_stream(seed, "participation")
     queue: list[int] = []
@@ -20,7 +23,8 @@ def participation_schedule(clients: int, rounds: int, participants: int, seed: i
         queue = queue[participants:]
         if len(chosen) < participants:
             # Those already chosen go to the end of the new permutation, so that nobody is drawn twice in a round.
-            fresh = [client for client in draws.permutation(clients).tolist() if client not in chosen]
+            taken = set(chosen)
+            fresh = [client for client in draws.permutation(clients).tolist() if client not in taken]
             needed = participants - len(chosen)
             queue = fresh[needed:] + chosen
             chosen = chosen + fresh[:needed]
@@ -32,6 +36,9 @@ def client_ranks(rule: list[int] | str | None, clients: int, rank: int, seed: in
     """Client -> rank of its factors; empty if all clients use the full rank.
 
     `halving`: `r, r/2, r/4, …, 1`, repeated. `random`: uniform on `1…r`, drawn from the public seed.
+
+    >>> client_ranks("halving", clients=5, rank=8, seed=0)
+    {0: 8, 1: 4, 2: 2, 3: 1, 4: 8}
     """
     if rule is None:
         return {}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.adapters.adapted import AdaptedModel
@@ -29,7 +29,6 @@ def pair(d_out: int, rank: int, d_in: int, draws: torch.Generator) -> tuple[torc
     return torch.randn(d_out, rank, generator=draws), torch.randn(rank, d_in, generator=draws)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     d_out=st.integers(2, 24),
     d_in=st.integers(2, 24),

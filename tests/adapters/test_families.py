@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -27,8 +26,9 @@ from lorica.privacy.gradients import per_example_gradients
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import plan_client
 from lorica.server.federation import Federation
-from tests.models import FAMILIES, IMAGES, LABELS, VISION, batch, one_at_a_time
-from tests.records import TinyRecords
+from lorica.testing.models import LABELS
+from lorica.testing.records import TinyRecords
+from tests.models import FAMILIES, IMAGES, VISION, batch, one_at_a_time
 
 NAMES = ["bad", "fair", "good"]
 RECORDS, STEPS = 6, 2
@@ -54,7 +54,9 @@ def federation(model: AdaptedModel, family: str, folder: Path, privacy: Any, cli
     ledger = Ledger(folder / "ledger.sqlite")
     # Micro-batches of about two texts, or of all images.
     members = {
-        number: Client(number, TinyRecords.of(family, RECORDS, number), plans[number], ledger, "data", 0, 24)
+        number: Client(
+            number, TinyRecords.of(batch(family, RECORDS, number), number), plans[number], ledger, "data", 0, 24
+        )
         for number in range(clients)
     }
     optimizer = OptimizerConfig(lr=0.5)
@@ -95,7 +97,7 @@ def test_a_step_without_noise_is_gradient_descent(tmp_path: Path, family: str) -
     some = federation(model, family, tmp_path, "none", 1, 1)
     before = dict(some.server.model.tensors)
     model.write(before)
-    gradients = one_at_a_time(model, TinyRecords.of(family, RECORDS, 0).batch(np.arange(RECORDS)))
+    gradients = one_at_a_time(model, batch(family, RECORDS))
     some.round()
     for name, value in some.server.model.tensors.items():
         if not torch.equal(value, before[name]):

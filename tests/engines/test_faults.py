@@ -1,7 +1,7 @@
 """What breaks in the middle of a run costs a repetition at most: nothing is lost, and no release goes unrecorded.
 
-The slow tests run Flower's own processes, each node's worker among them; in the others a grid in this process stands
-for them.
+The integration tests run Flower's own processes, each node's worker among them; in the others a grid in this process
+stands for them.
 """
 
 from __future__ import annotations
@@ -122,15 +122,15 @@ def rounds(config: ExperimentConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_killed_worker_is_replaced_in_the_same_message(organisations: Organisations) -> None:
-    """Between the ledger's row and the reply, and in training."""
+    """Before the reply is sent, and in training."""
     here, config = local(organisations, "local"), over_flower(organisations)
     with RealProcesses(organisations) as real:
-        real.hold(0, "charged")
+        real.hold(0, "answered")
         running = real.launch(config)
         # The second worker has round 1's reply from the ledger, so that it trains in round 2 first.
-        for moment, then in (("charged", "training"), ("training", None)):
+        for moment, then in (("answered", "training"), ("training", None)):
             real.wait_for(0, moment)
             real.kill_node(0, "lorica.engines.flower.warm")
             real.let_go(0)
@@ -142,14 +142,14 @@ def test_a_killed_worker_is_replaced_in_the_same_message(organisations: Organisa
         assert charged(organisations, client) == [(1, 2), (2, 2)]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_killed_node_ends_the_run_which_then_resumes(
     organisations: Organisations, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """SuperNode, Flower's process for the message and worker die at once, as if the power failed."""
     here, config = local(organisations, "local"), over_flower(organisations, "flower.timeout=20")
     with RealProcesses(organisations) as real:
-        for moment, in_ledger in (("training", []), ("charged", [(1, 2)])):
+        for moment, in_ledger in (("charging", []), ("training", [(1, 2)]), ("answered", [(1, 2)])):
             real.hold(0, moment)
             running = real.launch(config)
             real.wait_for(0, moment)
@@ -166,7 +166,7 @@ def test_a_killed_node_ends_the_run_which_then_resumes(
         assert charged(organisations, client) == [(1, 2), (2, 2)]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_node_that_answers_late_is_charged_and_stays_in_the_run(organisations: Organisations) -> None:
     changes = ["flower.timeout=20", "federation.min_clients=1", "federation.rounds=3"]
     config = over_flower(organisations, *changes)
@@ -183,7 +183,7 @@ def test_a_node_that_answers_late_is_charged_and_stays_in_the_run(organisations:
     assert [row["steps"] for row in read_result(config.folder).privacy["clients"]] == [6, 6]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_node_that_is_started_late_joins_the_running_federation(organisations: Organisations) -> None:
     changes = ["flower.wait=45", "federation.min_clients=1", "federation.rounds=6"]
     config = over_flower(organisations, *changes)
@@ -231,13 +231,13 @@ def fill(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_disk_that_gets_full_at_the_node(organisations: Organisations, capfd: pytest.CaptureFixture[str]) -> None:
-    """Before the ledger's row nothing leaves; after it, the reply waits in the ledger for room."""
+    """Without the ledger's row nothing is computed; what is charged waits for room, with its reply or without."""
     here, config = local(organisations, "local"), over_flower(organisations)
     place = organisations.places[0]
     with disk_of_its_own(place), RealProcesses(organisations) as real:
-        for moment, in_ledger in (("charging", []), ("charged", [(1, 2)])):
+        for moment, in_ledger in (("charging", []), ("training", [(1, 2)]), ("answered", [(1, 2)])):
             real.hold(0, moment)
             running = real.launch(config)
             real.wait_for(0, moment)
@@ -253,7 +253,7 @@ def test_a_disk_that_gets_full_at_the_node(organisations: Organisations, capfd: 
     assert_same(here.adapter, config.folder / "adapter")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_server_app_and_the_superlink_are_killed_in_one_run(organisations: Organisations) -> None:
     """Each time the same command resumes after the last finished round."""
     here = local(organisations, "local", "federation.rounds=3")

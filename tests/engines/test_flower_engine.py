@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from flwr.app import Error, Message
 from flwr.common.serde import message_from_proto, message_to_proto
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -27,6 +27,7 @@ from lorica.owner.node import agreed
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.mechanism import Terms
 from lorica.run.result import Result
+from lorica.tensors import TYPES
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
 
@@ -73,14 +74,22 @@ def charged(organisations: Organisations, client: int) -> list[tuple[int, int]]:
     return [(release.round, release.steps) for release in releases]
 
 
-VARIANTS = [(name, []) for name in METHODS] + [
+# One for each kind of state: the server's scores, what a client keeps between exchanges, merged increments, a model of
+# each client's own, R between frozen factors, and control variates.
+OFTEN: list[tuple[str, list[str]]] = [
+    *((name, []) for name in ("as-lora", "fedask", "flora", "fedsa-lora", "fed-sb")),
+    ("fed-avg", ["local.scaffold=true", "local.fedprox=0.1"]),
+]
+RARELY: list[tuple[str, list[str]]] = [
+    *((name, []) for name in METHODS if (name, []) not in OFTEN),
     ("flora", ["lora.client_ranks=[1, 2]"]),
     ("fedask", ["lora.client_ranks=[2, 1]"]),
-    ("fed-avg", ["local.scaffold=true", "local.fedprox=0.1"]),
 ]
 
 
-@pytest.mark.parametrize(("name", "pieces"), VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "pieces"), [*OFTEN, *(pytest.param(*variant, marks=pytest.mark.slow) for variant in RARELY)]
+)
 def test_both_engines_give_the_same_adapter(name: str, pieces: list[str], tmp_path: Path) -> None:
     """Local: one process with all files. Flower: a node for each file, which alone knows it."""
     organisations = Organisations(tmp_path)
@@ -129,8 +138,19 @@ class KilledServer(InProcessGrid):
         return pushed
 
 
-@pytest.mark.parametrize("name", ["as-lora", "fedask", "flora", "fedsa-lora"])
-@pytest.mark.parametrize("last", [1, 3])
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("as-lora", 1),
+        ("fedask", 1),
+        ("flora", 3),
+        ("fedsa-lora", 3),
+        pytest.param("as-lora", 3, marks=pytest.mark.slow),
+        pytest.param("fedask", 3, marks=pytest.mark.slow),
+        pytest.param("flora", 1, marks=pytest.mark.slow),
+        pytest.param("fedsa-lora", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_server_that_died_resumes_without_charging_twice(name: str, last: int, tmp_path: Path) -> None:
     organisations = Organisations(tmp_path)
     here = local(organisations, "local", f"method.name={name}")
@@ -158,7 +178,9 @@ class ColdNodes(InProcessGrid):
         return super().answer(message)
 
 
-@pytest.mark.parametrize("name", ["as-lora", "fedask", "flora"])
+@pytest.mark.parametrize(
+    "name", ["fedask", *(pytest.param(name, marks=pytest.mark.slow) for name in ("as-lora", "flora"))]
+)
 def test_nodes_need_no_memory_between_messages(name: str, tmp_path: Path) -> None:
     organisations = Organisations(tmp_path)
     here = local(organisations, "local", f"method.name={name}")
@@ -273,7 +295,7 @@ def test_a_second_node_with_the_same_number_is_not_taken_in(tmp_path: Path, capl
     assert Ledger(tmp_path / "impostor" / "data.jsonl.ledger.sqlite").releases() == []
 
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+DTYPES = list(TYPES)
 SHAPES = st.lists(st.integers(0, 3), max_size=3)
 NAMES = st.text(min_size=1, max_size=8)
 
@@ -325,7 +347,6 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
-@settings(deadline=None, max_examples=80)
 @given(NAMED, PAIRED, WORK, st.booleans(), st.integers(0, 9))
 def test_requests_survive_the_wire(
     sent: dict[str, Tensor], increments: Any, work: Any, restart: bool, sequence: int

@@ -26,6 +26,7 @@ def init(folder: Path, *overrides: str, code: int = 0) -> str:
     return done.stdout
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["digits-as-lora", "A_name.that-Flower-would_refuse-for-its-length"])
 def test_flower_builds_the_app_and_its_configuration_is_the_experiment(tmp_path: Path, name: str) -> None:
     output = init(tmp_path, f"name={name}", "method.name=fedask", "federation.clients=5")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,24 @@ pytest.importorskip("flwr")
 import lorica
 from lorica.engines.flower.server import serve
 from lorica.errors import UserError
-from lorica.messages import decode
 from lorica.owner import node
 from lorica.owner.identity import make_identity
 from lorica.owner.settings import NodeSettings
 from lorica.server.federation import TooFewReplies
+from lorica.tensors import decode
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations, invitation
 
+Load = Callable[..., lorica.Experiment]
 SMALL = [
     "federation.clients=4",
     "federation.rounds=2",
     "federation.local_steps=1",
-    "federation.batch_size=64",
+    "federation.batch_size=32",
     "federation.secure_sum=true",
+    "federation.partition=iid",
+    "privacy.epsilon=null",
+    "privacy.noise_multiplier=1.0",
     "privacy.noise=reproducible",
     "lora.r=2",
     "seed=1",
@@ -39,17 +44,20 @@ SMALL = [
 
 
 @pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORICA_HOME", str(tmp_path / "home"))
+def fresh_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     # Drawing takes longer than these runs.
     monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
     monkeypatch.setattr("lorica.engines.flower.engine.POLL_SECONDS", 0.01)
     node.agreed.cache_clear()
 
 
-def config(tmp_path: Path, name: str, *overrides: str) -> lorica.Experiment:
-    places = [f"output={tmp_path}", f"name={name}", f"privacy.ledger={tmp_path / name}.sqlite"]
-    return lorica.Experiment.load(overrides=[*SMALL, *places, *overrides])
+@pytest.fixture
+def config(tmp_path: Path, some_digits: list[str]) -> Load:
+    def load(name: str, *overrides: str) -> lorica.Experiment:
+        places = [f"output={tmp_path}", f"name={name}", f"privacy.ledger={tmp_path / name}.sqlite"]
+        return lorica.Experiment.load(overrides=[*SMALL, *some_digits, *places, *overrides])
+
+    return load
 
 
 def nodes(count: int = 4) -> list[dict[str, Any]]:
@@ -87,34 +95,34 @@ def _read(content: bytes) -> str:
         return "not readable"
 
 
-def test_sums_over_flower_are_those_of_one_process(tmp_path: Path) -> None:
-    local = config(tmp_path, "local").run()
+def test_sums_over_flower_are_those_of_one_process(config: Load, own_home: Path) -> None:
+    local = config("local").run()
     grid = Watching(nodes())
-    distant = serve(config(tmp_path, "distant").config, grid)
+    distant = serve(config("distant").config, grid)
     ours, theirs = adapter(distant.adapter), adapter(local.adapter)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     # No message up could be read as a reply, but for the empty ones to the final delivery.
     assert {_read(content) for content in grid.seen} == {"no tensors", "not readable"}
-    secrets = list((tmp_path / "home").rglob("sum.json"))
+    secrets = list(own_home.rglob("sum.json"))
     assert len(secrets) == 4
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in secrets)
 
 
 @pytest.mark.parametrize("stage", ["keys", "shares", "masked", "revealed"])
-def test_a_node_that_is_lost_at_any_stage_does_not_stop_the_rest(stage: str, tmp_path: Path) -> None:
-    result = serve(config(tmp_path, "some", "federation.min_clients=3").config, Watching(nodes(), {stage: {2}}))
+def test_a_node_that_is_lost_at_any_stage_does_not_stop_the_rest(stage: str, config: Load) -> None:
+    result = serve(config("some", "federation.min_clients=3").config, Watching(nodes(), {stage: {2}}))
     rounds = [row for row in result.metrics if row["round"]]
     gone = [] if stage == "revealed" else [2]
     assert [row["missing"] for row in rounds] == [gone, gone]
 
 
-def test_too_few_nodes_for_a_sum_stop_the_run(tmp_path: Path) -> None:
+def test_too_few_nodes_for_a_sum_stop_the_run(config: Load) -> None:
     with pytest.raises(TooFewReplies, match=r"federation\.min_clients"):
-        serve(config(tmp_path, "few", "federation.min_clients=3").config, Watching(nodes(), {"masked": {1, 2}}))
+        serve(config("few", "federation.min_clients=3").config, Watching(nodes(), {"masked": {1, 2}}))
 
 
-def test_a_node_shows_no_single_reply_in_a_run_of_sums(tmp_path: Path) -> None:
+def test_a_node_shows_no_single_reply_in_a_run_of_sums(tmp_path: Path, config: Load) -> None:
     """A server that invites to sums and then asks for replies gets refusals, and nothing is charged."""
     grid = InProcessGrid(nodes())
     asked = grid.answer
@@ -126,15 +134,15 @@ def test_a_node_shows_no_single_reply_in_a_run_of_sums(tmp_path: Path) -> None:
 
     grid.answer = without_question  # type: ignore[method-assign]
     with pytest.raises(TooFewReplies):
-        serve(config(tmp_path, "greedy").config, grid)
+        serve(config("greedy").config, grid)
     from lorica.privacy.ledger import Ledger
 
     assert Ledger(tmp_path / "greedy.sqlite").releases() == []
 
 
-def test_the_model_travels_in_one_stage_only(tmp_path: Path) -> None:
+def test_the_model_travels_in_one_stage_only(config: Load) -> None:
     grid = InProcessGrid(nodes())
-    result = serve(config(tmp_path, "once", "federation.rounds=1").config, grid)
+    result = serve(config("once", "federation.rounds=1").config, grid)
     asked = [message.content["lorica"] for message in grid.sent if "question" in message.content["lorica"]]
     assert len(asked) == 16
     carried = [len(record["request"]) for record in asked if "request" in record]
@@ -142,7 +150,7 @@ def test_the_model_travels_in_one_stage_only(tmp_path: Path) -> None:
     assert sum(carried) < 1.3 * sum(result.metrics[1]["bytes_down"].values())
 
 
-def test_an_input_without_a_request_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_input_without_a_request_is_refused(config: Load, caplog: pytest.LogCaptureFixture) -> None:
     grid = InProcessGrid(nodes())
     asked = grid.answer
 
@@ -153,13 +161,13 @@ def test_an_input_without_a_request_is_refused(tmp_path: Path, caplog: pytest.Lo
 
     grid.answer = without_request  # type: ignore[method-assign]
     with pytest.raises(TooFewReplies):
-        serve(config(tmp_path, "unsaid", "federation.rounds=1").config, grid)
+        serve(config("unsaid", "federation.rounds=1").config, grid)
     assert "a masked input without a request" in caplog.text
 
 
-def test_a_run_of_sums_needs_three_clients(tmp_path: Path) -> None:
+def test_a_run_of_sums_needs_three_clients(config: Load) -> None:
     with pytest.raises(UserError, match=r"federation\.participation.*federation\.secure_sum"):
-        config(tmp_path, "two", "federation.clients=2").run()
+        config("two", "federation.clients=2").run()
 
 
 class Clinics(Organisations):

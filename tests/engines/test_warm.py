@@ -115,7 +115,7 @@ def test_a_message_is_given_to_two_workers_and_no_third(
     assert len(asked) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.usefixtures("sockets")
 def test_one_worker_answers_as_this_process_would_until_it_is_killed_or_idle(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()

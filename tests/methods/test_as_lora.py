@@ -17,7 +17,8 @@ from lorica.methods.as_lora import ASLoRA
 from lorica.methods.exchange import Replies, Train
 from lorica.methods.server import Server
 from lorica.privacy.mechanism import Terms
-from tests.methods.test_every_method import Wrapped, federation, run
+from lorica.testing.federation import run_rounds, tiny_federation
+from tests.methods.engines import Wrapped
 
 SITES = [
     Site(f"model.layers.{layer}.{name}", f"model.layers.{layer}", 6, 5, 2, 1.0)
@@ -160,7 +161,7 @@ def test_gain_is_the_trapezoid_score_and_its_average() -> None:
 
 def test_choices_depend_on_uploads_and_public_numbers_alone(tmp_path: Path) -> None:
     """Other private records, same uploads: the same choices. The method never touches a client."""
-    some = run(federation("as-lora", tmp_path / "a"), 3)
+    some = run_rounds(tiny_federation("as-lora", tmp_path / "a"), 3)
     replies = [dict(exchange) for exchange in some.engine.replies]
 
     class Replay(Wrapped):
@@ -172,9 +173,9 @@ def test_choices_depend_on_uploads_and_public_numbers_alone(tmp_path: Path) -> N
             self.asked.append({client: request.work.trained for client, request in requests.items()})
             return replies[len(self.asked) - 1]
 
-    other = federation("as-lora", tmp_path / "b")
+    other = tiny_federation("as-lora", tmp_path / "b")
     other.engine = Replay(other.engine)
-    run(other, 3)
+    run_rounds(other, 3)
     asked = [
         {client: request.work.trained for client, request in exchange.items()} for exchange in some.engine.requests
     ]
@@ -234,12 +235,12 @@ def test_inactive_blocks_become_less_certain() -> None:
 
 def test_last_step_energy_uploads_one_number_a_tensor_and_the_default_nothing(tmp_path: Path) -> None:
     def sent(score: str) -> set[str]:
-        some = federation("as-lora", tmp_path / score, options={"score": score})
+        some = tiny_federation("as-lora", tmp_path / score, options={"score": score})
         some.round()
         return set(some.engine.replies[-1][0]) - set(some.engine.requests[-1][0].work.trained)
 
     assert sent("curvature") == sent("energy") == set()
-    some = federation("as-lora", tmp_path / "again", options={"score": "last-step-energy"})
+    some = tiny_federation("as-lora", tmp_path / "again", options={"score": "last-step-energy"})
     some.round()
     trained = some.engine.requests[-1][0].work.trained
     assert sent("last-step-energy") == {f"energy:{name}" for name in trained}

@@ -20,7 +20,9 @@ from lorica.methods.exchange import Replies
 from lorica.methods.server import Server
 from lorica.privacy.mechanism import Terms
 from lorica.server.federation import Federation
-from tests.methods.test_every_method import dense, federation, run
+from lorica.testing.checks import ROUNDS, Recording
+from lorica.testing.federation import dense, tiny_federation
+from tests.methods.conftest import Recordings
 
 
 def row_space(matrix: Tensor) -> Tensor:
@@ -36,65 +38,62 @@ def outside(matrix: Tensor, projector: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", ["fedsvd", "fedask", "ffa-lora"])
-def test_methods_that_train_b_never_leave_the_row_space_of_the_first_a(name: str, tmp_path: Path) -> None:
-    some = federation(name, tmp_path)
-    sites = some.server.model.sites
-    first = {site.name: row_space(some.server.model.tensors[site.a]) for site in sites}
-    for _ in range(4):
-        some.round()
-        for site in sites:
-            assert outside(dense(some, site), first[site.name]) < 1e-5
+def test_methods_that_train_b_never_leave_the_row_space_of_the_first_a(name: str, recordings: Recordings) -> None:
+    recording = recordings(name)
+    start, *after = recording.adapters
+    for site in recording.federation.server.model.sites:
+        first = row_space(start.tensors[site.a])
+        assert all(outside(dense(adapter, site), first) < 1e-5 for adapter in after)
 
 
 @pytest.mark.parametrize("name", ["ro-lora", "as-lora", "deer", "fed-rac-lora", "fed-galore", "la-lora", "fed-sb"])
-def test_methods_that_train_a_or_draw_it_anew_do_leave_it(name: str, tmp_path: Path) -> None:
-    some = federation(name, tmp_path)
-    first = {site.name: row_space(some.server.model.tensors[site.a]) for site in some.server.model.sites}
-    run(some)
-    assert all(outside(dense(some, site), first[site.name]) > 1e-3 for site in some.server.model.sites)
+def test_methods_that_train_a_or_draw_it_anew_do_leave_it(name: str, recordings: Recordings) -> None:
+    recording = recordings(name)
+    for site in recording.federation.server.model.sites:
+        first = row_space(recording.adapters[0].tensors[site.a])
+        assert outside(dense(recording.adapters[-1], site), first) > 1e-3
 
 
 def test_fedsvd_is_ffa_with_an_orthonormal_a(tmp_path: Path) -> None:
     """From a common orthonormal A₀, without noise, SGD and any rotation of the basis give the same model."""
     full = {"privacy": "none", "clients": 1, "batch_size": 20}
-    ffa = federation("ffa-lora", tmp_path / "a", options={"orthonormal_a": True}, **full)
-    svd = federation("fedsvd", tmp_path / "b", **full)
+    ffa = tiny_federation("ffa-lora", tmp_path / "a", options={"orthonormal_a": True}, **full)
+    svd = tiny_federation("fedsvd", tmp_path / "b", **full)
     svd.server.model.assign({site.a: ffa.server.model.tensors[site.a] for site in svd.server.model.sites})
     for _ in range(4):
         ffa.round()
         svd.round()
         for site in svd.server.model.sites:
-            torch.testing.assert_close(dense(ffa, site), dense(svd, site), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                dense(ffa.server.model, site), dense(svd.server.model, site), rtol=1e-3, atol=1e-5
+            )
 
 
-def _errors(some: Federation) -> list[float]:
-    """Relative aggregation error `‖Σ w_k B_k A_k - B̄ Ā‖` of each site in one round."""
-    before = dict(some.server.model.tensors)
-    some.round()
-    (reply,) = some.engine.replies[-1:]
+def errors(recording: Recording, round_number: int) -> list[float]:
+    """Relative aggregation error `‖Σ w_k B_k A_k - B̄ Ā‖` of each site in one round, from what travelled."""
+    before, after = recording.adapters[round_number - 1 : round_number + 1]
+    (exchange,) = recording.exchanges[round_number - 1]
+    replies = recording.engine.replies[exchange]
+    records = {client: recording.federation.plans[client].records for client in replies}
     found = []
-    for site in some.server.model.sites:
-        products = []
-        for released in reply.values():
-            b, a = (before[name] + released.get(name, 0) for name in (site.b, site.a))
-            products.append(b.double() @ a.double())
-        mean = sum(products) / len(products)
-        found.append(float((mean - dense(some, site)).norm() / mean.norm()))
+    for site in recording.federation.server.model.sites:
+        mean = torch.zeros(site.d_out, site.d_in).double()
+        for client, released in replies.items():
+            b, a = (before.tensors[name] + released.get(name, 0) for name in (site.b, site.a))
+            mean += records[client] / sum(records.values()) * (b.double() @ a.double())
+        found.append(float((mean - dense(after, site)).norm() / mean.norm()))
     return found
 
 
 @pytest.mark.parametrize("name", ["ffa-lora", "ro-lora", "as-lora", "random-lora"])
-def test_one_factor_rounds_have_no_aggregation_error(name: str, tmp_path: Path) -> None:
-    some = federation(name, tmp_path)
-    for _ in range(4):
-        assert max(_errors(some)) < 1e-6
+def test_one_factor_rounds_have_no_aggregation_error(name: str, recordings: Recordings) -> None:
+    assert all(max(errors(recordings(name), number)) < 1e-6 for number in range(1, ROUNDS + 1))
 
 
 @pytest.mark.parametrize("name", ["fed-avg", "la-lora"])
-def test_averaged_factors_are_inexact_where_both_moved(name: str, tmp_path: Path) -> None:
+def test_averaged_factors_are_inexact_where_both_moved(name: str, recordings: Recordings) -> None:
     """LA-LoRA alternates, but both factors have moved on every client by the end of a round."""
-    some = run(federation(name, tmp_path), 1)
-    assert min(_errors(some)) > 1e-3
+    assert min(errors(recordings(name), 2)) > 1e-3
 
 
 def test_joint_training_has_the_quadratic_noise_term() -> None:
@@ -118,15 +117,15 @@ def test_joint_training_has_the_quadratic_noise_term() -> None:
 
 def test_fedex_lora_adds_exactly_the_error_that_fedavg_makes(tmp_path: Path) -> None:
     """Same noise, same start: FedAvg's model plus its aggregation error is FedEx-LoRA's."""
-    average, exact = federation("fed-avg", tmp_path / "a"), federation("fedex-lora", tmp_path / "b")
+    average, exact = tiny_federation("fed-avg", tmp_path / "a"), tiny_federation("fedex-lora", tmp_path / "b")
     average.round()
     exact.round()
     for site in average.server.model.sites:
         clients = list(average.engine.replies[-1].values())
         start = adapted_start(average)
         mean = sum((start[site.b] + c[site.b]).double() @ (start[site.a] + c[site.a]).double() for c in clients) / 3
-        torch.testing.assert_close(dense(exact, site), mean, rtol=1e-5, atol=1e-7)
-        assert (dense(average, site) - mean).norm() > 1e-4
+        torch.testing.assert_close(dense(exact.server.model, site), mean, rtol=1e-5, atol=1e-7)
+        assert (dense(average.server.model, site) - mean).norm() > 1e-4
 
 
 def adapted_start(some: Federation) -> dict[str, Tensor]:
@@ -135,7 +134,7 @@ def adapted_start(some: Federation) -> dict[str, Tensor]:
 
 def test_la_lora_moves_b_in_odd_steps_and_a_in_even_ones(tmp_path: Path) -> None:
     """Three steps: two on B, one on A. Without noise and filter, each is plain gradient descent on one factor."""
-    some = federation("la-lora", tmp_path, options={"smoothing": "none"}, steps=3)
+    some = tiny_federation("la-lora", tmp_path, options={"smoothing": "none"}, steps=3)
     steps: list[set[str]] = []
     active = LocalStep.active
 
@@ -158,7 +157,7 @@ def test_la_lora_moves_b_in_odd_steps_and_a_in_even_ones(tmp_path: Path) -> None
 
 
 def test_halves_of_a_deer_round_share_its_steps(tmp_path: Path) -> None:
-    some = federation("deer", tmp_path, steps=5)
+    some = tiny_federation("deer", tmp_path, steps=5)
     some.round()
     works = [exchange[0].work for exchange in some.engine.requests]
     assert all(isinstance(work, Training) for work in works)
@@ -169,18 +168,18 @@ def test_halves_of_a_deer_round_share_its_steps(tmp_path: Path) -> None:
 
 
 def test_fedask_costs_nothing_in_its_second_exchange(tmp_path: Path) -> None:
-    some = federation("fedask", tmp_path)
+    some = tiny_federation("fedask", tmp_path)
     some.round()
-    releases = some.engine.engine.clients[0].ledger.releases("data")
+    releases = some.engine.clients[0].ledger.releases("data")
     assert [release.steps for release in releases if release.client == 0] == [2, 0]
 
 
 def test_fedask_survives_a_crash_between_its_exchanges(tmp_path: Path) -> None:
     """A client that comes back as a new process finds its factors in the ledger and sends the same projection."""
-    whole = federation("fedask", tmp_path / "a")
+    whole = tiny_federation("fedask", tmp_path / "a")
     whole.round()
-    broken = federation("fedask", tmp_path / "b")
-    exchange = broken.engine.engine.exchange
+    broken = tiny_federation("fedask", tmp_path / "b")
+    exchange = broken.engine.exchange
     calls = []
 
     def crash(requests: dict[int, object]) -> object:
@@ -189,25 +188,25 @@ def test_fedask_survives_a_crash_between_its_exchanges(tmp_path: Path) -> None:
             raise ConnectionError("the server is gone")
         return exchange(requests)
 
-    broken.engine.engine.exchange = crash
+    broken.engine.exchange = crash
     with pytest.raises(ConnectionError):
         broken.round()
-    again = federation("fedask", tmp_path / "b")
+    again = tiny_federation("fedask", tmp_path / "b")
     again.round()
     for key, value in whole.server.model.tensors.items():
         assert torch.equal(value, again.server.model.tensors[key])
-    assert again.engine.engine.clients[0].ledger.steps("run", 0) == 2
+    assert again.engine.clients[0].ledger.steps("run", 0) == 2
 
 
 def test_fedsa_clients_keep_their_own_b_and_head_over_rounds(tmp_path: Path) -> None:
     """A client's B starts from where it left it, though other clients and rounds were in between."""
-    some = federation("fedsa-lora", tmp_path, participation=0.67)
+    some = tiny_federation("fedsa-lora", tmp_path, participants=2)
     first = {site.b: some.server.model.tensors[site.b] for site in some.server.model.sites}
     kept: dict[int, dict[str, Tensor]] = {}
     for _ in range(4):
         some.round()
         for number in some.schedule[some.server.round - 1]:
-            now = some.engine.engine.clients[number].personal("run")
+            now = some.engine.clients[number].personal("run")
             assert set(now) == {*first, "head.weight", "head.bias"}
             assert all(not torch.equal(now[key], kept.get(number, {}).get(key, torch.zeros(()))) for key in now)
             kept[number] = now
@@ -222,8 +221,8 @@ def test_fedsa_clients_keep_their_own_b_and_head_over_rounds(tmp_path: Path) -> 
 def test_ranks_that_differ_are_what_clients_hold_train_and_send(tmp_path: Path) -> None:
     ranks = {0: 2, 1: 1, 2: 2}
     for name in ("flex-lora", "flora", "het-lora", "fed-rac-lora", "fedask"):
-        some = federation(name, tmp_path / name, ranks=ranks)
-        full = federation(name, tmp_path / f"{name}-full")
+        some = tiny_federation(name, tmp_path / name, ranks=ranks)
+        full = tiny_federation(name, tmp_path / f"{name}-full")
         sent, all_sent = some.round(), full.round()
         for number, rank in ranks.items():
             request, reply = some.engine.requests[0][number], some.engine.replies[0][number]
@@ -239,7 +238,7 @@ def test_ranks_that_differ_are_what_clients_hold_train_and_send(tmp_path: Path) 
 
 def test_a_smaller_rank_has_the_gradient_of_its_leading_ranks_alone(tmp_path: Path) -> None:
     """Without noise: the client's update is that of a model whose other ranks are zero."""
-    some = federation("flex-lora", tmp_path, privacy="none", batch_size=20, steps=1, clients=1, ranks={0: 1})
+    some = tiny_federation("flex-lora", tmp_path, privacy="none", batch_size=20, steps=1, clients=1, ranks={0: 1})
     model: AdapterState = some.server.model
     draws = torch.Generator().manual_seed(0)
     model.assign({name: torch.randn(value.shape, generator=draws) for name, value in model.tensors.items()})
@@ -247,7 +246,7 @@ def test_a_smaller_rank_has_the_gradient_of_its_leading_ranks_alone(tmp_path: Pa
     for site in model.sites:
         cut[site.a][1:] = 0
         cut[site.b][:, 1:] = 0
-    other = federation("fed-avg", tmp_path / "b", privacy="none", batch_size=20, steps=1, clients=1)
+    other = tiny_federation("fed-avg", tmp_path / "b", privacy="none", batch_size=20, steps=1, clients=1)
     other.server.model.assign(cut)
     some.round()
     other.round()

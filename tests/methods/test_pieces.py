@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +20,17 @@ from lorica.aggregation.shrinkage import Shrinkage
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.local.step import LocalStep
-from lorica.methods.base import make_method, registry
+from lorica.methods.base import make_method
 from lorica.methods.pieces import PIECES, check_pieces, chosen_pieces
-from tests.methods.test_every_method import METHODS, assert_same_model, federation, run
+from lorica.testing.checks import CLIENTS, PARTICIPANTS, ROUNDS
+from lorica.testing.federation import Adapter, checkpoint_of, resume, run_rounds, tiny_federation
+from tests.methods.conftest import METHODS, REGISTRY, Recordings
+from tests.methods.engines import assert_honest_pass_and_large_do_not, assert_same_model
 
 PIECE: dict[str, tuple[list[str], Any]] = {
     "client_ranks": (["lora.client_ranks=[4, 2, 1, 4, 2, 1]"], lambda: {"ranks": {0: 2, 1: 1, 2: 2}}),
     "fedprox": (["local.fedprox=0.1"], lambda: {"local": LocalStep(proximal=0.1)}),
-    "scaffold": (["local.scaffold=true"], lambda: {"scaffold": Scaffold(3)}),
+    "scaffold": (["local.scaffold=true"], lambda: {"scaffold": Scaffold(CLIENTS)}),
     "scaled_gd": (["local.scaled_gd=true"], lambda: {"local": LocalStep(damping=0.1)}),
     "flat_lora": (["local.flat_lora=0.05"], lambda: {"local": LocalStep(perturbation=0.05)}),
     "secure_sum": (["federation.secure_sum=true"], lambda: {"secure_sum": True}),
@@ -35,17 +41,23 @@ PIECE: dict[str, tuple[list[str], Any]] = {
     "kalman": (["server.denoise=kalman"], lambda: {"denoise": KalmanFilter()}),
     "average": (["server.average=0.9"], lambda: {"average": RoundAverage(0.9)}),
 }
-OFTEN = {"as-lora", "ffa-lora", "fed-avg", "flora"}
-"""Methods whose pairs with pieces run in the default tests; those of the others are slow ones."""
-ACCEPTED = [(name, piece) for name in METHODS for piece in PIECES if piece not in registry()[name].refuses]
-REFUSED = [(name, piece) for name in METHODS for piece in PIECES if piece in registry()[name].refuses]
+ACCEPTED = [(name, piece) for name in METHODS for piece in PIECES if piece not in REGISTRY[name].refuses]
+REFUSED = [(name, piece) for name in METHODS for piece in PIECES if piece in REGISTRY[name].refuses]
 
 
-def rarely(pairs: list[tuple[str, str]]) -> list[Any]:
-    """The same parameters, slow but for the methods of `OFTEN`."""
-    return [pytest.param(*pair, marks=[] if pair[0] in OFTEN else pytest.mark.slow) for pair in pairs]
+OFTEN = {
+    pairs[index % len(pairs)]
+    for index, pairs in enumerate([[pair for pair in ACCEPTED if pair[1] == piece] for piece in PIECES])
+}
+"""One pair for each piece, spread over the methods: they run in the default tests, the other ones are slow."""
 
 
+def sometimes_slow(pairs: list[tuple[str, str]]) -> list[Any]:
+    """The same parameters, marked slow but for those of `OFTEN`."""
+    return [pytest.param(*pair, marks=[] if pair in OFTEN else pytest.mark.slow) for pair in pairs]
+
+
+@cache
 def config(name: str, *overrides: str) -> ExperimentConfig:
     return load(None, [f"method.name={name}", *overrides])
 
@@ -60,41 +72,46 @@ def test_every_piece_is_known_by_its_key() -> None:
         assert list(chosen_pieces(config("ffa-lora", *overrides))) == [piece]
         assert overrides[0].startswith(PIECES[piece][0])
     assert chosen_pieces(config("ffa-lora")) == {}
-    assert all(piece in PIECES for method in registry().values() for piece in method.refuses)
+    assert all(piece in PIECES for method in REGISTRY.values() for piece in method.refuses)
 
 
-@pytest.mark.parametrize(("name", "piece"), rarely(ACCEPTED))
-def test_an_accepted_piece_changes_the_run_and_resumes(name: str, piece: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "piece"), sometimes_slow(ACCEPTED))
+def test_an_accepted_piece_changes_the_run_and_resumes(
+    name: str, piece: str, tmp_path: Path, recordings: Recordings
+) -> None:
     overrides, make = PIECE[piece]
     check(config(name, *overrides))
-    # A single step is taken at the round's start, where FedProx does not pull; half of DEeR's four is two.
-    steps = 4 if name == "deer" else 2
-    plain = run(federation(name, tmp_path / "plain", steps=steps), 3)
-    whole = run(federation(name, tmp_path / "whole", steps=steps, **make()), 3)
-    one, other = plain.server.evaluated, whole.server.evaluated
-    pairs = [(one[key], other[key]) for key in one]
-    for key, pair in plain.server.model.merged.items():
+    settings = {"clients": CLIENTS, "participants": PARTICIPANTS, "rounds": ROUNDS, "weighting": "records"}
+    plain = recordings(name).adapters[3]
+    if (name, piece) == ("deer", "fedprox"):
+        # A single step is taken at the round's start, where FedProx does not pull; half of DEeR's four is two.
+        settings["steps"] = 4
+        plain = Adapter.of(run_rounds(tiny_federation("deer", tmp_path / "plain", **settings)).server.model)
+    settings |= make()
+    whole = run_rounds(tiny_federation(REGISTRY[name], tmp_path / "whole", **settings), 2)
+    checkpoint = deepcopy(checkpoint_of(whole))
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    whole.round()
+    other = whole.server.evaluated
+    pairs = [(value, other[key]) for key, value in plain.tensors.items()]
+    for key, pair in plain.merged.items():
         pairs += list(zip(pair, whole.server.model.merged[key], strict=True))
     assert any(x.shape != y.shape or not torch.equal(x, y) for x, y in pairs)
     assert all(torch.isfinite(y).all() for _, y in pairs)
-    first = run(federation(name, tmp_path / "halves", steps=steps, **make()), 2)
-    rest = federation(name, tmp_path / "halves", steps=steps, **make())
-    rest.method.load_state_dict(first.method.state_dict())
-    rest.server.model.assign(first.server.model.tensors)
-    rest.server.model.merge(first.server.model.merged)
-    rest.server.load_state_dict(first.server.state_dict())
-    rest.server.round = 2
-    run(rest, 1)
+    rest = run_rounds(resume(tiny_federation(REGISTRY[name], tmp_path / "half", **settings), checkpoint), 1)
     assert_same_model(whole, rest)
     assert all(torch.equal(value, rest.server.evaluated[key]) for key, value in other.items())
+    if piece in ("scaled_gd", "fedprox", "scaffold"):
+        assert_honest_pass_and_large_do_not(whole, 100)
 
 
 @pytest.mark.parametrize(("name", "piece"), REFUSED)
 def test_a_refused_piece_is_named_with_its_reason(name: str, piece: str) -> None:
+    kind = REGISTRY[name]
     with pytest.raises(UserError) as error:
-        check(config(name, *PIECE[piece][0]))
+        check_pieces(config("ffa-lora", *PIECE[piece][0]), kind(kind.Options(), []))
     assert PIECES[piece][0] in str(error.value)
-    assert registry()[name].refuses[piece] in str(error.value)
+    assert REGISTRY[name].refuses[piece] in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +141,7 @@ def test_a_robust_aggregate_needs_all_ranks_of_all_clients() -> None:
         check(config("fed-rac-lora", "server.aggregate=median", "lora.client_ranks=halving"))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if registry()[name].merges])
+@pytest.mark.parametrize("name", [name for name in METHODS if REGISTRY[name].merges])
 def test_quantised_weights_are_not_merged_into(name: str) -> None:
     with pytest.raises(UserError, match=r"model\.precision = 'int8'"):
         check(config(name, "model.precision=int8"))
@@ -139,18 +156,17 @@ def test_fedadam_runs_and_resumes(tmp_path: Path) -> None:
     def make() -> dict[str, Any]:
         return {"optimize": FedAdam(0.01, 0.9, 0.99, 1e-3)}
 
-    whole = run(federation("ro-lora", tmp_path / "whole", **make()), 4)
-    first = run(federation("ro-lora", tmp_path / "halves", **make()), 2)
-    rest = federation("ro-lora", tmp_path / "halves", **make())
-    rest.server.model.assign(first.server.model.tensors)
-    rest.server.load_state_dict(first.server.state_dict())
-    rest.server.round = 2
-    assert_same_model(whole, run(rest, 2))
+    whole = run_rounds(tiny_federation("ro-lora", tmp_path / "whole", **make()), 2)
+    checkpoint = deepcopy(checkpoint_of(whole))
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    run_rounds(whole, 2)
+    rest = resume(tiny_federation("ro-lora", tmp_path / "half", **make()), checkpoint)
+    assert_same_model(whole, run_rounds(rest, 2))
 
 
 def test_server_momentum_keeps_one_factor_rounds_exact(tmp_path: Path) -> None:
     """The idle factor does not move on stale momentum."""
-    some = federation("ro-lora", tmp_path, optimize=FedAvgM(1.0, 0.9))
+    some = tiny_federation("ro-lora", tmp_path, optimize=FedAvgM(1.0, 0.9))
     for _ in range(4):
         before = dict(some.server.model.tensors)
         some.round()
@@ -160,8 +176,8 @@ def test_server_momentum_keeps_one_factor_rounds_exact(tmp_path: Path) -> None:
 
 
 def test_the_average_over_rounds_is_evaluated_and_training_goes_on_from_the_last_model(tmp_path: Path) -> None:
-    plain = federation("ffa-lora", tmp_path / "a")
-    averaged = federation("ffa-lora", tmp_path / "b", average=RoundAverage(0.5))
+    plain = tiny_federation("ffa-lora", tmp_path / "a")
+    averaged = tiny_federation("ffa-lora", tmp_path / "b", average=RoundAverage(0.5))
     history = []
     for _ in range(3):
         plain.round()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,20 @@ from torch import Tensor
 
 from lorica.config import OptimizerConfig
 from lorica.errors import UserError
-from lorica.messages import Request
-from lorica.server.federation import Federation, Traffic
-from tests.methods.test_every_method import METHODS, Wrapped, federation, run
-from tests.methods.test_missing_replies import without
-from tests.methods.test_pieces import ACCEPTED, OFTEN, PIECE, rarely
-
-Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+from lorica.messages import Request, Training
+from lorica.server.federation import Federation
+from lorica.server.reply_checks import check_reply, expected_reply
+from lorica.testing.federation import Adapter, run_rounds, tiny_federation
+from tests.methods.conftest import METHODS, Histories, Recordings
+from tests.methods.engines import (
+    Change,
+    Wrapped,
+    assert_honest_pass_and_large_do_not,
+    assert_same_adapter,
+    checked,
+    times,
+)
+from tests.methods.test_missing_replies import EACH, KINDS
 
 
 class Tampering(Wrapped):
@@ -39,10 +47,6 @@ class Tampering(Wrapped):
 def tampered(some: Federation, change: Change, round_number: int = 1, exchange: int = 1) -> Federation:
     some.engine, some.min_clients = Tampering(some.engine, change, round_number, exchange), 2
     return some
-
-
-def times(factor: float) -> Change:
-    return lambda reply: {name: factor * value for name, value in reply.items()}
 
 
 def first(change: Callable[[Tensor], Tensor]) -> Change:
@@ -74,49 +78,70 @@ MALFORMED: dict[str, tuple[Change, str]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["as-lora", "fed-avg", "fedask", "fedsa-lora"])
-@pytest.mark.parametrize("kind", MALFORMED)
-def test_a_malformed_reply_is_refused_and_named(
-    name: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("name", METHODS)
+def test_malformed_replies_are_refused_with_their_reasons(name: str, recordings: Recordings) -> None:
+    """With and without noise: names, shapes and finite values do not depend on it."""
+    some = recordings(name).federation
+    client = some.schedule[0][0]
+    for request, reply, private in checked(some, client):
+        if request.round > 1:
+            break
+        expected = [private]
+        if isinstance(request.work, Training):
+            quiet = replace(request, work=replace(request.work, terms=replace(request.work.terms, noise_multiplier=0)))
+            expected.append(expected_reply(quiet, 20, some.server.model.tensors, some.server.seed, None))
+        for each in expected:
+            assert check_reply(reply, each) is None
+            for change, reason in MALFORMED.values():
+                found = check_reply(change(dict(reply)), each)
+                assert found is not None
+                assert reason in found
+                assert "\n" not in found
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "privacy"),
+    [("as-lora", "nan", {}), ("fedask", "extra", {}), ("fedsa-lora", "empty", {"privacy": "none"})],
+)
+def test_a_refused_reply_is_left_out_and_logged(
+    name: str, kind: str, privacy: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     change, reason = MALFORMED[kind]
-    for privacy in ({}, {"privacy": "none"}):
-        caplog.clear()
-        with caplog.at_level(logging.WARNING, "lorica.server.federation"):
-            some = tampered(federation(name, tmp_path / str(len(privacy)), **privacy), change)
-            traffic = some.round()
-        assert (traffic.participants, traffic.missing) == ([0, 2], [1])
-        (message,) = caplog.messages
-        assert message.startswith("round 1 continues without client 1: its reply was refused: ")
-        assert reason in message
-        assert "\n" not in message
-        assert all(torch.isfinite(value).all() for value in some.server.model.tensors.values())
+    with caplog.at_level(logging.WARNING, "lorica.server.federation"):
+        some = tampered(tiny_federation(name, tmp_path, **privacy), change)
+        traffic = some.round()
+    assert (traffic.participants, traffic.missing) == ([0, 2], [1])
+    (message,) = caplog.messages
+    assert message.startswith("round 1 continues without client 1: its reply was refused: ")
+    assert reason in message
+    assert "\n" not in message
+    assert all(torch.isfinite(value).all() for value in some.server.model.tensors.values())
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("round_number", [1, 2])
-def test_a_reply_ten_times_too_large_is_refused(name: str, round_number: int, tmp_path: Path) -> None:
-    """Under plain SGD; the round is then as if the client had not been there."""
-    some = tampered(federation(name, tmp_path / "large", weighting="records"), times(10), round_number)
-    traffic = [some.round() for _ in range(round_number)][-1]
-    assert traffic.missing == [1]
-    other = run(without(name, tmp_path / "absent", round_number, {1}), round_number)
-    for key, value in some.server.model.tensors.items():
-        assert torch.equal(value, other.server.model.tensors[key]), key
+def test_replies_ten_times_too_large_are_refused(name: str, recordings: Recordings) -> None:
+    """Under plain SGD, in every round and exchange. A second sketch has two factors to hide behind."""
+    assert_honest_pass_and_large_do_not(recordings(name).federation, 30 if name == "fedask" else 10)
 
 
-def test_the_second_sketch_is_bounded_too(tmp_path: Path) -> None:
-    some = tampered(federation("fedask", tmp_path), times(30), exchange=2)
-    assert some.round().missing == [1]
+@pytest.mark.parametrize("name", EACH)
+def test_a_round_with_a_refused_reply_is_as_if_the_client_had_not_been_there(
+    name: str, tmp_path: Path, histories: Histories
+) -> None:
+    some = tampered(tiny_federation(name, tmp_path, weighting="records"), times(10), 2)
+    traffic = [some.round() for _ in range(2)]
+    assert [each.missing for each in traffic] == [[], [1]]
+    assert_same_adapter(Adapter.of(some.server.model), histories(name, absent=(1,)).adapters[1])
 
 
-def test_the_second_half_of_a_round_is_bounded_too(tmp_path: Path) -> None:
-    some = tampered(federation("deer", tmp_path), times(10), exchange=2)
+@pytest.mark.parametrize(("name", "factor"), [("fedask", 30), ("deer", 10)])
+def test_the_second_exchange_of_a_round_is_bounded_too(name: str, factor: float, tmp_path: Path) -> None:
+    some = tampered(tiny_federation(name, tmp_path), times(factor), exchange=2)
     assert some.round().missing == [1]
 
 
 def test_without_privacy_size_is_no_reason(tmp_path: Path) -> None:
-    some = tampered(federation("ffa-lora", tmp_path, privacy="none"), times(10))
+    some = tampered(tiny_federation("ffa-lora", tmp_path, privacy="none"), times(10))
     assert some.round().missing == []
 
 
@@ -125,12 +150,12 @@ def test_energies_are_checked_like_tensors(factor: float, tmp_path: Path) -> Non
     def change(reply: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: factor * value if name.startswith("energy:") else value for name, value in reply.items()}
 
-    def one(folder: str, by: Change) -> Traffic:
-        options = {"score": "last-step-energy"}
-        return tampered(federation("as-lora", tmp_path / folder, options=options), by).round()
-
-    assert one("honest", lambda reply: reply).missing == []
-    assert one("changed", change).missing == [1]
+    some = tiny_federation("as-lora", tmp_path, options={"score": "last-step-energy"})
+    assert some.round().missing == []
+    ((_, reply, expected),) = checked(some)
+    assert any(name.startswith("energy:") for name in reply)
+    assert check_reply(reply, expected) is None
+    assert "energy:" in (check_reply(change(dict(reply)), expected) or "")
 
 
 OPTIMIZERS = {
@@ -140,49 +165,41 @@ OPTIMIZERS = {
 }
 
 
+SOME = set(zip(sorted(KINDS), 2 * list(OPTIMIZERS), strict=True))
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in METHODS]
+    ("name", "optimizer"),
+    [
+        pytest.param(name, optimizer, marks=[] if (name, optimizer) in SOME else pytest.mark.slow)
+        for name in METHODS
+        for optimizer in OPTIMIZERS
+    ],
 )
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_honest_replies_pass_and_large_ones_do_not(name: str, optimizer: str, seed: int, tmp_path: Path) -> None:
     """Also under other optimisers; a refused reply would stop the run, since all have to reply."""
-    chosen = OPTIMIZERS[optimizer]
-    run(federation(name, tmp_path / "honest", seed=seed, optimizer=chosen, steps=4), 3)
-    some = tampered(federation(name, tmp_path / "large", seed=seed, optimizer=chosen, steps=4), times(100), 2)
-    some.round()
-    assert some.round().missing == [1]
-
-
-@pytest.mark.parametrize(
-    ("name", "piece"), rarely([pair for pair in ACCEPTED if pair[1] in ("scaled_gd", "fedprox", "scaffold")])
-)
-def test_large_replies_are_refused_with_local_pieces_too(name: str, piece: str, tmp_path: Path) -> None:
-    """That honest ones pass with every piece is what the pieces' own tests show: they need all replies."""
-    some = tampered(federation(name, tmp_path, steps=4, **PIECE[piece][1]()), times(100), 3)
-    run(some, 2)
-    assert some.round().missing == [1]
+    some = tiny_federation(name, tmp_path, clients=2, seed=seed, optimizer=OPTIMIZERS[optimizer], steps=4)
+    assert_honest_pass_and_large_do_not(run_rounds(some, 2), 100)
 
 
 @pytest.mark.parametrize("penalty", [0.01, 0.1])
 def test_hetloras_penalty_is_allowed_for(penalty: float, tmp_path: Path) -> None:
     options = {"penalty": penalty, "pruning": 0.5}
-    run(federation("het-lora", tmp_path / "honest", options=options, rank=4, steps=4))
-    some = tampered(federation("het-lora", tmp_path / "large", options=options, rank=4, steps=4), times(100))
-    assert some.round().missing == [1]
+    some = tiny_federation("het-lora", tmp_path, options, clients=2, rank=4, steps=4)
+    assert_honest_pass_and_large_do_not(run_rounds(some, 3), 100)
 
 
 @pytest.mark.parametrize("smoothing", ["gaussian", "rescale", "none"])
 def test_la_loras_filters_are_allowed_for(smoothing: str, tmp_path: Path) -> None:
-    run(federation("la-lora", tmp_path / "honest", options={"smoothing": smoothing}, steps=4))
-    some = tampered(federation("la-lora", tmp_path / "large", options={"smoothing": smoothing}, steps=4), times(10))
-    assert some.round().missing == [1]
+    some = tiny_federation("la-lora", tmp_path, {"smoothing": smoothing}, clients=2, steps=4)
+    assert_honest_pass_and_large_do_not(run_rounds(some, 3), 10)
 
 
 def test_a_client_that_was_refused_is_asked_again_in_the_next_round(tmp_path: Path) -> None:
-    some = tampered(federation("ro-lora", tmp_path), times(10), 2)
+    some = tampered(tiny_federation("ro-lora", tmp_path), times(10), 2)
     assert [some.round().missing for _ in range(4)] == [[], [1], [], []]
-    some = tampered(federation("ro-lora", tmp_path / "stopped"), times(10))
+    some = tampered(tiny_federation("ro-lora", tmp_path / "stopped"), times(10))
     some.min_clients = None
     with pytest.raises(UserError, match=r"client 1: its reply was refused: .* has norm"):
         some.round()

@@ -25,21 +25,18 @@ def q_of(gradients: Tensor, weights: Tensor) -> float:
 
 def local_rounds(
     gradient: Callable[[Tensor], Tensor],
-    start: Tensor,
+    starts: Tensor,
     clients: int,
     steps: int,
     rate: float,
     noise: float,
     draws: torch.Generator,
 ) -> Tensor:
-    """`G_k` of every client after `steps` noisy SGD steps on its own copy, `(K, d)`."""
-    found = []
-    for _ in range(clients):
-        theta = start.clone()
-        for _ in range(steps):
-            theta -= rate * (gradient(theta) + noise * torch.randn(theta.shape, generator=draws, dtype=theta.dtype))
-        found.append((start - theta) / (rate * steps))
-    return torch.stack(found)
+    """`G_k` of every client after `steps` noisy SGD steps on its own copy: starts `(T, d)` -> `(T, K, d)`."""
+    theta = starts[:, None].repeat(1, clients, 1)
+    for _ in range(steps):
+        theta -= rate * (gradient(theta) + noise * torch.randn(theta.shape, generator=draws, dtype=theta.dtype))
+    return (starts[:, None] - theta) / (rate * steps)
 
 
 def quadratic(dimension: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -51,14 +48,14 @@ def quadratic(dimension: int, seed: int) -> tuple[Tensor, Tensor]:
 def test_exact_decrease_of_a_quadratic_without_noise() -> None:
     """E = 1, two identical clients: `a S` is the loss decrease of the step, to rounding."""
     hessian, g = quadratic(20, 0)
-    start, rate = torch.zeros(20, dtype=torch.float64), 0.3
+    start, rate = torch.zeros(1, 20, dtype=torch.float64), 0.3
     weights = torch.tensor([0.5, 0.5], dtype=torch.float64)
     draws = torch.Generator()
-    first = local_rounds(lambda theta: g + hessian @ theta, start, 2, 1, rate, 0.0, draws)
+    (first,) = local_rounds(lambda theta: g + theta @ hessian, start, 2, 1, rate, 0.0, draws)
     moved = start - rate * (weights @ first)
-    second = local_rounds(lambda theta: g + hessian @ theta, moved, 2, 1, rate, 0.0, draws)
+    (second,) = local_rounds(lambda theta: g + theta @ hessian, moved, 2, 1, rate, 0.0, draws)
     score = (q_of(first, weights) + alignment(weights @ first, weights @ second)) / 2
-    step = moved - start
+    (step,) = moved - start
     decrease = -(g @ step + step @ hessian @ step / 2)
     assert rate * score == pytest.approx(float(decrease), rel=1e-10)
 
@@ -84,14 +81,14 @@ def test_unbiased_for_the_decrease_of_a_noisy_quadratic(steps: int) -> None:
     """Monte Carlo: the mean of `a S` is the expected decrease, noise's own harm `(a/2) v tr H` included."""
     clients, dimension, tau, rate, trials = 4, 30, 0.5, 0.05, 3000
     hessian, g = quadratic(dimension, 2)
-    start = torch.zeros(dimension, dtype=torch.float64)
+    starts = torch.zeros(trials, dimension, dtype=torch.float64)
     weights = torch.full((clients,), 1 / clients, dtype=torch.float64)
     draws = torch.Generator().manual_seed(3)
+    firsts = local_rounds(lambda theta: g + theta @ hessian, starts, clients, steps, rate, tau, draws)
+    moves = -rate * steps * (weights @ firsts)
+    seconds = local_rounds(lambda theta: g + theta @ hessian, starts + moves, clients, steps, rate, tau, draws)
     scores, decreases = [], []
-    for _ in range(trials):
-        first = local_rounds(lambda theta: g + hessian @ theta, start, clients, steps, rate, tau, draws)
-        step = -rate * steps * (weights @ first)
-        second = local_rounds(lambda theta: g + hessian @ theta, start + step, clients, steps, rate, tau, draws)
+    for first, step, second in zip(firsts, moves, seconds, strict=True):
         score = (q_of(first, weights) + alignment(weights @ first, weights @ second)) / 2
         scores.append(rate * steps * score)
         decreases.append(-float(g @ step + step @ hessian @ step / 2))

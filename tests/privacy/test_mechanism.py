@@ -10,8 +10,8 @@ from torch import Tensor
 from lorica.privacy.mechanism import Terms, add_noise, noisy_gradient, poisson_sample
 from lorica.privacy.randomness import ReproducibleRandomness, SecureRandomness
 from lorica.tasks.records import Batch
-from tests.models import adapted, clipped_one_at_a_time
-from tests.records import TinyRecords
+from lorica.testing.records import TinyRecords
+from tests.models import adapted, batch, clipped_one_at_a_time
 
 SOURCES = {
     "secure": SecureRandomness,
@@ -117,8 +117,8 @@ def test_an_empty_batch_releases_noise_alone() -> None:
 
 
 def test_nan_examples_change_nothing_and_are_not_reported(caplog: pytest.LogCaptureFixture) -> None:
-    model, records = adapted("vit"), TinyRecords.images(20)
-    poisoned = TinyRecords.images(20)
+    model, records = adapted("vit"), TinyRecords.of(batch("vit", 20))
+    poisoned = TinyRecords.of(batch("vit", 20))
     poisoned.inputs["pixel_values"][7] = math.nan
     terms = Terms(1.0, 20, 0.5, 0.0)
 
@@ -135,7 +135,7 @@ def test_nan_examples_change_nothing_and_are_not_reported(caplog: pytest.LogCapt
 
 def test_no_noise_without_a_multiplier_and_no_clipping_without_a_bound() -> None:
     terms = Terms(1.0, 10, math.inf, 0.0)
-    model, records = adapted("vit"), TinyRecords.images(10)
+    model, records = adapted("vit"), TinyRecords.of(batch("vit", 10))
     found = noisy_gradient(model.peft_model, model.losses, model.tensors, records, terms, SecureRandomness(), 10**6)
     everything = next(iter(records.micro_batches(np.arange(10), 10**6)))
     parameters = [getattr(module, kind).requires_grad_() for module, kind, _ in model.tensors.values()]

@@ -42,7 +42,14 @@ def test_every_cell_has_the_shade_of_its_count(make_run, clients, labels):
         assert inside == ({int(level)} if counts[row, column] else set())
 
 
-@pytest.mark.parametrize(("clients", "labels"), [(1, 2), (100, 2), (100, 1000), (2, 1000), (6, 40), (100, 41)])
+@pytest.mark.parametrize(
+    ("clients", "labels"),
+    [
+        (1, 2),
+        (100, 1000),
+        *(pytest.param(*size, marks=pytest.mark.slow) for size in ((100, 2), (2, 1000), (6, 40), (100, 41))),
+    ],
+)
 def test_every_size_is_drawn_in_a_page_of_bounded_size(make_run, clients, labels):
     counts = np.random.default_rng(0).integers(0, 50, (clients, labels))
     folder = with_counts(make_run(), counts)
@@ -58,7 +65,7 @@ def test_without_counts_there_is_no_figure(make_run):
     folder = make_run()
     with pytest.raises(UserError, match=r"partition\.json is missing"):
         partition_figure(read_run(folder))
-    assert "Who has what" not in write_report(folder).read_text()
+    assert "Records per client and label" not in write_report(folder).read_text()
     assert not (folder / "partition.png").exists()
 
 

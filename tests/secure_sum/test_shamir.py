@@ -7,7 +7,7 @@ import secrets
 
 import pytest
 import sympy
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.secure_sum.shamir import P, combine, split, valid
@@ -38,7 +38,6 @@ def test_the_field_is_the_smallest_that_holds_every_secret() -> None:
     assert sympy.nextprime(2**256) == P
 
 
-@settings(max_examples=50, deadline=None)
 @given(
     secret=BYTES | st.sampled_from([bytes(32), b"\xff" * 32]),
     clients=st.sets(st.integers(0, 2**63 - 1), min_size=2, max_size=7),
@@ -53,7 +52,6 @@ def test_any_t_shares_give_the_secret_back(secret: bytes, clients: set[int], dat
         assert solved_at_zero(points(dict(some)), P).to_bytes(32, "big") == secret
 
 
-@settings(max_examples=50, deadline=None)
 @given(secret=BYTES, other=BYTES, threshold=st.integers(2, 6))
 def test_fewer_shares_are_consistent_with_every_secret(secret: bytes, other: bytes, threshold: int) -> None:
     """For any other secret there is a last share that makes the first t - 1 its shares."""

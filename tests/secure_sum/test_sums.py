@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -32,7 +32,6 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name].double(), other[name].double()) for name in one)
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     count=st.integers(2, 6),
     bits=st.sampled_from([32, 64]),

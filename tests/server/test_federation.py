@@ -42,11 +42,14 @@ def test_different_seeds_draw_different_clients() -> None:
 
 
 def test_weights_follow_their_formula() -> None:
-    privacy = PrivacyConfig(epsilon=3.0, delta=1e-5)
-    plans = [plan_client(number, records, 20, 10, privacy) for number, records in enumerate((100, 300, 50))]
+    clients = [(100, 1.1), (300, 0.7), (50, 1.9)]
+    plans = [
+        plan_client(number, records, 20, 10, PrivacyConfig(epsilon=None, noise_multiplier=sigma))
+        for number, (records, sigma) in enumerate(clients)
+    ]
     assert client_weights("uniform", plans) == pytest.approx({0: 1 / 3, 1: 1 / 3, 2: 1 / 3})
     assert client_weights("records", plans) == pytest.approx({0: 100 / 450, 1: 300 / 450, 2: 50 / 450})
-    inverse = np.array([1 / plan.terms.noise_std**2 for plan in plans])
+    inverse = np.array([1 / sigma**2 for _, sigma in clients])
     assert list(client_weights("noise", plans).values()) == pytest.approx(list(inverse / inverse.sum()))
 
 

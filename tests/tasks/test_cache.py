@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
-import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -33,18 +32,12 @@ from lorica.tasks.records import Records
 from lorica.tasks.text import TextRecords
 from tests.causal import BEGIN, CHAT, END, MARKED, PAIRS, source, tokenizer
 from tests.tasks.conftest import write_tokenizer
+from tests.tasks.preparing import make, prepare
 
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORICA_HOME", str(tmp_path / "home"))
-
-
-def make(arrays: Arrays) -> None:
-    arrays.append("tokens", np.arange(5, dtype=np.int32))
-    arrays.append("tokens", np.arange(5, 7, dtype=np.int32))
-    arrays.append("pixels", np.ones((2, 3, 4), dtype=np.uint8))
-    arrays.append("none", np.empty((0, 2), dtype=np.float32))
 
 
 def fail(arrays: Arrays) -> None:
@@ -96,15 +89,10 @@ def test_rows_of_one_kind_only(tmp_path: Path) -> None:
         arrays.append("x", np.zeros((1, 3)))
 
 
-def _prepare(home: str, queue: multiprocessing.Queue[int]) -> None:
-    os.environ["LORICA_HOME"] = home
-    queue.put(int(cached_arrays(["shared"], make)["tokens"].sum()))
-
-
 def test_parallel_runs_agree(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=_prepare, args=(str(tmp_path / "home"), queue)) for _ in range(3)]
+    processes = [context.Process(target=prepare, args=(str(tmp_path / "home"), queue)) for _ in range(3)]
     for process in processes:
         process.start()
     assert [queue.get(timeout=120) for _ in processes] == [21, 21, 21]

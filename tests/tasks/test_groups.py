@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.privacy.clipping import clipped_sum
@@ -18,8 +18,8 @@ from lorica.privacy.mechanism import Terms, noisy_gradient
 from lorica.privacy.randomness import ReproducibleRandomness
 from lorica.tasks.groups import GroupedRecords, grouped
 from lorica.tasks.records import Batch
+from lorica.testing.records import TinyRecords
 from tests.models import adapted, one_at_a_time
-from tests.records import TinyRecords
 from tests.tasks.test_records import text_records
 
 MODEL = adapted("bert")
@@ -109,7 +109,6 @@ def test_the_other_groups_do_not_notice_one_that_leaves(keys: list[int], most: i
     assert np.array_equal(everything.digests[kept], without.digests)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     keys=st.lists(st.integers(0, 3), min_size=4, max_size=12).filter(lambda keys: len(set(keys)) > 1),
     most=st.integers(1, 6),

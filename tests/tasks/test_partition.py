@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.config import FederationConfig, load
@@ -14,7 +14,6 @@ from lorica.tasks.partition import partition
 RANDOM = ["iid", "dirichlet", "shards", "quantity", "as-lora-text", "as-lora-images"]
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     labels=st.lists(st.integers(0, 4), min_size=40, max_size=120),
     clients=st.integers(1, 5),

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from lorica.tasks.questions.squad_json import read_squad_json
 from lorica.tasks.questions.tokenising import tokenise_questions
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch
-from tests.models import TEXT
+from lorica.testing.models import TEXT
 from tests.tasks.conftest import WORDS, write_tokenizer
 
 CLS, SEP = 2, 3
@@ -132,7 +132,6 @@ def test_a_long_question_is_cut(words: Any) -> None:
     assert rows(record, 0) == [[CLS, *ids("a good plot"), SEP, *ids("dull film"), SEP]]
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     question=st.lists(st.sampled_from(WORDS), min_size=1, max_size=4),
     context=st.lists(st.sampled_from(WORDS), min_size=1, max_size=40),
@@ -190,7 +189,6 @@ def test_fingerprint_belongs_to_the_data_and_not_to_the_windows(words: Any, piec
     assert len(prints) == 7
 
 
-@settings(deadline=None, max_examples=50)
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12), tokens=st.integers(1, 120))
 def test_micro_batches_stay_within_the_budget(words: Any, sizes: list[int], tokens: int) -> None:
     content = table(*(("fine", " ".join(["plot"] * size), []) for size in sizes))
@@ -385,7 +383,6 @@ def slow_answer(model: Lookup, windows: list[list[int]], place: int, threshold: 
     return "" if threshold is not None and null - best > threshold else text
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     contexts=st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=25), min_size=1, max_size=4),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.tasks.images import ImageRecords
@@ -50,7 +50,6 @@ def records_and_indices(draw):
     return lengths, np.array(indices, dtype=np.int64)
 
 
-@settings(deadline=None)
 @given(case=records_and_indices(), tokens=st.integers(1, 60))
 def test_micro_batches_hold_each_asked_record_once_within_the_budget(case, tokens):
     lengths, indices = case
@@ -60,7 +59,6 @@ def test_micro_batches_hold_each_asked_record_once_within_the_budget(case, token
         assert batch.inputs["input_ids"].numel() <= tokens or len(batch) == 1
 
 
-@settings(deadline=None)
 @given(case=records_and_indices(), tokens=st.integers(1, 60))
 def test_micro_batches_are_sorted_by_length(case, tokens):
     lengths, indices = case
@@ -69,7 +67,6 @@ def test_micro_batches_are_sorted_by_length(case, tokens):
     assert sizes == sorted(sizes)
 
 
-@settings(deadline=None)
 @given(case=records_and_indices(), tokens=st.integers(1, 60))
 def test_padding_is_masked_and_reaches_only_to_the_longest_record_of_its_batch(case, tokens):
     lengths, indices = case

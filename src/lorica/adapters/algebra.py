@@ -15,7 +15,11 @@ from lorica.adapters.names import Pair
 
 
 def weighted_sum(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
-    """`Σ_k w_k X_k`, summed in the given order. Smaller tensors are padded with zeros at the end of each axis."""
+    """`Σ_k w_k X_k`, summed in the given order. Smaller tensors are padded with zeros at the end of each axis.
+
+    >>> weighted_sum([(0.25, torch.tensor([4.0, 8.0])), (0.75, torch.tensor([4.0]))])
+    tensor([4., 2.])
+    """
     largest = [max(sizes) for sizes in zip(*(value.shape for _, value in terms), strict=True)]
     total = terms[0][1].new_zeros(largest)
     for weight, value in terms:
@@ -34,6 +38,12 @@ def stacked(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     """`(B, A)` of rank `Σ r_k` with `B A = Σ_k w_k B_k A_k`: `B = [B_1 … B_K]`, `A = [w_1 A_1; …; w_K A_K]`.
 
     Only one of the factors is multiplied by the weight; on both it would count twice.
+
+    >>> ones = torch.ones(2, 1), torch.ones(1, 2)
+    >>> b, a = stacked([ones, ones], weights=[0.25, 0.75])
+    >>> b.shape, b @ a
+    (torch.Size([2, 2]), tensor([[1., 1.],
+            [1., 1.]]))
     """
     b = torch.cat([b for b, _ in pairs], dim=1)
     a = torch.cat([weight * a for weight, (_, a) in zip(weights, pairs, strict=True)], dim=0)
@@ -48,6 +58,10 @@ def product_svd(pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         `U (d_out, q)`, `s (q,)` descending, `Vᵀ (q, d_in)`, fp64, with `q = min(R, d_out, d_in)`.
+
+    >>> _, s, _ = product_svd((torch.diag(torch.tensor([1.0, 3.0])), torch.eye(2)))
+    >>> s
+    tensor([3., 1.], dtype=torch.float64)
     """
     b, a = pair[0].double(), pair[1].double()
     q_b, r_b = torch.linalg.qr(b)
@@ -60,6 +74,11 @@ def truncated(pair: Pair, rank: int, balanced: bool = False) -> Pair:
     """`(B, A)` of the best rank-`rank` approximation of a product (Eckart and Young), padded with zeros if needed.
 
     `B = U_r S_r`, `A = V_rᵀ` with orthonormal rows; `balanced` splits `S` evenly, `U_r S_r^½` and `S_r^½ V_rᵀ`.
+
+    >>> b, a = truncated((torch.diag(torch.tensor([1.0, 3.0])), torch.eye(2)), rank=1)
+    >>> b @ a
+    tensor([[0., 0.],
+            [0., 3.]])
     """
     return _split(*product_svd(pair), rank, balanced, pair[0])
 
@@ -81,7 +100,13 @@ def orthonormal(rows: int, columns: int, draws: np.random.Generator) -> Tensor:
 
 
 def rotation_towards(a: Tensor, reference: Tensor) -> Tensor:
-    """The orthogonal `R (r, r)` that minimises `‖Rᵀ A - A_ref‖_F`: `U Vᵀ` of `A A_refᵀ` (orthogonal Procrustes)."""
+    """The orthogonal `R (r, r)` that minimises `‖Rᵀ A - A_ref‖_F`: `U Vᵀ` of `A A_refᵀ` (orthogonal Procrustes).
+
+    >>> a, quarter_turn = torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    >>> rotation_towards(a, quarter_turn) @ quarter_turn.double()
+    tensor([[1., 0.],
+            [0., 1.]], dtype=torch.float64)
+    """
     u, _, vt = torch.linalg.svd(a.double() @ reference.double().T)
     rotation: Tensor = u @ vt
     return rotation

@@ -57,7 +57,11 @@ def site_of(name: str) -> str:
 
 
 def other_factor(name: str) -> str:
-    """`SITE.B` for `SITE.A`, and vice versa."""
+    """`SITE.B` for `SITE.A`, and vice versa.
+
+    >>> other_factor("layer.0.query.A")
+    'layer.0.query.B'
+    """
     return factor_a(site_of(name)) if is_b(name) else factor_b(site_of(name))
 
 

@@ -16,6 +16,10 @@ class Site:
         layer: the path up to its last number, such as `vit.layers.3`; the sites of a layer share it.
         d_in, d_out, rank: `A` is `(rank, d_in)`, `B` is `(d_out, rank)`.
         scale: `γ`.
+
+    >>> site = Site("layer.0.query", "layer.0", d_in=16, d_out=8, rank=2, scale=1.0)
+    >>> site.a, site.b
+    ('layer.0.query.A', 'layer.0.query.B')
     """
 
     name: str
@@ -42,7 +46,11 @@ class Site:
 
 
 def layer_of(name: str) -> str:
-    """`bert.encoder.layer.3.attention.self.query` -> `bert.encoder.layer.3`; without a number, the path itself."""
+    """`bert.encoder.layer.3.attention.self.query` -> `bert.encoder.layer.3`; without a number, the path itself.
+
+    >>> layer_of("bert.encoder.layer.3.attention.self.query")
+    'bert.encoder.layer.3'
+    """
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     return ".".join(parts[: numbers[-1] + 1]) if numbers else name

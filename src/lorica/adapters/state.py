@@ -26,6 +26,15 @@ class AdapterState:
         merged: site name -> `(B, A)`, so that the site's weight is `W0 + γ (B A + SITE.B SITE.A)`; `B (d_out, R)` has a
             column for each rank merged since the last fold.
         epoch: number of folds of `merged`; ranks of different epochs are unrelated.
+
+    >>> site = Site("layer.0.query", "layer.0", d_in=3, d_out=2, rank=1, scale=1.0)
+    >>> model = AdapterState([site], {site.a: torch.ones(1, 3), site.b: torch.zeros(2, 1)})
+    >>> model.trained("B")
+    ['layer.0.query.B']
+    >>> model.add({site.b: torch.ones(2, 1)})
+    >>> model.tensors[site.b] @ model.tensors[site.a]
+    tensor([[1., 1., 1.],
+            [1., 1., 1.]])
     """
 
     def __init__(self, sites: list[Site], tensors: Mapping[str, Tensor]) -> None:
@@ -107,7 +116,11 @@ def fold(pair: Pair) -> Pair:
 
 
 def leading(name: str, value: Tensor, rank: int | None) -> Tensor:
-    """The first `rank` rows of a factor A or columns of a factor B. Other tensors are returned unchanged."""
+    """The first `rank` rows of a factor A or columns of a factor B. Other tensors are returned unchanged.
+
+    >>> leading("layer.0.query.A", torch.eye(3), rank=1)
+    tensor([[1., 0., 0.]])
+    """
     if rank is None:
         return value
     if is_a(name):

@@ -32,6 +32,10 @@ def shrink_singular_values(update: Tensor, noise_variance: float) -> Tensor:
     Args:
         update: `(m, n)` or `(n,)`.
         noise_variance: `v`, per coordinate.
+
+    >>> shrink_singular_values(torch.diag(torch.tensor([10.0, 1.0])), noise_variance=1.0)
+    tensor([[9.5917, 0.0000],
+            [0.0000, 0.0000]])
     """
     if noise_variance == 0:
         return update

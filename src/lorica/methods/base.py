@@ -106,7 +106,11 @@ class Method(ABC):
 
 
 def registry() -> dict[str, type[Method]]:
-    """All methods by name: Lorica's own and those that other packages register as `lorica.methods` entry points."""
+    """All methods by name: Lorica's own and those that other packages register as `lorica.methods` entry points.
+
+    >>> registry()["ffa-lora"].about.sends
+    'B'
+    """
     return {name: entry.load() for name, entry in registered(METHODS).items()}
 
 
@@ -124,6 +128,10 @@ def find_method(config: MethodConfig) -> tuple[type[Method], BaseModel]:
 
 
 def make_method(config: MethodConfig, sites: list[Site]) -> Method:
-    """The configured method for these sites; raises what `find_method` raises."""
+    """The configured method for these sites; raises what `find_method` raises.
+
+    >>> make_method(MethodConfig(name="fed-sb", warm_up=0), sites=[]).options
+    Options(warm_up=0)
+    """
     kind, options = find_method(config)
     return kind(options, sites)

@@ -64,6 +64,13 @@ class Replies:
         aggregate: robust aggregate that replaces the weighted mean of updates; None for the mean.
         means, mean_sketches: the values of `mean` and `mean_sketch` after a secure sum, with which `updates`,
             `energies` and `sketches` are empty. Otherwise None.
+
+    >>> replies = Replies(
+    ...     updates={0: {"x": torch.tensor([4.0])}, 1: {"x": torch.tensor([0.0])}},
+    ...     weights={0: 0.25, 1: 0.75},
+    ... )
+    >>> replies.mean
+    {'x': tensor([1.])}
     """
 
     updates: Mapping[int, Mapping[str, Tensor]]

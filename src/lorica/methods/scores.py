@@ -26,13 +26,20 @@ def cross_client_energy(mean: Tensor, energies: Sequence[float], weights: Sequen
         mean: `Σ_k w_k G_k`, `(d,)`.
         energies: `‖G_k‖²` of each of the `K ≥ 2` clients.
         weights: their weights, which sum to 1.
+
+    >>> cross_client_energy(torch.tensor([2.0, 0.0]), energies=[4.0, 4.0], weights=[0.5, 0.5])
+    4.0
     """
     own = sum(weight**2 * energy for weight, energy in zip(weights, energies, strict=True))
     return (float(mean.square().sum()) - own) / (1 - sum(weight**2 for weight in weights))
 
 
 def debiased_energy(mean: Tensor, noise_variance: float) -> float:
-    """`N' = ‖Ḡ‖² - d v`: the energy of the mean gradient `(d,)` minus the known noise energy."""
+    """`N' = ‖Ḡ‖² - d v`: the energy of the mean gradient `(d,)` minus the known noise energy.
+
+    >>> debiased_energy(torch.tensor([2.0, 1.0]), noise_variance=0.5)
+    4.0
+    """
     return float(mean.square().sum()) - mean.numel() * noise_variance
 
 
@@ -41,6 +48,9 @@ def alignment(earlier: Tensor, later: Tensor) -> float:
 
     Estimates `‖g‖² - (2b + a) gᵀHg - a v tr H`: how much of the gradient remains after the noisy step along it. The
     noise of different rounds is independent, so nothing is subtracted.
+
+    >>> alignment(torch.tensor([2.0, 1.0]), torch.tensor([1.0, 1.0]))
+    3.0
     """
     return float(earlier @ later)
 

@@ -80,7 +80,21 @@ class Server:
         return self.optimize.step(mean, noise, self.round)
 
     def step(self, replies: Replies) -> None:
-        """Move the global tensors by the mean update, after the configured denoising and server optimiser."""
+        """Move the global tensors by the mean update, after the configured denoising and server optimiser.
+
+        >>> server = Server(
+        ...     model=AdapterState([], {"head.bias": torch.tensor([1.0])}),
+        ...     rounds=1,
+        ...     terms={0: Terms(sampling_rate=0.1, batch_size=10, clip_norm=1.0, noise_multiplier=1.0)},
+        ...     optimizer=OptimizerConfig(),
+        ...     local_steps=1,
+        ...     rates={"head.bias": 0.1},
+        ...     seed=0,
+        ... )
+        >>> server.step(Replies(updates={0: {"head.bias": torch.tensor([0.5])}}, weights={0: 1.0}))
+        >>> server.model.tensors
+        {'head.bias': tensor([1.5000])}
+        """
         self.model.add(self.refined(replies))
 
     def step_head(self, replies: Replies) -> None:

@@ -239,9 +239,13 @@ class Federation:
             if client not in replies:
                 reasons[client] = "no reply"
                 continue
-            traffic.bytes_up[client] += size(replies[client])
             expected[client] = self._expected(request, expected)
-            wrong = check_reply(replies[client], expected[client])
+            try:
+                traffic.bytes_up[client] += size(replies[client])
+                wrong = check_reply(replies[client], expected[client])
+            except Exception as error:
+                # What no check foresaw is the fault of that client alone.
+                wrong = f"it cannot be checked ({type(error).__name__})"
             if wrong is None:
                 accepted[client] = replies[client]
             else:

@@ -1,4 +1,4 @@
-"""Records in memory, for tests."""
+"""Records in memory."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ import torch
 from torch import Tensor
 
 from lorica.tasks.records import Batch, Records, digest, stack_digests
-from tests.models import batch
+from lorica.testing.models import random_texts
 
 
 @dataclass(frozen=True, eq=False)
 class TinyRecords(Records):
-    """Whole padded tensors, indexed."""
+    """Whole padded tensors, indexed.
+
+    Attributes:
+        inputs: the model's inputs by name, a row a record.
+    """
 
     inputs: dict[str, Tensor]
 
     @classmethod
-    def of(cls, family: str, count: int, seed: int = 0) -> TinyRecords:
-        examples = batch(family, count, seed)
-        digests = [digest([bytes([seed % 256]), index.to_bytes(4, "little")]) for index in range(count)]
+    def of(cls, examples: Batch, seed: int = 0) -> TinyRecords:
+        """The rows of a batch as records, whose digests are numbers made from the seed."""
+        digests = [digest([bytes([seed % 256]), index.to_bytes(4, "little")]) for index in range(len(examples))]
         return cls(examples.labels.numpy(), stack_digests(digests), examples.inputs)
 
     @classmethod
     def texts(cls, count: int, seed: int = 0) -> TinyRecords:
-        return cls.of("bert", count, seed)
-
-    @classmethod
-    def images(cls, count: int, seed: int = 0) -> TinyRecords:
-        return cls.of("vit", count, seed)
+        """Random texts of 3 to 8 tokens."""
+        return cls.of(random_texts(count, seed), seed)
 
     @property
     def lengths(self) -> np.ndarray:
