@@ -467,11 +467,21 @@ def test_a_sketch_is_projected_in_its_own_round_only(owner: Owner) -> None:
     assert "reply" in owner.ask(sent, replace(some, exchange=2, work=projection(some)))
     later = replace(some, round=2, work=projection(some))
     assert owner.ask(sent, later)["refused"] == "client 0: round 2 has no sketch whose factors could be projected"
-    # Nor with a training in between that leaves the same tensors with the client and moves them by nothing.
+    # Nor after a training that is charged in the new round and then fails.
+    assert owner.ask(sent, failing(replace(some, round=2))) == {"refused": GENERIC}
+    assert "has no sketch" in str(owner.ask(sent, later)["refused"])
+
+
+def test_what_else_stays_with_a_client_is_not_projected(owner: Owner) -> None:
+    """Trained at rate 0, tensors that stay are those that an earlier round has sketched."""
+    sent = owner.invitation()
+    some = request(owner, sent)
+    assert "reply" in owner.ask(sent, work(some, sketch_columns=4))
     trained = tuple(name for name in some.tensors if name.endswith(".B"))
     still = work(replace(some, round=2), personal=trained, rates=dict.fromkeys(trained, 0.0))
     assert "reply" in owner.ask(sent, still)
-    assert "has no sketch" in str(owner.ask(sent, replace(later, exchange=2))["refused"])
+    later = replace(some, round=2, exchange=2, work=projection(some))
+    assert "has no sketch" in str(owner.ask(sent, later)["refused"])
 
 
 def edited(some: Request, change: Any) -> bytes:
@@ -600,15 +610,18 @@ def frozen(owner: Owner, sent: str) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items() if ".base_layer." in name}
 
 
-def test_steps_that_fail_are_charged(owner: Owner) -> None:
+def failing(some: Request) -> Request:
     """`BᵀB` is singular at `B = 0`: the second half of the step fails, after noise was added."""
-    sent = owner.invitation()
-    some = request(owner, sent)
     trained = tuple(name for name in some.tensors if name.endswith(".A"))
     zero = {name: torch.zeros_like(value) for name, value in some.tensors.items()}
-    some = work(
+    return work(
         replace(some, tensors=zero), trained=trained, rates=dict.fromkeys(trained, 1.0), local=LocalStep(damping=0.0)
     )
+
+
+def test_steps_that_fail_are_charged(owner: Owner) -> None:
+    sent = owner.invitation()
+    some = failing(request(owner, sent))
     assert owner.ask(sent, some) == {"refused": GENERIC}
     assert [release.steps for release in owner.releases()] == [2]
     # It is no reply that could be asked for again.
