@@ -20,7 +20,7 @@ from lorica.privacy.ledger import Ledger
 
 
 def kill_run(overrides: Sequence[str], call: int, moment: str, where: str) -> None:
-    """Start a run in another process, which dies `before` or `after` the `call`-th `charge` or `checkpoint`.
+    """Start a run in another process, which dies `before` or `after` the `call`-th `charge`, `attach` or `checkpoint`.
 
     Args:
         overrides: of the default experiment.
@@ -36,8 +36,8 @@ def kill_run(overrides: Sequence[str], call: int, moment: str, where: str) -> No
 def _run(environment: dict[str, str], overrides: list[str], call: int, moment: str, where: str) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    if where == "charge":
-        Ledger.charge = _dying(Ledger.charge, call, moment)  # type: ignore[method-assign]
+    if where in ("charge", "attach"):
+        setattr(Ledger, where, _dying(getattr(Ledger, where), call, moment))
     else:
         lorica.run.rounds.save_checkpoint = _dying(lorica.run.rounds.save_checkpoint, call, moment)
     lorica.Experiment.load(overrides=overrides).run()

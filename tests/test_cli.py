@@ -116,6 +116,30 @@ def test_account_prints_both_accountants(lorica: Callable[..., str]) -> None:
     assert "give either" in lorica("account", *counts, code=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--delta", "0.5", "--epsilon", "3"], "less than 0.5"),
+        (["--delta", "0.1", "--epsilon", "3"], "not below 1/4000"),
+        (["--delta", "1e-3", "--epsilon", "3"], "not below 1/4000"),
+        (["--epsilon", "1000"], "less than or equal to 100"),
+        (["--epsilon", "nan"], "finite"),
+        (["--noise-multiplier", "1e-9"], "greater than or equal to 0.001"),
+    ],
+)
+def test_account_refuses_what_means_nothing_before_it_computes(
+    lorica: Callable[..., str], monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    from lorica.privacy import accounting
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a loss distribution was computed")
+
+    monkeypatch.setattr(accounting, "from_gaussian_mechanism", never)
+    counts = ["--records", "4000", "--batch-size", "64", "--steps", "500"]
+    assert message in lorica("account", *counts, *options, code=2)
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_methods_are_listed(lorica: Callable[..., str], columns: int) -> None:
     """Names and numbers stay whole, and of the cells that wrap no character is lost."""

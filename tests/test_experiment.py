@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -21,13 +20,14 @@ from transformers import AutoModelForImageClassification
 
 import lorica
 from lorica.adapters.base_files import resolve_base
-from lorica.config import PrivacyConfig, TaskConfig
+from lorica.config import PrivacyConfig, TaskConfig, load
 from lorica.engines.local import LocalEngine, prepare_local
 from lorica.errors import UserError
 from lorica.methods.base import registry
 from lorica.owner.setup import ledger_path
 from lorica.privacy.accounting import Steps, epsilon
 from lorica.privacy.ledger import Ledger
+from lorica.privacy.plan import plan_run
 from lorica.run.result import Result
 from lorica.tasks import digits
 from lorica.tasks.classification import Classification
@@ -91,7 +91,7 @@ def test_a_run_writes_everything(finished: Result) -> None:
     assert [set(row["factors"].values()) for row in decisions[:2]] == [{"B"}, {"A"}]
     assert all(set(row["factors"].values()) <= {"A", "B"} for row in decisions)
     card = (finished.adapter / "README.md").read_text()
-    assert "add or remove one record" in card
+    assert "zero-out: one record contributes zero" in card
     assert "Poisson" in card
 
 
@@ -151,7 +151,7 @@ def test_running_again_reads_the_finished_run(finished: Result) -> None:
     ("call", "moment", "where"),
     [
         (4, "before", "charge"),
-        (4, "after", "charge"),
+        (4, "after", "attach"),
         pytest.param(3, "after", "charge", marks=pytest.mark.integration),
         pytest.param(2, "before", "checkpoint", marks=pytest.mark.integration),
     ],
@@ -182,7 +182,7 @@ def test_methods_with_more_state_resume_from_kill_9_too(
     tmp_path: Path, small: list[str], experiment: Load, method: str, call: int
 ) -> None:
     overrides = [*small, *placed(tmp_path / "killed"), f"method.name={method}"]
-    kill_run(overrides, call, "after", "charge")
+    kill_run(overrides, call, "after", "attach")
     resumed = lorica.Experiment.load(overrides=overrides).run()
     whole = experiment(tmp_path / "whole", f"method.name={method}").run()
     files = sorted(path.relative_to(whole.adapter) for path in whole.adapter.rglob("adapter_model.safetensors"))
@@ -435,10 +435,9 @@ def test_the_ledger_lies_beside_the_data(tmp_path: Path) -> None:
     assert ledger_path(embedded, dataset).parent == Path(os.environ["LORICA_HOME"]) / "ledgers"
 
 
-def test_a_large_delta_is_a_warning(tmp_path: Path, experiment: Load, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="lorica"):
-        prepare_local(experiment(tmp_path, "privacy.delta=0.1").config)
-    assert "privacy.delta = 0.1 is not below 1/" in caplog.text
+def test_a_large_delta_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"privacy\.delta = 0\.1: not below 1/"):
+        plan_run(load(None, ["privacy.delta=0.1"]), 0, 200)
 
 
 def test_query_and_value_are_found_under_their_new_names(tmp_path: Path, experiment: Load) -> None:

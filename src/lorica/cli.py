@@ -136,7 +136,9 @@ def new_method(
 def account(
     records: Annotated[int, typer.Option(min=1, help="Number of records of the client.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Expected batch size.")],
-    steps: Annotated[int, typer.Option(min=1, help="Total number of noisy steps: rounds times local steps.")],
+    steps: Annotated[
+        int, typer.Option(min=1, max=10**6, help="Total number of noisy steps: rounds times local steps.")
+    ],
     delta: Annotated[float, typer.Option(help="δ, below 1/records.")] = 1e-5,
     epsilon: Annotated[float | None, typer.Option(help="Compute the noise multiplier for this ε.")] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Compute the ε of this noise multiplier.")] = None,
@@ -187,16 +189,29 @@ def budget(
         Path | None, typer.Option(help="The owner's policy (YAML file), to show the budget that is left.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    release: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Release the budget reserved by RUN, which will not continue.")
+    ] = None,
+    accept: Annotated[bool, typer.Option("--accept", help="Accept that the ledger is lost, older or changed.")] = False,
 ) -> None:
-    """Show what was released from an owner's data: when, in which run, at what ε. Changes nothing."""
+    """Show what was released from an owner's data: when, in which run, at what ε. Only --release and --accept write."""
     with _errors():
-        if delta is not None and not 0 < delta < 1:
-            raise UserError("--delta", delta, "not between 0 and 1", "choose a value below 1/records")
+        if delta is not None and not 1e-12 <= delta < 0.5:
+            raise UserError("--delta", delta, "not between 1e-12 and 0.5", "choose a value below 1/records")
         if delta is not None and policy is not None:
             raise UserError("--delta", delta, "the policy has its own δ", "remove --delta or --policy")
+        from lorica.privacy.ledger_file import accept_ledger, find_ledger, release_reservation
         from lorica.privacy.policy import load_policy
         from lorica.reporting.budget import budget_table, read_budget
 
+        if accept:
+            ledger = find_ledger(path, lost=True)
+            accept_ledger(ledger)
+            if not ledger.is_file():
+                console.print(f"The next run starts a new ledger at {ledger}.", soft_wrap=True, highlight=False)
+                return
+        if release is not None:
+            release_reservation(find_ledger(path), release)
         found = read_budget(path, delta or 1e-5, None if policy is None else load_policy(policy))
         if as_json:
             typer.echo(json.dumps(found, indent=2))
@@ -233,6 +248,18 @@ def flower_node(context: typer.Context) -> None:
         from lorica.engines.flower.sealed import become_node
 
         become_node(context.args)
+
+
+@flower.command("keys")
+def flower_keys(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of identity.key and identity.pub.")],
+    name: Annotated[str, typer.Option(help="Name of the owner, for the other owners' logs.")] = "owner",
+) -> None:
+    """Create an owner's identity key for secure sums, and print the line for `members` in the owners' policies."""
+    with _errors():
+        from lorica.owner.identity import make_identity
+
+        typer.echo(make_identity(folder, name))
 
 
 class _Rounds:
@@ -296,6 +323,12 @@ class _Rounds:
                 f"{level} DP: C = {config.privacy.clip_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
                 f"δ = {config.privacy.delta:g}, ledger {federation.engine.ledger}"
             )
+            void = [plan.client for plan in federation.plans.values() if plan.void_delta]
+            if void:
+                console.print(
+                    f"[bold red]δ means nothing[/bold red] for client {', '.join(map(str, void))}: it is not below the "
+                    "inverse of the client's records. Choose a smaller privacy.delta."
+                )
         if finished:
             console.print(f"Resumed after round {finished}.")
         self._task = self._progress.add_task("rounds", total=config.federation.rounds, completed=finished)

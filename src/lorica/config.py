@@ -29,14 +29,17 @@ Model = TypeVar("Model", bound=BaseModel)
 class Strict(BaseModel):
     """A configuration section: frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Strict):
     """The frozen base model and the head on top of it."""
 
     base: str
-    """A folder or a Hugging Face hub id. `lorica:glyph-vit` is the embedded default."""
+    """A folder or a Hugging Face hub id. `lorica:glyph-vit` is the embedded default. Code that comes with a model is
+    never run, and of a pickle (`pytorch_model.bin`) only tensors are read."""
     head: Literal["train", "freeze"] = "train"
     """`train`: the last linear layer is trained under DP; it starts at zero unless the checkpoint contains one trained
     for these labels. `freeze`: the head stays as loaded (or as initialised from the seed)."""
@@ -177,7 +180,7 @@ class TaskConfig(Strict):
 class FederationConfig(Strict):
     """Who takes part, how often, and how long each client trains."""
 
-    clients: int = Field(6, ge=1)
+    clients: int = Field(6, ge=1, le=100_000)
     """Number of owners."""
     partition: Literal[
         "dirichlet", "iid", "shards", "quantity", "column", "files", "as-lora-text", "as-lora-images"
@@ -196,6 +199,10 @@ class FederationConfig(Strict):
     min_records: int = Field(1, ge=1)
     """Minimum number of records of a client. Random sizes are redrawn, up to 100 times, until all clients have that
     many; `batch_size` is a good choice, since no client may have fewer."""
+    max_records: int | list[int] | None = None
+    """Maximum number of records (or groups) that a client may declare: one number, or one for each client, such as the
+    numbers that the owners registered before the run. A client that declares more is refused. Required across machines
+    with `weights: records` or `noise`, where a client could otherwise declare its way to all of the weight."""
     partition_seed: int | None = Field(None, ge=0, lt=2**63)
     """Seeds the partition (NumPy's `default_rng`) with this number, to reproduce a published split or to keep the split
     while `seed` changes; by default a stream derived from `seed`."""
@@ -214,8 +221,9 @@ class FederationConfig(Strict):
     """Sum the clients' replies under masks, so that the server sees only their sum (`lorica.secure_sum`). Needs at
     least three clients per round and a method that needs only sums. It does not change ε."""
     private_test: float = Field(0.0, ge=0, lt=1)
-    """Fraction of each client's records that it holds out for testing. The results are private: they are written beside
-    the ledger, for the owner, and do not appear in any report."""
+    """Fraction of each client's records that it holds out for testing. Each record is held out or not by a hash of its
+    own content and the seed, so the number varies a little. The results are private: they are written beside the
+    ledger, for the owner, and do not appear in any report."""
     weights: Literal["uniform", "records", "noise"] = "uniform"
     """Weight of a client in the mean: `uniform`, in proportion to its `records`, or to 1/τ² of its `noise`."""
     evaluate_every: int = Field(1, ge=1)
@@ -224,10 +232,22 @@ class FederationConfig(Strict):
     """Padded tokens (text) or patches (images) in one forward pass; by default 1,024 on a CPU, where small passes over
     texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes results only by rounding."""
 
+    @model_validator(mode="after")
+    def _a_schedule_is_short(self) -> FederationConfig:
+        if self.rounds * self.participants > 1_000_000:
+            raise ValueError("more than 1,000,000 participations in all: choose fewer rounds or participants")
+        if self.rounds * self.local_steps > 1_000_000:
+            raise ValueError("more than 1,000,000 steps in all: choose fewer rounds or local steps")
+        return self
+
     @property
     def participants(self) -> int:
         """Clients in a round."""
         return max(1, round(self.participation * self.clients))
+
+    def most_records(self, client: int) -> int | None:
+        """`max_records` of a client; None for no limit."""
+        return self.max_records[client] if isinstance(self.max_records, list) else self.max_records
 
     def pass_tokens(self, device: str) -> int:
         """`micro_batch_tokens`, or its default on a type of device."""
@@ -242,6 +262,15 @@ class FederationConfig(Strict):
             raise _mistake(
                 "used only with federation.partition=column", "remove federation.by, or set federation.partition=column"
             )
+        return value
+
+    @field_validator("max_records")
+    @classmethod
+    def _one_for_each_client(cls, value: int | list[int] | None, info: ValidationInfo) -> int | list[int] | None:
+        if isinstance(value, list) and len(value) != info.data.get("clients"):
+            raise ValueError(f"{len(value)} numbers for {info.data.get('clients')} clients; give one for each client")
+        if any(count < 1 for count in (value if isinstance(value, list) else [] if value is None else [value])):
+            raise ValueError("a client has at least one record")
         return value
 
 
@@ -323,18 +352,20 @@ class PrivacyConfig(Strict):
     """The guarantee that each owner gets."""
 
     unit: Literal["record", "group"] = "record"
-    """What is protected, added or removed: one record of one client, or all records of one group, such as a patient or
-    a user."""
+    """What is protected: one record of one client, or all records of one group, such as a patient or a user. The
+    guarantee compares the run with one in which these contribute zero; the number of records or groups is public."""
     group: str | None = None
     """For `unit: group`: the column with the group of each record. A group is sampled, clipped and counted as one."""
     group_records: int = Field(8, ge=1)
     """For `unit: group`: maximum number of records of a group that are used, chosen by the public seed."""
-    epsilon: float | None = Field(3.0, gt=0)
-    """Target ε of each client over the whole run; the noise is calibrated to it."""
-    noise_multiplier: float | None = Field(None, gt=0)
-    """Set this and `epsilon: null` to fix the noise and compute ε from it."""
-    delta: float = Field(1e-5, gt=0, lt=1)
-    """Choose it below 1/records."""
+    epsilon: float | None = Field(3.0, ge=0.01, le=100)
+    """Target ε of each client over the whole run; the noise is calibrated to it. Above 10 it protects little, at 100
+    nothing."""
+    noise_multiplier: float | None = Field(None, ge=1e-3, le=1e6)
+    """Set this and `epsilon: null` to fix the noise and compute ε from it. Below 0.2, ε is that of the looser RDP
+    accountant."""
+    delta: float = Field(1e-5, ge=1e-12, lt=0.5)
+    """It must be below 1/records; with `noise: reproducible`, a warning says when it is not."""
     clip_norm: float = Field(2.0, ge=1e-6)
     """`C`: maximum norm of one record's gradient over all tensors trained in a step."""
     noise: Literal["secure", "reproducible"] = "secure"
@@ -343,7 +374,8 @@ class PrivacyConfig(Strict):
     ledger: str | None = None
     """SQLite file that records every release; by default beside the training data."""
     max_lifetime_epsilon: float | None = Field(None, gt=0)
-    """The owner's limit over all runs on the same data; a run that would exceed it is refused before it starts."""
+    """The owner's limit for each record over all runs, in whichever file the record comes, with what other runs have
+    reserved. A run that would exceed it is refused before it starts."""
 
     @model_validator(mode="after")
     def _a_group_has_a_column(self) -> PrivacyConfig:

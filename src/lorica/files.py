@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorica.errors import UserError
@@ -48,13 +48,49 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
         ) from error
 
 
-def append_line(path: Path, line: str) -> None:
+def create_private(path: Path) -> None:
+    """Make a file, empty if there is none, that only its owner can read and write, whatever the umask.
+
+    A file that belongs to another account keeps its permissions.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        with suppress(PermissionError):
+            os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
+
+
+def private_folder(path: Path) -> Path:
+    """Make a folder that only its owner can enter, whatever the umask, and return it.
+
+    A folder that exists is closed to others, unless it belongs to another account.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700, exist_ok=True)
+    with suppress(PermissionError):
+        path.chmod(0o700)
+    return path
+
+
+def append_line(path: Path, line: str, private: bool = False) -> None:
     """Append one line and sync it.
+
+    Args:
+        private: nobody but the owner may read the file.
 
     Raises:
         UserError: the disk is full, or the file is not writable.
     """
     try:
+        if private:
+            create_private(path)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()

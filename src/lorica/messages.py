@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-import safetensors
-import safetensors.torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -21,11 +19,16 @@ from lorica.privacy.mechanism import Terms
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.released import Released
 from lorica.privacy.statement import Account
+from lorica.tensors import decode_with_metadata, encode
 
 OWNER = "owner"
 """Value of `task.train` in a message: the data are with the owner, whose own settings say where."""
 # The owner writes the name of a run into its logs and files.
 RUN_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
+LONGEST_INVITATION = 2**20
+LARGEST_COUNT = 2**31
+LONGEST_WORD = 10_000
+"""Characters of a plan or an account."""
 _TENSORS = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
 
@@ -54,8 +57,9 @@ class Invitation:
             Refused: not an invitation.
         """
         try:
-            content = json.loads(text)
-            invitation = cls(**content)
+            if len(text) > LONGEST_INVITATION:
+                raise ValueError("too long")
+            invitation = cls(**json.loads(text))
         except (ValueError, TypeError, RecursionError):
             invitation = None
         if invitation is None or not all(isinstance(value, str) for value in asdict(invitation).values()):
@@ -199,9 +203,7 @@ class Request:
 
     def encode(self) -> bytes:
         """One safetensors blob: all tensors, with the other fields as JSON in its metadata."""
-        tensors = {name: value.contiguous().cpu() for name, value in self._tensors().items()}
-        content: bytes = safetensors.torch.save(tensors, metadata={"request": json.dumps(self._plain())})
-        return content
+        return encode(self._tensors(), {"request": json.dumps(self._plain())})
 
     @classmethod
     def decode(cls, content: bytes) -> Request:
@@ -211,8 +213,8 @@ class Request:
             ValueError: not a request. The message may quote the server, since a request contains nothing private.
         """
         try:
-            plain = json.loads(_metadata(content)["request"])
-            tensors = decode(content)
+            tensors, metadata = decode_with_metadata(content)
+            plain = json.loads(metadata["request"])
             asked = dict(plain["work"])
             kind = asked.pop("kind")
             work: Training | Projection | Delivery
@@ -234,7 +236,7 @@ class Request:
                 "work": work,
             }
             request: Request = _STRICT[Request].validate_python(plain | sent)
-        except (safetensors.SafetensorError, ValidationError, LookupError, TypeError, ValueError) as error:
+        except (ValidationError, LookupError, TypeError, ValueError) as error:
             raise ValueError(f"not a request of this version of Lorica: {type(error).__name__}: {error}") from error
         except RecursionError:
             raise ValueError("not a request of this version of Lorica: nested too deeply") from None
@@ -295,16 +297,16 @@ class Reply:
 
 def encode_plan(plan: ClientPlan) -> str:
     """A plan as JSON: the owner's answer to an invitation."""
-    return _PLAN.dump_json(plan).decode()
+    return json.dumps(asdict(plan))
 
 
-def decode_plan(text: str) -> ClientPlan:
+def decode_plan(text: object) -> ClientPlan:
     """The inverse of `encode_plan`.
 
     Raises:
         ValueError: not a plan.
     """
-    return _PLAN.validate_json(text)
+    return _PLAN.validate_json(_word(text), strict=True)
 
 
 def encode_account(account: Account) -> str:
@@ -312,26 +314,18 @@ def encode_account(account: Account) -> str:
     return _ACCOUNT.dump_json(account).decode()
 
 
-def decode_account(text: str) -> Account:
+def decode_account(text: object) -> Account:
     """The inverse of `encode_account`.
 
     Raises:
-        ValueError: not an account.
+        ValueError: not an account, or counts that no run has.
     """
-    return _ACCOUNT.validate_json(text)
-
-
-def encode(tensors: Mapping[str, Tensor]) -> bytes:
-    """Tensors as safetensors bytes."""
-    content: bytes = safetensors.torch.save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
-    return content
-
-
-def decode(content: bytes) -> dict[str, Tensor]:
-    """The inverse of `encode`."""
-    # Cloned into PyTorch's own aligned memory: matrix products can round differently with another alignment, and
-    # engines must agree bit for bit.
-    return {name: tensor.clone() for name, tensor in safetensors.torch.load(content).items()}
+    account = _ACCOUNT.validate_json(_word(text), strict=True)
+    if account != Account(account.steps, account.releases):
+        raise ValueError("an account has steps and releases only")
+    if not (0 <= account.steps < LARGEST_COUNT and 0 <= account.releases < LARGEST_COUNT):
+        raise ValueError("negative or too many steps or releases")
+    return account
 
 
 def size(tensors: Mapping[str, Tensor]) -> int:
@@ -339,8 +333,9 @@ def size(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _metadata(content: bytes) -> dict[str, str]:
-    """Metadata of a safetensors blob: 8 bytes with the header's length, then the header as JSON."""
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    metadata: dict[str, str] = header["__metadata__"]
-    return metadata
+def _word(text: object) -> str:
+    if not isinstance(text, str):
+        raise ValueError(f"it is of type {type(text).__name__}, not text")
+    if len(text) > LONGEST_WORD:
+        raise ValueError(f"it has {len(text)} characters, and at most {LONGEST_WORD} are read")
+    return text

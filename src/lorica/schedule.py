@@ -23,7 +23,8 @@ def participation_schedule(clients: int, rounds: int, participants: int, seed: i
         queue = queue[participants:]
         if len(chosen) < participants:
             # Those already chosen go to the end of the new permutation, so that nobody is drawn twice in a round.
-            fresh = [client for client in draws.permutation(clients).tolist() if client not in chosen]
+            taken = set(chosen)
+            fresh = [client for client in draws.permutation(clients).tolist() if client not in taken]
             needed = participants - len(chosen)
             queue = fresh[needed:] + chosen
             chosen = chosen + fresh[:needed]

@@ -124,13 +124,13 @@ def rounds(config: ExperimentConfig) -> list[dict[str, Any]]:
 
 @pytest.mark.integration
 def test_a_killed_worker_is_replaced_in_the_same_message(organisations: Organisations) -> None:
-    """Between the ledger's row and the reply, and in training."""
+    """Before the reply is sent, and in training."""
     here, config = local(organisations, "local"), over_flower(organisations)
     with RealProcesses(organisations) as real:
-        real.hold(0, "charged")
+        real.hold(0, "answered")
         running = real.launch(config)
         # The second worker has round 1's reply from the ledger, so that it trains in round 2 first.
-        for moment, then in (("charged", "training"), ("training", None)):
+        for moment, then in (("answered", "training"), ("training", None)):
             real.wait_for(0, moment)
             real.kill_node(0, "lorica.engines.flower.warm")
             real.let_go(0)
@@ -149,7 +149,7 @@ def test_a_killed_node_ends_the_run_which_then_resumes(
     """SuperNode, Flower's process for the message and worker die at once, as if the power failed."""
     here, config = local(organisations, "local"), over_flower(organisations, "flower.timeout=20")
     with RealProcesses(organisations) as real:
-        for moment, in_ledger in (("training", []), ("charged", [(1, 2)])):
+        for moment, in_ledger in (("charging", []), ("training", [(1, 2)]), ("answered", [(1, 2)])):
             real.hold(0, moment)
             running = real.launch(config)
             real.wait_for(0, moment)
@@ -233,11 +233,11 @@ def fill(folder: Path) -> Path:
 
 @pytest.mark.integration
 def test_a_disk_that_gets_full_at_the_node(organisations: Organisations, capfd: pytest.CaptureFixture[str]) -> None:
-    """Before the ledger's row nothing leaves; after it, the reply waits in the ledger for room."""
+    """Without the ledger's row nothing is computed; what is charged waits for room, with its reply or without."""
     here, config = local(organisations, "local"), over_flower(organisations)
     place = organisations.places[0]
     with disk_of_its_own(place), RealProcesses(organisations) as real:
-        for moment, in_ledger in (("charging", []), ("charged", [(1, 2)])):
+        for moment, in_ledger in (("charging", []), ("training", [(1, 2)]), ("answered", [(1, 2)])):
             real.hold(0, moment)
             running = real.launch(config)
             real.wait_for(0, moment)

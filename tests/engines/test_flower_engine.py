@@ -27,6 +27,7 @@ from lorica.owner.node import agreed
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.mechanism import Terms
 from lorica.run.result import Result
+from lorica.tensors import TYPES
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
 
@@ -294,7 +295,7 @@ def test_a_second_node_with_the_same_number_is_not_taken_in(tmp_path: Path, capl
     assert Ledger(tmp_path / "impostor" / "data.jsonl.ledger.sqlite").releases() == []
 
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+DTYPES = list(TYPES)
 SHAPES = st.lists(st.integers(0, 3), max_size=3)
 NAMES = st.text(min_size=1, max_size=8)
 

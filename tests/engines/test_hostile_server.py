@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
+import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,10 +26,12 @@ from lorica.adapters.base_files import hash_of_base
 from lorica.config import OptimizerConfig
 from lorica.errors import UserError
 from lorica.local.step import LocalStep
-from lorica.messages import Delivery, Invitation, Projection, Request, Training, decode
+from lorica.messages import Delivery, Invitation, Projection, Request, Training
 from lorica.owner.node import Node, agreed, respond
 from lorica.owner.settings import NodeSettings
+from lorica.privacy import accounting
 from lorica.privacy.ledger import Ledger, Release
+from lorica.tensors import decode
 from tests.engines.organisations import DELTA, RECORDS, SIGMA, Organisations, invitation
 from tests.tasks.test_whole_runs import sentences, write_rows
 
@@ -114,6 +118,19 @@ def test_an_honest_server_is_answered(owner: Owner) -> None:
     assert owner.files() == owner.outside
 
 
+def test_no_other_account_can_read_what_a_node_writes(owner: Owner) -> None:
+    before = os.umask(0)
+    try:
+        sent = owner.invitation()
+        owner.ask(sent, request(owner, sent))
+    finally:
+        os.umask(before)
+    written = [path for path in owner.place.rglob("*") if path not in owner.outside]
+    assert len([path for path in written if path.is_file()]) >= 3
+    modes = {path.relative_to(owner.place): stat.S_IMODE(path.stat().st_mode) for path in written}
+    assert all(mode == (0o700 if (owner.place / path).is_dir() else 0o600) for path, mode in modes.items()), modes
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -121,17 +138,63 @@ def test_an_honest_server_is_answered(owner: Owner) -> None:
         (["privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
         (["privacy.noise_multiplier=0.01"], r"policy\.min_noise_multiplier: .* 0\.01; the minimum is 0\.5"),
         (["privacy.clip_norm=1.0e+9"], r"policy\.max_clip_norm: .* 1e\+09; the limit is 2"),
-        (["privacy.clip_norm=.inf"], r"the experiment is not valid: privacy\.clip_norm"),
         ([f"federation.batch_size={RECORDS[0]}"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.5"),
         (["federation.rounds=51"], r"policy\.max_steps: .* 102 steps; the limit is 100"),
         (["privacy.noise_multiplier=0.5", "federation.rounds=50"], r"policy\.max_epsilon: .* the limit is 30"),
         (["federation.private_test=0.2"], r"policy\.metrics: .* \['loss', 'accuracy'\]"),
-        (["federation.batch_size=25"], r"federation\.batch_size = 25: client 0 has only 24 records"),
+        (["federation.batch_size=25"], r"policy\.max_sampling_rate: .* 1\.04167; the limit is 0\.5"),
     ],
 )
 def test_a_run_beyond_the_policy_is_refused(owner: Owner, overrides: list[str], message: str) -> None:
     refused = owner.ask(owner.invitation(*overrides))["refused"]
     assert re.search(message, str(refused))
+    owner.assert_untouched()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["privacy.epsilon=40"], r"policy\.max_epsilon: the server proposes ε = 40 .*; the limit is 30"),
+        (["privacy.epsilon=100", "privacy.delta=1.0e-12"], r"policy\.min_noise_multiplier: .* the minimum is 0\.5"),
+        (["privacy.epsilon=3", "privacy.delta=0.49"], r"privacy\.delta = 0\.49: not below 1/24"),
+    ],
+)
+def test_a_proposal_that_is_dear_to_compute_is_refused_without_computing(
+    owner: Owner, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    """A calibration takes seconds, and far from what the policy allows it took minutes."""
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a loss distribution was computed")
+
+    monkeypatch.setattr(accounting, "from_gaussian_mechanism", never)
+    refused = owner.ask(owner.invitation(*overrides, "privacy.noise_multiplier=null"))["refused"]
+    assert re.search(message, str(refused))
+    owner.assert_untouched()
+
+
+@pytest.mark.parametrize(
+    ("section", "keys", "message"),
+    [
+        ("privacy", {"epsilon": 300, "noise_multiplier": None}, r"privacy\.epsilon = 300"),
+        ("privacy", {"epsilon": 1e-300, "noise_multiplier": None}, r"privacy\.epsilon = 1e-300"),
+        ("privacy", {"delta": 0.5}, r"privacy\.delta = 0\.5"),
+        ("privacy", {"noise_multiplier": math.inf}, r"privacy\.noise_multiplier = inf: .* finite"),
+        ("privacy", {"clip_norm": math.inf}, r"privacy\.clip_norm = inf: .* finite"),
+        ("privacy", {"clip_norm": math.nan}, r"privacy\.clip_norm = nan: .* finite"),
+        ("federation", {"rounds": 10**9}, r"federation = .* participations"),
+        ("federation", {"rounds": 10**4, "local_steps": 10**4}, r"federation = .* 1,000,000 steps"),
+        ("federation", {"rounds": 10**6, "clients": 10**5}, r"federation = .* participations"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_no_experiment(
+    owner: Owner, section: str, keys: dict[str, Any], message: str
+) -> None:
+    sent = Invitation.decode(owner.invitation())
+    experiment = json.loads(sent.experiment)
+    experiment[section] |= keys
+    refused = owner.ask(replace(sent, experiment=json.dumps(experiment)).encode())["refused"]
+    assert re.search(f"the experiment is not valid here: {message}", str(refused))
     owner.assert_untouched()
 
 
@@ -142,8 +205,8 @@ def test_a_run_beyond_the_policy_is_refused(owner: Owner, overrides: list[str], 
         # Whether there is such a column is not for the server to learn.
         ({"text": ["diagnosis"]}, r"policy\.tasks: the server proposes task\.text = \['diagnosis'\]"),
         ({"label": "text"}, r"policy\.tasks: the server proposes task\.label = 'text'"),
-        ({"train": "/etc/passwd"}, r"task\.train = '/etc/passwd': only the owner may name the data, not the server"),
-        ({"train": "data.jsonl"}, r"task\.train = 'data\.jsonl': only the owner may name the data, not the server"),
+        ({"train": "/etc/passwd"}, r"task\.train = '/etc/passwd': the data are for the owner to name"),
+        ({"train": "data.jsonl"}, r"task\.train = 'data\.jsonl': the data are for the owner to name"),
     ],
 )
 def test_the_server_names_neither_files_nor_other_columns(owner: Owner, task: dict[str, Any], message: str) -> None:
@@ -312,6 +375,11 @@ HOSTILE = {
     "sketches of no column": (lambda r: work(r, sketch_columns=0), "sketches with 0 columns"),
     "sketches of fewer": (lambda r: work(r, sketch_columns=-4), "sketches with -4 columns"),
     "sketches that fill the memory": (lambda r: work(r, sketch_columns=10**9), "sketches with 1000000000 columns"),
+    "sketches of what stays": (
+        lambda r: work(r, sketch_columns=2, personal=(first(r),)),
+        "sketches of tensors that it keeps at the client",
+    ),
+    "a projection of nothing": (lambda r: replace(r, work=projection(r)), "round 1 has no sketch"),
     "personal tensors not trained": (lambda r: work(r, personal=("x",)), "keeps tensors at the client"),
     "corrections of the wrong shape": (lambda r: work(r, corrections={first(r): torch.ones(1)}), "of shape (1,)"),
     "a tensor of another model": (
@@ -320,7 +388,7 @@ HOSTILE = {
     ),
     "a tensor that lacks": (lambda r: replace(r, tensors={first(r): r.tensors[first(r)]}), " is missing"),
     "a tensor of the wrong shape": (lambda r: tensor(r, torch.ones(1, 1)), "of shape (1, 1)"),
-    "a tensor of the wrong type": (lambda r: tensor(r, r.tensors[first(r)].double()), "torch.float64"),
+    "a tensor of the wrong type": (lambda r: tensor(r, r.tensors[first(r)].long()), "torch.int64"),
     "increments that do not fit": (
         lambda r: replace(r, increments={first(r)[:-2]: (torch.ones(1, 2), torch.ones(2, 1))}),
         "it merges (1, 2) x (2, 1)",
@@ -344,6 +412,27 @@ def test_a_hostile_request_is_refused(asked: tuple[Owner, str], name: str) -> No
     answer = owner.ask(sent, change(request(owner, sent)))
     assert message in str(answer["refused"])
     owner.assert_untouched()
+
+
+def projection(some: Request) -> Projection:
+    """Of every site onto the first two coordinates."""
+    factors = {name[:-2]: value for name, value in some.tensors.items() if name.endswith(".B")}
+    return Projection({site: torch.eye(len(b), 2) for site, b in factors.items()})
+
+
+def test_a_sketch_is_projected_in_its_own_round_only(owner: Owner) -> None:
+    """A sum of the same factors a round later, over other clients, would show a client's by difference."""
+    sent = owner.invitation()
+    some = request(owner, sent)
+    assert "reply" in owner.ask(sent, work(some, sketch_columns=4))
+    assert "reply" in owner.ask(sent, replace(some, exchange=2, work=projection(some)))
+    later = replace(some, round=2, work=projection(some))
+    assert owner.ask(sent, later)["refused"] == "client 0: round 2 has no sketch whose factors could be projected"
+    # Nor with a training in between that leaves the same tensors with the client and moves them by nothing.
+    trained = tuple(name for name in some.tensors if name.endswith(".B"))
+    still = work(replace(some, round=2), personal=trained, rates=dict.fromkeys(trained, 0.0))
+    assert "reply" in owner.ask(sent, still)
+    assert "has no sketch" in str(owner.ask(sent, replace(later, exchange=2))["refused"])
 
 
 def edited(some: Request, change: Any) -> bytes:
@@ -410,7 +499,7 @@ def test_an_older_round_is_over(owner: Owner) -> None:
     sent = owner.invitation()
     owner.ask(sent, request(owner, sent, round=2))
     answer = owner.ask(sent, request(owner, sent, round=1))
-    assert answer["refused"] == "client 0: round 1 is over, and its releases are not repeated"
+    assert answer["refused"] == "client 0: round 1 is over; its releases are not made again"
     assert len(owner.releases()) == 1
 
 
@@ -427,7 +516,7 @@ def test_a_run_is_agreed_on_once(owner: Owner) -> None:
     owner.ask(owner.invitation())
     agreed.cache_clear()
     answer = owner.ask(owner.invitation("federation.rounds=4"))
-    assert answer["refused"] == "run run was agreed with another experiment"
+    assert answer["refused"] == "run run was agreed on with another experiment"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38, 1e20])
@@ -524,19 +613,68 @@ def compositions(releases: list[Release]) -> tuple[float, float]:
     return exact.get_epsilon(DELTA), other.get_epsilon(DELTA)
 
 
+def rows_of(*sigmas: float) -> list[Release]:
+    """A release of two steps with each of these noise multipliers."""
+    return [Release("", "", "", 0, 1, 8 / RECORDS[0], sigma, 2.0, 2, "secure", "") for sigma in sigmas]
+
+
+def give_back(owner: Owner, run: str) -> None:
+    """As `lorica budget --release` does."""
+    Ledger(owner.place / "data.jsonl.ledger.sqlite").end(run)
+
+
+def test_a_run_is_refused_at_its_start_while_another_one_holds_the_budget(owner: Owner) -> None:
+    """Otherwise both would be refused half way, and the budget be spent for nothing."""
+    owner.organisations.write_policy(0, max_epsilon=compositions(rows_of(1.0, 1.0, 1.0, 0.8, 0.8))[0] + 0.05)
+    first = owner.invitation("federation.rounds=3", run="one")
+    long = owner.invitation("federation.rounds=3", "privacy.noise_multiplier=0.8", run="long")
+    short = owner.invitation("federation.rounds=2", "privacy.noise_multiplier=0.8", run="short")
+    assert "plan" in owner.ask(first)
+    refused = str(owner.ask(long)["refused"])
+    assert re.search(r"policy\.max_epsilon: .* the limit is .* part of it is reserved for run one$", refused)
+    assert "plan" in owner.ask(short)
+    for round_number in range(1, 4):
+        assert "reply" in owner.ask(first, request(owner, first, "one", round=round_number))
+        if round_number < 3:
+            assert "reply" in owner.ask(short, request(owner, short, "short", round=round_number))
+    agreed.cache_clear()
+    assert "refused" in owner.ask(owner.invitation("federation.rounds=1", run="another"))
+
+
+def test_a_finished_run_gives_back_what_it_did_not_use(owner: Owner) -> None:
+    owner.organisations.write_policy(0, max_epsilon=compositions(rows_of(1.0, 1.0, 1.0))[0] + 0.05)
+    first, second = (owner.invitation(f"federation.rounds={n}", run=run) for n, run in ((3, "one"), (2, "two")))
+    owner.ask(first, request(owner, first, "one"))
+    assert "refused" in owner.ask(second)
+    model = node_of(owner, first)._model
+    owner.ask(first, Request("one", 0, 1, 0, {}, Delivery(model.read(), {}, final=True)))
+    assert "plan" in owner.ask(second)
+
+
+def test_another_experiment_under_the_same_name_does_not_change_what_is_reserved(owner: Owner) -> None:
+    sent = owner.invitation("federation.rounds=3")
+    assert "plan" in owner.ask(sent)
+    assert "another experiment" in str(owner.ask(owner.invitation("federation.rounds=1"))["refused"])
+    (held,) = Ledger(owner.place / "data.jsonl.ledger.sqlite").exposures()
+    assert held.outstanding == 6
+
+
 def test_two_runs_cannot_spend_more_than_the_policy_together(owner: Owner) -> None:
-    rows = [Release("", "", "", 0, 1, 8 / RECORDS[0], sigma, 2.0, 2, "secure", "") for sigma in (1.0, 0.8)]
-    limit = compositions([rows[0]] * 2 + [rows[1]] * 3)[0] + 0.05
+    """Even if the owner gives back what the first one holds and it goes on."""
+    limit = compositions(rows_of(1.0, 1.0, 0.8, 0.8, 0.8))[0] + 0.05
     owner.organisations.write_policy(0, max_epsilon=limit)
     runs = {
         "one": owner.invitation("federation.rounds=3", run="one"),
         "two": owner.invitation("federation.rounds=3", "privacy.noise_multiplier=0.8", run="two"),
     }
-    assert all("plan" in owner.ask(sent) for sent in runs.values())
+    for run, sent in runs.items():
+        assert "plan" in owner.ask(sent)
+        give_back(owner, run)
     answers = []
     for round_number in range(1, 4):
         for run, sent in runs.items():
             answers.append(owner.ask(sent, request(owner, sent, run, round=round_number)))
+            give_back(owner, run)
     refused = [str(answer["refused"]) for answer in answers if "refused" in answer]
     assert refused
     assert all(re.search(r"policy\.max_epsilon: .* the limit is", text) for text in refused)
@@ -544,8 +682,21 @@ def test_two_runs_cannot_spend_more_than_the_policy_together(owner: Owner) -> No
     assert {release.run for release in spent} == {"one", "two"}
     # Opacus bounds ε to 0.01.
     assert all(epsilon <= limit + 0.02 for epsilon in compositions(spent))
-    # Not refused without need.
-    assert len(spent) == 5
+
+
+def test_records_of_another_ledger_count_against_the_policy(owner: Owner) -> None:
+    """A copy of the data at another place has no budget of its own."""
+    limit = compositions(rows_of(1.0, 1.0, 1.0))[0] + 0.05
+    owner.organisations.write_policy(0, max_epsilon=limit)
+    sent = owner.invitation("federation.rounds=2")
+    for round_number in (1, 2):
+        assert "reply" in owner.ask(sent, request(owner, sent, round=round_number))
+    copy = owner.place / "copy.jsonl"
+    copy.write_text("\n".join(reversed((owner.place / "data.jsonl").read_text().splitlines())))
+    elsewhere = replace_settings(owner, data=str(copy))
+    refused = respond(elsewhere, owner.invitation("federation.rounds=2", run="again"), None)
+    assert "policy.max_epsilon" in str(refused["refused"])
+    assert "plan" in respond(elsewhere, owner.invitation("federation.rounds=1", run="again"), None)
 
 
 def test_messages_at_the_same_time_do_not_both_take_what_is_left(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,10 +710,12 @@ def test_messages_at_the_same_time_do_not_both_take_what_is_left(owner: Owner, m
         return take(*args)
 
     monkeypatch.setattr(lorica.owner.client, "noisy_gradient", slowly)
-    one_run = compositions([Release("", "", "", 0, 1, 8 / RECORDS[0], SIGMA, 2.0, 2, "secure", "")])[0]
-    owner.organisations.write_policy(0, max_epsilon=1.1 * one_run)
-    sent = {run: owner.invitation("federation.rounds=1", run=run) for run in ("one", "two")}
-    requests = {run: request(owner, text, run) for run, text in sent.items()}
+    owner.organisations.write_policy(0, max_epsilon=1.1 * compositions(rows_of(SIGMA))[0])
+    sent, requests = {}, {}
+    for run in ("one", "two"):
+        sent[run] = owner.invitation("federation.rounds=1", run=run)
+        requests[run] = request(owner, sent[run], run)
+        give_back(owner, run)
     with ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(lambda run: owner.ask(sent[run], requests[run]), sent))
     assert sorted("reply" in answer for answer in answers) == [False, True]

@@ -25,7 +25,8 @@ from lorica.engines.flower.launch import launch, with_absolute_paths, write_app
 from lorica.engines.flower.processes import environment, run_app
 from lorica.errors import UserError
 from lorica.experiment import Experiment
-from lorica.privacy.ledger import Ledger, ledger_beside
+from lorica.privacy.ledger import Ledger
+from lorica.privacy.ledger_file import ledger_beside
 from tests.engines.real_processes import kill_processes, until
 
 ROOT = Path(__file__).parent.parent.parent

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +19,13 @@ pytest.importorskip("flwr")
 import lorica
 from lorica.engines.flower.server import serve
 from lorica.errors import UserError
-from lorica.messages import decode
 from lorica.owner import node
+from lorica.owner.identity import make_identity
+from lorica.owner.settings import NodeSettings
 from lorica.server.federation import TooFewReplies
+from lorica.tensors import decode
 from tests.engines.in_process import InProcessGrid
+from tests.engines.organisations import Organisations, invitation
 
 Load = Callable[..., lorica.Experiment]
 SMALL = [
@@ -163,3 +168,148 @@ def test_an_input_without_a_request_is_refused(config: Load, caplog: pytest.LogC
 def test_a_run_of_sums_needs_three_clients(config: Load) -> None:
     with pytest.raises(UserError, match=r"federation\.participation.*federation\.secure_sum"):
         config("two", "federation.clients=2").run()
+
+
+class Clinics(Organisations):
+    """Three owners with identity keys, and policies that list them."""
+
+    def __init__(self, folder: Path, **policy: Any) -> None:
+        super().__init__(folder, 3)
+        lines = [make_identity(place, f"clinic-{client}") for client, place in enumerate(self.places)]
+        self.members = dict(enumerate(lines))
+        for client in range(3):
+            self.write_policy(client, **{"sums_only": True, "members": self.members} | policy)
+
+    def node_config(self, client: int, **changes: Any) -> dict[str, Any]:
+        return super().node_config(client, **{"identity": str(self.places[client] / "identity.key")} | changes)
+
+    def config(self, name: str, *overrides: str) -> Any:
+        return self.experiment(name, *ONE_SUM, *overrides)
+
+    def asked(self, client: int, *overrides: str, **settings: Any) -> dict[str, str | bytes]:
+        """What a node answers to an invitation."""
+        node.agreed.cache_clear()
+        sent = invitation(self.config("asked", *overrides), node.base_identity(self.base))
+        return node.respond(NodeSettings.of(self.node_config(client, **settings)), sent.encode(), None)
+
+
+ONE_SUM = ["federation.secure_sum=true", "federation.rounds=1", "federation.local_steps=1"]
+
+
+@pytest.fixture
+def clinics(tmp_path: Path) -> Clinics:
+    (tmp_path / "world").mkdir()
+    return Clinics(tmp_path / "world")
+
+
+class Altering(InProcessGrid):
+    """A hub that changes questions: (stage, node, question) -> question."""
+
+    def __init__(self, clinics: Clinics, change: Any) -> None:
+        super().__init__([clinics.node_config(client) for client in range(3)])
+        self.change = change
+
+    def answer(self, message: Any) -> Any:
+        record = message.content["lorica"]
+        if "question" in record:
+            question = json.loads(str(record["question"]))
+            changed = self.change(question["stage"], message.metadata.dst_node_id - 1, question)
+            record["question"] = json.dumps(changed)
+        return super().answer(message)
+
+
+def test_owners_that_list_each_other_add_up(clinics: Clinics, caplog: pytest.LogCaptureFixture) -> None:
+    result = serve(clinics.config("listed"), Altering(clinics, lambda stage, client, question: question))
+    assert [row["missing"] for row in result.metrics if row["round"]] == [[]]
+    assert "lists no members" not in caplog.text
+
+
+def test_a_hub_that_swaps_keys_gets_nothing_and_the_member_is_named(
+    clinics: Clinics, caplog: pytest.LogCaptureFixture
+) -> None:
+    def swap(stage: str, client: int, question: dict[str, Any]) -> dict[str, Any]:
+        if stage == "shares" and client == 0:
+            question["keys"]["1"] = "11" * 32 + "22" * 32 + question["keys"]["1"][128:]
+        return question
+
+    with pytest.raises(TooFewReplies):
+        serve(clinics.config("swapped"), Altering(clinics, swap))
+    assert "client 1: its public keys are not signed for this sum by ed25519:" in caplog.text
+    assert "clinic-1" in caplog.text
+
+
+def test_a_hub_that_announces_another_exchange_gets_nothing(clinics: Clinics, caplog: pytest.LogCaptureFixture) -> None:
+    """Else one reply could be in several sums, each announced as another."""
+
+    def rename(stage: str, client: int, question: dict[str, Any]) -> dict[str, Any]:
+        if stage == "keys":
+            question["agreement"]["exchange"] = 2
+        return question
+
+    with pytest.raises(TooFewReplies):
+        serve(clinics.config("renamed"), Altering(clinics, rename))
+    assert "another round or exchange than it announced" in caplog.text
+
+
+def test_a_hub_that_picks_the_weights_gets_nothing(clinics: Clinics, caplog: pytest.LogCaptureFixture) -> None:
+    def alone(stage: str, client: int, question: dict[str, Any]) -> dict[str, Any]:
+        if stage == "keys":
+            question["agreement"]["weights"] = [[0, 0.98], [1, 0.01], [2, 0.01]]
+        return question
+
+    with pytest.raises(TooFewReplies):
+        serve(clinics.config("alone"), Altering(clinics, alone))
+    assert caplog.text.count("client 0: its share of the sum is 0.98, but this client allows at most 0.5") >= 3
+
+
+def test_the_policy_sets_the_limits_of_a_sum(clinics: Clinics, caplog: pytest.LogCaptureFixture) -> None:
+    clinics.write_policy(2, members=clinics.members, max_share_in_sum=0.3)
+    with pytest.raises(TooFewReplies):
+        serve(clinics.config("limits"), Altering(clinics, lambda stage, client, question: question))
+    assert "its share of the sum is 0.333, but this client allows at most 0.3" in caplog.text
+
+
+def test_runs_of_sums_that_a_policy_does_not_allow_are_refused_before_they_start(clinics: Clinics) -> None:
+    assert "plan" in clinics.asked(0)
+    clinics.write_policy(0, members=clinics.members, min_clients_in_sum=4)
+    assert str(clinics.asked(0)["refused"]).startswith("policy.min_clients_in_sum: the server proposes sums over 3")
+    clinics.write_policy(0, members={client: clinics.members[client] for client in (0, 1)})
+    refused = str(clinics.asked(0)["refused"])
+    assert refused == "policy.members: the server proposes federation.clients = 3; the clients listed are 0, 1"
+
+
+def test_a_node_needs_the_identity_that_its_own_policy_lists(
+    clinics: Clinics, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = "the node cannot take part because of its node-config.identity; its log has the rest"
+    assert clinics.asked(0, identity=None)["refused"] == told
+    assert "the policy lists members" in caplog.text
+    other = str(clinics.places[1] / "identity.key")
+    assert clinics.asked(0, identity=other)["refused"] == told
+    assert "it is not the key that the policy lists for this node, client 0" in caplog.text
+    (clinics.places[0] / "identity.key").chmod(0o644)
+    assert clinics.asked(0)["refused"] == told
+    assert "other accounts can read it" in caplog.text
+
+
+def test_without_members_the_log_says_once_what_a_sum_does_not_protect_against(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "world").mkdir()
+    clinics = Clinics(tmp_path / "world", members=None)
+    caplog.set_level(logging.WARNING)
+    for _ in range(2):
+        # Another process each time.
+        assert "plan" in clinics.asked(0)
+    assert caplog.text.count("a server that invents clients or replaces their keys can still read single replies") == 1
+
+
+def test_what_an_earlier_version_left_of_a_sum_is_named(clinics: Clinics, caplog: pytest.LogCaptureFixture) -> None:
+    def old(stage: str, client: int, question: dict[str, Any]) -> dict[str, Any]:
+        for path in clinics.places[0].rglob("invitation.json"):
+            path.with_name("sum.json").write_text('{"state": null, "given": null, "shown": null}')
+        return question
+
+    with pytest.raises(TooFewReplies):
+        serve(clinics.config("old"), Altering(clinics, old))
+    assert "by another version of Lorica; finish the run with that version, or start a new run" in caplog.text

@@ -64,7 +64,7 @@ def test_a_client_that_drops_out_is_not_in_the_sum(tmp_path: Path) -> None:
     some = tiny_federation("fed-avg", tmp_path / "b", clients=4, secure_sum=True)
     some.min_clients = 3
     start = dict(some.server.model.tensors)
-    some.engine.clients[2].answer = leave  # type: ignore[attr-defined]
+    some.engine.clients[2].reply_to = leave  # type: ignore[attr-defined]
     whole.round()
     (replies,) = whole.engine.replies  # type: ignore[attr-defined]
     traffic = some.round()

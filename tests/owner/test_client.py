@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,12 @@ import torch
 
 from lorica.config import OptimizerConfig, PrivacyConfig
 from lorica.errors import UserError
-from lorica.messages import Request, Training, decode
+from lorica.messages import Request, Training
 from lorica.owner.client import Client
 from lorica.privacy.ledger import Ledger
-from lorica.privacy.mechanism import Terms
+from lorica.privacy.mechanism import Terms, noisy_gradient
 from lorica.privacy.plan import Refused, plan_client
+from lorica.tensors import decode
 from lorica.testing.records import TinyRecords
 from tests.models import adapted
 
@@ -46,6 +50,95 @@ def test_a_repeated_request_costs_nothing_and_gives_the_same_release(tmp_path: P
     again, model, _ = owner(tmp_path)
     assert again.reply_to(model, request) == first
     assert again.ledger.steps("run", 0) == 2
+
+
+class Killed(BaseException):
+    """What no `except Exception` catches."""
+
+
+@pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, Killed, RuntimeError])
+@pytest.mark.parametrize("step", [1, 2])
+def test_whatever_ends_an_attempt_it_is_charged_and_repeated_as_the_same_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: type[BaseException], step: int
+) -> None:
+    """A second attempt with another batch would be a second release."""
+    client, model, request = owner(tmp_path)
+    drawn: list[dict[str, torch.Tensor]] = []
+
+    def watched(*args: Any) -> Any:
+        found = noisy_gradient(*args)
+        drawn.append({name: released.tensor for name, released in found.items()})
+        if len(drawn) == step:
+            raise end
+        return found
+
+    monkeypatch.setattr("lorica.owner.client.noisy_gradient", watched)
+    with pytest.raises(end):
+        client.reply_to(model, request)
+    assert [release.steps for release in client.ledger.releases()] == [2]
+    again, model, _ = owner(tmp_path)
+    reply = again.reply_to(model, request)
+    assert again.ledger.steps("run", 0) == 2
+    assert again.reply_to(model, request) == reply
+    attempts = drawn[:step], drawn[step:]
+    for one, other in zip(*attempts, strict=False):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+    # The next request has a seed of its own.
+    again.reply_to(model, replace(request, round=2))
+    assert again.ledger.steps("run", 0) == 4
+
+
+def test_a_failure_that_records_cause_is_charged_and_fails_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fresh batches would tell the server with each attempt whether the record was in one."""
+    client, model, request = owner(tmp_path)
+    attempts: list[list[list[int]]] = []
+    micro_batches = TinyRecords.micro_batches
+
+    def failing(records: TinyRecords, indices: Any, tokens: int) -> Any:
+        attempts[-1].append(indices.tolist())
+        if len(attempts[-1]) == 2:
+            raise ValueError("the model does not take this record")
+        return micro_batches(records, indices, tokens)
+
+    monkeypatch.setattr(TinyRecords, "micro_batches", failing)
+    for _ in range(3):
+        attempts.append([])
+        with pytest.raises(ValueError, match="does not take"):
+            client.reply_to(model, request)
+        assert [release.steps for release in client.ledger.releases()] == [2]
+    assert attempts[0] == attempts[1] == attempts[2]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import lorica.owner.client
+from tests.owner.test_client import owner
+step, calls = lorica.owner.client.noisy_gradient, []
+def dying(*arguments):
+    found = step(*arguments)
+    calls.append(found)
+    if len(calls) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+lorica.owner.client.noisy_gradient = dying
+client, model, request = owner(Path(sys.argv[1]))
+client.reply_to(model, request)
+"""
+
+
+@pytest.mark.integration
+def test_kill_9_in_training_leaves_a_charged_row(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    for _ in range(2):
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        assert [release.steps for release in Ledger(tmp_path / "l.sqlite").releases()] == [2]
+    client, model, request = owner(tmp_path)
+    reply = client.reply_to(model, request)
+    assert client.reply_to(model, request) == reply
+    assert client.ledger.steps("run", 0) == 2
 
 
 def test_any_other_request_is_a_new_release(tmp_path: Path) -> None:
@@ -109,6 +202,22 @@ def test_nothing_leaves_if_the_ledger_cannot_be_written(tmp_path: Path, monkeypa
     monkeypatch.setattr(client.ledger, "charge", full)
     with pytest.raises(UserError, match="full"):
         client.reply_to(model, request)
+    assert client.ledger.releases() == []
+
+
+def test_a_reply_that_cannot_be_stored_does_not_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, model, request = owner(tmp_path)
+
+    def full(*_: object) -> None:
+        raise UserError("privacy.ledger", "l.sqlite", "the disk is full", "free it")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(client.ledger, "attach", full)
+        with pytest.raises(UserError, match="full"):
+            client.reply_to(model, request)
+    assert client.ledger.steps("run", 0) == 2
+    client.reply_to(model, request)
+    assert client.ledger.steps("run", 0) == 2
 
 
 def test_an_unfrozen_parameter_stops_the_step(tmp_path: Path) -> None:

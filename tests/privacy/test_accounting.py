@@ -1,13 +1,25 @@
 """ε against a second accountant, closed forms and published numbers."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
+from dp_accounting import (
+    GaussianDpEvent,
+    NeighboringRelation,
+    PoissonSampledDpEvent,
+    SelfComposedDpEvent,
+    pld,
+    rdp,
+)
 from opacus.accountants import PRVAccountant
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from lorica.privacy.accounting import Steps, calibrate, epsilon, epsilon_rdp
+from lorica.errors import UserError
+from lorica.privacy import accounting
+from lorica.privacy.accounting import RDP_ORDERS, Steps, calibrate, epsilon, epsilon_rdp
 
 GRID = [
     (0.016, 0.8, 500, 1e-5),
@@ -29,6 +41,18 @@ def test_pld_equals_opacus_prv_and_stays_below_rdp(rate: float, sigma: float, st
     assert ours <= epsilon_rdp([Steps(rate, sigma, steps)], delta)
 
 
+@pytest.mark.parametrize(("rate", "sigma", "steps", "delta"), GRID)
+def test_zero_out_costs_no_less_than_add_or_remove(rate: float, sigma: float, steps: int, delta: float) -> None:
+    """The stated relation is what is computed: by both of the library's accountants, for either relation."""
+    event = SelfComposedDpEvent(PoissonSampledDpEvent(rate, GaussianDpEvent(sigma)), steps)
+    ours = epsilon([Steps(rate, sigma, steps)], delta)
+    for relation in (NeighboringRelation.REPLACE_SPECIAL, NeighboringRelation.ADD_OR_REMOVE_ONE):
+        tight = pld.PLDAccountant(relation).compose(event).get_epsilon(delta)
+        loose = rdp.RdpAccountant(RDP_ORDERS, relation).compose(event).get_epsilon(delta)
+        assert tight <= ours * (1 + 1e-9) <= loose
+    assert accounting.NEIGHBOURS is NeighboringRelation.REPLACE_SPECIAL
+
+
 @pytest.mark.parametrize(("sigma", "steps"), [(1.0, 1), (3.0, 10), (20.0, 100)])
 def test_without_subsampling_equals_the_closed_form(sigma: float, steps: int) -> None:
     """The Gaussian mechanism's exact privacy profile (Balle and Wang, arXiv 1805.06530, theorem 8)."""
@@ -48,6 +72,75 @@ def test_calibrated_noise_meets_the_target_and_no_more(rate: float, steps: int, 
     assert epsilon([Steps(rate, sigma, steps)], delta) <= target
     assert epsilon([Steps(rate, sigma * 0.998, steps)], delta) > target
     assert calibrate(rate, steps, target, delta) == sigma
+
+
+@pytest.fixture
+def noises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
+    """The noise multipliers of which a loss distribution is computed from now on."""
+    asked: list[float] = []
+    compute = accounting.from_gaussian_mechanism
+
+    def count(sigma: float, **options: Any) -> Any:
+        asked.append(sigma)
+        return compute(sigma, **options)
+
+    monkeypatch.setattr(accounting, "from_gaussian_mechanism", count)
+    monkeypatch.setattr(accounting, "cache_folder", lambda: tmp_path)
+    accounting._epsilon.cache_clear()
+    accounting._loss_distribution.cache_clear()
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("rate", "steps", "target", "delta"),
+    [(0.1, 1000, 40.0, 1e-5), (0.5, 100_000, 100.0, 1e-5), (0.016, 500, 3.0, 1e-5), (0.3, 60, 0.01, 1e-12)],
+)
+def test_a_calibration_computes_few_distributions_and_none_of_little_noise(
+    noises: list[float], rate: float, steps: int, target: float, delta: float
+) -> None:
+    """Of a noise multiplier of 0.02 one alone takes a minute and gigabytes."""
+    sigma = calibrate(rate, steps, target, delta)
+    assert epsilon([Steps(rate, sigma, steps)], delta) <= target
+    assert len(noises) <= 25
+    assert min(noises) >= sigma / 4
+
+
+@pytest.mark.parametrize(("rate", "steps", "target", "delta"), [(0.01, 1, 100.0, 1e-5), (0.1, 1, 1.0, 0.49)])
+def test_a_target_that_takes_no_noise_is_one_clear_error(
+    noises: list[float], rate: float, steps: int, target: float, delta: float
+) -> None:
+    with pytest.raises(UserError, match=r"privacy\.epsilon = .* a noise multiplier of 0\.2, .* is more than it asks"):
+        calibrate(rate, steps, target, delta)
+    assert len(noises) <= 6
+    assert min(noises) >= 0.2
+
+
+def test_a_target_that_no_noise_meets_is_one_clear_error(noises: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "MOST_NOISE", 40.0)
+    with pytest.raises(UserError, match=r"privacy\.epsilon = 0\.1: no noise is large enough"):
+        calibrate(0.5, 1000, 0.1, 1e-5)
+    assert len(noises) <= 3
+
+
+@pytest.mark.parametrize(
+    ("rate", "sigma", "steps"), [(0.5, 0.5, 100_000), (1.0, 0.2, 10**6), (0.01, 1.0, 10**9), (0.1, 1e-3, 100)]
+)
+def test_what_costs_beyond_all_reason_is_bounded_without_a_distribution(
+    noises: list[float], rate: float, sigma: float, steps: int
+) -> None:
+    assert epsilon([Steps(rate, sigma, steps)], 1e-5) == epsilon_rdp([Steps(rate, sigma, steps)], 1e-5) > 1000
+    assert noises == []
+
+
+@pytest.mark.parametrize(("rate", "sigma", "steps", "delta"), [*GRID, (1.0, 0.3, 50, 0.1), (0.5, 0.5, 1000, 0.4)])
+def test_the_least_epsilon_is_below_epsilon(rate: float, sigma: float, steps: int, delta: float) -> None:
+    assert accounting._least_epsilon((Steps(rate, sigma, steps),)) <= epsilon([Steps(rate, sigma, steps)], delta)
+
+
+@pytest.mark.parametrize("sigma", [0.2, 1.0, 40.0])
+def test_moments_of_the_gaussian_mechanisms_loss(sigma: float) -> None:
+    """Normal with mean 1/(2σ²) and variance 1/σ² (Balle and Wang, arXiv 1805.06530, lemma 3)."""
+    assert accounting._loss_moments(1.0, sigma) == pytest.approx((0.5 / sigma**2, 1 / sigma**2), rel=1e-6)
 
 
 def test_the_known_value() -> None:

@@ -1,26 +1,21 @@
-"""The ledger never forgets, never under-counts, and answers a repeated request with the stored reply."""
+"""The ledger never forgets, charges before anything is computed, and answers a request again with the stored reply."""
 
 import sqlite3
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lorica.errors import UserError
-from lorica.privacy.accounting import Steps, epsilon, epsilon_from_rdp, total_rdp
-from lorica.privacy.ledger import (
-    Ledger,
-    Release,
-    find_ledger,
-    ledger_beside,
-    lifetime_above,
-    lifetime_epsilon,
-    read_ledger,
-    unprotected,
-)
+from lorica.privacy import database
+from lorica.privacy.ledger import Earlier, Ledger, Release
+from lorica.privacy.ledger_file import find_ledger, ledger_beside, read_ledger
+from lorica.privacy.plan import Refused
 from lorica.privacy.released import _release
+from tests.ledgers import write
 
 RELEASE = Release(
     dataset="data",
@@ -38,7 +33,7 @@ RELEASE = Release(
 
 
 def test_what_is_charged_is_there_for_another_process(tmp_path: Path) -> None:
-    Ledger(tmp_path / "l.sqlite").charge(RELEASE, b"reply")
+    write(Ledger(tmp_path / "l.sqlite"), RELEASE, b"reply")
     again = Ledger(tmp_path / "l.sqlite")
     assert again.releases("data") == [RELEASE]
     assert again.releases("other data") == []
@@ -49,20 +44,78 @@ def test_what_is_charged_is_there_for_another_process(tmp_path: Path) -> None:
 def test_a_repeated_request_gets_the_stored_reply_until_the_next_round(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
     assert ledger.recall("one", 0, "first") is None
-    ledger.charge(RELEASE, b"reply")
+    write(ledger, RELEASE, b"reply")
     assert ledger.recall("one", 0, "first") == b"reply"
     for other in (("two", 0, "first"), ("one", 1, "first"), ("one", 0, "second")):
         assert ledger.recall(*other) is None
-    ledger.charge(replace(RELEASE, round=2, request="second"), b"next")
+    write(ledger, replace(RELEASE, round=2, request="second"), b"next")
     assert ledger.recall("one", 0, "first") is None
     assert ledger.recall("one", 0, "second") == b"next"
     assert ledger.steps("one", 0) == 10
 
 
-def test_every_commit_is_synced(tmp_path: Path) -> None:
-    connection = Ledger(tmp_path / "l.sqlite")._connect()
-    assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
-    connection.close()
+def test_the_same_attempt_is_charged_once_and_has_the_same_seed(tmp_path: Path) -> None:
+    """Whoever repeats it draws the same noise; the seed is erased with the reply."""
+    ledger = Ledger(tmp_path / "l.sqlite")
+    first = ledger.charge(RELEASE)
+    assert first.seed is not None
+    assert len(first.seed) == 32
+    assert ledger.releases() == [RELEASE]
+    assert Ledger(tmp_path / "l.sqlite").charge(RELEASE) == first
+    assert ledger.releases() == [RELEASE]
+    assert first.seed in (tmp_path / "l.sqlite").read_bytes()
+    assert ledger.attach(first, b"reply") == b"reply"
+    assert first.seed not in (tmp_path / "l.sqlite").read_bytes()
+    assert ledger.charge(replace(RELEASE, request="second")).seed != first.seed
+
+
+def test_of_two_processes_in_the_same_attempt_one_answers(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    one, other = ledger.charge(RELEASE), ledger.charge(RELEASE)
+    assert ledger.attach(one, b"first", {"x": _release(torch.ones(1))}) == b"first"
+    assert ledger.attach(other, b"rounded otherwise", {"x": _release(torch.zeros(1))}) == b"first"
+    assert ledger.kept("one", 0)["x"].tensor.item() == 1.0
+
+
+@pytest.mark.parametrize(
+    "change", [{"records": "bob"}, {"noise_multiplier": 1.3}, {"request": "other"}, {"steps": 6}, {"dataset": "more"}]
+)
+def test_anything_else_is_another_release(tmp_path: Path, change: dict[str, Any]) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    first = ledger.charge(RELEASE)
+    assert ledger.charge(replace(RELEASE, **change)).seed not in (first.seed, None)
+    assert len(ledger.releases()) == 2
+    # What the client keeps may have changed since the first attempt, which is not repeated then.
+    assert ledger.charge(RELEASE).seed != first.seed
+    assert len(ledger.releases()) == 3
+
+
+def test_what_is_allowed_does_not_count_the_attempt_itself(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    write(ledger, RELEASE)
+    second = replace(RELEASE, round=2, request="second")
+    seen: list[tuple[int, list[Release]]] = []
+
+    def allow(earlier: Earlier) -> None:
+        seen.append((earlier.steps("one", 0), earlier.releases()))
+
+    ledger.charge(second, allow)
+    ledger.charge(second, allow)
+    assert seen == [(5, [RELEASE])] * 2
+
+    def refuse(earlier: Earlier) -> None:
+        raise Refused
+
+    for release in (second, replace(RELEASE, round=3)):
+        with pytest.raises(Refused):
+            ledger.charge(release, refuse)
+    assert ledger.releases() == [RELEASE, second]
+
+
+def test_every_commit_is_synced_and_what_is_erased_overwritten(tmp_path: Path) -> None:
+    with database.transaction(Ledger(tmp_path / "l.sqlite").path) as connection:
+        assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
+        assert connection.execute("PRAGMA secure_delete").fetchone()[0] == 1
 
 
 def test_a_file_that_is_no_ledger_is_refused(tmp_path: Path) -> None:
@@ -77,64 +130,45 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         Ledger(tmp_path / "file" / "l.sqlite")
 
 
-def test_a_full_disk_refuses_the_charge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_refuses_the_charge_and_keeps_what_was_charged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
+    connect = database._connect
 
-    def connect() -> sqlite3.Connection:
-        connection = sqlite3.connect(tmp_path / "l.sqlite")
-        connection.execute("PRAGMA max_page_count = 3")
+    def limited(path: Path, mode: str) -> sqlite3.Connection:
+        connection = connect(path, mode)
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages}")
         return connection
 
-    monkeypatch.setattr(ledger, "_connect", connect)
-    with pytest.raises(UserError, match="full"):
-        ledger.charge(RELEASE, b"x" * 100_000)
-    monkeypatch.undo()
-    assert ledger.releases("data") == []
-
-
-def test_runs_on_the_same_records_compose() -> None:
-    runs = [replace(RELEASE, run=str(index), round=round_number) for index in range(3) for round_number in (1, 2)]
-    assert lifetime_epsilon(runs, "alice", 1e-5) == epsilon([Steps(0.1, 1.2, 30)], 1e-5)
-    planned = Steps(0.1, 1.2, 10)
-    assert lifetime_epsilon(runs, "alice", 1e-5, planned) == epsilon([Steps(0.1, 1.2, 40)], 1e-5)
-
-
-def test_other_clients_of_the_same_run_hold_other_records() -> None:
-    both = [RELEASE, replace(RELEASE, records="bob", client=1, noise_multiplier=0.5)]
-    assert lifetime_epsilon(both, "alice", 1e-5) == epsilon([RELEASE.cost], 1e-5)
-
-
-def test_a_run_with_another_partition_counts_its_worst_client() -> None:
-    others = [
-        replace(RELEASE, run="two", records="carol", client=0, noise_multiplier=2.0),
-        replace(RELEASE, run="two", records="dave", client=1, noise_multiplier=0.9),
-    ]
-    worst = epsilon_from_rdp(total_rdp([RELEASE.cost]) + total_rdp([others[1].cost]), 1e-5)
-    assert lifetime_epsilon([RELEASE, *others], "alice", 1e-5) == pytest.approx(worst)
-    # It can only over-count: the record was with one of the two.
-    for other in others:
-        assert lifetime_epsilon([RELEASE, *others], "alice", 1e-5) >= epsilon([RELEASE.cost, other.cost], 1e-5)
-
-
-def test_releases_without_secret_noise_are_counted_apart() -> None:
-    rows = [RELEASE, replace(RELEASE, run="two", noise="reproducible"), replace(RELEASE, run="three", noise="none")]
-    assert lifetime_epsilon(rows, "alice", 1e-5) == epsilon([RELEASE.cost], 1e-5)
-    assert unprotected(rows) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(database, "_connect", limited)
+        with pytest.raises(UserError, match="full"):
+            ledger.charge(replace(RELEASE, request="x" * 100_000))
+    assert ledger.releases() == []
+    charge = ledger.charge(RELEASE)
+    with monkeypatch.context() as patched:
+        patched.setattr(database, "_connect", limited)
+        with pytest.raises(UserError, match="full"):
+            ledger.attach(charge, b"x" * 100_000)
+    assert ledger.releases() == [RELEASE]
+    assert ledger.charge(RELEASE) == charge
 
 
 def test_what_stays_with_the_owner_is_kept_with_its_release(tmp_path: Path) -> None:
     """Until the client's next round; a release without anything new to keep leaves it alone."""
     ledger = Ledger(tmp_path / "l.sqlite")
     assert ledger.kept("one", 0) == {}
-    ledger.charge(RELEASE, b"reply", {"x.B": _release(torch.tensor([1.0, 2.0]))})
-    ledger.charge(replace(RELEASE, steps=0, request="projection"), b"sketch")
+    write(ledger, RELEASE, b"reply", {"x.B": _release(torch.tensor([1.0, 2.0]))})
+    write(ledger, replace(RELEASE, steps=0, request="projection"), b"sketch")
     again = Ledger(tmp_path / "l.sqlite")
     assert torch.equal(again.kept("one", 0)["x.B"].tensor, torch.tensor([1.0, 2.0]))
     assert again.kept("one", 1) == again.kept("two", 0) == {}
-    again.charge(replace(RELEASE, round=2, request="next"), b"reply", {"x.B": _release(torch.tensor([3.0]))})
+    write(again, replace(RELEASE, round=2, request="next"), b"reply", {"x.B": _release(torch.tensor([3.0]))})
     assert again.kept("one", 0)["x.B"].tensor.item() == 3.0
     with pytest.raises(AttributeError):
-        again.charge(replace(RELEASE, round=3), b"reply", {"raw": torch.zeros(1)})  # type: ignore[dict-item]
+        write(again, replace(RELEASE, round=3), b"reply", {"raw": torch.zeros(1)})  # type: ignore[dict-item]
 
 
 def test_a_ledger_of_an_earlier_version_is_used_on(tmp_path: Path) -> None:
@@ -151,33 +185,17 @@ def test_a_ledger_of_an_earlier_version_is_used_on(tmp_path: Path) -> None:
             "INSERT INTO releases VALUES "
             "(1, 0.0, 'data', 'alice', 'one', 0, 1, 0.1, 1.2, 1.0, 5, 'secure', 'first', X'00')"
         )
-    assert read_ledger(path) == [(0.0, RELEASE)]
+    assert read_ledger(path).entries == [(0.0, RELEASE)]
     ledger = Ledger(path)
     assert ledger.releases("data") == [RELEASE]
-    ledger.charge(replace(RELEASE, round=2, request="second"), b"next", {"x": _release(torch.ones(1))})
+    write(ledger, replace(RELEASE, round=2, request="second"), b"next", {"x": _release(torch.ones(1))})
     assert ledger.steps("one", 0) == 10
     assert set(ledger.kept("one", 0)) == {"x"}
-
-
-def test_where_a_server_names_clients_every_release_counts() -> None:
-    rows = [
-        RELEASE,
-        replace(RELEASE, client=1, records="the same records in another order"),
-        replace(RELEASE, run="two", dataset="other columns of the same records"),
-    ]
-    assert lifetime_epsilon(rows, None, 1e-5) == epsilon([Steps(0.1, 1.2, 15)], 1e-5)
-    assert lifetime_epsilon(rows, None, 1e-5, Steps(0.1, 1.2, 5)) == epsilon([Steps(0.1, 1.2, 20)], 1e-5)
-
-
-@pytest.mark.parametrize("records", ["alice", None])
-@pytest.mark.parametrize("factor", [0.5, 0.999, 1.001, 2.0, 100.0])
-def test_a_limit_is_passed_exactly_where_the_epsilon_is_above_it(records: str | None, factor: float) -> None:
-    """Below the Rényi bound too, which alone would refuse more."""
-    rows = [RELEASE, replace(RELEASE, run="two", records="carol", noise_multiplier=2.0)]
-    for planned in (None, Steps(0.2, 0.9, 30)):
-        life = lifetime_epsilon(rows, records, 1e-5, planned)
-        above = lifetime_above(life * factor, rows, records, 1e-5, planned)
-        assert above == (life if factor < 1 else None)
+    # Its rows are a chain from now on.
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE releases SET steps = 1 WHERE id = 1")
+    with pytest.raises(UserError, match="not the ledger that was last used"):
+        Ledger(path)
 
 
 def test_reading_a_ledger_changes_nothing_and_gives_times(tmp_path: Path) -> None:
@@ -185,11 +203,11 @@ def test_reading_a_ledger_changes_nothing_and_gives_times(tmp_path: Path) -> Non
     data.touch()
     path = ledger_beside(data)
     before = time.time()
-    Ledger(path).charge(RELEASE, b"reply")
-    Ledger(path).charge(replace(RELEASE, dataset="more"), b"reply")
+    write(Ledger(path), RELEASE, b"reply")
+    write(Ledger(path), replace(RELEASE, dataset="more"), b"reply")
     content = path.read_bytes()
     assert find_ledger(data) == find_ledger(path) == path
-    (first, one), (second, two) = read_ledger(path)
+    (first, one), (second, two) = read_ledger(path).entries
     assert (one, two) == (RELEASE, replace(RELEASE, dataset="more"))
     assert before <= first <= second <= time.time()
     assert Ledger(path).releases() == [one, two]

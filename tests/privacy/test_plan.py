@@ -36,6 +36,14 @@ def test_without_privacy_epsilon_is_infinite() -> None:
     assert not plan.terms.private
 
 
+def test_a_delta_that_means_nothing_is_refused_unless_the_noise_protects_nothing_anyway() -> None:
+    with pytest.raises(UserError, match=r"privacy\.delta = 0\.01: not below 1/100, .* client 3's .* Choose 1e-03"):
+        plan_client(3, 100, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.01))
+    assert not plan_client(3, 101, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.0099)).void_delta
+    assert plan_client(3, 100, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.01, noise="reproducible")).void_delta
+    assert not plan_client(3, 100, 10, 5, "none").void_delta
+
+
 def test_batches_above_the_records_are_refused() -> None:
     with pytest.raises(UserError, match=r"federation\.batch_size = 128: client 3 has only 100 records"):
         plan_client(3, 100, 128, 5, PRIVACY)

@@ -18,6 +18,7 @@ from opacus.accountants import PRVAccountant
 from lorica.adapters.base_files import hash_of_base
 from lorica.config import ExperimentConfig, PrivacyConfig, load
 from lorica.errors import UserError
+from lorica.privacy import accounting
 from lorica.privacy.accounting import Steps, epsilon_rdp
 from lorica.privacy.ledger import Release
 from lorica.privacy.plan import ClientPlan, Refused, plan_client
@@ -73,12 +74,11 @@ FIXED = ["privacy.epsilon=null", "privacy.noise_multiplier=1.0"]
         (["privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
         ([FIXED[0], "privacy.noise_multiplier=0.3"], r"policy\.min_noise_multiplier: .* 0\.3; the minimum is 0\.7"),
         (["privacy.clip_norm=1.0e+9"], r"policy\.max_clip_norm: .* 1e\+09; the limit is 2"),
-        (["privacy.clip_norm=.inf"], r"policy\.max_clip_norm: .* inf"),
         (["federation.batch_size=1000"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.2"),
         (["federation.rounds=201"], r"policy\.max_steps: .* 1005 steps; the limit is 1000"),
         ([*FIXED, "federation.rounds=100"], r"policy\.max_epsilon: .* 500 steps that cost ε = .* the limit is 3\.1"),
         # A loose δ would make the same noise look cheap.
-        (["privacy.delta=1.0e-2"], r"policy\.max_epsilon: .* at δ = 1e-05"),
+        (["privacy.delta=9.0e-4"], r"policy\.max_epsilon: .* at δ = 1e-05"),
         (["task.text=[sentence, notes]"], r"policy\.tasks: .* task\.text = \['sentence', 'notes'\]; .*\['sentence'\]"),
         # Columns that the entry leaves out are the defaults, not any.
         (["task.label=diagnosis"], r"policy\.tasks: .* task\.label = 'diagnosis'; .*'label'"),
@@ -90,6 +90,47 @@ FIXED = ["privacy.epsilon=null", "privacy.noise_multiplier=1.0"]
 def test_what_goes_beyond_the_policy_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(Refused, match=message):
         review(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["privacy.epsilon=40"], r"policy\.max_epsilon: .* ε = 40 at δ = 1e-05; the limit is 3\.1 at δ = 1e-05"),
+        (["privacy.epsilon=100", "privacy.delta=9.0e-4"], r"policy\.max_epsilon: .* ε = 100 at δ = 0\.0009"),
+        # At a smaller δ than the owner's, its ε is no word on ours; the noise that it takes is.
+        (["privacy.epsilon=100", "privacy.delta=1.0e-6"], r"policy\.min_noise_multiplier: .* the minimum is 0\.7"),
+        (["privacy.epsilon=40", "federation.batch_size=1000"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.2"),
+        (["privacy.epsilon=40", "federation.rounds=1000"], r"policy\.max_steps: .* 5000 steps; the limit is 1000"),
+        (["privacy.epsilon=40", "privacy.clip_norm=3"], r"policy\.max_clip_norm: .* 3; the limit is 2"),
+        (["privacy.epsilon=40", "privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
+        ([FIXED[0], "privacy.noise_multiplier=0.3"], r"policy\.min_noise_multiplier: .* 0\.3; the minimum is 0\.7"),
+        (["privacy=none"], r"policy\.noise: .* none"),
+    ],
+)
+def test_a_proposal_beyond_the_policy_is_refused_before_noise_is_calibrated(
+    monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    """A calibration keeps a node busy for seconds, which a server could ask for again and again."""
+    monkeypatch.setattr(accounting, "from_gaussian_mechanism", _never)
+    config = load(PROPOSAL, overrides)
+    with pytest.raises(Refused, match=message):
+        Policy(**OWNER).review_proposal(config, 1000, config.federation.rounds * config.federation.local_steps)
+
+
+def test_a_proposal_within_the_policy_passes() -> None:
+    for overrides in ([], FIXED, ["privacy.delta=1.0e-6"]):
+        Policy(**OWNER).review_proposal(load(PROPOSAL, overrides), 1000, 100)
+    lax = Policy(**OWNER | {"noise": ["none"]})
+    lax.review_proposal(load(PROPOSAL, ["privacy=none"]), 1000, 100)
+
+
+def test_an_owners_delta_that_means_nothing_is_the_owners_error() -> None:
+    with pytest.raises(UserError, match=r"policy\.delta = 0\.001: not below 1/1000.*1e-04 or less"):
+        Policy(**OWNER | {"delta": 1e-3}).review_proposal(load(PROPOSAL), 1000, 100)
+
+
+def _never(*_: object, **__: object) -> None:
+    raise AssertionError("a loss distribution was computed")
 
 
 def test_another_model_is_refused() -> None:

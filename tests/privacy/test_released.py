@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import lorica.privacy
-from lorica.messages import Reply, decode
+from lorica.messages import Reply
 from lorica.privacy.released import Released, _release, post_process
+from lorica.tensors import decode
 
 SOURCE = Path(lorica.privacy.__file__).parent.parent
 

@@ -87,7 +87,7 @@ def write_run(
         sizes = [round(240 * (1 + 0.9 * math.sin(1.7 * client))) + 60 for client in range(clients)]
         privacy |= {
             "unit": "record",
-            "relation": "add or remove one record",
+            "relation": "zero-out: one record contributes zero to every batch; the number of records is public",
             "sampler": "Poisson",
             "clipping": "flat over all trained tensors, per record",
             "delta": 1e-5,

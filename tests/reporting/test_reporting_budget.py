@@ -21,6 +21,7 @@ from lorica.privacy.plan import Refused, plan_client
 from lorica.privacy.policy import Policy
 from lorica.reporting.budget import budget_table, read_budget
 from lorica.run.result import Result
+from tests.ledgers import write
 
 POLICY: dict[str, Any] = {
     "max_epsilon": 8.0,
@@ -111,8 +112,8 @@ def lines(budget: dict[str, Any]) -> tuple[str, str]:
 
 def test_what_no_noise_protects_is_red_and_infinite(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
-    ledger.charge(release(), b"reply")
-    ledger.charge(release(run="bare" * 8, noise="none", noise_multiplier=0.0, clip_norm=float("inf")), b"reply")
+    write(ledger, release(), b"reply")
+    write(ledger, release(run="bare" * 8, noise="none", noise_multiplier=0.0, clip_norm=float("inf")), b"reply")
     found = read_budget(ledger.path, 1e-5, Policy(**POLICY))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert [row["epsilon"] is None for row in found["runs"]] == [False, True]
@@ -129,14 +130,14 @@ def test_what_no_noise_protects_is_red_and_infinite(tmp_path: Path) -> None:
 
 def test_another_partition_without_noise_leaves_no_owner_protected(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
-    ledger.charge(release(), b"reply")
-    ledger.charge(release(run="other", records="p" * 64, noise="reproducible"), b"reply")
+    write(ledger, release(), b"reply")
+    write(ledger, release(run="other", records="p" * 64, noise="reproducible"), b"reply")
     assert [row["lifetime_epsilon"] for row in read_budget(ledger.path, 1e-5)["owners"]] == [None, None]
 
 
 def test_what_is_left_is_never_rounded_up(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
-    ledger.charge(release(), b"reply")
+    write(ledger, release(), b"reply")
     found = read_budget(ledger.path, 1e-5, Policy(**POLICY))
     found["policy"] |= {"spent": 2.9912, "left": 5.0088}
     assert "ε = 3.00 of 8 is spent, 5.00 is left" in lines(found)[0]
@@ -151,7 +152,7 @@ def run(*arguments: str, code: int = 0) -> str:
 def test_the_command_finds_the_ledger_beside_the_data(tmp_path: Path) -> None:
     data = tmp_path / "private.csv"
     data.touch()
-    Ledger(tmp_path / "private.csv.ledger.sqlite").charge(release(), b"reply")
+    write(Ledger(tmp_path / "private.csv.ledger.sqlite"), release(), b"reply")
     found = json.loads(run("budget", str(data), "--json", "--delta", "1e-6"))
     assert found == json.loads(run("budget", f"{data}.ledger.sqlite", "--json", "--delta", "1e-6"))
     assert found == read_budget(data, 1e-6)

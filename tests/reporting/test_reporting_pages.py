@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from PIL import Image
 
 from lorica.errors import UserError
@@ -79,7 +80,7 @@ def test_a_report_says_what_was_reached_and_what_it_cost(make_run):
     assert "50.0 % → 70.0 % +20.0 points, after round 3" in text
     assert "95.3" not in text
     assert "ε = 2.97 at δ = 1e-5" in text
-    assert "add or remove one record" in text
+    assert "zero-out: one record contributes zero" in text
     assert "dp-accounting 0.6.0 PLD" in text
     assert "Clients hold disjoint sets of records." in text
     assert "The choice of hyper-parameters" in text
@@ -232,7 +233,7 @@ def test_a_model_card_states_the_guarantee_per_client(make_run):
     assert front["library_name"] == "peft"
     assert front["tags"] == ["lora", "federated-learning", "differential-privacy", "lorica"]
     assert '```python\nmodel = load("adapter")\n```' in body
-    for text in ("add or remove one record", "Poisson", "flat over all trained tensors", "dp-accounting 0.6.0 PLD"):
+    for text in ("zero-out: one record", "Poisson", "flat over all trained tensors", "dp-accounting 0.6.0 PLD"):
         assert text in body
     rows = [line for line in body.splitlines() if line.startswith("| ")]
     assert rows[2] == "| 0 | 300 | 0.2133 | 0.9 | 2 | 60 | 2.97 | 1e-5 |"
@@ -274,6 +275,71 @@ def test_a_model_card_keeps_names_from_being_markup(make_run):
     card = model_card(read_run(make_run(name=f"*a*{EVIL}", method="`m`")), "a = '```'")
     assert "<script>" not in card.replace("\\<script\\>", "")
     assert "````python\na = '```'\n````" in card
+
+
+HOSTILE = [
+    EVIL,
+    "</code><img src=x onerror=alert(1)>",
+    "[click](javascript:alert(1))",
+    "![x](https://evil.example/pixel.png)",
+    "<https://evil.example>",
+    "`` `code` ``",
+    "**bold** _em_ ~~gone~~",
+    "a\n# Heading\n\n* item",
+    "a\n---\nb",
+    "a\n\n```python\nimport os\n```\n",
+    "a | b | c",
+    "&lt;script&gt; &#60;b&#62;",
+    "\\",
+    "\\`",
+    "a\r\n> quote",
+    "---\nbase_model: evil/model",
+    "evil: [1, 2]\nlicense: mit",
+    "\u202egnp.exe\x1b[2J\x00",
+]
+
+
+def structure(card):
+    """Kinds of all elements of a card's Markdown, in order, and the front matter."""
+    front, body = front_matter(card)
+    tokens = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body)
+    kinds = [inner.type for token in tokens for inner in [token, *(token.children or [])] if inner.type != "text"]
+    return [kind for kind in kinds if kind != "text_special"], front
+
+
+def hostile_card(make_run, words):
+    """A card of a run in which whatever others name is named by these words."""
+    folder = make_run(name=words, method=words)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["model"]["base"] = words
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    lines = [json.loads(line) | {"metric": words} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    privacy = json.loads((folder / "privacy.json").read_text())
+    privacy |= {"unit": words, "assumptions": [words], "not_covered": [words]}
+    (folder / "privacy.json").write_text(json.dumps(privacy))
+    return model_card(read_run(folder), "load()")
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_hostile_names_change_nothing_in_a_card_but_its_text(make_run, words):
+    """Read by another Markdown parser, the card has the elements of a card with harmless names."""
+    harmless = structure(hostile_card(make_run, "some name"))
+    assert "html_inline" not in harmless[0]
+    card = hostile_card(make_run, words)
+    assert structure(card) == harmless
+    assert all(letter.isprintable() for letter in card if letter != "\n")
+
+
+@pytest.mark.parametrize("words", HOSTILE)
+def test_hostile_names_of_models_stay_text_in_a_report(make_run, words):
+    folder = make_run()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["model"]["base"] = config["task"]["train"] = words
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    page, other = Page(write_report(folder)), Page(write_report(make_run()))
+    assert page.tags == other.tags
+    assert not any(name.startswith("on") for name, _ in page.attributes)
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")

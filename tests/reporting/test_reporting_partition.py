@@ -65,7 +65,7 @@ def test_without_counts_there_is_no_figure(make_run):
     folder = make_run()
     with pytest.raises(UserError, match=r"partition\.json is missing"):
         partition_figure(read_run(folder))
-    assert "Who has what" not in write_report(folder).read_text()
+    assert "Records per client and label" not in write_report(folder).read_text()
     assert not (folder / "partition.png").exists()
 
 

@@ -15,7 +15,7 @@ from lorica.secure_sum.messages import DIGEST_BYTES, pair_seed
 from lorica.secure_sum.primitives import keystream, private_key, public_key
 from lorica.secure_sum.quantisation import quantise
 from lorica.secure_sum.setup import Setup
-from tests.secure_sum.parties import masked, setup_for, shared
+from tests.secure_sum.parties import agreement_for, masked, setup_for, shared
 
 P_VALUE = 1e-9
 COUNT = 100_000
@@ -47,7 +47,7 @@ def test_a_masked_input_is_uniform_whatever_the_input(name: str, bits: int) -> N
     tensors = {"x": INPUTS[name]}
     # The same statistic finds every input at once when it is not masked.
     assert max(deviation(quantise(setup, tensors), place) for place in range(bits // 8)) > 10 * LIMIT
-    parties = shared(setup, range(3))
+    parties = shared(agreement_for(range(3), bits=bits, shapes={"x": (COUNT,)}))
     for reply in masked(parties, dict.fromkeys(range(3), tensors)).values():
         words = reply_words(setup, reply)
         assert len(words) == COUNT
@@ -60,7 +60,7 @@ def test_masked_zeros_and_masked_large_values_have_one_distribution(bits: int) -
     inputs = {0: {"x": INPUTS["zeros"]}, 1: {"x": INPUTS["at the bound"]}}
     plain = [quantise(setup, tensors).astype(np.float64) for tensors in inputs.values()]
     assert stats.ks_2samp(*plain).pvalue < P_VALUE
-    replies = masked(shared(setup, range(2)), inputs)
+    replies = masked(shared(agreement_for(range(2), bits=bits, shapes={"x": (COUNT,)})), inputs)
     words = [reply_words(setup, reply).astype(np.float64) for reply in replies.values()]
     assert stats.ks_2samp(*words).pvalue > P_VALUE
     assert stats.pearsonr(*words).pvalue > P_VALUE
@@ -69,8 +69,8 @@ def test_masked_zeros_and_masked_large_values_have_one_distribution(bits: int) -
 @pytest.mark.parametrize("known", ["self mask", "pairwise masks"])
 def test_either_kind_of_mask_hides_the_input_alone(known: str) -> None:
     """For each client the server learns the seed of its self mask, or what gives its pairwise masks; never both."""
-    setup = setup_for(2)
-    parties = shared(setup, range(2))
+    agreement = agreement_for(range(2), shapes={"x": (COUNT,)})
+    setup, parties = agreement.setup, shared(agreement)
     replies = masked(parties, {own: {"x": INPUTS["zeros"]} for own in range(2)})
     words = reply_words(setup, replies[0])
     self_mask = keystream(parties.states[0].seed, COUNT, setup.word)
@@ -83,14 +83,14 @@ def test_either_kind_of_mask_hides_the_input_alone(known: str) -> None:
 
 def test_each_pair_has_a_mask_of_its_own_whatever_keys_it_uses() -> None:
     """X25519 knows several spellings of one public key, so a check for equal bytes does not find a copied one."""
-    setup, private, public = setup_for(3), private_key(), public_key(private_key())
+    agreement, private, public = agreement_for(range(3)), private_key(), public_key(private_key())
     other = public[:31] + bytes([public[31] ^ 0x80])
-    assert pair_seed(setup, 0, private, 1, public) != pair_seed(setup, 0, private, 2, other)
-    assert pair_seed(setup, 0, private, 1, public) == pair_seed(setup, 0, private, 1, other)
+    assert pair_seed(agreement, 0, private, 1, public) != pair_seed(agreement, 0, private, 2, other)
+    assert pair_seed(agreement, 0, private, 1, public) == pair_seed(agreement, 0, private, 1, other)
 
 
 def test_two_summations_never_share_a_mask() -> None:
-    setup = setup_for(2)
+    agreement = agreement_for(range(2), shapes={"x": (COUNT,)})
     inputs = {own: {"x": INPUTS["zeros"]} for own in range(2)}
-    one, two = (reply_words(setup, masked(shared(setup, range(2)), inputs)[0]) for _ in range(2))
+    one, two = (reply_words(agreement.setup, masked(shared(agreement), inputs)[0]) for _ in range(2))
     assert all(deviation(one - two, place) < LIMIT for place in range(4))

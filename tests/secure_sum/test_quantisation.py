@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lorica.errors import UserError
 from lorica.secure_sum.quantisation import dequantise, quantise
 from lorica.secure_sum.setup import Setup, SummationError
-from tests.secure_sum.parties import random_inputs, setup_for, summed
+from tests.secure_sum.parties import agreement_for, dyadic, random_inputs, setup_for, summed
 
 
 def signed(word: int, bits: int) -> int:
@@ -58,8 +58,10 @@ def test_the_step_keeps_the_range_and_wastes_at_most_one_bit(clients: int, bits:
 @pytest.mark.parametrize("bound", [1.0, 0.75, 1 - 2.0**-53, 1e-30, 3e29])
 @pytest.mark.parametrize("count", [2, 3, 7])
 def test_a_sum_at_the_bound_does_not_wrap(bits: int, bound: float, count: int) -> None:
-    inputs = {own: {"x": torch.tensor([1e38, -1e38, bound])} for own in range(count)}
-    total = summed(setup_for(count, bits=bits, bound=bound), inputs)["x"].double()
+    shares = dyadic(range(count))
+    inputs = {own: {"x": torch.tensor([1e38, -1e38, bound / share])} for own, share in shares.items()}
+    agreement = agreement_for(range(count), bits=bits, bound=bound, shapes={"x": (3,)})
+    total = summed(agreement, inputs)["x"].double()
     assert torch.allclose(total, count * bound * torch.tensor([1.0, -1.0, 1.0]).double(), rtol=1e-6, atol=0)
 
 
@@ -68,7 +70,7 @@ def test_tensors_that_are_not_finite_are_refused_by_name_and_without_their_value
     inputs = random_inputs(range(3))
     inputs[1]["b"][1, 1] = value
     with pytest.raises(SummationError, match=r"^secure summation: tensor b is not finite$"):
-        summed(setup_for(3), inputs)
+        summed(agreement_for(range(3)), inputs)
 
 
 @pytest.mark.parametrize(

@@ -3,63 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from lorica.errors import UserError
-from lorica.secure_sum.setup import Setup, SummationError
-from lorica.secure_sum.stages import Part, add_up, run_client_stage
-
-SHAPES = {"a": (3, 4), "b": (5,)}
-WEIGHTS = {0: 0.1, 1: 0.2, 2: 0.3, 3: 0.4}
-
-
-def inputs(client: int) -> dict[str, Tensor]:
-    draws = torch.Generator().manual_seed(client)
-    return {name: torch.randn(shape, generator=draws) for name, shape in SHAPES.items()}
-
-
-class Clients:
-    """Four clients in one process. `silent` is (stage, client) pairs that give no answer; `garbled` ones that lie."""
-
-    def __init__(self, silent: set[tuple[str, int]] = frozenset(), garbled: set[tuple[str, int]] = frozenset()) -> None:  # type: ignore[assignment]
-        self.silent, self.garbled = silent, garbled
-        self.stored: dict[int, bytes] = {}
-        self.asked: list[str] = []
-
-    def ask(self, stage: str, questions: Mapping[int, str]) -> dict[int, bytes]:
-        answers = {}
-        for client, question in questions.items():
-            self.asked.append(stage)
-            if (stage, client) in self.silent:
-                continue
-            part = Part.from_bytes(self.stored[client]) if client in self.stored else Part()
-            part, content = run_client_stage(part, client, question, lambda client=client: inputs(client))
-            self.stored[client] = part.to_bytes()
-            answers[client] = b"\x07" * len(content) if (stage, client) in self.garbled else content
-        return answers
-
-
-def setup(name: str = "one", threshold: int = 3) -> Setup:
-    return Setup(name, len(WEIGHTS), threshold, 32, 5.0)
-
-
-def expected(clients: list[int]) -> dict[str, Tensor]:
-    return {name: sum(WEIGHTS[client] * inputs(client)[name].double() for client in clients) for name in SHAPES}  # type: ignore[misc]
-
-
-def check(clients: list[int], total: Mapping[str, Tensor]) -> None:
-    reference = expected(clients)
-    assert total.keys() == reference.keys()
-    for name, value in total.items():
-        assert (value.double() - reference[name]).abs().max() <= len(clients) * setup().step / 2 + 1e-6
+from lorica.secure_sum.setup import SummationError
+from lorica.secure_sum.stages import Input, Part, add_up, run_client_stage
+from tests.secure_sum.crowd import SHAPES, WEIGHTS, Clients, agreed, check, inputs, requirements
 
 
 def test_the_sum_is_the_weighted_one() -> None:
-    clients, total = add_up(setup(), WEIGHTS, SHAPES, Clients().ask)
+    clients, total = add_up(agreed(), Clients().ask)
     assert clients == [0, 1, 2, 3]
     check(clients, total)
 
@@ -67,7 +23,7 @@ def test_the_sum_is_the_weighted_one() -> None:
 @pytest.mark.parametrize("stage", ["keys", "shares", "masked", "revealed"])
 @pytest.mark.parametrize("kind", ["silent", "garbled"])
 def test_one_client_that_fails_at_any_stage_does_not_stop_the_others(stage: str, kind: str) -> None:
-    clients, total = add_up(setup(), WEIGHTS, SHAPES, Clients(**{kind: {(stage, 2)}}).ask)
+    clients, total = add_up(agreed(), Clients(**{kind: {(stage, 2)}}).ask)
     if (stage, kind) == ("keys", "garbled"):
         # Its own keys were replaced on the way: it refuses to go on.
         assert clients in ([], [0, 1, 3])
@@ -84,72 +40,102 @@ def test_one_client_that_fails_at_any_stage_does_not_stop_the_others(stage: str,
 @pytest.mark.parametrize("stage", ["keys", "shares", "masked", "revealed"])
 def test_below_the_threshold_there_is_no_sum(stage: str) -> None:
     clients = Clients(silent={(stage, 1), (stage, 2)})
-    assert add_up(setup(), WEIGHTS, SHAPES, clients.ask) == ([], {})
+    assert add_up(agreed(), clients.ask) == ([], {})
     if stage != "revealed":
         assert "revealed" not in clients.asked
 
 
-def masked_once(clients: Clients, name: str = "one") -> dict[int, str]:
-    """Runs the stages up to the masked input; returns every client's question of that stage."""
-    questions: dict[int, str] = {}
-
-    def ask(stage: str, asked: Mapping[int, str]) -> dict[int, bytes]:
-        if stage == "masked":
-            questions.update(asked)
-        return clients.ask(stage, asked)
-
-    add_up(setup(name), WEIGHTS, SHAPES, ask)
-    return questions
-
-
 def refused(clients: Clients, question: dict[str, object], match: str) -> None:
-    before = clients.stored[0]
     with pytest.raises(SummationError, match=match):
-        run_client_stage(Part.from_bytes(before), 0, json.dumps(question), lambda: inputs(0))
+        run_client_stage(clients.part(0), requirements(0), json.dumps(question), lambda agreement: Input(inputs(0)))
+
+
+def with_setup(plain: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return plain | {"setup": plain["setup"] | changes}
 
 
 def test_what_no_honest_server_asks_is_refused() -> None:
     clients = Clients()
-    question = json.loads(masked_once(clients)[0])
-    refused(clients, {"stage": "keys", "setup": vars(setup())}, "the same summation twice")
-    refused(clients, {"stage": "keys", "setup": vars(setup("two")) | {"threshold": 1}}, "question is malformed")
-    refused(clients, question | {"weight": 1.5}, "not between 0 and 1")
-    refused(clients, question | {"weight": float("nan")}, "not between 0 and 1")
-    refused(clients, question | {"weight": 0.2}, "second input under the same masks")
+    question = clients.masked_once(agreed())[0]
+    plain = agreed("two").plain()
+    refused(clients, {"stage": "keys", "agreement": agreed().plain()}, "the same summation twice")
+    for wrong, problem in [
+        (with_setup(plain, threshold=1), "terms are invalid: threshold"),
+        (with_setup(plain, clients=5), "terms are invalid: clients"),
+        (with_setup(plain, bits=32.0), "malformed"),
+        (with_setup(plain, more=1), "malformed"),
+        (plain | {"more": 1}, "malformed"),
+        (plain | {"round": "1"}, "malformed"),
+        (plain | {"weights": [*plain["weights"][:3], plain["weights"][2]]}, "terms are invalid: clients"),
+        (plain | {"weights": plain["weights"][::-1]}, "malformed"),
+        (plain | {"weights": [[client, float("nan")] for client in range(4)]}, "weight of client 0 is not in"),
+        (plain | {"weights": [[client, 0.3] for client in range(4)]}, "they do not sum to 1"),
+        (plain | {"run": "other"}, "the sum is of run 'other'"),
+        ([], "malformed"),
+        (None, "malformed"),
+    ]:
+        refused(clients, {"stage": "keys", "agreement": wrong}, problem)
     refused(clients, question | {"summation": "other"}, "has not joined")
     refused(clients, question | {"stage": "single"}, "unknown stage")
     refused(clients, {"stage": "revealed", "summation": "one", "survivors": [0, 1, 2]}, "second time")
-    refused(clients, {"stage": "shares", "summation": "one"}, "question is malformed")
-    refused(clients, {"hello": 1}, "question is malformed")
+    refused(clients, {"stage": "revealed", "summation": "one", "survivors": "0123"}, "malformed")
+    refused(clients, {"stage": "shares", "summation": "one"}, "malformed")
+    refused(clients, {"hello": 1}, "malformed")
     for garbage in ("", "[]", "null", "{", "\x00"):
         with pytest.raises(SummationError):
-            run_client_stage(Part.from_bytes(clients.stored[0]), 0, garbage, lambda: inputs(0))
+            run_client_stage(clients.part(0), requirements(0), garbage, lambda agreement: Input(inputs(0)))
+
+
+def test_no_later_stage_changes_the_share() -> None:
+    """What a stage after the first says of weights is not read."""
+    clients = Clients()
+    question = clients.masked_once(agreed(), stop={0})[0]
+    assert clients.answered(0, question | {"weight": 1.0, "weights": [[0, 1.0]]}) == clients.answered(0, question)
 
 
 def test_an_error_of_the_input_is_not_blamed_on_the_question() -> None:
-    def full() -> dict[str, Tensor]:
+    def full(agreement: object) -> Input:
         raise UserError("privacy.ledger", "ledger.sqlite", "the disk is full", "make room")
 
-    clients = Clients(silent={("masked", 0)})
-    question = masked_once(clients)[0]
-    with pytest.raises(UserError, match="the disk is full"):
-        run_client_stage(Part.from_bytes(clients.stored[0]), 0, question, full)
-
-
-def test_the_same_input_in_a_second_sum_with_others_is_not_revealed(caplog: pytest.LogCaptureFixture) -> None:
-    """Two sums that differ by one client would show its input."""
     clients = Clients()
-    assert add_up(setup("one"), WEIGHTS, SHAPES, clients.ask)[0] == [0, 1, 2, 3]
-    # A sum that is made again, after the server lost it, is the same sum.
-    assert add_up(setup("again"), WEIGHTS, SHAPES, clients.ask)[0] == [0, 1, 2, 3]
-    clients.silent = {("masked", 3)}
-    assert add_up(setup("three"), WEIGHTS, SHAPES, clients.ask) == ([], {})
-    clients.silent = set()
-    assert add_up(setup("weights"), dict.fromkeys(WEIGHTS, 0.25), SHAPES, clients.ask) == ([], {})
-    assert len([record for record in caplog.records if "second sum of the same input" in record.message]) == 2
+    question = clients.masked_once(agreed(), stop={0})[0]
+    with pytest.raises(UserError, match="the disk is full"):
+        run_client_stage(clients.part(0), requirements(0), json.dumps(question), full)
+
+
+def test_a_sum_that_was_lost_is_made_again_and_is_the_same() -> None:
+    clients = Clients()
+    first = add_up(agreed("one"), clients.ask)
+    again = add_up(agreed("again"), clients.ask)
+    assert first[0] == again[0] == [0, 1, 2, 3]
+    assert all(torch.equal(first[1][name], again[1][name]) for name in SHAPES)
+
+
+def test_a_sum_that_a_client_missed_is_made_again_without_it() -> None:
+    """The server forgot a sum over three of four, and starts anew with these three: at the same relative shares."""
+    clients = Clients(silent={("masked", 3)})
+    assert add_up(agreed("one"), clients.ask)[0] == [0, 1, 2]
+    weights = {client: WEIGHTS[client] / sum(WEIGHTS[one] for one in range(3)) for client in range(3)}
+    grown = max(weights.values()) / max(WEIGHTS[client] for client in range(3))
+    names, total = add_up(agreed("again", weights=weights, bound=5.0 * grown), clients.ask)
+    assert names == [0, 1, 2]
+    check(names, {name: value / grown for name, value in total.items()})
 
 
 def test_a_damaged_part_is_an_error() -> None:
-    for content in (b"", b"{}", b"[]", b'{"state": "x", "given": null, "shown": null}'):
+    for content in (b"", b"{}", b"[]", b'{"version": 2, "state": "x", "given": null, "shown": []}'):
         with pytest.raises(SummationError, match="damaged"):
             Part.from_bytes(content)
+
+
+def test_a_part_of_an_earlier_version_is_named_as_such() -> None:
+    with pytest.raises(SummationError, match="written by another version of Lorica; finish the run with that version"):
+        Part.from_bytes(b'{"state": null, "given": ["00", 0.5], "shown": null}')
+
+
+def test_parts_go_through_bytes() -> None:
+    clients = Clients()
+    add_up(agreed(), clients.ask)
+    part = clients.part(0)
+    assert Part.from_bytes(part.to_bytes()) == part
+    assert list(part.shown) == [(1, 1)]

@@ -6,7 +6,6 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from lorica.adapters.base_files import resolve_base
 from lorica.config import ModelConfig
 from lorica.errors import UserError
+from lorica.pretrained import from_pretrained
 from lorica.streams import stream_seed
 from lorica.tasks.kind import TaskKind, kind_named
 
@@ -81,7 +81,7 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
     outputs = kind.outputs(label_names)
     attention = "eager" if config.attention == "auto" and _device_type(config) == "cpu" else config.attention
     options: dict[str, Any] = {
-        "local_files_only": Path(base).is_dir(),
+        "weights_only": True,
         "attn_implementation": "sdpa" if attention == "auto" else attention,
         "dtype": torch.float32,
         "output_loading_info": True,
@@ -91,7 +91,7 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
         if config.pooling == "mean":
             if not kind.pooled:
                 raise UserError("model.pooling", "mean", f"does not fit {task_type}", "set model.pooling=auto")
-            encoder, info = _from_pretrained(transformers.AutoModel.from_pretrained, base, options)
+            encoder, info = _quietly(transformers.AutoModel.from_pretrained, base, options)
             model: Any = MeanPooledClassifier(encoder, outputs)
             new_modules = ["classifier"]
             kept = False
@@ -102,9 +102,9 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
         else:
             names = dict(enumerate(label_names))
             naming = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
-            own_names = _checkpoint_labels(base, options)
+            own_names = _checkpoint_labels(base)
             automatic = getattr(transformers, kind.model_class)
-            model, info = _from_pretrained(
+            model, info = _quietly(
                 automatic.from_pretrained, base, options | naming | {"ignore_mismatched_sizes": True}
             )
             fresh = {*info["missing_keys"], *(_key(entry) for entry in info["mismatched_keys"])}
@@ -159,20 +159,14 @@ def _quantisation(config: ModelConfig, heads: tuple[str, ...]) -> dict[str, Any]
     }
 
 
-def _from_pretrained(function: Callable[..., Any], base: str, options: dict[str, Any]) -> Any:
+def _quietly(function: Callable[..., Any], base: str, options: dict[str, Any]) -> Any:
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        return function(base, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            "model.base",
-            base,
-            f"cannot be loaded ({reason})",
-            "give a local model folder, or check the hub id and the network",
-        ) from error
+        return from_pretrained(
+            function, base, "the model", "give a local model folder, or check the hub id and the network", **options
+        )
     finally:
         transformers.logging.set_verbosity(verbosity)
         transformers.logging.enable_progress_bar()
@@ -183,18 +177,15 @@ def _load_with_own_head(kind: type[TaskKind], config: ModelConfig, base: str, op
         raise UserError(
             "model.head", config.head, "the head of a language model is part of its base", "set model.head=freeze"
         )
-    model, info = _from_pretrained(getattr(transformers, kind.model_class).from_pretrained, base, options)
+    model, info = _quietly(getattr(transformers, kind.model_class).from_pretrained, base, options)
     if info["missing_keys"]:
         problem = f"the checkpoint is not a complete language model ({min(info['missing_keys'])} is missing)"
         raise UserError("model.base", config.base, problem, "give a causal language model")
     return model
 
 
-def _checkpoint_labels(base: str, options: dict[str, Any]) -> list[str]:
-    def load(folder: str, **_: Any) -> Any:
-        return transformers.AutoConfig.from_pretrained(folder, local_files_only=options["local_files_only"])
-
-    names = _from_pretrained(load, base, {}).id2label
+def _checkpoint_labels(base: str) -> list[str]:
+    names = _quietly(transformers.AutoConfig.from_pretrained, base, {}).id2label
     return [str(names[index]) for index in sorted(names)]
 
 

@@ -20,9 +20,11 @@ from lorica.adapters.names import Pair
 from lorica.adapters.state import fold, stack_pairs
 from lorica.config import ModelConfig
 from lorica.errors import UserError
+from lorica.pretrained import damaged_file
 
 DESCRIPTION = "lorica.json"
 WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 
 
@@ -59,7 +61,8 @@ def load_adapter(folder: str | Path) -> nn.Module:
     """Load the base model, head and adapter of a finished run, in evaluation mode and fp32.
 
     Raises:
-        UserError: the folder was not written by Lorica, or contains one adapter per client.
+        UserError: the folder was not written by Lorica, or contains one adapter per client; a file is missing or
+            damaged. Weights are read from safetensors only, and no module that the folder names is imported.
     """
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
@@ -72,13 +75,30 @@ def load_adapter(folder: str | Path) -> nn.Module:
                 f"load one of them, such as {Path(folder) / own[0]}",
             )
         raise UserError("adapter", str(folder), f"has no {DESCRIPTION}", "give the adapter folder of a finished run")
-    description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
-    base = load_base(config, description["task_type"], description["label_names"], description["seed"])
-    with warnings.catch_warnings():
-        # PEFT 0.21 uses a property that transformers 5 has renamed.
-        warnings.simplefilter("ignore", FutureWarning)
-        model: nn.Module = PeftModel.from_pretrained(base.model, folder).eval()
+    for name in (WEIGHTS, ADAPTER_CONFIG):
+        if not (path.parent / name).is_file():
+            raise UserError("adapter", str(folder), f"has no {name}", "give the adapter folder of a finished run")
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
+        for_peft = json.loads((path.parent / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        # PEFT imports the module that `megatron_core` names.
+        if for_peft["peft_type"] != "LORA" or for_peft.get("megatron_config") is not None:
+            raise ValueError(f"{ADAPTER_CONFIG} is not one that Lorica writes")
+        base = load_base(config, description["task_type"], description["label_names"], description["seed"])
+        with warnings.catch_warnings():
+            # PEFT 0.21 uses a property that transformers 5 has renamed.
+            warnings.simplefilter("ignore", FutureWarning)
+            model: nn.Module = PeftModel.from_pretrained(base.model, folder).eval()
+    except UserError:
+        raise
+    # PEFT and the libraries below it raise errors of a dozen types.
+    except Exception as error:
+        damaged = damaged_file(path.parent)
+        unfit = f"{WEIGHTS} or {ADAPTER_CONFIG} does not fit: {type(error).__name__}: {error}".splitlines()[0]
+        reason = unfit if damaged is None else f"{damaged} is damaged"
+        problem = f"cannot be loaded ({reason})"
+        raise UserError("adapter", str(folder), problem, "export the adapter again, or get another copy") from error
     return model
 
 
@@ -98,7 +118,7 @@ def _raise_ranks(model: AdaptedModel, merged: Mapping[str, Pair], folder: Path) 
         ranks[site.name] = pair[0].shape[1]
         scales[site.name] = site.scale * ranks[site.name]
     safetensors.torch.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config_path = folder / "adapter_config.json"
+    config_path = folder / ADAPTER_CONFIG
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config |= {"rank_pattern": ranks, "alpha_pattern": scales, "use_rslora": False}
     config |= {"r": max(ranks.values()), "lora_alpha": max(scales.values())}

@@ -12,7 +12,7 @@ from lorica.privacy.isolation import check_isolation
 from lorica.streams import torch_stream
 from lorica.tasks.records import Records, Task
 
-CHECKED_EXAMPLES = 3
+MOST_EXAMPLES = 32
 
 
 def load_model(config: ExperimentConfig, task: Task) -> AdaptedModel:
@@ -29,13 +29,18 @@ def load_model(config: ExperimentConfig, task: Task) -> AdaptedModel:
 
 
 def check_isolated(config: ExperimentConfig, model: AdaptedModel, records: Records) -> None:
-    """Run `check_isolation` on a few examples, with random factors, since at `B = 0` the gradient of `A` is zero.
+    """Run `check_isolation` on a batch as in training, at random factors: with `B = 0` the gradient of `A` is zero.
 
-    The result depends on the model only.
+    The batch has the expected size, within one forward pass of the memory that training may use, and at most 32
+    examples; where there are fewer records, they are repeated. The result depends on the model only.
     """
     draws = torch_stream(config.seed, "isolation")
     model.write({name: 0.1 * torch.randn(value.shape, generator=draws) for name, value in model.read().items()})
-    indices = np.arange(min(CHECKED_EXAMPLES, len(records)))
-    batch = next(iter(records.micro_batches(indices, 10**9))).to(model.device)
-    tolerance = 1e-3 if config.model.precision == "fp32" else 0.2
+    wanted = min(max(2, config.federation.batch_size), MOST_EXAMPLES)
+    indices = np.resize(np.arange(len(records)), wanted)
+    passes = list(records.micro_batch_indices(indices, config.federation.pass_tokens(model.device.type)))
+    largest = max(passes, key=len)
+    batch = records.batch(largest if len(largest) > 1 else indices[:2]).to(model.device)
+    # Quantised weights stay as they are, and their kernels round differently for an example alone.
+    tolerance = 0.2 if config.model.precision in ("int8", "nf4") else 1e-3
     check_isolation(model.peft_model, model.losses, model.tensors, batch, tolerance)

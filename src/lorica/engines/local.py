@@ -13,19 +13,22 @@ from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import resolve_base
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.messages import Request, decode
+from lorica.messages import Projection, Request
 from lorica.owner.client import Client
-from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned
-from lorica.privacy.ledger import Ledger, lifetime_above
-from lorica.privacy.plan import ClientPlan
+from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client
+from lorica.privacy.ledger import Ledger
+from lorica.privacy.lifetime import history
+from lorica.privacy.plan import ClientPlan, plan_run
 from lorica.privacy.statement import Account, account
 from lorica.run.setup import Prepared, prepare
-from lorica.secure_sum.quantisation import Shapes
-from lorica.secure_sum.setup import Setup, SummationError
-from lorica.secure_sum.stages import Part, add_up, run_client_stage
+from lorica.secure_sum.agreement import Agreement
+from lorica.secure_sum.requirements import Requirements
+from lorica.secure_sum.setup import SummationError
+from lorica.secure_sum.stages import Input, Part, add_up, run_client_stage
 from lorica.tasks.label_counts import label_counts
 from lorica.tasks.loading import load_task
 from lorica.tasks.records import Records, Task
+from lorica.tensors import decode
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +48,27 @@ class LocalEngine:
         self.clients = clients
         self.max_lifetime_epsilon = max_lifetime_epsilon
         self._parts: dict[int, Part] = {}
+        self._reserved: set[str] = set()
 
     @property
     def ledger(self) -> str:
         return ", ".join(sorted({str(client.ledger.path) for client in self.clients.values()}))
 
     def join(self, run: str) -> dict[int, ClientPlan]:
-        """All clients.
+        """All clients, whose ledgers hold back the budget for all of the run.
 
         Raises:
-            UserError: the run would exceed an owner's lifetime limit.
+            UserError: the run would exceed an owner's limit, together with what other runs have reserved.
         """
-        for client in self.clients.values():
-            self._check_lifetime(client, run)
+        if run not in self._reserved:
+            try:
+                for client in self.clients.values():
+                    client.reserve(run, lambda _, client=client: self._check_lifetime(client, run))  # type: ignore[misc]
+            except UserError:
+                for client in self.clients.values():
+                    client.ledger.end(run, client.number)
+                raise
+            self._reserved.add(run)
         return {number: client.plan for number, client in self.clients.items()}
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
@@ -66,9 +77,7 @@ class LocalEngine:
             number: decode(self.clients[number].reply_to(self._model, requests[number])) for number in sorted(requests)
         }
 
-    def sum(
-        self, requests: Mapping[int, Request], weights: Mapping[int, float], shapes: Shapes, setup: Setup
-    ) -> tuple[list[int], dict[str, Tensor]]:
+    def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
         """Sum the replies with the same protocol as in a federation across machines."""
 
         def ask(stage: str, questions: Mapping[int, str]) -> dict[int, bytes]:
@@ -80,13 +89,15 @@ class LocalEngine:
                     logger.warning("client %d refuses: %s", number, error)
             return answers
 
-        return add_up(setup, weights, shapes, ask)
+        return add_up(agreement, ask)
 
     def _run_stage(self, number: int, request: Request, question: str) -> bytes:
-        def tensors() -> dict[str, Tensor]:
-            return decode(self.clients[number].reply_to(self._model, request))
+        def given(agreement: Agreement) -> Input:
+            derived = isinstance(request.work, Projection)
+            return Input(decode(self.clients[number].reply_to(self._model, request)), derived)
 
-        self._parts[number], content = run_client_stage(self._parts.get(number, Part()), number, question, tensors)
+        part, required = self._parts.get(number, Part()), Requirements(request.run, number)
+        self._parts[number], content = run_client_stage(part, required, question, given)
         return content
 
     def accounts(self, run: str) -> dict[int, Account]:
@@ -105,15 +116,20 @@ class LocalEngine:
         if limit is None or plan.noise != "secure" or plan.delta is None:
             return
         remaining = plan.steps(plan.max_steps - client.ledger.steps(run, client.number))
-        releases = client.ledger.releases(client.dataset)
-        life = lifetime_above(limit, releases, client.records.fingerprint(), plan.delta, remaining, client.unit)
-        if life is not None:
-            raise UserError(
-                "privacy.max_lifetime_epsilon",
-                limit,
-                f"with this run, the total ε of client {client.number} would be {life:.3f}",
-                "lower privacy.epsilon, run fewer rounds, or raise privacy.max_lifetime_epsilon",
+        found = history(client.ledger, client.dataset, client.records.fingerprint())
+        life = found.above(limit, plan.delta, (run, client.number), remaining, client.unit)
+        if life is None:
+            return
+        problem = f"with this run, the total ε of client {client.number} would be {life:.3f}"
+        remedy = "lower privacy.epsilon, run fewer rounds, or raise privacy.max_lifetime_epsilon"
+        holders = sorted({one.run for one in found.holders(run)})
+        if holders:
+            problem += f", of which a part is reserved for run {', '.join(holders)}"
+            remedy += (
+                "; or finish that run first, or release what it reserved: "
+                f"lorica budget {client.ledger.path} --release {holders[0]}"
             )
+        raise UserError("privacy.max_lifetime_epsilon", limit, problem, remedy)
 
 
 def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
@@ -129,8 +145,8 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
     dataset = task.train.fingerprint()
     task = by_privacy_unit(config, task)
     prepared = prepare(config, task)
-    parts = [hold_out(config, client, part) for client, part in enumerate(divide(config, task))]
-    plans = [planned(config, client, len(records)) for client, (records, _) in enumerate(parts)]
+    parts = [hold_out(config, part) for part in divide(config, task)]
+    plans = [plan_run(config, client, len(records)) for client, (records, _) in enumerate(parts)]
     ledger = Ledger(ledger_path(config, dataset))
     clients = {
         plan.client: make_client(config, plan, records, private_test, ledger, dataset)

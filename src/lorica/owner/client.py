@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,22 +12,23 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
-from lorica.adapters.names import ENERGY, Pair, is_factor
+from lorica.adapters.names import ENERGY, SKETCH, Pair, is_factor
 from lorica.adapters.state import leading, stack_pairs
 from lorica.files import append_line
 from lorica.local.optimizers import make_optimizer
 from lorica.local.perturbation import strength
 from lorica.local.sketches import project, sketch
 from lorica.local.step import transform_gradients
-from lorica.messages import Delivery, Reply, Request, Training
-from lorica.privacy.ledger import Ledger, Release
+from lorica.messages import Delivery, Projection, Reply, Request, Training
+from lorica.privacy.exposures import Exposure
+from lorica.privacy.ledger import Earlier, Ledger, Release
 from lorica.privacy.mechanism import noisy_gradient
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.policy import Policy
 from lorica.privacy.randomness import Randomness, ReproducibleRandomness, SecureRandomness
 from lorica.privacy.released import Released, post_process
 from lorica.privacy.unit import RECORD, PrivacyUnit
-from lorica.streams import stream_seed, torch_stream
+from lorica.streams import torch_stream
 from lorica.tasks.records import Records, evaluating
 
 SentAndKept = tuple[dict[str, Released], dict[str, Released] | None]
@@ -42,10 +42,10 @@ class Client:
     Attributes:
         number: public id.
         records: private.
-        plan: the agreed terms; a request that exceeds them is refused.
-        ledger: charged before a reply leaves. It also stores the tensors that stay with the client, in case of a crash.
-        dataset: fingerprint of the whole data set.
-        unit: the unit of privacy, which is one of `records`.
+        plan: what it agreed to; a request that goes beyond it is refused.
+        ledger: charged before a record is sampled. Also keeps what stays with the client: a crash loses nothing.
+        dataset: fingerprint of the data set that the records are part of.
+        unit: what one of `records` is.
         seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
         private_test: the owner's test records; their results stay with the owner.
         policy: the owner's limits over all runs; None if one process simulates all owners.
@@ -71,14 +71,17 @@ class Client:
     def reply_to(self, model: AdaptedModel, request: Request) -> bytes:
         """Do the work and return the encoded reply.
 
-        The ledger charges and stores the reply before it is returned. A repeated request gets the stored reply: the
-        same release, at no further cost.
+        The release is charged to the ledger before the first record is sampled, and the reply is stored there before it
+        is returned. A request that was answered before gets the stored reply, and one whose answer was interrupted is
+        answered with the same batches and noise: the same release, at no further cost.
 
         Raises:
             Refused: the request exceeds the owner's plan or policy, belongs to an earlier round, or builds on a request
                 that did not arrive.
         """
         if isinstance(request.work, Delivery):
+            if request.work.final:
+                self.ledger.end(request.run, self.number)
             self._test_privately(model, request, request.work)
             return Reply(self.number, {}).encode()
         if request.round < self.ledger.last_round(request.run, self.number):
@@ -89,13 +92,8 @@ class Client:
         if stored is not None:
             return stored
         own = self.ledger.kept(request.run, self.number)
-        steps = 0
-        if isinstance(request.work, Training):
-            steps = request.work.steps
-            if self.policy is None:
-                self.plan.check(request.work.terms, self.ledger.steps(request.run, self.number) + steps)
-            else:
-                self._review(self.ledger.releases(), request)
+        if isinstance(request.work, Projection):
+            own = self._sketched(request, own)
         release = Release(
             dataset=self.dataset,
             records=self.records.fingerprint(),
@@ -105,41 +103,64 @@ class Client:
             sampling_rate=self.plan.terms.sampling_rate,
             noise_multiplier=self.plan.terms.noise_multiplier,
             clip_norm=self.plan.terms.clip_norm,
-            steps=steps,
+            steps=request.work.steps if isinstance(request.work, Training) else 0,
             noise=self.plan.noise,
             request=digest,
             unit=self.unit,
         )
         model.assert_frozen()
-        try:
-            if isinstance(request.work, Training):
-                released, kept = self._train(model, request, request.work, own)
-            else:
-                released, kept = project(request.work.bases, self.held, own), None
-        except Exception:
-            # A failure may depend on the records, and the server learns of it: charge it like a release.
-            self.ledger.charge(release, None)
-            raise
-        reply = Reply(self.number, released).encode()
-        # Checked again under the ledger's lock: another request on the same data may have been charged meanwhile. If
-        # one process simulates all owners, nobody else charges, and reading a long ledger again would be wasted.
-        allow = None if self.policy is None else lambda earlier: self._review(earlier, request)
-        self.ledger.charge(release, reply, kept, allow)
-        return reply
+        self._introduce()
+        charge = self.ledger.charge(release, lambda earlier: self._allow(earlier, request))
+        if isinstance(request.work, Training):
+            released, kept = self._train(model, request, request.work, own, charge.seed)
+        else:
+            released, kept = project(request.work.bases, self.held, own), None
+        return self.ledger.attach(charge, Reply(self.number, released).encode(), kept)
+
+    def reserve(self, run: str, allow: Callable[[list[Release]], None]) -> None:
+        """Hold back the budget for all of a run, if `allow` finds that it fits; the end of the run gives back the rest.
+
+        Runs without secret noise have no budget, so that there is nothing to hold back.
+
+        Args:
+            allow: called with what other runs have reserved and not used, under the ledger's lock.
+        """
+        self._introduce()
+        if self.plan.noise != "secure":
+            allow([])
+            return
+        planned = Exposure(
+            ledger=self.ledger.identity,
+            run=run,
+            client=self.number,
+            records=self.records.fingerprint(),
+            unit=self.unit,
+            noise=self.plan.noise,
+            sampling_rate=self.plan.terms.sampling_rate,
+            noise_multiplier=self.plan.terms.noise_multiplier,
+            steps=0,
+            planned=self.plan.max_steps,
+            releases=0,
+        )
+        self.ledger.reserve(planned, allow)
+
+    def _introduce(self) -> None:
+        """What is charged to these records is then known of each of them, in whichever file it comes again."""
+        self.ledger.introduce(self.records.fingerprint(), self.records.tags)
 
     def personal(self, run: str) -> dict[str, Tensor]:
         """The noisy tensors that this client trained and did not send: its personal part of the model."""
         return {name: released.tensor for name, released in self.ledger.kept(run, self.number).items()}
 
-    def _review(self, releases: list[Release], request: Request) -> None:
-        """Refuse steps that exceed the policy or the plan. Work without steps costs nothing and is not checked."""
+    def _allow(self, earlier: Earlier, request: Request) -> None:
+        """Refuse steps beyond the policy or the plan; what does no step costs nothing."""
         if not isinstance(request.work, Training):
             return
         steps = request.work.steps
         if self.policy is not None:
-            self.policy.review_release(releases, self.unit, self.plan, steps)
-        charged = [release.steps for release in releases if (release.run, release.client) == (request.run, self.number)]
-        self.plan.check(request.work.terms, sum(charged) + steps)
+            elsewhere = self.ledger.elsewhere(self.records.fingerprint())
+            self.policy.review_release([*earlier.releases(), *elsewhere], self.unit, self.plan, steps)
+        self.plan.check(request.work.terms, earlier.steps(request.run, self.number) + steps)
 
     def _receive(self, request: Request) -> None:
         if request.sequence not in (0, self.sequence) and self.sequence != request.sequence - 1:
@@ -151,6 +172,17 @@ class Client:
                 self.merged[name] = stack_pairs(self.merged.get(name), pair)
             self.sequence = request.sequence
 
+    def _sketched(self, request: Request, kept: Mapping[str, Released]) -> dict[str, Released]:
+        """The factors behind this round's sketch, without those of earlier rounds.
+
+        Raises:
+            Refused: this round has no sketch.
+        """
+        factors = {name.removeprefix(SKETCH): value for name, value in kept.items() if name.startswith(SKETCH)}
+        if not factors or self.ledger.last_round(request.run, self.number) != request.round:
+            raise Refused(f"client {self.number}: round {request.round} has no sketch whose factors could be projected")
+        return factors
+
     def _test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:
         if self.private_test is None:
             return
@@ -161,10 +193,12 @@ class Client:
                 model.peft_model, self.private_test, self.micro_batch_tokens, model.device
             )
         line = {"run": request.run, "client": self.number, "round": request.round} | metrics
-        append_line(private_metrics_path(self.ledger.path), json.dumps(line))
+        append_line(private_metrics_path(self.ledger.path), json.dumps(line), private=True)
 
-    def _train(self, model: AdaptedModel, request: Request, work: Training, own: Mapping[str, Released]) -> SentAndKept:
-        """Take the noisy steps from the global adapter; the update of each trained tensor is `θ_E - θ_0`."""
+    def _train(
+        self, model: AdaptedModel, request: Request, work: Training, own: Mapping[str, Released], seed: bytes | None
+    ) -> SentAndKept:
+        """`steps` noisy steps from the global adapter; each trained tensor's update is `θ_E - θ_0`."""
         personal = {name: own[name] for name in work.personal if name in own}
         adapter = self.held | {name: released.tensor for name, released in personal.items()}
         adapter = {name: leading(name, value, work.rank).to(model.device) for name, value in adapter.items()}
@@ -173,13 +207,13 @@ class Client:
         start = {name: adapter[name] for name in work.trained}
         places = {name: model.trained(name, work.rank, adapter) for name in work.trained}
         optimizer = make_optimizer(work.optimizer, work.rates)
-        randomness = self._randomness(request)
+        randomness = self._reproducible(request) if seed is None else SecureRandomness(seed)
         updates: dict[str, Released] = {}
         gradients: dict[str, Released] = {}
         values = adapter
         model.peft_model.train()
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(self._dropout_seed(request))
+            torch.manual_seed(randomness.dropout_seed())
             for step in range(work.steps):
                 model.assert_frozen()
                 active = {name: places[name] for name in work.local.active(work.trained, step)}
@@ -204,8 +238,9 @@ class Client:
         kept = {name: value for name, value in moved.items() if name in work.personal}
         if work.sketch_columns is not None:
             sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
-            kept |= {name: moved[name] for name in moved if is_factor(name)}
-            released = {name: value for name, value in released.items() if name not in kept} | sketches
+            # With a prefix, so that a projection uses these factors only, and not other tensors kept at the client.
+            kept |= {f"{SKETCH}{name}": moved[name] for name in moved if is_factor(name)}
+            released = {name: value for name, value in released.items() if not is_factor(name)} | sketches
         if work.last_step_energy:
             released |= {f"{ENERGY}{name}": post_process(_energy, gradient) for name, gradient in gradients.items()}
         return released, kept or None
@@ -222,20 +257,8 @@ class Client:
         with model.perturbed(ratio, generator):
             yield
 
-    def _dropout_seed(self, request: Request) -> int:
-        """Seed of the dropout masks, secret if the noise is secure.
-
-        The mask of an example depends on its place in the batch. If the server could compute the masks, adding one
-        record would change the gradients of others in a known way.
-        """
-        if self.plan.noise == "secure":
-            return int.from_bytes(os.urandom(7))
-        return stream_seed(self.seed, "dropout", request.round, request.exchange, self.number)
-
-    def _randomness(self, request: Request) -> Randomness:
-        if self.plan.noise == "reproducible":
-            return ReproducibleRandomness(self.seed, request.round, request.exchange, self.number)
-        return SecureRandomness()
+    def _reproducible(self, request: Request) -> Randomness:
+        return ReproducibleRandomness(self.seed, request.round, request.exchange, self.number)
 
 
 def private_metrics_path(ledger: Path) -> Path:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import EMBEDDED, base_identity, resolve_base
@@ -19,20 +18,26 @@ from lorica.adapters.loading import check_isolated, load_model
 from lorica.adapters.names import flat_pairs, pairs_under, under
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
-from lorica.files import replaced_folder, write_atomically
-from lorica.messages import OWNER, Delivery, Invitation, Request, decode, encode, encode_account, encode_plan
+from lorica.files import private_folder, replaced_folder, write_atomically
+from lorica.markdown import code
+from lorica.messages import OWNER, Delivery, Invitation, Projection, Request, encode_account, encode_plan
+from lorica.owner.identity import read_identity
 from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.request_checks import check_request
 from lorica.owner.settings import NodeSettings
-from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, planned
-from lorica.privacy.ledger import Ledger
-from lorica.privacy.plan import ClientPlan, Refused
+from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client
+from lorica.privacy.ledger import Ledger, Release
+from lorica.privacy.plan import ClientPlan, Refused, plan_run, planned_steps
 from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.statement import Account, charged
+from lorica.secure_sum.agreement import Agreement
+from lorica.secure_sum.identity import Identity, Member
+from lorica.secure_sum.requirements import Requirements
 from lorica.secure_sum.setup import SummationError
-from lorica.secure_sum.stages import Part, run_client_stage
+from lorica.secure_sum.stages import Input, Part, run_client_stage
 from lorica.tasks.loading import load_training
 from lorica.tasks.records import Records, Task
+from lorica.tensors import decode, encode
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +68,20 @@ class Node:
         self._label_names = task.label_names
         records, private_test = _own_records(self._config, settings, task)
         declared = policy.records if policy is not None and policy.records is not None else len(records)
+        if policy is not None:
+            policy.review_proposal(self._config, declared, planned_steps(self._config, settings.client))
         self.plan = _plan(self._config, settings.client, declared)
         dataset = task.train.fingerprint()
         ledger = Ledger(_ledger(self._config, settings, dataset))
         # Hashed, because the server chose the name of the run: it must not lead out of the node's folder.
         self._folder = settings.place / f"run-{hashlib.sha256(invitation.run.encode()).hexdigest()[:16]}"
+        _make_private(settings.place, self._folder)
+        self._identity = _identity(settings, self._config, policy)
         self._client = make_client(self._config, self.plan, records, private_test, ledger, dataset)
+        self._check_pinned()
         self._review()
-        self._pin()
+        self._warn_of_sums(policy)
+        write_atomically(self._invitation_path, invitation.encode().encode(), mode=0o600)
         self._model = load_model(self._config, task)
         self._shapes = {name: tuple(value.shape) for name, value in self._model.read().items()}
         # Not on the owner's records: a refusal would tell the server about them without being charged.
@@ -100,16 +111,29 @@ class Node:
             SummationError: an honest server would not ask this question.
         """
 
-        def tensors() -> dict[str, Tensor]:
+        def given(agreement: Agreement) -> Input:
             if content is None:
                 raise Refused("the server asks for a masked input without a request")
-            return decode(self._reply_to(self._checked_request(content)))
+            request = self._checked_request(content)
+            if (request.round, request.exchange) != (agreement.round, agreement.exchange):
+                raise Refused("the server asks for a masked input of another round or exchange than it announced")
+            return Input(decode(self._reply_to(request)), derived=isinstance(request.work, Projection))
 
         path = self._folder / "sum.json"
         kept = Part.from_bytes(path.read_bytes()) if path.is_file() else Part()
-        kept, reply = run_client_stage(kept, self._client.number, question, tensors)
+        kept, reply = run_client_stage(kept, self._requirements(), question, given)
         write_atomically(path, kept.to_bytes(), mode=0o600)
         return reply
+
+    def _requirements(self) -> Requirements:
+        """What the current policy requires of a sum."""
+        run, own, policy = self._invitation.run, self._client.number, self._policy()
+        if policy is None:
+            return Requirements(run, own, identity=self._identity)
+        members = {client: Member.of(line) for client, line in (policy.members or {}).items()}
+        return Requirements(
+            run, own, policy.min_clients_in_sum, policy.max_share_in_sum, members, identity=self._identity
+        )
 
     def _checked_request(self, content: bytes) -> Request:
         try:
@@ -168,16 +192,35 @@ class Node:
         client.policy = policy
         if policy is not None:
             policy.review(self._config, self.plan, self._base)
-            left = self.plan.max_steps - client.ledger.steps(self._invitation.run, client.number)
-            policy.review_release(client.ledger.releases(), client.unit, self.plan, left)
 
-    def _pin(self) -> None:
-        """Pin the run to one experiment: its cost is agreed once."""
-        path = self._folder / "invitation.json"
-        content = self._invitation.encode().encode()
-        if path.is_file() and path.read_bytes() != content:
+        def allow(reserved: list[Release]) -> None:
+            if policy is not None:
+                left = self.plan.max_steps - client.ledger.steps(self._invitation.run, client.number)
+                elsewhere = client.ledger.elsewhere(client.records.fingerprint(), reserved=True)
+                releases = [*client.ledger.releases(), *elsewhere]
+                policy.review_release(releases, client.unit, self.plan, left, reserved)
+
+        client.reserve(self._invitation.run, allow)
+
+    @property
+    def _invitation_path(self) -> Path:
+        return self._folder / "invitation.json"
+
+    def _check_pinned(self) -> None:
+        """Refuse another experiment under the name of a run whose cost was agreed."""
+        path = self._invitation_path
+        if path.is_file() and path.read_bytes() != self._invitation.encode().encode():
             raise Refused(f"run {self._invitation.run} was agreed with another experiment")
-        write_atomically(path, content)
+
+    def _warn_of_sums(self, policy: Policy | None) -> None:
+        """Log what a sum without `members` does not protect against, once for each run: before it is pinned."""
+        unlisted = policy is not None and policy.members is None
+        if unlisted and self._config.federation.secure_sum and not self._invitation_path.is_file():
+            logger.warning(
+                "run %s uses secure sums, but the policy lists no members: a server that invents clients or replaces "
+                "their keys can still read single replies. List the owners' keys (lorica flower keys) under `members`",
+                self._invitation.run,
+            )
 
     def _restore(self) -> None:
         path = self._folder / "adapter.safetensors"
@@ -193,7 +236,7 @@ class Node:
         tensors = {f"held:{name}": value for name, value in self._client.held.items()}
         tensors |= flat_pairs(self._client.merged, "merged.B:", "merged.A:")
         tensors["sequence"] = torch.tensor(self._client.sequence)
-        write_atomically(self._folder / "adapter.safetensors", encode(tensors))
+        write_atomically(self._folder / "adapter.safetensors", encode(tensors), mode=0o600)
 
     def _accept_delivery(self, request: Request, work: Delivery) -> None:
         """Evaluate the model on the owner's test records and keep the final adapter. The server gets no reply."""
@@ -212,8 +255,8 @@ class Node:
         own = self._client.personal(run) if work.personal else {}
         self._model.write(dict(work.model) | own)
         export = Export(self._config.model, self._config.task.type, self._label_names, self._config.seed)
-        kind = "Personal" if own else "Global"
-        card = f"# {self._config.name}\n\n{kind} LoRA adapter of run {run} ({self._config.method.name}).\n"
+        kind, method = "Personal" if own else "Global", self._config.method.name
+        card = f"# {self._config.name}\n\n{kind} LoRA adapter of run {run} (`{code(method)}`).\n"
         with replaced_folder(self._folder / "adapter") as target:
             export_adapter(self._model, work.merged, target, export, card)
         logger.info("the run has finished; its adapter is in %s", self._folder / "adapter")
@@ -261,7 +304,41 @@ def _own_config(settings: NodeSettings, invitation: Invitation) -> ExperimentCon
 def _own_records(config: ExperimentConfig, settings: NodeSettings, task: Task) -> tuple[Records, Records | None]:
     task = by_privacy_unit(config, task)
     records = divide(config, task)[settings.client] if settings.data is None else task.train
-    return hold_out(config, settings.client, records)
+    return hold_out(config, records)
+
+
+def _make_private(*folders: Path) -> None:
+    for folder in folders:
+        try:
+            private_folder(folder)
+        except OSError as error:
+            problem = f"cannot be made ({error.strerror})"
+            raise UserError("node-config.folder", str(folder), problem, "give another folder=PATH") from error
+
+
+def _identity(settings: NodeSettings, config: ExperimentConfig, policy: Policy | None) -> Identity | None:
+    """The node's identity key, if the run uses secure sums and the node has one.
+
+    Raises:
+        UserError: the key is missing but the policy lists `members`, cannot be read, or is not the listed one.
+    """
+    if not config.federation.secure_sum:
+        return None
+    members = {} if policy is None else policy.members or {}
+    if settings.identity is None:
+        if members:
+            problem, remedy = (
+                "the policy lists members, so the node needs an identity key",
+                "create a key with `lorica flower keys` and give its path",
+            )
+            raise UserError("node-config.identity", None, problem, remedy)
+        return None
+    identity = read_identity(Path(settings.identity).expanduser())
+    line = members.get(settings.client)
+    if members and (line is None or Member.of(line).key != identity.public().key):
+        problem = f"it is not the key that the policy lists for this node, client {settings.client}"
+        raise UserError("node-config.identity", settings.identity, problem, f"list {identity.public()} under members")
+    return identity
 
 
 def _ledger(config: ExperimentConfig, settings: NodeSettings, dataset: str) -> Path:
@@ -270,7 +347,7 @@ def _ledger(config: ExperimentConfig, settings: NodeSettings, dataset: str) -> P
 
 def _plan(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
     try:
-        return planned(config, client, records)
+        return plan_run(config, client, records)
     except UserError as error:
         # The message compares public numbers only.
         raise Refused(str(error)) from None

@@ -23,6 +23,8 @@ class NodeSettings(Strict):
     """Folder of the base model; by default `model.base` of the experiment, if that is embedded or a hub id."""
     policy: str | None = None
     """The owner's policy file; required with `data`."""
+    identity: str | None = None
+    """Path of the private key that `lorica flower keys` created; required if the policy lists `members`."""
     ledger: str | None = None
     """SQLite file that records every release; by default beside the data."""
     folder: str | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import hashlib
 import os
 from pathlib import Path
 
@@ -13,17 +13,15 @@ from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.files import home_folder
 from lorica.owner.client import Client
-from lorica.privacy.ledger import Ledger, ledger_beside
-from lorica.privacy.plan import ClientPlan, plan_client
+from lorica.privacy.ledger import Ledger
+from lorica.privacy.ledger_file import ledger_beside
+from lorica.privacy.plan import ClientPlan
 from lorica.privacy.unit import RECORD, PrivacyUnit
-from lorica.schedule import participation_schedule
-from lorica.streams import numpy_stream, stream_seed
+from lorica.streams import stream_seed
 from lorica.tasks.groups import by_group
 from lorica.tasks.owners import first_source
 from lorica.tasks.partition import BY_LABELS, partition
 from lorica.tasks.records import Records, Task
-
-logger = logging.getLogger(__name__)
 
 
 def by_privacy_unit(config: ExperimentConfig, task: Task) -> Task:
@@ -53,10 +51,14 @@ def divide(config: ExperimentConfig, task: Task) -> list[Records]:
     return [task.train.subset(part) for part in parts]
 
 
-def hold_out(config: ExperimentConfig, client: int, records: Records) -> tuple[Records, Records | None]:
-    """Split a client's records into training and test records by a public random draw, at least one of each.
+def hold_out(config: ExperimentConfig, records: Records) -> tuple[Records, Records | None]:
+    """Split a client's records into training and test records; None if there are no test records.
 
-    The test records are None if `federation.private_test` is 0.
+    A record is held out if a hash of the public seed and its digest is below `federation.private_test`. This depends on
+    no other record, and equal records are on the same side. The number of test records follows from it; it can be zero.
+
+    Raises:
+        UserError: no training record is left, or the unit of privacy is a group.
     """
     share = config.federation.private_test
     if share == 0:
@@ -64,33 +66,14 @@ def hold_out(config: ExperimentConfig, client: int, records: Records) -> tuple[R
     if PrivacyUnit.of(config.privacy) != RECORD:
         reason = "private tests are not supported with privacy.unit = group"
         raise UserError("federation.private_test", share, reason, "set federation.private_test to 0")
-    order = numpy_stream(config.seed, "private-test", client).permutation(len(records))
-    cut = min(max(1, round(share * len(records))), len(records) - 1)
-    return records.subset(np.sort(order[cut:])), records.subset(np.sort(order[:cut]))
-
-
-def planned(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
-    """A client's plan, with noise calibrated to the steps that the schedule assigns to it.
-
-    Args:
-        records: `n`, declared public.
-
-    Raises:
-        UserError: the batch size exceeds the number of records.
-    """
-    federation = config.federation
-    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
-    steps = federation.local_steps * sum(client in participants for participants in schedule)
-    plan = plan_client(client, records, federation.batch_size, steps, config.privacy)
-    if plan.delta is not None and plan.delta >= 1 / records:
-        logger.warning(
-            "privacy.delta = %g is not below 1/%d, one over the number of records of client %d: publishing one random "
-            "record would satisfy it. Choose a smaller privacy.delta.",
-            plan.delta,
-            records,
-            client,
+    prefix = f"{config.seed}:private-test:".encode()
+    ranks = [int.from_bytes(hashlib.sha256(prefix + bytes(digest)).digest()[:8]) for digest in records.digests]
+    tested = np.array(ranks, dtype=np.uint64) < np.uint64(int(share * 2**64))
+    if tested.all():
+        raise UserError(
+            "federation.private_test", share, f"it holds out all {len(records)} records of a client", "lower it"
         )
-    return plan
+    return records.subset(np.flatnonzero(~tested)), records.subset(np.flatnonzero(tested)) if tested.any() else None
 
 
 def ledger_path(config: ExperimentConfig, dataset: str) -> Path:

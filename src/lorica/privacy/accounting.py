@@ -1,24 +1,30 @@
 """Privacy accounting: the ε of releases, and the noise for a target ε. PLD by dp-accounting, with RDP as a cross-check.
 
-Unit: one record of one client, added or removed. Clients hold disjoint records, so the ε of a federation is the maximum
-over its clients, not their sum. Choosing the trained tensors from earlier releases is adaptive composition at fixed
-(q, σ) and costs nothing extra.
+Neighbouring data sets (`NEIGHBOURS`): one record of one client contributes zero to every sum instead of its clipped
+gradient. Both have the same number n of records, so n and what follows from it (q = b/n, σ) are public. Kairouz et al.,
+arXiv 2103.00039, definition 1.1. Adding or removing a record would also change n, q and σ.
+
+Clients hold disjoint records, so the ε of a federation is the maximum over its clients, not their sum. Choosing the
+trained tensors from earlier releases is adaptive composition at fixed (q, σ) and costs nothing extra.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, reduce
 from importlib.metadata import version
 
 import dp_accounting
 import numpy as np
-from dp_accounting import pld, rdp
+from dp_accounting import NeighboringRelation, rdp
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
+from scipy.optimize import brentq
 
+from lorica.errors import UserError
 from lorica.files import cache_folder, write_atomically
 
 # Pessimistic rounding on this grid overstates ε by less than 0.1 % and is ten times faster than the default grid.
@@ -26,8 +32,12 @@ DISCRETIZATION = 1e-3
 # Integer orders only: fractional orders converge slowly at high sampling rates, and dp-accounting then drops them.
 RDP_ORDERS = [*range(2, 65), 80, 96, 128, 192, 256, 512, 1024]
 CALIBRATION_TOLERANCE = 1e-4
+# The noise that is calibrated. Below, one step on all records costs ε = 34 at δ = 1e-5; above, no run learns anything.
+LEAST_NOISE, MOST_NOISE = 0.2, 1e6
+# A loss distribution of less noise, of more steps, or of what surely costs more, takes gigabytes or minutes.
+MOST_STEPS, MOST_EPSILON = 10**6, 1000.0
 ACCOUNTANT = f"dp-accounting {version('dp-accounting')} PLD"
-RELATION = "add or remove one record"
+NEIGHBOURS = NeighboringRelation.REPLACE_SPECIAL
 
 
 @dataclass(frozen=True)
@@ -40,15 +50,16 @@ class Steps:
 
 
 def epsilon(steps: Iterable[Steps], delta: float) -> float:
-    """The ε of a composition at `delta`, by privacy loss distributions (an upper bound, tight to about 0.1 %).
+    """The ε of a composition at `delta` < 1/2, by privacy loss distributions (an upper bound, tight to about 0.1 %).
 
-    Zero for no steps; infinite for a noise multiplier of 0. Koskela et al., arXiv 1906.03049; Doroshenko et al.,
-    arXiv 2207.04380 (connect-the-dots).
+    Zero for no steps; infinite for a noise multiplier of 0. If ε is certainly above 1000, a noise multiplier is below
+    0.2, or there are more than a million steps, the looser `epsilon_rdp` is returned, which takes milliseconds. Koskela
+    et al., arXiv 1906.03049; Doroshenko et al., arXiv 2207.04380 (connect-the-dots).
 
     >>> round(epsilon([Steps(sampling_rate=0.01, noise_multiplier=1.0, count=1000)], delta=1e-5), 2)
     1.83
     """
-    return _epsilon(_merged(steps), delta)
+    return _epsilon(merged_steps(steps), delta)
 
 
 def epsilon_rdp(steps: Iterable[Steps], delta: float) -> float:
@@ -84,7 +95,7 @@ def rdp_curve(steps: Steps) -> np.ndarray:
 
 def total_rdp(steps: Iterable[Steps]) -> np.ndarray:
     """The RDP curve of a composition: the sum of the curves of its steps."""
-    return sum((rdp_curve(step) for step in _merged(steps)), np.zeros(len(RDP_ORDERS)))
+    return sum((rdp_curve(step) for step in merged_steps(steps)), np.zeros(len(RDP_ORDERS)))
 
 
 def epsilon_from_rdp(curve: np.ndarray, delta: float) -> float:
@@ -96,39 +107,70 @@ def epsilon_from_rdp(curve: np.ndarray, delta: float) -> float:
     return float(rdp.rdp_privacy_accountant.compute_epsilon(RDP_ORDERS, curve, delta)[0])
 
 
+def epsilons_from_rdp(curves: np.ndarray, delta: float) -> np.ndarray:
+    """`epsilon_from_rdp` of many curves at once: (n, orders) to (n,).
+
+    `min_α r(α) + log(1 - 1/α) - log(δα)/(α - 1)`, and 0 where `δ² > 1 - exp(-r)`: Canonne et al., arXiv 2004.00010,
+    Proposition 12.
+    """
+    orders = np.array(RDP_ORDERS, dtype=np.float64)
+    values = curves + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
+    values = np.where(delta**2 + np.expm1(-curves) > 0, 0.0, values)
+    found: np.ndarray = np.maximum(values.min(axis=1), 0.0)
+    return found
+
+
 def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: float) -> float:
     """The smallest noise multiplier (to 1e-4) with which `steps` steps cost at most `target_epsilon` at `delta`.
 
-    Results are cached on disk in Lorica's cache folder, since a calibration takes about a second.
+    Brent's method between two powers of two times `LEAST_NOISE`. Results are cached on disk in Lorica's cache folder,
+    since a calibration takes about a second.
+
+    Raises:
+        UserError: the result would be outside `LEAST_NOISE` … `MOST_NOISE`.
 
     >>> noise_multiplier = calibrate(sampling_rate=0.1, steps=10, target_epsilon=3.0, delta=1e-5)
     >>> round(epsilon([Steps(0.1, noise_multiplier, 10)], delta=1e-5), 2)
     3.0
     """
-    key = [sampling_rate, steps, target_epsilon, delta, DISCRETIZATION, CALIBRATION_TOLERANCE, ACCOUNTANT]
+    key = [sampling_rate, steps, target_epsilon, delta, DISCRETIZATION, CALIBRATION_TOLERANCE, LEAST_NOISE, ACCOUNTANT]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = cache_folder() / "noise-multipliers" / f"{name}.json"
     if path.is_file():
         return float(json.loads(path.read_text())["noise_multiplier"])
-    noise_multiplier = float(
-        dp_accounting.calibrate_dp_mechanism(
-            lambda: pld.PLDAccountant(
-                dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=DISCRETIZATION
-            ),
-            lambda sigma: dp_accounting.SelfComposedDpEvent(
-                dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(sigma)), steps
-            ),
-            target_epsilon,
-            delta,
-            tol=CALIBRATION_TOLERANCE,
-        )
-    )
+
+    def excess(sigma: float) -> float:
+        return epsilon([Steps(sampling_rate, sigma, steps)], delta) - target_epsilon
+
+    # What the Gaussian mechanism would need whose sensitivity is the mean number of times that a record is sampled.
+    guess = sampling_rate * math.sqrt(2 * steps * math.log(1 / delta)) / target_epsilon
+    low, high = _bracket(excess, target_epsilon, guess)
+    noise_multiplier = float(brentq(excess, low, high, xtol=CALIBRATION_TOLERANCE))
+    while excess(noise_multiplier) > 0:
+        noise_multiplier += CALIBRATION_TOLERANCE
     record = asdict(Steps(sampling_rate, noise_multiplier, steps)) | {"epsilon": target_epsilon, "delta": delta}
     write_atomically(path, json.dumps(record).encode())
     return noise_multiplier
 
 
-def _merged(steps: Iterable[Steps]) -> tuple[Steps, ...]:
+def _bracket(excess: Callable[[float], float], target_epsilon: float, guess: float) -> tuple[float, float]:
+    """`σ` and `2σ` around the root of a decreasing function. It starts near the guess, or where a loss distribution is
+    small, and goes towards the root, since far below it one is large.
+    """
+    high = LEAST_NOISE * 2.0 ** max(4, math.ceil(math.log2(guess / LEAST_NOISE)))
+    while high <= MOST_NOISE and excess(high) > 0:
+        high *= 2
+    if high > MOST_NOISE:
+        raise UserError("privacy.epsilon", target_epsilon, "no noise is large enough for it", "raise it")
+    while high > LEAST_NOISE and excess(high / 2) <= 0:
+        high /= 2
+    if high <= LEAST_NOISE:
+        problem = f"a noise multiplier of {LEAST_NOISE:g}, which protects nothing, is more than it asks for"
+        raise UserError("privacy.epsilon", target_epsilon, problem, "lower privacy.epsilon or privacy.delta")
+    return high / 2, high
+
+
+def merged_steps(steps: Iterable[Steps]) -> tuple[Steps, ...]:
     """Equal mechanisms merged and sorted, so that equal compositions have the same cache key."""
     counts: dict[tuple[float, float], int] = {}
     for step in steps:
@@ -143,20 +185,51 @@ def _epsilon(steps: tuple[Steps, ...], delta: float) -> float:
         return 0.0
     if any(step.noise_multiplier == 0 for step in steps):
         return float("inf")
+    extreme = any(step.noise_multiplier < LEAST_NOISE or step.count > MOST_STEPS for step in steps)
+    if extreme or _least_epsilon(steps) > MOST_EPSILON:
+        return epsilon_rdp(steps, delta)
     parts = [_loss_distribution(step.sampling_rate, step.noise_multiplier).self_compose(step.count) for step in steps]
     return float(reduce(PrivacyLossDistribution.compose, parts).get_epsilon_for_delta(delta))
+
+
+def _least_epsilon(steps: tuple[Steps, ...]) -> float:
+    """What a composition costs at least, at any δ < 1/2.
+
+    With mean m and standard deviation s of the privacy loss L, Cantelli's inequality gives L > m - 3s with probability
+    0.9 at least, and δ(ε) = E[max(0, 1 - e^(ε-L))] is then above 0.56 at ε = m - 3s - 1.
+    """
+    moments = [(step.count, *_loss_moments(step.sampling_rate, step.noise_multiplier)) for step in steps]
+    mean = sum(count * first for count, first, _ in moments)
+    variance = sum(count * second for count, _, second in moments)
+    return mean - 3 * math.sqrt(variance) - 1
+
+
+@lru_cache(maxsize=1024)
+def _loss_moments(sampling_rate: float, noise_multiplier: float) -> tuple[float, float]:
+    """Mean and variance of one step's loss `log(1 - q + q e^((2x - 1)/(2σ²)))`, `x ~ (1 - q) N(0, σ²) + q N(1, σ²)`."""
+    x = np.linspace(-10 * noise_multiplier, 1 + 10 * noise_multiplier, 4001)
+    densities = [np.exp(-0.5 * ((x - centre) / noise_multiplier) ** 2) for centre in (0, 1)]
+    weights = (1 - sampling_rate) * densities[0] + sampling_rate * densities[1]
+    weights /= weights.sum()
+    with np.errstate(divide="ignore"):
+        loss = np.logaddexp(np.log1p(-sampling_rate), np.log(sampling_rate) + (2 * x - 1) / (2 * noise_multiplier**2))
+    mean = float(weights @ loss)
+    return mean, float(weights @ (loss - mean) ** 2)
 
 
 @lru_cache(maxsize=1024)
 def _loss_distribution(sampling_rate: float, noise_multiplier: float) -> PrivacyLossDistribution:
     return from_gaussian_mechanism(
-        noise_multiplier, sampling_prob=sampling_rate, value_discretization_interval=DISCRETIZATION
+        noise_multiplier,
+        sampling_prob=sampling_rate,
+        value_discretization_interval=DISCRETIZATION,
+        neighboring_relation=NEIGHBOURS,
     )
 
 
 @lru_cache(maxsize=1024)
 def _rdp_of_one_step(sampling_rate: float, noise_multiplier: float) -> np.ndarray:
-    accountant = rdp.RdpAccountant(RDP_ORDERS)
+    accountant = rdp.RdpAccountant(RDP_ORDERS, NEIGHBOURS)
     accountant.compose(
         dp_accounting.PoissonSampledDpEvent(sampling_rate, dp_accounting.GaussianDpEvent(noise_multiplier))
     )

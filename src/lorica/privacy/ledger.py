@@ -1,119 +1,92 @@
-"""The owner's record of every release: an SQLite file next to the data, written before a release leaves."""
+"""The owner's record of every release, in SQLite beside the data, written before the first record is sampled for it."""
 
 from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import closing
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors.torch
 
 from lorica.errors import UserError
-from lorica.privacy.accounting import Steps, epsilon, epsilon_above, epsilon_from_rdp, total_rdp
-from lorica.privacy.released import Released, _release
-from lorica.privacy.unit import RECORD, PrivacyUnit
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS releases (
-    id INTEGER PRIMARY KEY,
-    time REAL NOT NULL,
-    dataset TEXT NOT NULL, owner TEXT NOT NULL, run TEXT NOT NULL, client INTEGER NOT NULL, round INTEGER NOT NULL,
-    sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, steps INTEGER NOT NULL,
-    noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB, kept BLOB, unit TEXT NOT NULL DEFAULT 'record'
+from lorica.privacy import database, record_sets
+from lorica.privacy.chain import Broken, verify
+from lorica.privacy.exposures import Exposure, merged
+from lorica.privacy.home import Home
+from lorica.privacy.ledger_rows import (
+    COLUMNS,
+    Charge,
+    Release,
+    as_release,
+    chained,
+    exposures_of,
+    head_of,
+    insert,
+    link_of,
+    pending_of,
+    prepare,
+    release_of,
+    steps_of,
+    terms_of,
 )
-"""
+from lorica.privacy.released import Released, _release
+from lorica.tensors import decode, encode
 
-
-@dataclass(frozen=True)
-class Release:
-    """One row of the ledger: the release in one reply.
-
-    Attributes:
-        dataset: fingerprint of the whole training data.
-        records: fingerprint of the records of this client (the column `owner`).
-        run: id of the run.
-        steps: number of noisy gradients behind the reply.
-        noise: `secure`, `reproducible` or `none`.
-        request: digest of the request; the same request gets the stored reply again.
-        unit: the unit of privacy.
-    """
-
-    dataset: str
-    records: str
-    run: str
-    client: int
-    round: int
-    sampling_rate: float
-    noise_multiplier: float
-    clip_norm: float
-    steps: int
-    noise: str
-    request: str
-    unit: PrivacyUnit = RECORD
-
-    @property
-    def cost(self) -> Steps:
-        return Steps(self.sampling_rate, self.noise_multiplier, self.steps)
-
-
-_COLUMNS = ", ".join("owner" if field.name == "records" else field.name for field in fields(Release))
-
-
-def _release_of(row: tuple[Any, ...]) -> Release:
-    return Release(*(*row[:-1], PrivacyUnit.parse(row[-1])))
-
-
-def _row_of(release: Release) -> tuple[Any, ...]:
-    return tuple(str(value) if isinstance(value, PrivacyUnit) else value for value in vars(release).values())
+__all__ = ["Charge", "Earlier", "Ledger", "Release"]
 
 
 class Ledger:
     """All releases of a data set over its lifetime.
 
-    A reply is stored in the transaction that charges it. If the same request is repeated (a resumed run, a lost reply),
-    the owner sends the stored release: this costs nothing, and no noise is drawn twice. A crash between charging and
-    sending can only overcount.
+    A release is charged before the first record is sampled for it, and its reply is stored in the same row before it
+    leaves. So whatever ends an attempt, be it an error, a signal or a power cut, what it may have given away is in the
+    ledger. If the same request comes again, the owner sends the stored reply; if there is none yet, it repeats the
+    attempt with the row's own seed, which gives the very same release. Either way nothing is charged twice, and no
+    noise is drawn twice.
+
+    The rows are a hash chain, whose head Lorica's home remembers (`Home`): a ledger from which rows are missing or in
+    which rows were changed is refused, and so is a new file in the place of one that was deleted.
+
+    Attributes:
+        identity: random, of the file and its copies.
 
     Raises:
-        UserError: the file cannot be opened or written, or is not a ledger.
+        UserError: the file cannot be opened or written, is no ledger, or is not the one that was last used here.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as connection, connection:
-                connection.execute(_SCHEMA)
-                columns = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
-                # An older version of Lorica may have created the ledger.
-                if "kept" not in columns:
-                    connection.execute("ALTER TABLE releases ADD COLUMN kept BLOB")
-                if "unit" not in columns:
-                    connection.execute("ALTER TABLE releases ADD COLUMN unit TEXT NOT NULL DEFAULT 'record'")
-        except (sqlite3.Error, OSError) as error:
-            raise self._unusable(error) from error
+        self._home = Home()
+        self._introduced: set[str] = set()
+        self._members: dict[tuple[str, str], bool] = {}
+        with self._errors():
+            expected = self._home.at(path)
+            if expected and not path.exists():
+                raise Broken("it was deleted or moved")
+            database.create(path)
+            with database.transaction(path) as connection:
+                self.identity = prepare(connection)
+            if expected and self.identity not in expected:
+                raise Broken("another ledger was used here")
+            # Before the rows are read: another process may be adding some.
+            seen = self._home.head(self.identity)
+            with database.reading(path) as connection:
+                head = verify(self.identity, chained(connection), seen)
+            self._home.remember(self.identity, path, head)
 
-    def charge(
-        self,
-        release: Release,
-        reply: bytes | None,
-        kept: Mapping[str, Released] | None = None,
-        allow: Callable[[list[Release]], None] | None = None,
-    ) -> None:
-        """Write one release with its reply and sync it to disk, before the reply leaves.
+    def charge(self, release: Release, allow: Callable[[Earlier], None] | None = None) -> Charge:
+        """Write one release and sync it to disk, here and in Lorica's home, before anything of it is computed.
 
-        Stored replies of the client's earlier rounds in this run are deleted: the server no longer needs them.
+        The client's latest row is used again where it is the very same release and has no reply: then this is the same
+        attempt once more. An attempt that another release of the client in this run has come after is charged anew,
+        since what the client keeps may have changed.
 
         Args:
-            reply: None if the work failed.
-            kept: noisy tensors that stay with the owner and are needed for its later replies in this run.
-            allow: called with all earlier releases; nothing is written if it raises. The ledger stays locked, so no
-                other release can be charged between this check and the charge.
+            allow: called with what was charged before, the attempt's own row left out; nothing is written if it raises.
+                No other release can come between its look and this one.
 
         Raises:
             UserError: the row cannot be written.
@@ -121,26 +94,53 @@ class Ledger:
         """
         if release.steps < 0:
             raise ValueError(f"a release cannot have {release.steps} steps")
-        state = None if kept is None else safetensors.torch.save({name: value.tensor for name, value in kept.items()})
-        try:
-            with closing(self._connect()) as connection, connection:
-                connection.execute(
-                    "UPDATE releases SET reply = NULL, kept = NULL WHERE run = ? AND client = ? AND round < ?",
-                    (release.run, release.client, release.round),
-                )
-                # The update has locked the file against other writers.
-                if allow is not None:
-                    earlier = connection.execute(f"SELECT {_COLUMNS} FROM releases ORDER BY id")
-                    allow([_release_of(row) for row in earlier])
-                values = (time.time(), *_row_of(release), reply, state)
-                marks = ", ".join("?" * len(values))
-                connection.execute(f"INSERT INTO releases (time, {_COLUMNS}, reply, kept) VALUES ({marks})", values)
-        except (sqlite3.Error, OSError) as error:
-            raise self._unusable(error) from error
+        with self._errors(), database.transaction(self.path) as connection:
+            # Not the whole chain: that was followed when the file was opened.
+            head = head_of(connection, self.identity)
+            seen = self._home.head(self.identity)
+            if seen is not None and seen.rows > 0 and link_of(connection, seen.rows) != seen.link:
+                raise Broken("rows are missing that were there before")
+            charge = pending_of(connection, release)
+            if allow is not None:
+                allow(Earlier(connection, charge))
+            if charge is None:
+                charge = insert(connection, release, head.link)
+                head = head_of(connection, self.identity)
+            exposures = exposures_of(connection, self.identity, release.run, release.client)
+        # After the row: a crash in between leaves a charge that has not been computed, and that is repeated.
+        self._home.remember(self.identity, self.path, head, exposures)
+        return charge
+
+    def attach(self, charge: Charge, reply: bytes, kept: Mapping[str, Released] | None = None) -> bytes:
+        """Store the reply of a charged release and sync it to disk; returns the reply that may leave.
+
+        That is the stored one if another process was faster. The seed is erased, and replies of the client's earlier
+        rounds in this run are dropped: a server that has gone on cannot need them.
+
+        Args:
+            kept: noisy tensors that stay with the owner and that its later replies in this run depend on.
+
+        Raises:
+            UserError: the row cannot be written.
+        """
+        state = None if kept is None else encode({name: value.tensor for name, value in kept.items()})
+        with self._errors(), database.transaction(self.path) as connection:
+            connection.execute(
+                "UPDATE releases SET reply = ?, kept = ?, seed = NULL WHERE id = ? AND reply IS NULL",
+                (reply, state, charge.row),
+            )
+            run, client, number, stored = connection.execute(
+                "SELECT run, client, round, reply FROM releases WHERE id = ?", (charge.row,)
+            ).fetchone()
+            connection.execute(
+                "UPDATE releases SET reply = NULL, kept = NULL WHERE run = ? AND client = ? AND round < ?",
+                (run, client, number),
+            )
+            return bytes(stored)
 
     def recall(self, run: str, client: int, request: str) -> bytes | None:
         """The stored reply to an earlier request, or None."""
-        with closing(self._connect()) as connection:
+        with self._reading() as connection:
             row = connection.execute(
                 "SELECT reply FROM releases WHERE run = ? AND client = ? AND request = ? AND reply IS NOT NULL",
                 (run, client, request),
@@ -149,156 +149,173 @@ class Ledger:
 
     def kept(self, run: str, client: int) -> dict[str, Released]:
         """The tensors that the client kept from its latest release in this run; empty if none."""
-        with closing(self._connect()) as connection:
+        with self._reading() as connection:
             row = connection.execute(
                 "SELECT kept FROM releases WHERE run = ? AND client = ? AND kept IS NOT NULL ORDER BY id DESC LIMIT 1",
                 (run, client),
             ).fetchone()
-        # They are released: `charge` accepts nothing else. Cloned for PyTorch's alignment, which can affect rounding.
-        tensors = safetensors.torch.load(row[0]) if row else {}
-        return {name: _release(value.clone()) for name, value in tensors.items()}
+        # They are released: `attach` accepts nothing else.
+        return {name: _release(value) for name, value in (decode(row[0]) if row else {}).items()}
 
     def steps(self, run: str, client: int) -> int:
         """Number of steps charged to a client in a run."""
-        with closing(self._connect()) as connection:
-            query = "SELECT COALESCE(SUM(steps), 0) FROM releases WHERE run = ? AND client = ?"
-            return int(connection.execute(query, (run, client)).fetchone()[0])
+        with self._reading() as connection:
+            return steps_of(connection, run, client)
 
     def last_round(self, run: str, client: int) -> int:
         """The latest round charged to a client in a run; 0 if there is none."""
-        with closing(self._connect()) as connection:
+        with self._reading() as connection:
             query = "SELECT COALESCE(MAX(round), 0) FROM releases WHERE run = ? AND client = ?"
             return int(connection.execute(query, (run, client)).fetchone()[0])
 
     def releases(self, dataset: str | None = None) -> list[Release]:
         """All releases of a data set (default: of all data sets in the file), oldest first."""
-        with closing(self._connect()) as connection:
-            query = f"SELECT {_COLUMNS} FROM releases WHERE dataset = COALESCE(?, dataset) ORDER BY id"
-            return [_release_of(row) for row in connection.execute(query, (dataset,))]
+        with self._reading() as connection:
+            query = f"SELECT {COLUMNS} FROM releases WHERE dataset = COALESCE(?, dataset) ORDER BY id"
+            return [release_of(row) for row in connection.execute(query, (dataset,))]
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=60)
-        # Every commit must reach the disk before a release may leave.
-        connection.execute("PRAGMA synchronous = FULL")
-        return connection
+    def introduce(self, records: str, tags: Callable[[], tuple[np.ndarray, np.ndarray]]) -> None:
+        """Store which records a fingerprint stands for, here and in Lorica's home.
 
-    def _unusable(self, error: Exception) -> UserError:
-        return UserError(
-            "privacy.ledger",
-            str(self.path),
-            f"the ledger cannot be used ({error})",
-            "make the file and its folder writable, or set privacy.ledger=PATH to another file",
-        )
+        In another file, order or ledger they are known again.
+
+        Args:
+            records: `Records.fingerprint()`.
+            tags: `Records.tags`.
+        """
+        if records in self._introduced:
+            return
+        with self._errors(), database.transaction(self.path) as connection:
+            record_sets.add(connection, records, tags)
+            exposures = [one for one in exposures_of(connection, self.identity) if one.records == records]
+        with self._home.writing() as connection:
+            record_sets.add(connection, records, tags)
+            self._home.note(connection, exposures)
+        self._introduced.add(records)
+
+    def members(self, records: str) -> dict[str, np.ndarray]:
+        """Fingerprint -> (n,) bool: which of a client's n records were in another set, here or in any other ledger.
+
+        Empty if the client's records were not introduced.
+        """
+        with self._reading() as connection:
+            found = record_sets.members(connection, records)
+        for name, inside in self._home.members(records).items():
+            found[name] = found[name] | inside if name in found else inside
+        return found
+
+    def exposures(self) -> list[Exposure]:
+        """Everything that is known of all ledgers."""
+        with self._reading() as connection:
+            own = exposures_of(connection, self.identity)
+        return merged([*own, *self._home.exposures()])
+
+    def unindexed(self, dataset: str) -> list[Release]:
+        """Releases of a data set about records that were never introduced: those of earlier versions."""
+        with self._reading() as connection:
+            query = (
+                f"SELECT {COLUMNS} FROM releases WHERE dataset = ? AND owner NOT IN (SELECT records FROM record_sets)"
+            )
+            return [release_of(row) for row in connection.execute(f"{query} ORDER BY id", (dataset,))]
+
+    def elsewhere(self, records: str, reserved: bool = False) -> list[Release]:
+        """What any of a client's records was in and this file does not hold: other ledgers' releases, and lost ones.
+
+        Args:
+            reserved: with what other runs may still do.
+        """
+        with self._reading() as connection:
+            own = {terms_of(one): one for one in exposures_of(connection, self.identity)}
+        known = self._home.exposures()
+        unasked = {one.records for one in known if (records, one.records) not in self._members}
+        if unasked:
+            members = self._home.members(records)
+            self._members |= {(records, name): name in members for name in unasked}
+        found = []
+        for one in known:
+            here = own.get(terms_of(one))
+            steps = one.cost(reserved).count - (0 if here is None else max(here.steps, here.planned if reserved else 0))
+            if steps > 0 and self._members[records, one.records]:
+                found.append(as_release(one, steps))
+        return found
+
+    def reserve(self, planned: Exposure, allow: Callable[[list[Release]], None] | None = None) -> None:
+        """Hold back the budget for all of a run, before its first step; what is charged later comes out of it.
+
+        A run that is resumed takes its own reservation over.
+
+        Args:
+            allow: called with what other runs in this file have reserved and not used; nothing is reserved if it
+                raises. No other run can reserve, or be charged, between its look and this.
+
+        Raises:
+            UserError: the reservation cannot be written.
+        """
+        run, client = planned.run, planned.client
+        with self._errors(), database.transaction(self.path) as connection, self._home.writing() as home:
+            if allow is not None:
+                others = [
+                    one for one in exposures_of(connection, self.identity) if (one.run, one.client) != (run, client)
+                ]
+                allow([as_release(one, one.outstanding) for one in others if one.outstanding])
+            connection.execute("DELETE FROM reservations WHERE run = ? AND client = ?", (run, client))
+            values = (run, client, planned.records, str(planned.unit), planned.noise)
+            terms = (planned.sampling_rate, planned.noise_multiplier, planned.planned, time.time())
+            connection.execute("INSERT INTO reservations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, *terms))
+            self._home.end(home, self.identity, run, client)
+            self._home.note(home, exposures_of(connection, self.identity, run, client))
+
+    def end(self, run: str, client: int | None = None) -> None:
+        """Give back what a run, or one client of it, has reserved and not used, and erase seeds of unanswered rows."""
+        with self._errors(), database.transaction(self.path) as connection:
+            where = "WHERE run = ? AND client = COALESCE(?, client)"
+            connection.execute(f"DELETE FROM reservations {where}", (run, client))
+            connection.execute(f"UPDATE releases SET seed = NULL {where}", (run, client))
+        with self._home.writing() as home:
+            self._home.end(home, self.identity, run, client)
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._errors(), database.reading(self.path) as connection:
+            yield connection
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Broken as problem:
+            raise UserError(
+                "privacy.ledger",
+                str(self.path),
+                f"this is not the ledger that was last used here: {problem}",
+                "restore the newest copy of the file; if it is lost, accept the loss with "
+                f"lorica budget {self.path} --accept",
+            ) from None
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(
+                "privacy.ledger",
+                str(self.path),
+                f"the ledger cannot be used ({error})",
+                "make the file and its folder writable, or set privacy.ledger=PATH to another file",
+            ) from error
 
 
-def ledger_beside(data: Path) -> Path:
-    """Default path of the ledger of a data file or folder."""
-    return data.parent / f"{data.name}.ledger.sqlite"
+@dataclass(frozen=True)
+class Earlier:
+    """What was charged before a release, read under the ledger's lock."""
 
+    _connection: sqlite3.Connection
+    _pending: Charge | None
 
-def find_ledger(path: Path) -> Path:
-    """Find the ledger next to a data file or folder; a path of a ledger is returned as it is.
+    def steps(self, run: str, client: int) -> int:
+        """Number of steps charged to a client in a run."""
+        return steps_of(self._connection, run, client, self._besides)
 
-    Raises:
-        UserError: there is no such file, or no ledger next to it.
-    """
-    path = path.expanduser().absolute()
-    beside = ledger_beside(path)
-    if beside.is_file():
-        return beside
-    if not path.exists():
-        raise UserError("ledger", str(path), "no such file", "give the path of a ledger or of its data")
-    if path.is_dir() or not _is_database(path):
-        problem = f"not a ledger, and there is no ledger next to it ({beside.name})"
-        raise UserError("ledger", str(path), problem, "give the path of the ledger itself")
-    return path
+    def releases(self) -> list[Release]:
+        """All releases in the file, oldest first."""
+        query = f"SELECT {COLUMNS} FROM releases WHERE id <> ? ORDER BY id"
+        return [release_of(row) for row in self._connection.execute(query, (self._besides,))]
 
-
-def read_ledger(path: Path) -> list[tuple[float, Release]]:
-    """Time (seconds since 1970) and content of every release, oldest first. Opens the file read-only.
-
-    Raises:
-        UserError: the file is not a ledger.
-    """
-    try:
-        uri = f"{path.absolute().as_uri()}?mode=ro"
-        with closing(sqlite3.connect(uri, uri=True, timeout=60)) as connection:
-            known = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
-            # An older version of Lorica may have created the ledger.
-            columns = _COLUMNS if "unit" in known else _COLUMNS.replace("unit", "'record'")
-            rows = connection.execute(f"SELECT time, {columns} FROM releases ORDER BY id").fetchall()
-    except sqlite3.Error as error:
-        problem = f"cannot be read as a ledger ({error})"
-        raise UserError("ledger", str(path), problem, "give the path of a ledger") from error
-    return [(row[0], _release_of(row[1:])) for row in rows]
-
-
-def _is_database(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(16) == b"SQLite format 3\0"
-
-
-def lifetime_epsilon(
-    releases: Iterable[Release],
-    records: str | None,
-    delta: float,
-    planned: Steps | None = None,
-    unit: PrivacyUnit = RECORD,
-) -> float:
-    """ε at `delta` of everything ever released about any one of `records`, plus `planned` future steps.
-
-    Infinite if releases have different units of privacy, because they do not compose: protecting single records does
-    not protect a group, and removing one record from a group changes the group rather than removing it, so that its
-    clipped gradient can move by 2C.
-
-    Releases of exactly these records compose by PLD. In a simulation, other runs may have divided the same data set
-    differently. It is then unknown which client of such a run had a given record, so the bound uses the most expensive
-    client at each Rényi order: `max_k RDP_k(α)`. Releases with seeded noise or none are not private and are left out;
-    `unprotected` counts them.
-
-    Args:
-        records: fingerprint of a client's records, if this process divided the data among the clients. None at a node,
-            where the server chooses the client numbers: then all releases compose by PLD.
-    """
-    own, foreign = _composed(releases, records, planned, unit)
-    return epsilon_from_rdp(total_rdp(own) + foreign, delta) if np.any(foreign) else epsilon(own, delta)
-
-
-def lifetime_above(
-    limit: float,
-    releases: Iterable[Release],
-    records: str | None,
-    delta: float,
-    planned: Steps | None = None,
-    unit: PrivacyUnit = RECORD,
-) -> float | None:
-    """`lifetime_epsilon` if it is above `limit`, else None; as cheap as `epsilon_above`."""
-    own, foreign = _composed(releases, records, planned, unit)
-    if not np.any(foreign):
-        return epsilon_above(limit, own, delta)
-    life = epsilon_from_rdp(total_rdp(own) + foreign, delta)
-    return life if life > limit else None
-
-
-def _composed(
-    releases: Iterable[Release], records: str | None, planned: Steps | None, unit: PrivacyUnit
-) -> tuple[list[Steps], np.ndarray]:
-    """Steps on exactly these records, and the summed RDP curves of the worst client in each differently divided run."""
-    private = [release for release in releases if release.noise == "secure"]
-    own = [release.cost for release in private if records in (None, release.records)]
-    own_runs = {release.run for release in private if records in (None, release.records)}
-    own += [planned] if planned else []
-    foreign: dict[str, dict[int, list[Steps]]] = {}
-    for release in private:
-        if release.run not in own_runs:
-            foreign.setdefault(release.run, {}).setdefault(release.client, []).append(release.cost)
-    unlike = any(release.unit != unit for release in private)
-    curve = total_rdp([]) + (float("inf") if unlike else 0.0)
-    for clients in foreign.values():
-        curve = curve + np.max([total_rdp(steps) for steps in clients.values()], axis=0)
-    return own, curve
-
-
-def unprotected(releases: Iterable[Release]) -> int:
-    """Number of releases with seeded noise or none."""
-    return sum(release.noise != "secure" for release in releases)
+    @property
+    def _besides(self) -> int:
+        return 0 if self._pending is None else self._pending.row

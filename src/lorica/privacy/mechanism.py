@@ -56,9 +56,9 @@ def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -
 def add_noise(value: Tensor, noise_std: float, randomness: Randomness) -> Tensor:
     """`value + N(0, s² I)`, rounded to a grid of spacing `2^⌊log₂ s⌋ · 2⁻¹⁶`.
 
-    Sum and rounding are done in float64. The grid hides the low-order bits, through which floating-point noise can
-    reveal the value it was added to (Mironov, CCS 2012). The rounding adds a variance of less than `2⁻³⁵ s²`. With zero
-    noise the value is returned unchanged.
+    Sum and rounding are done in fp64. The grid hides the low-order bits, through which floating-point noise can reveal
+    the value it was added to (Mironov, CCS 2012). The rounding adds a variance of less than `2⁻³⁵ s²`. With zero noise
+    the value is returned unchanged.
     """
     if noise_std == 0:
         return value
@@ -92,7 +92,7 @@ def noisy_gradient(
         name -> released gradient of the tensor's shape, fp32.
     """
     indices = poisson_sample(len(records), terms.sampling_rate, randomness)
-    total = {name: tensor.zeros(1)[0] for name, tensor in trained.items()}
+    total = {name: tensor.zeros(1)[0].double() for name, tensor in trained.items()}
     for batch in records.micro_batches(indices, micro_batch_tokens):
         batch = batch.to(next(model.parameters()).device)
         gradients = per_example_gradients(
@@ -104,4 +104,7 @@ def noisy_gradient(
         for name, value in clipped_sum(gradients, terms.clip_norm).items():
             total[name] += value
     noise_std = terms.noise_multiplier * terms.clip_norm if terms.private else 0.0
-    return {name: _release(add_noise(value, noise_std, randomness) / terms.batch_size) for name, value in total.items()}
+    return {
+        name: _release((add_noise(value, noise_std, randomness) / terms.batch_size).float())
+        for name, value in total.items()
+    }

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from lorica.config import PrivacyConfig
+from lorica.config import ExperimentConfig, PrivacyConfig
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, calibrate, epsilon, epsilon_rdp
 from lorica.privacy.mechanism import Terms
+from lorica.schedule import participation_schedule
 
 
 class Refused(Exception):
@@ -49,6 +51,17 @@ class ClientPlan:
             return float("inf")
         return epsilon_rdp([self.steps(self.max_steps if count is None else count)], self.delta)
 
+    def agrees_with(self, other: ClientPlan) -> bool:
+        """Whether the plans are the same. Processors may differ in the last digits of a calibrated `σ`: 1e-9 of it."""
+        sigma = other.terms.noise_multiplier
+        alike = math.isclose(self.terms.noise_multiplier, sigma, rel_tol=1e-9)
+        return alike and replace(self, terms=replace(self.terms, noise_multiplier=sigma)) == other
+
+    @property
+    def void_delta(self) -> bool:
+        """Whether δ is 1/n or more: publishing one of the records at random would satisfy it."""
+        return self.delta is not None and self.delta >= 1 / self.records
+
     def check(self, proposed: Terms, steps_in_all: int) -> None:
         """Refuse terms or steps beyond the plan.
 
@@ -77,7 +90,8 @@ def plan_client(
     `q = batch_size / records` exactly, as in the sampler; it is not rounded to a whole number of batches.
 
     Raises:
-        UserError: the batch size exceeds the client's records.
+        UserError: the batch size exceeds the client's records; secure noise with δ ≥ 1/records; no noise multiplier
+            meets the target ε.
     """
     if batch_size > records:
         raise UserError(
@@ -90,6 +104,14 @@ def plan_client(
     if privacy == "none":
         terms = Terms(rate, batch_size, float("inf"), 0.0)
         return ClientPlan(client, records, terms, max_steps, None, "none")
+    if privacy.noise == "secure" and privacy.delta >= 1 / records:
+        raise UserError(
+            "privacy.delta",
+            privacy.delta,
+            f"not below 1/{records}, the inverse of client {client}'s records: publishing one of them at random would "
+            "satisfy it",
+            f"choose {0.1 / records:.0e} or less",
+        )
     if privacy.noise_multiplier is not None:
         noise_multiplier = privacy.noise_multiplier
     else:
@@ -97,3 +119,33 @@ def plan_client(
         noise_multiplier = calibrate(rate, max_steps, privacy.epsilon, privacy.delta) if max_steps else 1.0
     terms = Terms(rate, batch_size, privacy.clip_norm, noise_multiplier)
     return ClientPlan(client, records, terms, max_steps, privacy.delta, privacy.noise)
+
+
+def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
+    """One client's plan for a whole run: noise for the steps that the schedule asks of it.
+
+    A function of the experiment and of one declared number, so that the server computes it too and believes no other.
+
+    Args:
+        records: `n`, declared public; groups, where the unit of privacy is a group.
+
+    Raises:
+        UserError: more records than `federation.max_records`, or fewer than a batch.
+    """
+    federation = config.federation
+    most = federation.most_records(client)
+    if most is not None and records > most:
+        raise UserError(
+            "federation.max_records",
+            federation.max_records,
+            f"client {client} has {records} records, and at most {most} count",
+            "raise the limit, or let the owner declare fewer (records in its policy)",
+        )
+    return plan_client(client, records, federation.batch_size, planned_steps(config, client), config.privacy)
+
+
+def planned_steps(config: ExperimentConfig, client: int) -> int:
+    """Noisy steps that the schedule asks of a client."""
+    federation = config.federation
+    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
+    return federation.local_steps * sum(client in participants for participants in schedule)

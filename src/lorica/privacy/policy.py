@@ -10,8 +10,10 @@ from typing import Any, Literal, NoReturn
 from pydantic import Field, ValidationInfo, field_validator
 
 from lorica.config import ExperimentConfig, Strict, TaskConfig, read_mapping, validate
-from lorica.privacy.accounting import epsilon_above
-from lorica.privacy.ledger import Release, lifetime_above, lifetime_epsilon
+from lorica.errors import UserError
+from lorica.privacy.accounting import Steps, epsilon_above, epsilon_rdp
+from lorica.privacy.ledger import Release
+from lorica.privacy.lifetime import lifetime_above, lifetime_epsilon
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.unit import PrivacyUnit
 from lorica.tasks.kind import kind_of, kinds
@@ -21,9 +23,10 @@ class Policy(Strict):
     """Limits on what leaves an owner's data over its whole life. A server cannot change them."""
 
     max_epsilon: float = Field(gt=0, allow_inf_nan=False)
-    """Maximum ε at `delta` of everything ever released from the data: all runs in its ledger together."""
-    delta: float = Field(gt=0, lt=1)
-    """The owner's δ, used whatever δ the server proposes. Choose it below 1/records."""
+    """Maximum ε at `delta` of everything ever released from the data: all runs in its ledger together, those that are
+    still running, and runs in other ledgers of this account that used any of the records."""
+    delta: float = Field(ge=1e-12, lt=0.5)
+    """The owner's δ, used whatever δ the server proposes. It must be below 1/records."""
     base_models: list[str] | None
     """Base models that may be trained on the data, as `lorica hash FOLDER` prints them. `null` allows any model, which
     is a risk: a model that nobody at the owner has reviewed, with whatever its author hid in it, then runs on private
@@ -53,6 +56,15 @@ class Policy(Strict):
     what was released with secure noise."""
     sums_only: bool = False
     """Take part only in runs whose server sees only sums over clients (`federation.secure_sum`)."""
+    min_clients_in_sum: int = Field(3, ge=2)
+    """Minimum number of clients in a secure sum, before and after dropouts."""
+    max_share_in_sum: float = Field(0.5, gt=0, le=1)
+    """Maximum share of one client in the weight of a secure sum, before and after dropouts. A sum in which one client
+    has almost all of the weight reveals that client's reply."""
+    members: dict[int, str] | None = None
+    """The clients of secure sums, this one included: number and identity key, as `lorica flower keys` prints it. Sums
+    with other clients are refused, and so are keys that the listed client did not sign. By default, a server can invent
+    clients or replace their keys, and so read single replies."""
     metrics: list[str] = Field([])
     """Metrics, including `loss`, that a test on the owner's own held-out records (`federation.private_test`) may
     compute, such as `[loss, accuracy]`. The results stay with the owner. By default there is no such test."""
@@ -76,6 +88,18 @@ class Policy(Strict):
             entries.append({key: getattr(task, key) for key in ("type", *columns, *entry)})
         return entries
 
+    @field_validator("members")
+    @classmethod
+    def _each_has_a_key_of_its_own(cls, value: dict[int, str] | None) -> dict[int, str] | None:
+        lines = list((value or {}).values())
+        if not all(re.fullmatch(r"ed25519:[0-9a-f]{64}( [A-Za-z0-9_.@-]{1,100})?", line) for line in lines):
+            raise ValueError("each is a public key as `lorica flower keys` prints it, ed25519:… NAME")
+        if len({line.split()[0] for line in lines}) < len(lines):
+            raise ValueError("two clients have the same key")
+        if value is not None and not value:
+            raise ValueError("it is empty: list all clients, or remove the key")
+        return value
+
     @field_validator("group")
     @classmethod
     def _a_group_has_a_column(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -98,26 +122,46 @@ class Policy(Strict):
             Refused: names the policy's key, the proposed value and the limit. Contains public information only.
         """
         self.review_task(config, base)
-        if self.sums_only and not config.federation.secure_sum:
-            _refuse("sums_only", "federation.secure_sum = False", "only sums are allowed")
-        self._review_noise(plan)
-        rate = plan.terms.sampling_rate
-        if not rate <= self.max_sampling_rate:
-            _refuse("max_sampling_rate", f"a sampling rate of {rate:g}", f"the limit is {self.max_sampling_rate:g}")
-        if plan.max_steps > self.max_steps:
-            _refuse("max_steps", f"{plan.max_steps} steps", f"the limit is {self.max_steps}")
+        self._review_terms(config, plan.noise, plan.terms.sampling_rate, plan.max_steps)
         if plan.noise == "none":
             return
-        sigma, clip = plan.terms.noise_multiplier, plan.terms.clip_norm
-        if not sigma >= self.min_noise_multiplier:
-            minimum = f"the minimum is {self.min_noise_multiplier:g}"
-            _refuse("min_noise_multiplier", f"a noise multiplier of {sigma:g}", minimum)
-        if not clip <= self.max_clip_norm:
-            _refuse("max_clip_norm", f"a clip norm of {clip:g}", f"the limit is {self.max_clip_norm:g}")
+        self._review_bounds(plan.terms.noise_multiplier, plan.terms.clip_norm)
         cost = epsilon_above(self.max_epsilon, [plan.steps(plan.max_steps)], self.delta)
         if cost is not None:
             steps = f"{plan.max_steps} steps that cost ε = {cost:.4g} at δ = {self.delta:g}"
             _refuse("max_epsilon", steps, f"the limit is {self.max_epsilon:g}")
+
+    def review_proposal(self, config: ExperimentConfig, records: int, steps: int) -> None:
+        """Refuse what public numbers rule out, before noise is calibrated to the proposal: a calibration takes seconds,
+        and this milliseconds.
+
+        Args:
+            records: this owner's, as declared.
+            steps: what the schedule asks of it.
+
+        Raises:
+            Refused: as `review`.
+            UserError: the policy's own δ means nothing for so many records.
+        """
+        privacy, rate = config.privacy, config.federation.batch_size / records
+        if privacy == "none":
+            self._review_terms(config, "none", rate, steps)
+            return
+        self._review_terms(config, privacy.noise, rate, steps)
+        self._review_bounds(privacy.noise_multiplier, privacy.clip_norm)
+        if privacy.noise == "secure" and self.delta >= 1 / records:
+            problem = f"not below 1/{records}, the inverse of the records: publishing one at random would satisfy it"
+            raise UserError("policy.delta", self.delta, problem, f"choose {0.1 / records:.0e} or less")
+        if privacy.epsilon is None:
+            return
+        target = f"ε = {privacy.epsilon:g} at δ = {privacy.delta:g}"
+        # Noise that is calibrated at one δ costs no less at a smaller one.
+        if privacy.epsilon > self.max_epsilon and privacy.delta >= self.delta:
+            _refuse("max_epsilon", target, f"the limit is {self.max_epsilon:g} at δ = {self.delta:g}")
+        least = Steps(rate, self.min_noise_multiplier, steps)
+        if epsilon_rdp([least], privacy.delta) < privacy.epsilon:
+            limit = f"the minimum is {self.min_noise_multiplier:g}"
+            _refuse("min_noise_multiplier", f"{target}, which a smaller noise multiplier meets", limit)
 
     def review_task(self, config: ExperimentConfig, base: str) -> None:
         """Refuse tasks, base models and units that the owner does not allow.
@@ -130,7 +174,14 @@ class Policy(Strict):
         self._review_learned(config, base)
         self._review_unit(config)
 
-    def review_release(self, releases: Iterable[Release], unit: PrivacyUnit, plan: ClientPlan, steps: int) -> None:
+    def review_release(
+        self,
+        releases: Iterable[Release],
+        unit: PrivacyUnit,
+        plan: ClientPlan,
+        steps: int,
+        reserved: Iterable[Release] = (),
+    ) -> None:
         """Refuse steps that would bring the total cost of all releases above the owner's limit.
 
         Called before a run with all its remaining steps, and before each release with its own steps. All releases in
@@ -142,12 +193,14 @@ class Policy(Strict):
             unit: unit of privacy of the steps.
             plan: plan with the terms of the steps.
             steps: number of steps.
+            reserved: steps that other runs have reserved and not used.
 
         Raises:
             Refused: names the policy's key, the resulting cost and the limit.
         """
-        self._review_noise(plan)
-        releases = list(releases)
+        self._review_noise(plan.noise)
+        reserved = list(reserved)
+        releases = [*releases, *reserved]
         kinds = self._unlisted_noise(releases)
         if kinds:
             raise Refused(
@@ -166,7 +219,11 @@ class Policy(Strict):
         if life is not None:
             total = f"ε = {life:.4g} at δ = {self.delta:g}"
             proposed = f"{steps} steps that would bring the total cost of all releases from this data to {total}"
-            _refuse("max_epsilon", proposed, f"the limit is {self.max_epsilon:g}")
+            limit = f"the limit is {self.max_epsilon:g}"
+            if reserved:
+                holders = ", ".join(sorted({f"{one.run:.8}" for one in reserved}))
+                limit += f", and part of it is reserved for run {holders}"
+            _refuse("max_epsilon", proposed, limit)
 
     def spent(self, releases: Iterable[Release]) -> float:
         """ε at the owner's δ of all releases in a ledger.
@@ -208,9 +265,40 @@ class Policy(Strict):
             proposed = f"privacy.group_records = {privacy.group_records}"
             _refuse("max_group_records", proposed, f"the limit is {self.max_group_records}")
 
-    def _review_noise(self, plan: ClientPlan) -> None:
-        if plan.noise not in self.noise:
-            _refuse("noise", f"noise = {plan.noise}", f"allowed are {', '.join(self.noise)}")
+    def _review_sums(self, config: ExperimentConfig) -> None:
+        """Check what is known before the first sum; `lorica.secure_sum.requirements` then checks each sum."""
+        federation = config.federation
+        if not federation.secure_sum:
+            if self.sums_only:
+                _refuse("sums_only", "federation.secure_sum = False", "only sums are allowed")
+            return
+        if federation.participants < self.min_clients_in_sum:
+            least = f"the least is {self.min_clients_in_sum}"
+            _refuse("min_clients_in_sum", f"sums over {federation.participants} clients", least)
+        unknown = set(range(federation.clients)) - set(self.members or range(federation.clients))
+        if unknown:
+            listed = ", ".join(map(str, sorted(self.members or {})))
+            _refuse("members", f"federation.clients = {federation.clients}", f"the clients listed are {listed}")
+
+    def _review_terms(self, config: ExperimentConfig, noise: str, rate: float, steps: int) -> None:
+        self._review_sums(config)
+        self._review_noise(noise)
+        if not rate <= self.max_sampling_rate:
+            _refuse("max_sampling_rate", f"a sampling rate of {rate:g}", f"the limit is {self.max_sampling_rate:g}")
+        if steps > self.max_steps:
+            _refuse("max_steps", f"{steps} steps", f"the limit is {self.max_steps}")
+
+    def _review_bounds(self, sigma: float | None, clip: float) -> None:
+        """`sigma` is None before it is calibrated."""
+        if sigma is not None and not sigma >= self.min_noise_multiplier:
+            minimum = f"the minimum is {self.min_noise_multiplier:g}"
+            _refuse("min_noise_multiplier", f"a noise multiplier of {sigma:g}", minimum)
+        if not clip <= self.max_clip_norm:
+            _refuse("max_clip_norm", f"a clip norm of {clip:g}", f"the limit is {self.max_clip_norm:g}")
+
+    def _review_noise(self, noise: str) -> None:
+        if noise not in self.noise:
+            _refuse("noise", f"noise = {noise}", f"allowed are {', '.join(self.noise)}")
 
 
 def load_policy(path: Path) -> Policy:

@@ -1,15 +1,18 @@
-"""Sources of randomness for a mechanism: the operating system, or a seed for research."""
+"""Sources of randomness for a mechanism: a secret seed from the operating system, or a public seed for research."""
 
 from __future__ import annotations
 
+import hmac
 import os
 from typing import Protocol
 
 import numpy as np
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from torch import Tensor
 
-from lorica.streams import torch_stream
+from lorica.streams import stream_seed, torch_stream
 
 
 class Randomness(Protocol):
@@ -21,21 +24,80 @@ class Randomness(Protocol):
     def normal(self, count: int) -> Tensor:
         """`count` draws from N(0, 1)."""
 
+    def dropout_seed(self) -> int:
+        """Seed of the generator of dropout masks.
+
+        As secret as the noise: whose mask is whose depends on who else is in the batch, so masks that a server can
+        compute would let one record change the gradients of others.
+        """
+
+
+SEED_BYTES = 32
+
+
+def secret_seed() -> bytes:
+    """32 bytes of the operating system's entropy."""
+    return os.urandom(SEED_BYTES)
+
 
 class SecureRandomness:
-    """Draws from the operating system's entropy source: never seeded and never stored."""
+    """Draws of ChaCha20 (RFC 8439) under a secret seed that comes from the operating system's entropy.
+
+    The seed makes a release repeatable for its owner and for nobody else. It lies in the ledger from the charge until
+    the reply is stored there, and is then erased: an attempt that crashes is repeated with the very same batches and
+    noise. It is one release, charged once. Fresh draws would make each attempt another release of the same records,
+    and a server that makes attempts fail could have as many of them as it likes.
+
+    Batches, noise and dropout masks have streams of their own, with keys `HMAC-SHA256(seed, purpose)`. To whoever does
+    not have the seed, ChaCha20's output cannot be told from uniform bits: the operating system's own generator rests on
+    the same assumption (Linux' `getrandom` is ChaCha20).
+
+    Args:
+        seed: 32 bytes; by default fresh ones.
+
+    Raises:
+        ValueError: the seed does not have 32 bytes.
+    """
+
+    def __init__(self, seed: bytes | None = None) -> None:
+        seed = secret_seed() if seed is None else seed
+        if len(seed) != SEED_BYTES:
+            raise ValueError(f"a seed has {SEED_BYTES} bytes, not {len(seed)}")
+        self._batches, self._noise, self._dropout = (_Stream(seed, name) for name in ("batches", "noise", "dropout"))
 
     def uniform(self, count: int) -> Tensor:
         """`(k + ½) 2⁻⁵³` for a uniform 53-bit integer `k`: in the open interval (0, 1)."""
-        bits = np.frombuffer(os.urandom(8 * count), dtype=np.uint64) >> np.uint64(11)
-        return torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-53)
+        return _open_unit(self._batches, count)
 
     def normal(self, count: int) -> Tensor:
         """The Box-Muller transform of pairs of uniform draws."""
         half = (count + 1) // 2
-        radius = torch.sqrt(-2.0 * torch.log(self.uniform(half)))
-        angle = 2.0 * torch.pi * self.uniform(half)
+        radius = torch.sqrt(-2.0 * torch.log(_open_unit(self._noise, half)))
+        angle = 2.0 * torch.pi * _open_unit(self._noise, half)
         return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])[:count]
+
+    def dropout_seed(self) -> int:
+        """56 bits for the generator of dropout masks."""
+        return int.from_bytes(self._dropout.take(7))
+
+
+class _Stream:
+    """Keystream of one purpose; each call has a nonce of its own, so that no block counter can run over."""
+
+    def __init__(self, seed: bytes, purpose: str) -> None:
+        self._key = hmac.digest(seed, purpose.encode(), "sha256")
+        self._calls = 0
+
+    def take(self, count: int) -> bytes:
+        # 32 bits of block counter, then 96 bits of nonce.
+        nonce = bytes(4) + self._calls.to_bytes(12, "little")
+        self._calls += 1
+        return Cipher(ChaCha20(self._key, nonce), mode=None).encryptor().update(bytes(count))
+
+
+def _open_unit(stream: _Stream, count: int) -> Tensor:
+    bits = np.frombuffer(stream.take(8 * count), dtype="<u8") >> np.uint64(11)
+    return torch.from_numpy((bits.astype(np.float64) + 0.5) * 2.0**-53)
 
 
 class ReproducibleRandomness:
@@ -43,9 +105,13 @@ class ReproducibleRandomness:
 
     def __init__(self, seed: int, round_number: int, exchange: int, client: int) -> None:
         self._generator = torch_stream(seed, "mechanism", round_number, exchange, client)
+        self._dropout_seed = stream_seed(seed, "dropout", round_number, exchange, client)
 
     def uniform(self, count: int) -> Tensor:
         return torch.rand(count, generator=self._generator, dtype=torch.float64)
 
     def normal(self, count: int) -> Tensor:
         return torch.randn(count, generator=self._generator, dtype=torch.float64)
+
+    def dropout_seed(self) -> int:
+        return self._dropout_seed

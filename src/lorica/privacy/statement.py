@@ -7,14 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION, RELATION
-from lorica.privacy.ledger import Ledger, Release, lifetime_epsilon, unprotected
+from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION
+from lorica.privacy.ledger import Ledger, Release
+from lorica.privacy.lifetime import history
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.unit import RECORD, PrivacyUnit
 
 ASSUMPTIONS = [
     "Clients hold disjoint records, so the guarantee of the federation is that of its weakest client.",
     "Record counts, sampling rates, noise multipliers, learning rates and the choice of clients per round are public.",
+    "Which record belongs to which client is public; the partition of a simulation is fixed before training.",
+    "Whether a record is held out (federation.private_test) depends on its own content and the public seed alone.",
     "The server and the other owners may see every message; each owner adds its noise before anything leaves it.",
     "The choice of records in each batch is known to the owner only.",
 ]
@@ -24,6 +27,7 @@ NOT_COVERED = [
     "The number of records of each client.",
     "Running time and memory use.",
 ]
+VOID_DELTA = "A δ that is not below the inverse of the client's records: publishing one at random would satisfy it"
 UNPROTECTED = {
     "none": "All records: the run was trained without differential privacy.",
     "reproducible": "An attacker who knows or guesses the seed, since the noise and the batches follow from it.",
@@ -36,9 +40,9 @@ class Account:
 
     Attributes:
         steps, releases: count every release that may have left, whether or not it arrived.
-        lifetime_epsilon: ε of everything ever released about its records; None if the owner does not share it, or if
-            it is not defined.
-        unprotected: number of releases of the same data with seeded noise or none.
+        lifetime_epsilon: ε of everything ever released about its most exposed record; None if the owner does not share
+            it, or if it is not defined.
+        unprotected: number of releases about any of its records with seeded noise or none.
         ledger: path of the ledger; None if it is with the owner.
     """
 
@@ -57,16 +61,22 @@ def charged(releases: Iterable[Release], run: str, client: int) -> Account:
 
 def account(ledger: Ledger, dataset: str, records: str, run: str, plan: ClientPlan, unit: PrivacyUnit) -> Account:
     """One client's account, from its ledger."""
-    releases = ledger.releases(dataset)
+    found = history(ledger, dataset, records)
     life = None
     if plan.noise == "secure" and plan.delta is not None:
-        life = lifetime_epsilon(releases, records, plan.delta, unit=unit)
+        life = found.epsilon(plan.delta, (run, plan.client), unit=unit)
     return replace(
-        charged(releases, run, plan.client),
+        charged(ledger.releases(dataset), run, plan.client),
         lifetime_epsilon=life,
-        unprotected=unprotected(releases),
+        unprotected=found.unprotected,
         ledger=str(ledger.path),
     )
+
+
+def relation(unit: PrivacyUnit) -> str:
+    """How two data sets differ that a guarantee makes hard to tell apart (`accounting.NEIGHBOURS`), in words."""
+    what = "one record contributes" if unit == RECORD else "all records of one group contribute"
+    return f"zero-out: {what} zero to every batch; the number of {unit.noun}s is public"
 
 
 def privacy_statement(
@@ -114,7 +124,7 @@ def privacy_statement(
         "private_release": noise == "secure",
         "noise": noise,
         "unit": str(unit),
-        "relation": RELATION if unit == RECORD else "add or remove all records of one group",
+        "relation": relation(unit),
         "sampler": f"Poisson: each {noun} enters each batch independently with probability q = batch size / {noun}s",
         "clients": clients,
         "assumptions": ASSUMPTIONS,
@@ -129,13 +139,14 @@ def privacy_statement(
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),
             "target_epsilon": target_epsilon,
         }
+    void = [str(plan.client) for plan in plans.values() if plan.void_delta]
+    if void:
+        statement["not_covered"].append(f"{VOID_DELTA} (clients {', '.join(void)})")
     if any(own.lifetime_epsilon == math.inf for own in accounts.values()):
         statement["not_covered"].append(
             "Earlier releases of the same data with another unit of privacy: they do not compose."
         )
     bare = max(own.unprotected for own in accounts.values())
     if noise == "secure" and bare:
-        statement["not_covered"].append(
-            f"{bare} earlier releases of the same data with reproducible or no noise, which the ledger lists."
-        )
+        statement["not_covered"].append(f"{bare} earlier releases of the same records with reproducible or no noise.")
     return statement

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lorica.privacy.accounting import epsilon
-from lorica.privacy.ledger import Release, find_ledger, lifetime_epsilon, read_ledger, unprotected
+from lorica.privacy.exposures import Exposure
+from lorica.privacy.ledger import Release
+from lorica.privacy.ledger_file import Book, find_ledger, read_ledger
+from lorica.privacy.lifetime import history
 from lorica.privacy.policy import Policy
 from lorica.privacy.unit import PrivacyUnit
 from lorica.reporting.style import rounded_up
@@ -26,8 +30,9 @@ def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[
     """JSON-able account of a ledger. Each ε is computed by PLD at the same δ; null means infinity.
 
     `runs` has a row for each run, client and kind of noise, with the ε of that run alone. `owners` has a row for each
-    set of records, with the ε of all runs that may have used them. `policy` composes everything in the ledger, as
-    `Policy.review_release` does.
+    set of records, with the ε of the most exposed record, from this ledger and all that Lorica's home knows.
+    `reserved` has the steps that runs have reserved and not used. `policy` composes everything in the ledger, as
+    `Policy.review_release` does. `problem` says what is wrong with the ledger; null if nothing is.
 
     Args:
         path: a ledger, or the data next to it.
@@ -37,7 +42,8 @@ def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[
         UserError: no ledger found.
     """
     ledger = find_ledger(path)
-    entries = read_ledger(ledger)
+    book = read_ledger(ledger)
+    entries = book.entries
     releases = [release for _, release in entries]
     runs: dict[tuple[str, int, str, str, str, PrivacyUnit], list[tuple[float, Release]]] = {}
     for entry in entries:
@@ -47,8 +53,10 @@ def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[
         "ledger": str(ledger),
         "delta": delta,
         "runs": [_run_row(rows, delta) for rows in runs.values()],
-        "owners": [_records_row(releases, *key, delta) for key in dict.fromkeys(map(_of_records, releases))],
+        "owners": [_records_row(book, *key, delta) for key in dict.fromkeys(map(_of_records, releases))],
+        "reserved": [_reserved_row(one, delta) for one in book.own if one.outstanding],
         "policy": None if policy is None else _policy_row(releases, policy),
+        "problem": book.problem,
     }
 
 
@@ -69,6 +77,15 @@ def budget_table(budget: dict[str, Any]) -> Group:
             [(_records_cells(row), row["unprotected"] > 0) for row in budget["owners"]],
         ),
     ]
+    if budget["reserved"]:
+        rows = [(_reserved_cells(row), False) for row in budget["reserved"]]
+        title = "Reserved and not used (give it back with --release RUN)"
+        parts.append(_table(title, ["Run", "Client", "Steps", "ε"], rows))
+    if budget["problem"] is not None:
+        text = (
+            f"This is not the ledger that was last used here: {budget['problem']}. Restore the newest copy of the file."
+        )
+        parts.append(Text(text, style="bold red"))
     policy = budget["policy"]
     if policy is not None:
         text = f"Policy: ε = {rounded_up(_number(policy['spent']))} of {policy['max_epsilon']:g} is spent"
@@ -110,23 +127,30 @@ def _run_row(entries: list[tuple[float, Release]], delta: float) -> dict[str, An
     }
 
 
-def _records_row(
-    releases: list[Release], dataset: str, records: str, unit: PrivacyUnit, delta: float
-) -> dict[str, Any]:
-    of_dataset = [release for release in releases if release.dataset == dataset]
-    own = [release for release in of_dataset if release.records == records]
-    runs = {release.run for release in own}
-    # Other runs may have divided the data set differently, so it is unknown which client had these records.
-    bare = unprotected(own + [release for release in of_dataset if release.run not in runs])
-    life = math.inf if bare else lifetime_epsilon(of_dataset, records, delta, unit=unit)
+def _records_row(book: Book, dataset: str, records: str, unit: PrivacyUnit, delta: float) -> dict[str, Any]:
+    releases = [release for _, release in book.entries]
+    own = [release for release in releases if _of_records(release) == (dataset, records, unit)]
+    found = history(book, dataset, records)
+    life = math.inf if found.unprotected else found.epsilon(delta, unit=unit)
     return {
         "dataset": dataset,
         "owner": records,
         "unit": str(unit),
-        "runs": len(runs),
+        "runs": len({release.run for release in own}),
         "releases": len(own),
-        "unprotected": bare,
+        "unprotected": found.unprotected,
         "lifetime_epsilon": _finite(life),
+    }
+
+
+def _reserved_row(exposure: Exposure, delta: float) -> dict[str, Any]:
+    cost = replace(exposure.cost(reserved=True), count=exposure.outstanding)
+    return {
+        "run": exposure.run,
+        "client": exposure.client,
+        "owner": exposure.records,
+        "steps": exposure.outstanding,
+        "epsilon": _finite(epsilon([cost], delta)),
     }
 
 
@@ -161,6 +185,11 @@ def _records_cells(row: dict[str, Any]) -> list[str]:
     digests = [row["dataset"][:SHOWN_OF_A_DIGEST], row["owner"][:SHOWN_OF_A_DIGEST]]
     counts = [str(row[name]) for name in ("runs", "releases", "unprotected")]
     return [*digests, row["unit"], *counts, rounded_up(_number(row["lifetime_epsilon"]))]
+
+
+def _reserved_cells(row: dict[str, Any]) -> list[str]:
+    name = row["run"][:SHOWN_OF_A_DIGEST]
+    return [name, str(row["client"]), str(row["steps"]), rounded_up(_number(row["epsilon"]))]
 
 
 def _period(first: str, last: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lorica.markdown import code, fenced, inline
 from lorica.reporting.clients import GUARANTEE, client_rows
 from lorica.reporting.run_folder import Run, metric_name, not_private
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
@@ -34,23 +35,23 @@ def model_card(run: Run, load_lines: str) -> str:
     tags = ["lora", "federated-learning", "differential-privacy", "lorica"]
     front["tags"] = [tag for tag in tags if tag != "differential-privacy" or _has_noise(run)]
     reason = not_private(run)
-    warning = f"\n> **Not a private release: {_inline(reason)}**\n" if reason else ""
+    warning = f"\n> **Not a private release: {inline(reason)}**\n" if reason else ""
     version = run.environment.get("lorica")
-    trained_with = "Lorica" if version is None else f"Lorica {_inline(version)}"
+    trained_with = "Lorica" if version is None else f"Lorica {inline(version)}"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
-# {_inline(run.name)}
+# {inline(run.name)}
 {warning}
-A LoRA adapter for `{_code(base)}`, trained with {trained_with} on data that never left its owners.
+A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that never left its owners.
 
-* Method: `{_code(run.method)}`
-* Test {metric_name(run.metrics)}: {score_text(run)}
+* Method: `{code(run.method)}`
+* Test {inline(metric_name(run.metrics))}: {score_text(run)}
 * Rounds: {rounds_text(run)}
 
 ## How to load it
 
-{_fenced(load_lines)}
+{fenced(load_lines)}
 
 ## Privacy
 
@@ -60,9 +61,10 @@ A LoRA adapter for `{_code(base)}`, trained with {trained_with} on data that nev
 def _privacy(run: Run) -> str:
     privacy = run.privacy or {}
     if not _has_noise(run):
-        return f"**No privacy guarantee: {_inline(not_private(run))}**\n"
-    lines = [f"* {name}: {_inline(privacy[key])}" for key, name in PRIVACY_TERMS if privacy.get(key)]
-    table = markdown_table(*client_rows(run.clients, GUARANTEE))
+        return f"**No privacy guarantee: {inline(not_private(run))}**\n"
+    lines = [f"* {name}: {inline(privacy[key])}" for key, name in PRIVACY_TERMS if privacy.get(key)]
+    headings, rows = client_rows(run.clients, GUARANTEE)
+    table = markdown_table(headings, [[inline(cell) for cell in row] for row in rows])
     return "\n".join(
         [
             "Each client has its own guarantee, for its own records.",
@@ -89,20 +91,4 @@ def _has_noise(run: Run) -> bool:
 
 
 def _bullets(lines: list[str] | None) -> list[str]:
-    return [f"* {_inline(line)}" for line in lines] if lines else ["* None listed."]
-
-
-def _inline(text: object) -> str:
-    """Text on one line, escaped for Markdown."""
-    return re.sub(r"([\\`*_<>\[\]])", r"\\\1", " ".join(str(text).split()))
-
-
-def _code(text: str) -> str:
-    """Text to put between backticks."""
-    return " ".join(text.replace("`", "'").split())
-
-
-def _fenced(code: str) -> str:
-    longest = max((len(ticks) for ticks in re.findall("`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}python\n{code.strip()}\n{fence}"
+    return [f"* {inline(line)}" for line in lines] if lines else ["* None listed."]

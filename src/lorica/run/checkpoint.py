@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
@@ -103,7 +104,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             method=_join_tensors(state["method"], under("method/", tensors)),
             server=_join_tensors(state["server"], under("server/", tensors)),
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, safetensors.SafetensorError) as error:
         raise UserError(
             "checkpoint",
             str(latest),

@@ -60,6 +60,16 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     check_aggregate(config.server, fewest)
     if federation.weights == "noise" and config.privacy == "none":
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
+    apart = config.engine == "flower" and config.flower.superlink is not None
+    if apart and federation.weights != "uniform" and federation.max_records is None:
+        raise UserError(
+            "federation.max_records",
+            None,
+            f"with federation.weights = {federation.weights} a client's weight follows from the number of records that "
+            "it declares, which nothing limits",
+            "set it to the largest number that an owner has, or to a list of registered numbers; or set "
+            "federation.weights=uniform",
+        )
     check_isolated(config, model, task.test)
     method.start(state, config.seed)
     return Prepared(config, task, model, state, method, schedule, ranks)

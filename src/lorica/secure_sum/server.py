@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
+from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.messages import (
     DIGEST_BYTES,
     SEALED_BYTES,
@@ -22,13 +23,13 @@ from lorica.secure_sum.messages import (
     pair_seed,
 )
 from lorica.secure_sum.primitives import keystream, public_key
-from lorica.secure_sum.quantisation import Shapes, coordinates, dequantise
-from lorica.secure_sum.setup import Setup, SummationError
+from lorica.secure_sum.quantisation import coordinates, dequantise
+from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.shamir import SHARE_BYTES, combine, valid
 
 
 def route(
-    setup: Setup, keys: Mapping[int, bytes], sent: Mapping[int, Mapping[int, bytes]]
+    agreement: Agreement, keys: Mapping[int, bytes], sent: Mapping[int, Mapping[int, bytes]]
 ) -> dict[int, dict[int, bytes]]:
     """After stage 2: the encrypted shares for each client that shared, from the other clients.
 
@@ -50,35 +51,34 @@ def route(
             raise SummationError("its shares are not for exactly the other clients", sender)
         if any(len(message) != SEALED_BYTES for message in messages.values()):
             raise SummationError(f"one of its shares is not {SEALED_BYTES} bytes long", sender)
-    check_threshold(setup, len(sent), "shared their secrets")
+    check_threshold(agreement, len(sent), "shared their secrets")
     return {
         recipient: {sender: sent[sender][recipient] for sender in sorted(sent) if sender != recipient}
         for recipient in sorted(sent)
     }
 
 
-def check_masked(setup: Setup, keys: Mapping[int, bytes], client: int, reply: bytes, shapes: Shapes) -> None:
+def check_masked(agreement: Agreement, keys: Mapping[int, bytes], client: int, reply: bytes) -> None:
     """Check one masked input, before its client is declared a survivor.
 
     Args:
         keys: client -> public keys, of the clients that `route` returned.
-        shapes: name -> shape of the summed tensors.
 
     Raises:
-        SummationError: a client that did not share; a message of the wrong length; an input for another setup, other
-            clients' masks, or tensors with other names or shapes.
+        SummationError: a client that did not share; a message of the wrong length; an input for another agreement or
+            with other clients' masks.
     """
     if client not in keys:
         raise SummationError("it sent a masked input but no shares", client)
-    expected = 2 * DIGEST_BYTES + coordinates(shapes) * setup.word.itemsize
+    expected = 2 * DIGEST_BYTES + coordinates(agreement.shapes) * agreement.setup.word.itemsize
     if len(reply) != expected:
         raise SummationError(f"its masked input has {len(reply)} bytes, not {expected}", client)
-    if reply[:DIGEST_BYTES] != context(setup, keys, shapes):
-        raise SummationError("its masked input is for other tensors, masks or terms", client)
+    if reply[:DIGEST_BYTES] != context(agreement, keys):
+        raise SummationError("its masked input is for other masks or terms", client)
 
 
 def unmask(
-    setup: Setup, keys: Mapping[int, bytes], masked: Mapping[int, bytes], revealed: Mapping[int, bytes], shapes: Shapes
+    agreement: Agreement, keys: Mapping[int, bytes], masked: Mapping[int, bytes], revealed: Mapping[int, bytes]
 ) -> dict[str, Tensor]:
     """After stage 4: the sum of the survivors' tensors.
 
@@ -88,7 +88,6 @@ def unmask(
         keys: client -> public keys, of the clients that `route` returned.
         masked: survivor -> masked input, of exactly the survivors named to `client.reveal`.
         revealed: client -> answer of `client.reveal`; at least `threshold` of the survivors.
-        shapes: name -> shape of the summed tensors.
 
     Returns:
         name -> fp32 sum.
@@ -99,18 +98,19 @@ def unmask(
             reconstructed.
     """
     for client, reply in masked.items():
-        check_masked(setup, keys, client, reply, shapes)
+        check_masked(agreement, keys, client, reply)
     shares = {client: _shares(keys, masked, client, reply) for client, reply in revealed.items()}
-    check_threshold(setup, len(shares), "revealed their shares")
+    check_threshold(agreement, len(shares), "revealed their shares")
+    setup = agreement.setup
     helpers = sorted(shares)[: setup.threshold]
 
-    count = coordinates(shapes)
+    count = coordinates(agreement.shapes)
     total = np.zeros(count, setup.word)
     for client in sorted(keys):
         secret = combine({helper: shares[helper][client] for helper in helpers})
         if client in masked:
             known = masked[client][DIGEST_BYTES : 2 * DIGEST_BYTES]
-            if secret is None or commitment(setup, secret) != known:
+            if secret is None or commitment(agreement, secret) != known:
                 raise SummationError(f"wrong shares: the seed of client {client} cannot be reconstructed")
             total += np.frombuffer(masked[client], setup.word, offset=2 * DIGEST_BYTES)
             total -= keystream(secret, count, setup.word)
@@ -118,11 +118,11 @@ def unmask(
             if secret is None or public_key(secret) != mask_key(keys[client]):
                 raise SummationError(f"wrong shares: the mask key of client {client} cannot be reconstructed")
             for survivor in masked:
-                seed = pair_seed(setup, client, secret, survivor, mask_key(keys[survivor]))
+                seed = pair_seed(agreement, client, secret, survivor, mask_key(keys[survivor]))
                 stream = keystream(seed, count, setup.word)
                 # The survivor's side of the pair: it added the mask if its id is the smaller one.
                 total -= stream if survivor < client else np.negative(stream)
-    return dequantise(setup, total, shapes)
+    return dequantise(setup, total, agreement.shapes)
 
 
 def _shares(keys: Mapping[int, bytes], masked: Mapping[int, bytes], client: int, reply: bytes) -> dict[int, bytes]:

@@ -21,7 +21,8 @@ from lorica.methods.exchange import Project, Replies, Train
 from lorica.methods.server import Server
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.statement import Account
-from lorica.secure_sum.quantisation import Shapes, coordinates
+from lorica.secure_sum.agreement import Agreement
+from lorica.secure_sum.quantisation import coordinates
 from lorica.secure_sum.setup import Setup
 from lorica.server.reply_checks import Expected, check_reply, expected_reply
 
@@ -47,13 +48,8 @@ class Engine(Protocol):
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         """Client -> the tensors that it released. Clients that did not reply are left out."""
 
-    def sum(
-        self, requests: Mapping[int, Request], weights: Mapping[int, float], shapes: Shapes, setup: Setup
-    ) -> tuple[list[int], dict[str, Tensor]]:
+    def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
         """The weighted sum of the replies, without the single replies (`lorica.secure_sum.stages.add_up`).
-
-        Args:
-            shapes: name -> shape of each tensor of a reply.
 
         Returns:
             The clients in the sum, and the sum; both empty if too few clients took part.
@@ -206,7 +202,9 @@ class Federation:
         needed = len(requests) if self.min_clients is None else self.min_clients
         threshold = max(needed, len(requests) // 2 + 1)
         setup = Setup(f"{self.run} {uuid.uuid4().hex}", len(requests), threshold, WORD_BITS, bound)
-        clients, total = self.engine.sum(requests, weights, shapes, setup)
+        exchange = next(iter(requests.values())).exchange
+        agreement = Agreement(setup, self.run, self.server.round, exchange, weights, shapes)
+        clients, total = self.engine.sum(requests, agreement)
         for client in clients:
             traffic.bytes_up[client] += coordinates(shapes) * setup.word.itemsize
         self._leave_out({client: "it is not in the sum" for client in requests if client not in clients}, traffic)
@@ -241,9 +239,13 @@ class Federation:
             if client not in replies:
                 reasons[client] = "no reply"
                 continue
-            traffic.bytes_up[client] += size(replies[client])
             expected[client] = self._expected(request, expected)
-            wrong = check_reply(replies[client], expected[client])
+            try:
+                traffic.bytes_up[client] += size(replies[client])
+                wrong = check_reply(replies[client], expected[client])
+            except Exception as error:
+                # What no check foresaw is the fault of that client alone.
+                wrong = f"it cannot be checked ({type(error).__name__})"
             if wrong is None:
                 accepted[client] = replies[client]
             else:

@@ -66,6 +66,26 @@ def check_reply(reply: Mapping[str, Tensor], expected: Expected) -> str | None:
     return None
 
 
+def reply_shapes(request: Request, model: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each tensor of the reply to a request; empty where nothing comes back.
+
+    Args:
+        model: all global tensors.
+    """
+    work = request.work
+    if isinstance(work, Projection):
+        return {
+            f"{SKETCH}{site}": (model[factor_a(site)].shape[1], basis.shape[1]) for site, basis in work.bases.items()
+        }
+    if not isinstance(work, Training):
+        return {}
+    active = active_steps(work)
+    sketched = [site_of(name) for name in active if is_b(name)] if work.sketch_columns is not None else []
+    shapes = {name: tuple(leading(name, model[name], work.rank).shape) for name in _sent(work, active)}
+    shapes |= {f"{SKETCH}{site}": (model[factor_b(site)].shape[0], work.sketch_columns or 0) for site in sketched}
+    return shapes | {f"{ENERGY}{name}": () for name in _with_energy(work, active)}
+
+
 def expected_reply(
     request: Request, records: int, model: Mapping[str, Tensor], seed: int, earlier: Expected | None
 ) -> Expected:
@@ -82,28 +102,37 @@ def expected_reply(
         earlier: the requirements on the client's previous reply in this round, for a `Projection`.
     """
     if isinstance(request.work, Projection):
-        return _projection(request.work, model, earlier)
+        return _projection(request.work, reply_shapes(request, model), model, earlier)
     assert isinstance(request.work, Training)
-    return _training(request.work, records, model, seed, request.round)
+    shapes = reply_shapes(request, model)
+    if not request.work.terms.private:
+        return Expected(shapes)
+    return _training(request.work, shapes, records, model, seed, request.round)
 
 
-def _training(work: Training, records: int, model: Mapping[str, Tensor], seed: int, round_number: int) -> Expected:
+def _sent(work: Training, active: Mapping[str, list[int]]) -> list[str]:
+    """Names of the updates in a reply."""
+    return [n for n in active if n not in work.personal and (work.sketch_columns is None or not is_factor(n))]
+
+
+def _with_energy(work: Training, active: Mapping[str, list[int]]) -> list[str]:
+    return [name for name, steps in active.items() if work.last_step_energy and steps[-1] == work.steps - 1]
+
+
+def _training(
+    work: Training,
+    shapes: Mapping[str, tuple[int, ...]],
+    records: int,
+    model: Mapping[str, Tensor],
+    seed: int,
+    round_number: int,
+) -> Expected:
     tensors = {name: leading(name, value, work.rank) for name, value in model.items()}
     active = active_steps(work)
-    sent = [name for name in active if name not in work.personal]
-    sketched = []
-    if work.sketch_columns is not None:
-        sent = [name for name in sent if not is_factor(name)]
-        sketched = [site_of(name) for name in active if is_b(name)]
-    energies = [name for name, steps in active.items() if work.last_step_energy and steps[-1] == work.steps - 1]
-    shapes = {name: tuple(tensors[name].shape) for name in sent}
-    shapes |= {f"{SKETCH}{site}": (tensors[factor_b(site)].shape[0], work.sketch_columns or 0) for site in sketched}
-    shapes |= {f"{ENERGY}{name}": () for name in energies}
-    if not work.terms.private:
-        return Expected(shapes)
+    sent, sketched = _sent(work, active), [name.removeprefix(SKETCH) for name in shapes if name.startswith(SKETCH)]
     bounds = update_bounds(work, records, model)
     norms = {name: bounds.norms[name] for name in sent}
-    for name in energies:
+    for name in _with_energy(work, active):
         norms[f"{ENERGY}{name}"] = gradient_bound(work.terms, records, tensors[name].numel()) ** 2
     ends = {name: norm(tensors[name]) + bounds.norms[name] for name in active if is_factor(name)}
     for site in sketched:
@@ -124,15 +153,16 @@ def _training(work: Training, records: int, model: Mapping[str, Tensor], seed: i
     )
 
 
-def _projection(work: Projection, model: Mapping[str, Tensor], earlier: Expected | None) -> Expected:
+def _projection(
+    work: Projection, shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, Tensor], earlier: Expected | None
+) -> Expected:
     kept = {} if earlier is None else earlier.kept
-    shapes, norms = {}, {}
+    norms = {}
     for site, basis in work.bases.items():
-        name_a, name_b, name = factor_a(site), factor_b(site), f"{SKETCH}{site}"
-        a = model[name_a]
-        shapes[name] = (a.shape[1], basis.shape[1])
+        name_a, name_b = factor_a(site), factor_b(site)
         if name_b in kept:
-            norms[name] = (1 + ROUNDING) * kept.get(name_a, _spectral_norm(a)) * kept[name_b] * _spectral_norm(basis)
+            own_a = kept.get(name_a, _spectral_norm(model[name_a]))
+            norms[f"{SKETCH}{site}"] = (1 + ROUNDING) * own_a * kept[name_b] * _spectral_norm(basis)
     return Expected(shapes, norms, kept=kept)
 
 

@@ -17,7 +17,7 @@ from lorica.tasks.records import Batch, Records, Task, digest, stack_digests
 
 @dataclass(frozen=True, eq=False)
 class GroupedRecords(Records):
-    """Groups of records; group i holds the records `members[starts[i] : starts[i] + sizes[i]]`.
+    """Groups of records; group i trains on the records `members[starts[i] : starts[i] + sizes[i]]`.
 
     A group enters a batch as one example, with all rows of all its records: it is sampled once and clipped once. Its
     loss is the mean over its records' losses, so that its gradient does not grow with its size and the clip does not
@@ -28,15 +28,18 @@ class GroupedRecords(Records):
             predict, the mean.
         digests: (n, 32) uint8, over the digests of all records of a group, kept or not.
         records: what the groups are made of; shared between subsets.
-        members: int64 positions in `records`, group after group, each group's in the records' order.
+        members: int64 positions in `records`, group after group; in each, those that it keeps and then the rest, both
+            in the records' order.
         starts: (n,) int64 offsets into `members`.
         sizes: (n,) int64, records that each group keeps.
+        totals: (n,) int64, records that each group has.
     """
 
     records: Records
     members: np.ndarray
     starts: np.ndarray
     sizes: np.ndarray
+    totals: np.ndarray
 
     @property
     def lengths(self) -> np.ndarray:
@@ -58,15 +61,14 @@ class GroupedRecords(Records):
 
     @property
     def _kept(self) -> np.ndarray:
-        return self._members_of(np.arange(len(self)))
+        return self._members_of(np.arange(len(self)), self.sizes)
 
     @property
     def _offsets(self) -> np.ndarray:
         return np.asarray(np.cumsum(self.sizes) - self.sizes)
 
-    def _members_of(self, indices: np.ndarray) -> np.ndarray:
-        """Positions in `records` of the groups at `indices`, one group after another."""
-        sizes = self.sizes[indices]
+    def _members_of(self, indices: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Positions in `records` of the first `sizes` members of the groups at `indices`, one group after another."""
         within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         places: np.ndarray = self.members[np.repeat(self.starts[indices], sizes) + within]
         return places
@@ -78,10 +80,15 @@ class GroupedRecords(Records):
             digests=self.digests[indices],
             starts=self.starts[indices],
             sizes=self.sizes[indices],
+            totals=self.totals[indices],
         )
 
+    def tags(self) -> tuple[np.ndarray, np.ndarray]:
+        """A group is known again by any of its records, kept or not."""
+        return self.records.digests[self._members_of(np.arange(len(self)), self.totals)], self.totals
+
     def batch(self, indices: np.ndarray) -> Batch:
-        inner = self.records.batch(self._members_of(indices))
+        inner = self.records.batch(self._members_of(indices, self.sizes[indices]))
         sizes = torch.from_numpy(self.sizes[indices])
         group = torch.repeat_interleave(sizes)
         record = torch.arange(len(group)) if inner.example_of_row is None else inner.example_of_row
@@ -126,7 +133,7 @@ def by_group(task: Task, most: int, divided: bool, seed: int) -> Task:
 def grouped(records: Records, keys: np.ndarray, most: int, seed: int) -> GroupedRecords:
     """Make each group of records one record, of at most `most` of its records.
 
-    Adding or removing one whole group changes nothing about the others, neither which of their records are kept nor
+    Leaving one whole group out changes nothing about the others, neither which of their records are kept nor
     their order among themselves: a record's rank within its group is a hash of the public seed and the record alone.
     Bounding contributions this way: Amin et al., arXiv 1905.13177 (records of one user); McMahan et al., arXiv
     1710.06963 (a user as the unit of DP-SGD).
@@ -149,14 +156,16 @@ def grouped(records: Records, keys: np.ndarray, most: int, seed: int) -> Grouped
     order = np.argsort(np.argsort(firsts))[group]
     by_group = np.split(np.argsort(order, kind="stable"), np.cumsum(np.bincount(order))[:-1])
     kept = [_chosen(records.digests, members, most, seed) for members in by_group]
-    sizes = np.array([len(members) for members in kept], dtype=np.int64)
+    rest = [np.setdiff1d(members, chosen) for members, chosen in zip(by_group, kept, strict=True)]
+    totals = np.array([len(members) for members in by_group], dtype=np.int64)
     return GroupedRecords(
         labels=np.array([_label(records.labels[members]) for members in kept], dtype=records.labels.dtype),
         digests=stack_digests([digest(bytes(row) for row in records.digests[members]) for members in by_group]),
         records=records,
-        members=np.concatenate(kept),
-        starts=np.cumsum(sizes) - sizes,
-        sizes=sizes,
+        members=np.concatenate([part for pair in zip(kept, rest, strict=True) for part in pair]),
+        starts=np.cumsum(totals) - totals,
+        sizes=np.array([len(members) for members in kept], dtype=np.int64),
+        totals=totals,
     )
 
 

@@ -6,7 +6,6 @@ import hashlib
 import io
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lorica.errors import UserError
+from lorica.pretrained import from_pretrained
 from lorica.tasks.cache import Arrays, cached_arrays
 from lorica.tasks.labels import is_text
 from lorica.tasks.readers import Source
@@ -84,18 +84,11 @@ def load_preprocessing(base: str) -> Preprocessing:
     """
     from transformers import AutoConfig, AutoImageProcessor
 
-    local = Path(base).is_dir()
-    try:
-        config = AutoConfig.from_pretrained(base, local_files_only=local)
-        # With torchvision installed, transformers would resize with it by default, and get slightly other pixels.
-        processor = AutoImageProcessor.from_pretrained(base, local_files_only=local, backend="pil")
-    except (OSError, ValueError, ImportError):
-        raise UserError(
-            "model.base",
-            base,
-            "its configuration or its image processor cannot be loaded",
-            "give the id of a model on the hub, or a folder with config.json and preprocessor_config.json",
-        ) from None
+    what = "its configuration or its image processor"
+    remedy = "give the id of a model on the hub, or a folder with config.json and preprocessor_config.json"
+    config = from_pretrained(AutoConfig.from_pretrained, base, what, remedy)
+    # With torchvision installed, transformers would resize with it by default, and get slightly other pixels.
+    processor = from_pretrained(AutoImageProcessor.from_pretrained, base, what, remedy, backend="pil")
     # Colours are converted here, to the model's number of channels; processors only know RGB.
     processor.do_convert_rgb = False
     vision = getattr(config, "vision_config", config)

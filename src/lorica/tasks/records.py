@@ -135,6 +135,14 @@ class Records(ABC):
             yield order[start:end]
             start = end
 
+    def tags(self) -> tuple[np.ndarray, np.ndarray]:
+        """What each record is known again by, in whichever file it comes.
+
+        Returns:
+            (m, 32) uint8, digests of all records, those of one record together; (n,) int64, how many each record has.
+        """
+        return self.digests, np.ones(len(self), dtype=np.int64)
+
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) over the records as their source gave them, in order.
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
 from lorica.errors import UserError
+from lorica.pretrained import from_pretrained
 from lorica.tasks.cache import Arrays, cached_arrays
 from lorica.tasks.labels import is_text
 from lorica.tasks.readers import Source
@@ -104,16 +104,13 @@ def load_tokenizer(base: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=Path(base).is_dir())
-    except (OSError, ValueError, ImportError):
-        raise UserError(
-            "model.base",
-            base,
-            "its tokenizer cannot be loaded",
-            "give the id of a model on the hub, or a folder with config.json and the tokenizer's files "
-            "(tokenizer.json, tokenizer_config.json)",
-        ) from None
+    tokenizer = from_pretrained(
+        AutoTokenizer.from_pretrained,
+        base,
+        "its tokenizer",
+        "give the id of a model on the hub, or a folder with config.json and the tokenizer's files (tokenizer.json, "
+        "tokenizer_config.json)",
+    )
     # transformers makes a tokenizer that knows its special tokens only where the vocabulary's file is missing.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError("model.base", base, "its tokenizer has no vocabulary", "add tokenizer.json to the folder")

@@ -1,8 +1,8 @@
 """Holds a node's worker at a moment of a run for as long as the test wants. For `PYTHONPATH` of the node.
 
 The folder $LORICA_TEST_HOLD has a file for each moment at which to hold; the worker makes `MOMENT.reached` and goes on
-when the file is gone. Moments: `training` (a client's second noisy step), `charging` (before the ledger's row) and
-`charged` (between the row and the reply).
+when the file is gone. Moments: `charging` (before the ledger's row), `training` (a client's second noisy step) and
+`answered` (the reply is stored in the row and has not been sent).
 """
 
 import os
@@ -24,7 +24,7 @@ def hold_the_client() -> None:
     import lorica.owner.client
     from lorica.privacy.ledger import Ledger
 
-    step, charge = lorica.owner.client.noisy_gradient, Ledger.charge
+    step, charge, attach = lorica.owner.client.noisy_gradient, Ledger.charge, Ledger.attach
     steps = 0
 
     def held_step(*args: Any) -> Any:
@@ -34,13 +34,18 @@ def hold_the_client() -> None:
             hold("training")
         return step(*args)
 
-    def held_charge(*args: Any) -> None:
+    def held_charge(*args: Any) -> Any:
         hold("charging")
-        charge(*args)
-        hold("charged")
+        return charge(*args)
+
+    def held_attach(*args: Any) -> bytes:
+        reply = attach(*args)
+        hold("answered")
+        return reply
 
     lorica.owner.client.noisy_gradient = held_step
     Ledger.charge = held_charge  # type: ignore[method-assign]
+    Ledger.attach = held_attach  # type: ignore[method-assign]
 
 
 if "lorica.engines.flower.warm" in sys.orig_argv:

@@ -9,17 +9,18 @@ from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
-from safetensors import SafetensorError
 from torch import Tensor
 
+from lorica.adapters.state import AdapterState
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.messages import Invitation, Request, decode, decode_account, decode_plan
-from lorica.privacy.plan import ClientPlan
+from lorica.messages import LARGEST_COUNT, Delivery, Invitation, Request, Training, decode_account, decode_plan
+from lorica.privacy.plan import ClientPlan, plan_run
 from lorica.privacy.statement import Account
-from lorica.secure_sum.quantisation import Shapes
-from lorica.secure_sum.setup import Setup
+from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.stages import INPUT, add_up
+from lorica.server.reply_checks import reply_shapes
+from lorica.tensors import decode
 
 RECORD = "lorica"
 POLL_SECONDS = 0.2
@@ -27,20 +28,26 @@ logger = logging.getLogger(__name__)
 
 
 class FlowerEngine:
-    """Sends each client's requests to its node. Replies are not trusted: a malformed one is dropped and logged.
+    """Sends each client's requests to its node.
+
+    Nothing that a node sends is trusted. The server computes its plan itself, compares its account with the plan and
+    the replies, and reads no reply that is longer than requested. A bad answer removes that client from the round, and
+    has no other effect.
 
     Args:
         config: the experiment as sent to the nodes.
         base: hash of the server's base model.
+        state: the global adapter.
     """
 
     ledger = "with each owner"
 
-    def __init__(self, grid: Grid, config: ExperimentConfig, base: str) -> None:
-        self._grid, self._config, self._base = grid, config, base
+    def __init__(self, grid: Grid, config: ExperimentConfig, base: str, state: AdapterState) -> None:
+        self._grid, self._config, self._base, self._state = grid, config, base, state
         self._nodes: dict[int, int] = {}
         self._plans: dict[int, ClientPlan] = {}
         self._accounts: dict[int, Account] = {}
+        self._paid: dict[int, Account] = {}
         self._invited: dict[str, int] = {}
         self._declined: dict[int, str] = {}
 
@@ -75,17 +82,16 @@ class FlowerEngine:
         """Replies of the clients that answered within `flower.timeout`. The others are logged and left out."""
         run = next(iter(requests.values())).run
         replies = {}
-        answers = self._replies(run, {client: {"request": requests[client].encode()} for client in sorted(requests)})
-        for client, content in answers.items():
+        contents = {client: {"request": requests[client].encode()} for client in sorted(requests)}
+        for client, content in self._replies(run, contents, requests).items():
+            shapes = reply_shapes(requests[client], self._state.tensors)
             try:
-                replies[client] = decode(content)
-            except (ValueError, SafetensorError) as error:
-                logger.warning("client %d sent an unreadable reply (%s)", client, type(error).__name__)
+                replies[client] = decode(content, shapes)
+            except Exception as error:
+                logger.warning("client %d sent an unreadable reply (%s)", client, _quoted(error))
         return replies
 
-    def sum(
-        self, requests: Mapping[int, Request], weights: Mapping[int, float], shapes: Shapes, setup: Setup
-    ) -> tuple[list[int], dict[str, Tensor]]:
+    def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
         """As `exchange`, but in the four stages of a secure sum."""
         run = next(iter(requests.values())).run
 
@@ -94,12 +100,12 @@ class FlowerEngine:
             for client, question in sorted(questions.items()):
                 request = {"request": requests[client].encode()} if stage == INPUT else {}
                 contents[client] = {"question": question, **request}
-            return self._replies(run, contents)
+            return self._replies(run, contents, requests if stage == INPUT else {})
 
-        return add_up(setup, weights, shapes, ask)
+        return add_up(agreement, ask)
 
     def accounts(self, run: str) -> dict[int, Account]:
-        """The accounts of this run as reported by the clients."""
+        """The accounts of this run as reported by the clients, where they are possible."""
         return {client: self._accounts.get(client, Account(0, 0)) for client in self._plans}
 
     def spent(self) -> dict[int, float]:
@@ -114,16 +120,48 @@ class FlowerEngine:
         """Empty: personal tensors stay with the owners."""
         return {}
 
-    def _replies(self, run: str, contents: Mapping[int, Mapping[str, str | bytes]]) -> dict[int, bytes]:
-        """Send messages, keep the accounts that come back, and return the replies. Malformed answers are dropped."""
+    def _replies(
+        self, run: str, contents: Mapping[int, Mapping[str, str | bytes]], requests: Mapping[int, Request]
+    ) -> dict[int, bytes]:
+        """Send messages, keep the accounts that come back, and return the replies. Malformed answers are dropped.
+
+        Args:
+            requests: the requests among the messages, which clients are charged for.
+        """
         replies = {}
         for client, content in self._ask(run, contents).items():
             try:
-                self._accounts[client] = decode_account(str(content["account"]))
-                replies[client] = bytes(content["reply"])
-            except (KeyError, TypeError, ValueError) as error:
-                logger.warning("client %d sent an unreadable answer (%s)", client, type(error).__name__)
+                reply, account = content["reply"], decode_account(content["account"])
+                if not isinstance(reply, bytes):
+                    raise ValueError(f"its reply is of type {type(reply).__name__}")
+            except Exception as error:
+                logger.warning("client %d sent an unreadable answer (%s)", client, _quoted(error))
+                continue
+            self._note(client, account, requests.get(client))
+            replies[client] = reply
         return replies
+
+    def _note(self, client: int, claimed: Account, request: Request | None) -> None:
+        """Keep the account that a client claims. If it is impossible, all steps of the plan count instead.
+
+        A client was charged for at least what it has replied to, and for at most its plan. A release without steps is a
+        projection, which follows a release with steps.
+        """
+        most = self._plans[client].max_steps
+        paid = self._paid.get(client, Account(0, 0))
+        if request is not None and not isinstance(request.work, Delivery):
+            steps = request.work.steps if isinstance(request.work, Training) else 0
+            paid = Account(paid.steps + steps, paid.releases + 1)
+        self._paid[client] = paid
+        if paid.steps <= claimed.steps <= most and paid.releases <= claimed.releases <= 2 * most:
+            self._accounts[client] = claimed
+            return
+        logger.warning(
+            "client %d claims %d steps in %d releases, which is impossible: the server received %d steps in %d "
+            "releases, and the plan has %d steps, which count instead",
+            *(client, claimed.steps, claimed.releases, paid.steps, paid.releases, most),
+        )
+        self._accounts[client] = Account(most, paid.releases)
 
     def _ask(self, run: str, contents: Mapping[int, Mapping[str, str | bytes]]) -> dict[int, Mapping[str, Any]]:
         """Send each client its message and wait for the answers, at most `flower.timeout` seconds."""
@@ -177,10 +215,10 @@ class FlowerEngine:
                 self._declined[node] = answer
                 continue
             try:
-                plan = decode_plan(str(answer["plan"]))
+                plan = decode_plan(answer["plan"])
                 problem = self._check_plan(plan, connected)
-            except (KeyError, ValueError):
-                problem = "its answer is unreadable"
+            except Exception as error:
+                problem = f"its answer is unreadable ({_quoted(error)})"
             if problem is not None:
                 logger.warning("node %d was rejected: %s", node, problem)
                 declined.add(node)
@@ -191,21 +229,24 @@ class FlowerEngine:
         return declined
 
     def _check_plan(self, plan: ClientPlan, connected: set[int]) -> str | None:
-        """Why the server rejects a plan; None if it accepts it."""
+        """Why the server rejects a plan; None if it accepts it. Of a plan it believes the client and its records."""
         config = self._config
-        clip_norm = float("inf") if config.privacy == "none" else config.privacy.clip_norm
-        noise = "none" if config.privacy == "none" else config.privacy.noise
         if not 0 <= plan.client < config.federation.clients:
             return f"there is no client {plan.client}"
         if self._nodes.get(plan.client) in connected:
             return f"client {plan.client} is on another node"
-        asked = (config.federation.batch_size, clip_norm, noise)
-        if (plan.terms.batch_size, plan.terms.clip_norm, plan.noise) != asked:
-            return "its plan is for another batch size, clip norm or kind of noise"
-        if plan.records < 1 or plan.terms.sampling_rate != plan.terms.batch_size / plan.records:
-            return "its plan is inconsistent"
         if plan.client in self._plans and plan != self._plans[plan.client]:
             return f"client {plan.client} agreed to a different plan before"
+        if not 1 <= plan.records < LARGEST_COUNT:
+            return f"it declares {plan.records} records"
+        if config.privacy != "none" and config.federation.batch_size <= config.privacy.delta * plan.records:
+            return f"with {plan.records} records its sampling rate is below privacy.delta = {config.privacy.delta:g}"
+        try:
+            own = plan_run(config, plan.client, plan.records)
+        except UserError as error:
+            return str(error)
+        if not plan.agrees_with(own):
+            return f"its plan is {plan}, and this experiment with {plan.records} records has {own}"
         return None
 
     def _message(self, run: str, node: int, kind: str, content: Mapping[str, str | bytes]) -> Message:
@@ -219,9 +260,19 @@ class FlowerEngine:
 
 def _read_answer(message: Message) -> Mapping[str, Any] | str:
     """The content of a node's answer, or a text for the log if there is none."""
-    if message.has_error():
-        return f"did not answer: Flower reports error {message.error.code} ({message.error.reason})"
-    content = message.content.get(RECORD)
-    if not isinstance(content, ConfigRecord):
-        return f"answered without a record {RECORD!r}"
-    return f"refused: {content['refused']!s}" if "refused" in content else dict(content)
+    try:
+        if message.has_error():
+            reason = f"Flower reports error {message.error.code} ({_quoted(message.error.reason)})"
+            return f"did not answer: {reason}"
+        content = message.content.get(RECORD)
+        if not isinstance(content, ConfigRecord):
+            return f"answered without a record {RECORD!r}"
+        return f"refused: {_quoted(content['refused'])}" if "refused" in content else dict(content)
+    except Exception as error:
+        return f"sent an unreadable answer ({_quoted(error)})"
+
+
+def _quoted(text: object) -> str:
+    """Somebody else's words for a line of the log: cut, and without line breaks or control characters."""
+    words = f"{type(text).__name__}: {text}" if isinstance(text, Exception) else str(text)
+    return "".join(letter if letter.isprintable() else " " for letter in words[:1000])

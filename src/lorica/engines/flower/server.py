@@ -34,7 +34,7 @@ def main(grid: Grid, context: Context) -> None:
     except UserError as error:
         logger.error("%s", error)
         raise
-    logger.info("finished; the results are in %s", result.folder)
+    logger.info("finished: %s", result.folder)
 
 
 def _show_log() -> None:
@@ -57,7 +57,7 @@ def serve(config: ExperimentConfig, grid: Grid) -> Result:
     base = resolve_base(config.model.base)
     task = load_tests(config.task, base)
     prepared = prepare(config, task)
-    engine = FlowerEngine(grid, for_nodes(config, task), base_identity(base))
+    engine = FlowerEngine(grid, for_nodes(config, task), base_identity(base), prepared.state)
 
     def report(metrics: dict[str, Any]) -> None:
         logger.info("%s", progress(metrics, engine))

@@ -30,6 +30,7 @@ from typing import Any
 import psutil
 
 from lorica.errors import UserError
+from lorica.files import create_private, private_folder
 from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.settings import NodeSettings
 
@@ -159,12 +160,13 @@ def _try(address: Path) -> Connection | None:
 
 
 def _start(settings: NodeSettings, address: Path, node: int) -> subprocess.Popen[bytes]:
-    settings.place.mkdir(parents=True, exist_ok=True)
-    # The socket of an earlier worker, where nobody listens any more.
+    log_path = private_folder(settings.place) / "worker.log"
+    create_private(log_path)
+    # What an earlier worker left; nobody answers there.
     address.unlink(missing_ok=True)
     arguments = [settings.model_dump_json(), str(address), str(node)]
     command = [sys.executable, "-m", "lorica.engines.flower.warm", *arguments]
-    with (settings.place / "worker.log").open("ab") as log:
+    with log_path.open("ab") as log:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 

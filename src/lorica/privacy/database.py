@@ -1,0 +1,63 @@
+"""SQLite files of an owner: readable by the owner's account alone, and synced before a commit returns."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from lorica.files import create_private
+
+# A check of a budget under the lock can take some seconds.
+WAIT_SECONDS = 300.0
+
+
+@contextmanager
+def transaction(path: Path) -> Iterator[sqlite3.Connection]:
+    """A write transaction on an existing database: all of it is on disk when the context ends, or nothing.
+
+    No other process writes, or starts such a transaction, meanwhile.
+
+    Raises:
+        sqlite3.Error: the file is missing, damaged, or cannot be written.
+    """
+    with closing(_connect(path, "rw")) as connection:
+        # Every commit reaches the disk before a release may leave.
+        connection.execute("PRAGMA synchronous = FULL")
+        # What is erased is overwritten, seeds of noise above all.
+        connection.execute("PRAGMA secure_delete = ON")
+        connection.execute("BEGIN IMMEDIATE")
+        # Commits at the end, rolls back after an error.
+        with connection:
+            yield connection
+
+
+@contextmanager
+def reading(path: Path, only: bool = False) -> Iterator[sqlite3.Connection]:
+    """One consistent look at an existing database.
+
+    Args:
+        only: open it read-only, so that not even what a crash left half written is rolled back.
+
+    Raises:
+        sqlite3.Error: the file is missing or damaged.
+    """
+    with closing(_connect(path, "ro" if only else "rw")) as connection:
+        connection.execute("BEGIN")
+        yield connection
+
+
+def create(path: Path) -> None:
+    """An empty database if there is none. SQLite gives its journal the same permissions.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    create_private(path)
+
+
+def _connect(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(uri, uri=True, timeout=WAIT_SECONDS, isolation_level=None)

@@ -1,0 +1,139 @@
+"""What Lorica's home remembers of all ledgers of this account: where each chain ended, and which records it charged.
+
+A ledger can be deleted, an older copy restored, or the data copied to a place that has no ledger. This file lies
+elsewhere and notices. Who deletes it as well cannot be noticed on one machine.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from lorica.errors import UserError
+from lorica.files import home_folder, private_folder
+from lorica.privacy import database, record_sets
+from lorica.privacy.chain import Head
+from lorica.privacy.exposures import Exposure
+from lorica.privacy.unit import PrivacyUnit
+
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS heads (ledger TEXT PRIMARY KEY, path TEXT NOT NULL, rows INTEGER NOT NULL, "
+    "link TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS exposures (ledger TEXT, run TEXT, client INTEGER, records TEXT, unit TEXT, noise TEXT, "
+    "sampling_rate REAL, noise_multiplier REAL, steps INTEGER, planned INTEGER, releases INTEGER, "
+    "PRIMARY KEY (ledger, run, client, records, unit, noise, sampling_rate, noise_multiplier))",
+)
+
+
+def _exposure(row: sqlite3.Row | tuple[object, ...]) -> Exposure:
+    ledger, run, client, records, unit, *rest = row
+    return Exposure(ledger, run, client, records, PrivacyUnit.parse(str(unit)), *rest)  # type: ignore[arg-type]
+
+
+def _row(exposure: Exposure) -> tuple[object, ...]:
+    return tuple(str(value) if isinstance(value, PrivacyUnit) else value for value in vars(exposure).values())
+
+
+class Home:
+    """`ledgers/index.sqlite` under Lorica's home.
+
+    Raises:
+        UserError: it cannot be opened or written.
+    """
+
+    def __init__(self) -> None:
+        self.path = home_folder() / "ledgers" / "index.sqlite"
+        with self._errors():
+            private_folder(self.path.parent)
+            database.create(self.path)
+            with database.transaction(self.path) as connection:
+                record_sets.prepare(connection)
+                for statement in _SCHEMA:
+                    connection.execute(statement)
+
+    def head(self, ledger: str) -> Head | None:
+        """Where the ledger of this identity ended when it was last seen; None if it is not known."""
+        with self._reading() as connection:
+            row = connection.execute("SELECT rows, link FROM heads WHERE ledger = ?", (ledger,)).fetchone()
+        return None if row is None else Head(*row)
+
+    def at(self, path: Path) -> set[str]:
+        """Identities of the ledgers that were last seen at a path and held a release."""
+        with self._reading() as connection:
+            found = connection.execute("SELECT ledger FROM heads WHERE path = ? AND rows > 0", (_place(path),))
+            return {row[0] for row in found}
+
+    def remember(self, ledger: str, path: Path, head: Head, exposures: Iterable[Exposure] = ()) -> None:
+        """Note a ledger's head, its place, and exposures; nothing that is known already becomes less."""
+        with self.writing() as connection:
+            connection.execute(
+                "INSERT INTO heads VALUES (?, ?, ?, ?) ON CONFLICT (ledger) DO UPDATE SET path = excluded.path, "
+                "link = CASE WHEN excluded.rows > rows THEN excluded.link ELSE link END, "
+                "rows = MAX(rows, excluded.rows)",
+                (ledger, _place(path), head.rows, head.link),
+            )
+            self.note(connection, exposures)
+
+    @staticmethod
+    def note(connection: sqlite3.Connection, exposures: Iterable[Exposure]) -> None:
+        """Write exposures within a transaction; steps and releases never become less."""
+        connection.executemany(
+            "INSERT INTO exposures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "steps = MAX(steps, excluded.steps), planned = MAX(planned, excluded.planned), "
+            "releases = MAX(releases, excluded.releases)",
+            [_row(exposure) for exposure in exposures],
+        )
+
+    def forget(self, path: Path, ledger: str | None) -> None:
+        """Accept that a ledger is gone or older: drop the heads at its place. Exposures stay."""
+        with self.writing() as connection:
+            connection.execute("DELETE FROM heads WHERE path = ? OR ledger = ?", (_place(path), ledger))
+
+    @staticmethod
+    def end(connection: sqlite3.Connection, ledger: str, run: str, client: int | None = None) -> None:
+        """Give back, within a transaction, what a run or one client of it has reserved and not used."""
+        connection.execute(
+            "UPDATE exposures SET planned = 0 WHERE ledger = ? AND run = ? AND client = COALESCE(?, client)",
+            (ledger, run, client),
+        )
+
+    def members(self, records: str) -> dict[str, np.ndarray]:
+        """`record_sets.members`."""
+        with self._reading() as connection:
+            return record_sets.members(connection, records)
+
+    def exposures(self) -> list[Exposure]:
+        """All that is known of all ledgers."""
+        with self._reading() as connection:
+            return [_exposure(row) for row in connection.execute("SELECT * FROM exposures")]
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A write transaction; no other ledger of this account is charged meanwhile."""
+        with self._errors(), database.transaction(self.path) as connection:
+            yield connection
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._errors(), database.reading(self.path) as connection:
+            yield connection
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(
+                "LORICA_HOME",
+                str(self.path),
+                f"the index of all ledgers cannot be used ({error})",
+                "make the place writable, or set the environment variable LORICA_HOME to another folder",
+            ) from error
+
+
+def _place(path: Path) -> str:
+    return str(path.expanduser().resolve())

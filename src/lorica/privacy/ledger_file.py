@@ -1,0 +1,160 @@
+"""A ledger as a file: where it lies, what it says to its owner, and what an owner can settle by hand."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lorica.errors import UserError
+from lorica.privacy import database, record_sets
+from lorica.privacy.chain import Broken, verify
+from lorica.privacy.exposures import Exposure, merged
+from lorica.privacy.home import Home
+from lorica.privacy.ledger import Ledger
+from lorica.privacy.ledger_rows import COLUMNS, Release, chained, exposures_of, link_all, prepare, release_of
+
+
+@dataclass(frozen=True)
+class Book:
+    """What a ledger says, read without writing anything to it.
+
+    Attributes:
+        entries: time (seconds since 1970) and content of every release, oldest first.
+        own: what the file itself knows of exposures; none where an earlier version wrote it.
+        problem: why the file is not the ledger that was last used here; None if it is.
+        indexed: which records the file has an index of.
+    """
+
+    path: Path
+    entries: list[tuple[float, Release]]
+    own: list[Exposure]
+    problem: str | None
+    indexed: frozenset[str]
+
+    def members(self, records: str) -> dict[str, np.ndarray]:
+        """As `Ledger.members`."""
+        if records not in self.indexed:
+            return {}
+        with database.reading(self.path, only=True) as connection:
+            found = record_sets.members(connection, records)
+        for name, inside in Home().members(records).items():
+            found[name] = found[name] | inside if name in found else inside
+        return found
+
+    def exposures(self) -> list[Exposure]:
+        """As `Ledger.exposures`."""
+        return merged([*self.own, *Home().exposures()])
+
+    def unindexed(self, dataset: str) -> list[Release]:
+        """As `Ledger.unindexed`."""
+        releases = [release for _, release in self.entries if release.dataset == dataset]
+        return [release for release in releases if release.records not in self.indexed]
+
+
+def ledger_beside(data: Path) -> Path:
+    """Default path of the ledger of a data file or folder."""
+    return data.parent / f"{data.name}.ledger.sqlite"
+
+
+def find_ledger(path: Path, lost: bool = False) -> Path:
+    """Find the ledger next to a data file or folder; a path of a ledger is returned as it is.
+
+    Args:
+        lost: find a ledger, too, that is known to have been there and is not there any more.
+
+    Raises:
+        UserError: there is no such file, or no ledger next to it.
+    """
+    path = path.expanduser().absolute()
+    beside = ledger_beside(path)
+    if beside.is_file() or (lost and Home().at(beside)):
+        return beside
+    if lost and Home().at(path):
+        return path
+    if not path.exists():
+        raise UserError("ledger", str(path), "no such file", "give the path of a ledger or of its data")
+    if path.is_dir() or not _is_database(path):
+        problem = f"not a ledger, and there is no ledger next to it ({beside.name})"
+        raise UserError("ledger", str(path), problem, "give the path of the ledger itself")
+    return path
+
+
+def read_ledger(path: Path) -> Book:
+    """What a ledger says. Writes nothing to it, and makes no ledger.
+
+    Raises:
+        UserError: the file is not a ledger.
+    """
+    with _readable(path), database.reading(path, only=True) as connection:
+        tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        known = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
+        # A ledger outlives the version of Lorica that made it.
+        columns = COLUMNS if "unit" in known else COLUMNS.replace("unit", "'record'")
+        rows = connection.execute(f"SELECT time, {columns} FROM releases ORDER BY id").fetchall()
+        entries = [(row[0], release_of(row[1:])) for row in rows]
+        if "ledger" not in tables:
+            return Book(path, entries, [], None, frozenset())
+        (identity,) = connection.execute("SELECT identity FROM ledger").fetchone()
+        home, problem = Home(), None
+        if home.at(path) - {identity}:
+            problem = "another ledger was used here"
+        try:
+            # Read while the file may be written: what is remembered can be newer than what is seen here.
+            verify(identity, chained(connection), home.head(identity))
+        except Broken as broken:
+            problem = str(broken)
+        indexed = frozenset(row[0] for row in connection.execute("SELECT records FROM record_sets"))
+        return Book(path, entries, exposures_of(connection, identity), problem, indexed)
+
+
+def release_reservation(path: Path, run: str) -> None:
+    """Give back what the run whose name starts so has reserved and not used.
+
+    Raises:
+        UserError: no such run holds anything, or several do.
+    """
+    ledger = Ledger(path)
+    held = sorted({one.run for one in ledger.exposures() if one.ledger == ledger.identity and one.outstanding})
+    found = [name for name in held if name.startswith(run)]
+    if len(found) != 1:
+        problem = "no run of this name holds a part of the budget" if not found else "several runs begin like this"
+        raise UserError("--release", run, problem, f"name one of {', '.join(held)}" if held else "nothing is reserved")
+    ledger.end(found[0])
+
+
+def _is_database(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(16) == b"SQLite format 3\0"
+
+
+def accept_ledger(path: Path) -> None:
+    """Go on with a ledger that is older than it was, changed or deleted: as it is, or with a new one.
+
+    What Lorica's home knows of the lost rows still counts for the records that they were about.
+
+    Raises:
+        UserError: the file is no ledger, or cannot be written.
+    """
+    home = Home()
+    if not path.is_file():
+        home.forget(path, None)
+        return
+    with _readable(path), database.transaction(path) as connection:
+        identity = prepare(connection)
+        head = link_all(connection, identity)
+    home.forget(path, identity)
+    home.remember(identity, path, head)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        problem = f"cannot be read as a ledger ({error})"
+        raise UserError("ledger", str(path), problem, "give the path of a ledger") from error

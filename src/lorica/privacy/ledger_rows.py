@@ -1,0 +1,211 @@
+"""The rows of a ledger: what a release is, and the SQL that reads and writes them within a transaction."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from lorica.privacy import record_sets
+from lorica.privacy.accounting import Steps
+from lorica.privacy.chain import Head, link
+from lorica.privacy.exposures import Exposure, merged
+from lorica.privacy.randomness import secret_seed
+from lorica.privacy.unit import RECORD, PrivacyUnit
+
+_SCHEMA = (
+    """
+    CREATE TABLE IF NOT EXISTS releases (
+        id INTEGER PRIMARY KEY,
+        time REAL NOT NULL,
+        dataset TEXT NOT NULL, owner TEXT NOT NULL, run TEXT NOT NULL, client INTEGER NOT NULL, round INTEGER NOT NULL,
+        sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, steps INTEGER NOT NULL,
+        noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB, kept BLOB, unit TEXT NOT NULL DEFAULT 'record',
+        seed BLOB, chain TEXT
+    )
+    """,
+    "CREATE TABLE IF NOT EXISTS ledger (identity TEXT NOT NULL)",
+    """
+    CREATE TABLE IF NOT EXISTS reservations (
+        run TEXT NOT NULL, client INTEGER NOT NULL, owner TEXT NOT NULL, unit TEXT NOT NULL, noise TEXT NOT NULL,
+        sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, steps INTEGER NOT NULL, time REAL NOT NULL,
+        PRIMARY KEY (run, client)
+    )
+    """,
+)
+# A ledger outlives the version of Lorica that made it.
+_ADDED = {"kept": "BLOB", "unit": "TEXT NOT NULL DEFAULT 'record'", "seed": "BLOB", "chain": "TEXT"}
+
+
+@dataclass(frozen=True)
+class Release:
+    """One row: what one reply was made of.
+
+    Attributes:
+        dataset: fingerprint of the whole training data.
+        records: fingerprint of the records of this client (the column `owner`).
+        run: identity of the run.
+        steps: noisy gradients that the reply is a function of.
+        noise: `secure`, `reproducible` or `none`.
+        request: digest of everything the server asked for; the same request gets the stored reply again.
+        unit: what was sampled and clipped as one.
+    """
+
+    dataset: str
+    records: str
+    run: str
+    client: int
+    round: int
+    sampling_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    steps: int
+    noise: str
+    request: str
+    unit: PrivacyUnit = RECORD
+
+    @property
+    def cost(self) -> Steps:
+        return Steps(self.sampling_rate, self.noise_multiplier, self.steps)
+
+
+COLUMNS = ", ".join("owner" if field.name == "records" else field.name for field in fields(Release))
+
+
+CHARGED = f"time, {COLUMNS}"
+TERMS = "run, client, owner, unit, noise, sampling_rate, noise_multiplier"
+
+
+def release_of(row: tuple[Any, ...]) -> Release:
+    return Release(*(*row[:-1], PrivacyUnit.parse(row[-1])))
+
+
+def _row_of(release: Release) -> tuple[Any, ...]:
+    return tuple(str(value) if isinstance(value, PrivacyUnit) else value for value in vars(release).values())
+
+
+@dataclass(frozen=True)
+class Charge:
+    """A row of the ledger that waits for its reply.
+
+    Attributes:
+        row: its id.
+        seed: secret, of the batches and the noise that the release is made with; None for reproducible noise.
+    """
+
+    row: int
+    seed: bytes | None
+
+
+def prepare(connection: sqlite3.Connection) -> str:
+    """Make or complete the tables; returns the ledger's identity."""
+    for statement in _SCHEMA:
+        connection.execute(statement)
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
+    for name, kind in _ADDED.items():
+        if name not in columns:
+            connection.execute(f"ALTER TABLE releases ADD COLUMN {name} {kind}")
+    record_sets.prepare(connection)
+    found = connection.execute("SELECT identity FROM ledger").fetchone()
+    if found is not None:
+        return str(found[0])
+    identity = uuid.uuid4().hex
+    connection.execute("INSERT INTO ledger VALUES (?)", (identity,))
+    link_all(connection, identity)
+    return identity
+
+
+def link_all(connection: sqlite3.Connection, identity: str) -> Head:
+    """Make a chain of the rows as they are."""
+    rows = connection.execute(f"SELECT id, {CHARGED} FROM releases ORDER BY id").fetchall()
+    previous = identity
+    for row, *content in rows:
+        previous = link(previous, content)
+        connection.execute("UPDATE releases SET chain = ? WHERE id = ?", (previous, row))
+    return Head(len(rows), previous)
+
+
+def chained(connection: sqlite3.Connection) -> Iterator[tuple[object, ...]]:
+    return connection.execute(f"SELECT {CHARGED}, chain FROM releases ORDER BY id")
+
+
+def head_of(connection: sqlite3.Connection, identity: str) -> Head:
+    (rows,) = connection.execute("SELECT COUNT(*) FROM releases").fetchone()
+    last = connection.execute("SELECT chain FROM releases ORDER BY id DESC LIMIT 1").fetchone()
+    return Head(rows, identity if last is None else last[0])
+
+
+def link_of(connection: sqlite3.Connection, number: int) -> str | None:
+    """The link of the row of this number, counted from 1; None for none."""
+    query = "SELECT chain FROM releases ORDER BY id LIMIT 1 OFFSET ?"
+    row = connection.execute(query, (number - 1,)).fetchone()
+    return None if row is None else str(row[0])
+
+
+def insert(connection: sqlite3.Connection, release: Release, previous: str) -> Charge:
+    seed = None if release.noise == "reproducible" else secret_seed()
+    connection.execute("UPDATE releases SET seed = NULL WHERE run = ? AND client = ?", (release.run, release.client))
+    values = (time.time(), *_row_of(release), seed)
+    marks = ", ".join("?" * len(values))
+    row = connection.execute(f"INSERT INTO releases ({CHARGED}, seed) VALUES ({marks})", values).lastrowid
+    assert row is not None
+    # As the file has it: a whole number may have become a float.
+    content = connection.execute(f"SELECT {CHARGED} FROM releases WHERE id = ?", (row,)).fetchone()
+    connection.execute("UPDATE releases SET chain = ? WHERE id = ?", (link(previous, content), row))
+    return Charge(row, seed)
+
+
+def exposures_of(
+    connection: sqlite3.Connection, identity: str, run: str | None = None, client: int | None = None
+) -> list[Exposure]:
+    """Those of a ledger's rows and reservations, by default of all runs."""
+    which = "WHERE run = COALESCE(?, run) AND client = COALESCE(?, client)"
+    done = f"SELECT {TERMS}, SUM(steps), 0, COUNT(*) FROM releases {which} GROUP BY {TERMS}"
+    planned = f"SELECT {TERMS}, 0, steps, 0 FROM reservations {which}"
+    rows = [row for query in (done, planned) for row in connection.execute(query, (run, client))]
+    return merged(
+        Exposure(identity, run, client, records, PrivacyUnit.parse(unit), *rest)
+        for run, client, records, unit, *rest in rows
+    )
+
+
+def terms_of(exposure: Exposure) -> Exposure:
+    return replace(exposure, steps=0, planned=0, releases=0)
+
+
+def as_release(exposure: Exposure, steps: int) -> Release:
+    """Steps of an exposure as if they were one row."""
+    return Release(
+        dataset="",
+        records=exposure.records,
+        run=exposure.run,
+        client=exposure.client,
+        round=0,
+        sampling_rate=exposure.sampling_rate,
+        noise_multiplier=exposure.noise_multiplier,
+        clip_norm=0.0,
+        steps=steps,
+        noise=exposure.noise,
+        request="",
+        unit=exposure.unit,
+    )
+
+
+def pending_of(connection: sqlite3.Connection, release: Release) -> Charge | None:
+    """The client's latest row in the run, if it is this release and still without a reply."""
+    row = connection.execute(
+        f"SELECT id, seed, reply, {COLUMNS} FROM releases WHERE run = ? AND client = ? ORDER BY id DESC LIMIT 1",
+        (release.run, release.client),
+    ).fetchone()
+    if row is None or row[2] is not None or release_of(row[3:]) != release:
+        return None
+    # Versions before this one wrote such rows without a seed.
+    return None if row[1] is None and release.noise != "reproducible" else Charge(row[0], row[1])
+
+
+def steps_of(connection: sqlite3.Connection, run: str, client: int, besides: int = 0) -> int:
+    query = "SELECT COALESCE(SUM(steps), 0) FROM releases WHERE run = ? AND client = ? AND id <> ?"
+    return int(connection.execute(query, (run, client, besides)).fetchone()[0])

@@ -1,0 +1,308 @@
+"""What an owner's data have cost over their whole life: ε of all that was ever released about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lorica.privacy.accounting import (
+    RDP_ORDERS,
+    Steps,
+    epsilon,
+    epsilon_above,
+    epsilon_from_rdp,
+    epsilons_from_rdp,
+    merged_steps,
+    rdp_curve,
+    total_rdp,
+)
+from lorica.privacy.exposures import Exposure
+from lorica.privacy.ledger import Ledger, Release
+from lorica.privacy.ledger_file import Book
+from lorica.privacy.unit import RECORD, PrivacyUnit
+
+MOST_EXACT = 8
+"""Compositions of a client's records that are computed by PLD; Rényi bounds stand for the rest."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What each of a client's records was ever in, whichever file, order or ledger it came in.
+
+    Attributes:
+        records: fingerprint of the client's records.
+        exposures: those that any of the records was in.
+        members: fingerprint -> (n,) bool, which of the n records are in another set.
+        unindexed: releases by versions of Lorica that kept no index of records.
+    """
+
+    records: str
+    exposures: list[Exposure]
+    members: dict[str, np.ndarray]
+    unindexed: list[Release]
+
+    def epsilon(
+        self,
+        delta: float,
+        client: tuple[str, int] | None = None,
+        planned: Steps | None = None,
+        unit: PrivacyUnit = RECORD,
+        reserved: bool = False,
+    ) -> float:
+        """ε at `delta` of the record that was in most.
+
+        A record's ε is that of the composition of every exposure that it was in. Records with the same exposures are
+        one case. Cases are taken in descending order of their ε by Rényi differential privacy, which bounds that by
+        PLD, until no case that is left can be above the largest one found. After `MOST_EXACT` cases the bound of the
+        next one is the answer: never too small.
+
+        Where equal records are with several clients of one run, the record was with one of them, nobody knows which:
+        at each Rényi order the most expensive client counts, as for releases without an index.
+
+        Args:
+            client: run and number of the client whose history it is: clients of one run hold different records, even if
+                they look equal.
+            planned: steps still to come.
+            unit: what they protect. Releases with other units do not add up with it and make ε infinite.
+            reserved: count what other runs have reserved, too.
+        """
+        cases = self._cases(client, planned, unit, reserved)
+        bounds = cases.bounds(delta)
+        largest = 0.0
+        for number, case in enumerate(np.argsort(-bounds)):
+            if bounds[case] <= largest:
+                break
+            steps = cases.steps(int(case))
+            if steps is None or number == MOST_EXACT:
+                return float(bounds[case])
+            largest = max(largest, epsilon(steps, delta))
+        return largest
+
+    def above(
+        self,
+        limit: float,
+        delta: float,
+        client: tuple[str, int] | None = None,
+        planned: Steps | None = None,
+        unit: PrivacyUnit = RECORD,
+    ) -> float | None:
+        """`epsilon`, with what other runs have reserved, if it is above `limit`, else None.
+
+        Cheap where Rényi differential privacy is enough.
+        """
+        if self._cases(client, planned, unit, reserved=True).bounds(delta).max() <= limit:
+            return None
+        life = self.epsilon(delta, client, planned, unit, reserved=True)
+        return life if life > limit else None
+
+    @property
+    def unprotected(self) -> int:
+        """Number of releases with seeded noise or none that any of the records was in."""
+        bare = sum(one.releases for one in self.exposures if one.noise != "secure")
+        return bare + unprotected(self.unindexed)
+
+    def holders(self, run: str) -> list[Exposure]:
+        """What other runs have reserved and not used."""
+        return [one for one in self.exposures if one.outstanding and one.run != run and one.noise == "secure"]
+
+    def _cases(
+        self, client: tuple[str, int] | None, planned: Steps | None, unit: PrivacyUnit, reserved: bool
+    ) -> _Cases:
+        own, foreign = _composed(self.unindexed, self.records, planned, unit)
+        private = [one for one in self.exposures if one.noise == "secure"]
+        kinds = sorted(
+            {(one.sampling_rate, one.noise_multiplier) for one in [*(p.cost(reserved) for p in private), *own]}
+        )
+        counts = np.zeros((len(next(iter(self.members.values()), [None])), len(kinds)), dtype=np.int64)
+        for step in own:
+            counts[:, kinds.index((step.sampling_rate, step.noise_multiplier))] += step.count
+        mixed = np.zeros(len(counts), dtype=np.int64)
+        for one in private:
+            mixed |= self.members[one.records] & (one.unit != unit)
+        columns, curves = [mixed], [np.stack([np.zeros(len(RDP_ORDERS)), np.full(len(RDP_ORDERS), np.inf)])]
+        for costs in _by_run(private, self.records, client, reserved):
+            inside = {
+                number: np.logical_or.reduce([self.members[name] for name, _ in steps])
+                for number, steps in costs.items()
+            }
+            several = np.sum(list(inside.values()), axis=0) > 1
+            for steps in costs.values():
+                for name, cost in steps:
+                    kind = kinds.index((cost.sampling_rate, cost.noise_multiplier))
+                    counts[self.members[name] & ~several, kind] += cost.count
+            if several.any():
+                column, of_run = self._alternatives(costs, several, counts, kinds)
+                columns.append(column)
+                curves.append(of_run)
+        rows = np.unique(np.column_stack([counts, *columns]), axis=0)
+        return _Cases(kinds, rows, curves, foreign)
+
+    def _alternatives(
+        self,
+        costs: dict[int, list[tuple[str, Steps]]],
+        several: np.ndarray,
+        counts: np.ndarray,
+        kinds: list[tuple[float, float]],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """For records that several clients of one run have: a number for each, and the Rényi curve of each number.
+
+        Where these clients did the same, their steps are added to `counts`, and the number is 0.
+        """
+        column, curves = np.zeros(len(several), dtype=np.int64), [np.zeros(len(RDP_ORDERS))]
+        names = sorted({name for steps in costs.values() for name, _ in steps})
+        patterns = np.stack([self.members[name] for name in names], axis=1)[several]
+        distinct, which = np.unique(patterns, axis=0, return_inverse=True)
+        for number, pattern in enumerate(distinct):
+            present = {name for name, inside in zip(names, pattern, strict=True) if inside}
+            done = {merged_steps(cost for name, cost in steps if name in present) for steps in costs.values()} - {()}
+            records = np.flatnonzero(several)[which.reshape(-1) == number]
+            if len(done) > 1:
+                column[records] = len(curves)
+                curves.append(np.max([total_rdp(steps) for steps in done], axis=0))
+            for cost in next(iter(done)) if len(done) == 1 else ():
+                counts[records, kinds.index((cost.sampling_rate, cost.noise_multiplier))] += cost.count
+        return column, np.stack(curves)
+
+
+@dataclass(frozen=True)
+class _Cases:
+    """The distinct compositions that a client's records were in.
+
+    Attributes:
+        kinds: (q, σ) of each kind of step.
+        rows: (cases, kinds + len(curves)): steps of each kind, and then a place in each of `curves`.
+        curves: Rényi curves, each (places, orders), of what steps alone do not say.
+        foreign: Rényi curve of what every record may have been in.
+    """
+
+    kinds: list[tuple[float, float]]
+    rows: np.ndarray
+    curves: list[np.ndarray]
+    foreign: np.ndarray
+
+    def bounds(self, delta: float) -> np.ndarray:
+        """(cases,): ε by Rényi differential privacy."""
+        total = np.tile(self.foreign, (len(self.rows), 1))
+        for kind, (rate, noise_multiplier) in enumerate(self.kinds):
+            steps = self.rows[:, kind]
+            total[steps > 0] += steps[steps > 0, None] * rdp_curve(Steps(rate, noise_multiplier, 1))
+        for place, curve in enumerate(self.curves, len(self.kinds)):
+            total += curve[self.rows[:, place]]
+        return epsilons_from_rdp(total, delta)
+
+    def steps(self, case: int) -> list[Steps] | None:
+        """What one case is composed of; None if Rényi curves are part of it."""
+        row = self.rows[case]
+        places = zip(self.curves, row[len(self.kinds) :], strict=True)
+        if np.any(self.foreign) or any(np.any(curve[place]) for curve, place in places):
+            return None
+        return [Steps(*kind, int(count)) for kind, count in zip(self.kinds, row, strict=False) if count]
+
+
+def history(ledger: Ledger | Book, dataset: str, records: str) -> History:
+    """What a client's records were in, by its ledger and by all that Lorica's home knows.
+
+    Args:
+        dataset: fingerprint of the whole training data, which old releases are known by.
+        records: fingerprint of the client's records.
+    """
+    # Records that were not introduced are at least known as a whole.
+    members = ledger.members(records) or {records: np.ones(1, dtype=bool)}
+    exposures = [one for one in ledger.exposures() if one.records in members]
+    own_runs = {one.run for one in exposures if one.records == records}
+    unindexed = [one for one in ledger.unindexed(dataset) if one.records not in members and one.run not in own_runs]
+    return History(records, exposures, members, unindexed)
+
+
+def _by_run(
+    exposures: list[Exposure], records: str, client: tuple[str, int] | None, reserved: bool
+) -> list[dict[int, list[tuple[str, Steps]]]]:
+    """For each run: client -> sets of records and the steps that it did with them.
+
+    Of the current run that is this client alone; of a run in which a client had these very records, that client.
+    """
+    runs: dict[tuple[str, str], list[Exposure]] = {}
+    for one in exposures:
+        runs.setdefault((one.ledger, one.run), []).append(one)
+    found = []
+    for (_, run), inside in runs.items():
+        current = client is not None and client[0] == run
+        own = {one.client for one in inside if one.records == records}
+        if client is not None and current:
+            own = {client[1]}
+        costs: dict[int, list[tuple[str, Steps]]] = {}
+        for one in inside:
+            cost = one.cost(reserved and not current)
+            if cost.count and (one.client in own or not (own or current)):
+                costs.setdefault(one.client, []).append((one.records, cost))
+        if costs:
+            found.append(costs)
+    return found
+
+
+def lifetime_epsilon(
+    releases: Iterable[Release],
+    records: str | None,
+    delta: float,
+    planned: Steps | None = None,
+    unit: PrivacyUnit = RECORD,
+) -> float:
+    """ε of everything ever released about one of `records`, at `delta`, with `planned` steps still to come.
+
+    Releases with different units do not add up, and make it infinite: what protects single records does not protect a
+    group, and a group that loses one record is another group rather than none, so that its clipped gradient may move
+    by 2C.
+
+    Releases of these very records compose by PLD. In a simulation, other runs may have split the same data set
+    differently; one of these records then was with some client of that run, nobody knows which, and the bound takes at
+    each Rényi order the most expensive client: `max_k RDP_k(α)`. Releases without noise, or with reproducible
+    noise, are not private and are left out: `unprotected` counts them.
+
+    Args:
+        records: fingerprint of a client's records, where this process dealt the records to the clients. None where a
+            server did: then no client's number says who has a record, and all releases compose by PLD.
+    """
+    own, foreign = _composed(releases, records, planned, unit)
+    return epsilon_from_rdp(total_rdp(own) + foreign, delta) if np.any(foreign) else epsilon(own, delta)
+
+
+def lifetime_above(
+    limit: float,
+    releases: Iterable[Release],
+    records: str | None,
+    delta: float,
+    planned: Steps | None = None,
+    unit: PrivacyUnit = RECORD,
+) -> float | None:
+    """`lifetime_epsilon` if it is above `limit`, else None; as cheap as `epsilon_above`."""
+    own, foreign = _composed(releases, records, planned, unit)
+    if not np.any(foreign):
+        return epsilon_above(limit, own, delta)
+    life = epsilon_from_rdp(total_rdp(own) + foreign, delta)
+    return life if life > limit else None
+
+
+def _composed(
+    releases: Iterable[Release], records: str | None, planned: Steps | None, unit: PrivacyUnit
+) -> tuple[list[Steps], np.ndarray]:
+    """Steps that surely saw these records, and the RDP curve of other partitions' worst clients."""
+    private = [release for release in releases if release.noise == "secure"]
+    own = [release.cost for release in private if records in (None, release.records)]
+    own_runs = {release.run for release in private if records in (None, release.records)}
+    own += [planned] if planned else []
+    foreign: dict[str, dict[int, list[Steps]]] = {}
+    for release in private:
+        if release.run not in own_runs:
+            foreign.setdefault(release.run, {}).setdefault(release.client, []).append(release.cost)
+    unlike = any(release.unit != unit for release in private)
+    curve = total_rdp([]) + (float("inf") if unlike else 0.0)
+    for clients in foreign.values():
+        curve = curve + np.max([total_rdp(steps) for steps in clients.values()], axis=0)
+    return own, curve
+
+
+def unprotected(releases: Iterable[Release]) -> int:
+    """Number of releases with seeded noise or none."""
+    return sum(release.noise != "secure" for release in releases)
