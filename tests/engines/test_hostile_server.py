@@ -146,7 +146,6 @@ def test_no_other_account_can_read_what_a_node_writes(owner: Owner) -> None:
         (["privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
         (["privacy.noise_multiplier=0.01"], r"policy\.min_noise_multiplier: .* 0\.01; the minimum is 0\.5"),
         (["privacy.clip_norm=1.0e+9"], r"policy\.max_clip_norm: .* 1e\+09; the limit is 2"),
-        (["privacy.clip_norm=.inf"], r"the experiment is not valid: privacy\.clip_norm"),
         ([f"federation.batch_size={RECORDS[0]}"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.5"),
         (["federation.rounds=51"], r"policy\.max_steps: .* 102 steps; the limit is 100"),
         (["privacy.noise_multiplier=0.5", "federation.rounds=50"], r"policy\.max_epsilon: .* the limit is 30"),
@@ -356,10 +355,10 @@ def test_what_is_in_the_data_does_not_leave_in_errors(owner: Owner, caplog: pyte
     rows = [{"text": text, "label": "good"} for text in sentences(24, 0)]
     write_rows(owner.place / "data.jsonl", [*rows, {"text": "fine", "label": SECRET}])
     answer = owner.ask(owner.invitation())
-    assert set(answer) == {"refused"}
-    assert SECRET not in str(answer)
+    assert set(answer) == {"plan"}
+    assert SECRET not in str(answer) + caplog.text
     (owner.place / "data.jsonl").write_text(f'{{"text": "{SECRET}", "label"\n')
-    answer = owner.ask(owner.invitation())
+    answer = owner.ask(owner.invitation(run="other"))
     assert set(answer) == {"refused"}
     assert SECRET not in str(answer)
     # Lest the test pass since nothing was read.
