@@ -213,8 +213,8 @@ def test_numbers_that_make_no_sense_are_no_experiment(
         # Whether there is such a column is not for the server to learn.
         ({"text": ["diagnosis"]}, r"policy\.tasks: the server proposes task\.text = \['diagnosis'\]"),
         ({"label": "text"}, r"policy\.tasks: the server proposes task\.label = 'text'"),
-        ({"train": "/etc/passwd"}, r"task\.train = '/etc/passwd': the data are for the owner to name"),
-        ({"train": "data.jsonl"}, r"task\.train = 'data\.jsonl': the data are for the owner to name"),
+        ({"train": "/etc/passwd"}, r"task\.train = '/etc/passwd': only the owner may name the data"),
+        ({"train": "data.jsonl"}, r"task\.train = 'data\.jsonl': only the owner may name the data"),
     ],
 )
 def test_the_server_names_neither_files_nor_other_columns(owner: Owner, task: dict[str, Any], message: str) -> None:
@@ -547,7 +547,7 @@ def test_an_older_round_is_over(owner: Owner) -> None:
     sent = owner.invitation()
     owner.ask(sent, request(owner, sent, round=2))
     answer = owner.ask(sent, request(owner, sent, round=1))
-    assert answer["refused"] == "client 0: round 1 is over; its releases are not made again"
+    assert answer["refused"] == "client 0: round 1 is over, and its releases are not repeated"
     assert len(owner.releases()) == 1
 
 
@@ -564,7 +564,7 @@ def test_a_run_is_agreed_on_once(owner: Owner) -> None:
     owner.ask(owner.invitation())
     agreed.cache_clear()
     answer = owner.ask(owner.invitation("federation.rounds=4"))
-    assert answer["refused"] == "run run was agreed on with another experiment"
+    assert answer["refused"] == "run run was agreed with another experiment"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e38, 1e20])
@@ -623,9 +623,9 @@ def test_steps_that_fail_are_charged(owner: Owner) -> None:
     some = failing(request(owner, sent))
     assert owner.ask(sent, some) == {"refused": GENERIC}
     assert [release.steps for release in owner.releases()] == [2]
-    # It is no reply that could be asked for again.
+    # The same attempt again has the same batches and noise: it fails again, and tells nothing new.
     assert owner.ask(sent, some) == {"refused": GENERIC}
-    assert "6 steps in total" in str(owner.ask(sent, some)["refused"])
+    assert [release.steps for release in owner.releases()] == [2]
 
 
 def test_whether_a_private_test_fails_is_not_told(

@@ -91,7 +91,7 @@ class Watching(InProcessGrid):
 def _read(content: bytes) -> str:
     try:
         return "tensors" if decode(content) else "no tensors"
-    except safetensors.SafetensorError:
+    except ValueError:
         return "not readable"
 
 
