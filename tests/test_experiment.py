@@ -374,7 +374,10 @@ def test_without_privacy_a_run_says_so(tmp_path: Path, some_digits: list[str]) -
         ("privacy=none", r"federation\.weights = 'noise': there is no noise"),
         ("model.device=cuda:7", r"model\.device"),
         ("lora.client_ranks=[1, 2, 3]", r"lora\.client_ranks = \[1, 2, 3\]: 3 ranks for 2 clients"),
-        ("lora.client_ranks=[0, 2]", r"lora\.client_ranks = \[0, 2\]: a rank is out of range\. Choose ranks from 1 to lora\.r = 4"),
+        (
+            "lora.client_ranks=[0, 2]",
+            r"lora\.client_ranks = \[0, 2\]: a rank is out of range\. Choose ranks from 1 to lora\.r = 4",
+        ),
         ("lora.client_ranks=halving", r"as-lora does not support ranks that differ"),
         ("local.scaffold=true", r"local\.scaffold = True: as-lora does not support control variates"),
         ("server.optimiser=fedadam", r"Did you mean 'optimizer'"),
