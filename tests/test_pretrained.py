@@ -252,6 +252,6 @@ def test_an_adapter_names_no_module_to_import(exported: Path, tmp_path: Path, mo
     monkeypatch.syspath_prepend(str(tmp_path))
     settings = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
     edit(folder / "adapter_config.json", megatron_core="evil_module", megatron_config=settings)
-    with pytest.raises(UserError, match=r"adapter_config\.json is not one that Lorica writes"):
+    with pytest.raises(UserError, match=r"adapter_config\.json was not written by Lorica"):
         load_adapter(folder)
     assert "evil_module" not in sys.modules

@@ -428,7 +428,7 @@ def test_a_sketch_is_projected_in_its_own_round_only(owner: Owner) -> None:
     assert "reply" in owner.ask(sent, work(some, sketch_columns=4))
     assert "reply" in owner.ask(sent, replace(some, exchange=2, work=projection(some)))
     later = replace(some, round=2, work=projection(some))
-    assert owner.ask(sent, later)["refused"] == "client 0: round 2 has no sketch whose factors could be projected"
+    assert owner.ask(sent, later)["refused"] == "client 0: round 2 has no sketch to project"
     # Nor with a training in between that leaves the same tensors with the client and moves them by nothing.
     trained = tuple(name for name in some.tensors if name.endswith(".B"))
     still = work(replace(some, round=2), personal=trained, rates=dict.fromkeys(trained, 0.0))

@@ -117,7 +117,7 @@ def test_a_target_that_takes_no_noise_is_one_clear_error(
 
 def test_a_target_that_no_noise_meets_is_one_clear_error(noises: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accounting, "MOST_NOISE", 40.0)
-    with pytest.raises(UserError, match=r"privacy\.epsilon = 0\.1: no noise is large enough"):
+    with pytest.raises(UserError, match=r"privacy\.epsilon = 0\.1: it requires a noise multiplier above"):
         calibrate(0.5, 1000, 0.1, 1e-5)
     assert len(noises) <= 3
 
