@@ -174,7 +174,12 @@ def _measure(
     before: float | None,
 ) -> Measured:
     """Run the experiment, and watch the memory of some processes, by default of the command and all that it starts."""
-    shape = [f"federation.clients={size.clients}", f"federation.rounds={size.rounds}", f"model.threads={size.threads}"]
+    shape = [
+        f"federation.clients={size.clients}",
+        "federation.weights=uniform",
+        f"federation.rounds={size.rounds}",
+        f"model.threads={size.threads}",
+    ]
     shape += [f"federation.local_steps={size.local_steps}", f"federation.evaluate_every={size.rounds}"]
     command = ["lorica", "run", "name=measured", f"output={folder}", "privacy.noise=reproducible", *shape, *overrides]
     log, memory = folder / "run.log", Memory(0, 0)

@@ -51,3 +51,10 @@ def test_links_point_to_files(page: str) -> None:
 def test_the_readme_lists_every_method() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M)
     assert sorted(rows) == sorted(registry())
+
+
+def test_the_attacks_of_the_threat_model_are_tests() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 30
+    assert sorted(named - set(re.findall(r"def (test_\w+)", sources))) == []

@@ -229,7 +229,7 @@ def test_an_adapter_is_read_from_safetensors_only(exported: Path, tmp_path: Path
     assert load_adapter(folder)
     (folder / "adapter_model.safetensors").unlink()
     torch.save({"x": Payload(marker)}, folder / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors"):
+    with pytest.raises(UserError, match=r"has no adapter_model\.safetensors"):
         load_adapter(folder)
     assert not marker.exists()
 

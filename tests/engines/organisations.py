@@ -65,6 +65,8 @@ class Organisations:
                 "type": "text-classification",
                 "train": self.data,
                 "test": self.test,
+                # The sentences are made of few words.
+                "test_overlap": "allow",
                 "labels": ["bad", "good"],
                 "max_length": 16,
             },

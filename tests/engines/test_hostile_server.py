@@ -11,10 +11,12 @@ import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import dp_accounting
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -28,9 +30,12 @@ from lorica.errors import UserError
 from lorica.local.step import LocalStep
 from lorica.messages import Delivery, Invitation, Projection, Request, Training
 from lorica.owner.node import Node, agreed, respond
+from lorica.owner.refusals import because_of
 from lorica.owner.settings import NodeSettings
 from lorica.privacy import accounting
+from lorica.privacy.gradients import per_example_gradients
 from lorica.privacy.ledger import Ledger, Release
+from lorica.tasks.labels import UNKNOWN
 from lorica.tensors import decode
 from tests.engines.organisations import DELTA, RECORDS, SIGMA, Organisations, invitation
 from tests.tasks.test_whole_runs import sentences, write_rows
@@ -59,6 +64,9 @@ class Owner:
 
     def ask(self, sent: str, request: Request | bytes | None = None) -> dict[str, str | bytes]:
         return respond(self.settings, sent, request.encode() if isinstance(request, Request) else request)
+
+    def labels(self) -> list[str]:
+        return [str(json.loads(line)["label"]) for line in (self.place / "data.jsonl").read_text().splitlines()]
 
     def releases(self) -> list[Release]:
         path = self.place / "data.jsonl.ledger.sqlite"
@@ -138,7 +146,6 @@ def test_no_other_account_can_read_what_a_node_writes(owner: Owner) -> None:
         (["privacy.noise=reproducible"], r"policy\.noise: .* reproducible"),
         (["privacy.noise_multiplier=0.01"], r"policy\.min_noise_multiplier: .* 0\.01; the minimum is 0\.5"),
         (["privacy.clip_norm=1.0e+9"], r"policy\.max_clip_norm: .* 1e\+09; the limit is 2"),
-        (["privacy.clip_norm=.inf"], r"the experiment is not valid: privacy\.clip_norm"),
         ([f"federation.batch_size={RECORDS[0]}"], r"policy\.max_sampling_rate: .* 1; the limit is 0\.5"),
         (["federation.rounds=51"], r"policy\.max_steps: .* 102 steps; the limit is 100"),
         (["privacy.noise_multiplier=0.5", "federation.rounds=50"], r"policy\.max_epsilon: .* the limit is 30"),
@@ -195,7 +202,7 @@ def test_numbers_that_make_no_sense_are_no_experiment(
     experiment = json.loads(sent.experiment)
     experiment[section] |= keys
     refused = owner.ask(replace(sent, experiment=json.dumps(experiment)).encode())["refused"]
-    assert re.search(f"the experiment is not valid here: {message}", str(refused))
+    assert re.search(f"the experiment is not valid: {message}", str(refused))
     owner.assert_untouched()
 
 
@@ -206,12 +213,42 @@ def test_numbers_that_make_no_sense_are_no_experiment(
         # Whether there is such a column is not for the server to learn.
         ({"text": ["diagnosis"]}, r"policy\.tasks: the server proposes task\.text = \['diagnosis'\]"),
         ({"label": "text"}, r"policy\.tasks: the server proposes task\.label = 'text'"),
-        ({"train": "/etc/passwd"}, r"task\.train = '/etc/passwd': only the owner may name the data, not the server"),
-        ({"train": "data.jsonl"}, r"task\.train = 'data\.jsonl': only the owner may name the data, not the server"),
+        ({"train": "/etc/passwd"}, r"task\.train = '/etc/passwd': only the owner may name the data"),
+        ({"train": "data.jsonl"}, r"task\.train = 'data\.jsonl': only the owner may name the data"),
     ],
 )
 def test_the_server_names_neither_files_nor_other_columns(owner: Owner, task: dict[str, Any], message: str) -> None:
     assert re.search(message, str(owner.ask(owner.invitation(**task))["refused"]))
+    owner.assert_untouched()
+
+
+def test_a_server_does_not_learn_which_labels_occur(owner: Owner, caplog: pytest.LogCaptureFixture) -> None:
+    """By asking once with and once without a label, it saw in the refusal whether a record has it."""
+    expected = owner.ask(owner.invitation(run="honest"))
+    assert "plan" in expected
+    for run, labels in {"a": ["bad", "great"], "b": ["great", "good"], "c": ["1", "2", "3"]}.items():
+        sent = owner.invitation(run=run, labels=labels)
+        with caplog.at_level(logging.WARNING, logger="lorica"):
+            assert owner.ask(sent) == expected
+        client = node_of(owner, sent)._client
+        unknown = np.flatnonzero(client.records.labels == UNKNOWN)
+        counted = len(unknown)
+        assert 0 < counted == sum(text not in labels for text in owner.labels())
+        assert f"{counted} of {RECORDS[0]} records have a label that is not in task.labels" in caplog.text
+        # Neither in an update nor in an error.
+        model = node_of(owner, sent)._model
+        batch = client.records.batch(unknown)
+        model.write({name: torch.randn(value.shape) for name, value in model.read().items()})
+        losses = partial(model.losses, model.peft_model, batch)
+        gradients = per_example_gradients(losses, model.tensors, len(batch))
+        assert all(not bool(gradient.any()) for gradient in gradients.values())
+        assert "reply" in owner.ask(sent, request(owner, sent, run=run))
+
+
+def test_labels_are_never_taken_from_the_records(owner: Owner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorica.tasks.loading.read_training", lambda *_, **__: pytest.fail("the records were read"))
+    refused = owner.ask(owner.invitation(labels=None))["refused"]
+    assert refused == because_of(UserError("task.labels", None, "", ""))
     owner.assert_untouched()
 
 
@@ -318,10 +355,10 @@ def test_what_is_in_the_data_does_not_leave_in_errors(owner: Owner, caplog: pyte
     rows = [{"text": text, "label": "good"} for text in sentences(24, 0)]
     write_rows(owner.place / "data.jsonl", [*rows, {"text": "fine", "label": SECRET}])
     answer = owner.ask(owner.invitation())
-    assert set(answer) == {"refused"}
-    assert SECRET not in str(answer)
+    assert set(answer) == {"plan"}
+    assert SECRET not in str(answer) + caplog.text
     (owner.place / "data.jsonl").write_text(f'{{"text": "{SECRET}", "label"\n')
-    answer = owner.ask(owner.invitation())
+    answer = owner.ask(owner.invitation(run="other"))
     assert set(answer) == {"refused"}
     assert SECRET not in str(answer)
     # Lest the test pass since nothing was read.
@@ -429,11 +466,21 @@ def test_a_sketch_is_projected_in_its_own_round_only(owner: Owner) -> None:
     assert "reply" in owner.ask(sent, replace(some, exchange=2, work=projection(some)))
     later = replace(some, round=2, work=projection(some))
     assert owner.ask(sent, later)["refused"] == "client 0: round 2 has no sketch to project"
-    # Nor with a training in between that leaves the same tensors with the client and moves them by nothing.
+    # Nor after a training that is charged in the new round and then fails.
+    assert owner.ask(sent, failing(replace(some, round=2))) == {"refused": GENERIC}
+    assert "has no sketch" in str(owner.ask(sent, later)["refused"])
+
+
+def test_what_else_stays_with_a_client_is_not_projected(owner: Owner) -> None:
+    """Trained at rate 0, tensors that stay are those that an earlier round has sketched."""
+    sent = owner.invitation()
+    some = request(owner, sent)
+    assert "reply" in owner.ask(sent, work(some, sketch_columns=4))
     trained = tuple(name for name in some.tensors if name.endswith(".B"))
     still = work(replace(some, round=2), personal=trained, rates=dict.fromkeys(trained, 0.0))
     assert "reply" in owner.ask(sent, still)
-    assert "has no sketch" in str(owner.ask(sent, replace(later, exchange=2))["refused"])
+    later = replace(some, round=2, exchange=2, work=projection(some))
+    assert "has no sketch" in str(owner.ask(sent, later)["refused"])
 
 
 def edited(some: Request, change: Any) -> bytes:
@@ -562,20 +609,23 @@ def frozen(owner: Owner, sent: str) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in state.items() if ".base_layer." in name}
 
 
-def test_steps_that_fail_are_charged(owner: Owner) -> None:
+def failing(some: Request) -> Request:
     """`BᵀB` is singular at `B = 0`: the second half of the step fails, after noise was added."""
-    sent = owner.invitation()
-    some = request(owner, sent)
     trained = tuple(name for name in some.tensors if name.endswith(".A"))
     zero = {name: torch.zeros_like(value) for name, value in some.tensors.items()}
-    some = work(
+    return work(
         replace(some, tensors=zero), trained=trained, rates=dict.fromkeys(trained, 1.0), local=LocalStep(damping=0.0)
     )
+
+
+def test_steps_that_fail_are_charged(owner: Owner) -> None:
+    sent = owner.invitation()
+    some = failing(request(owner, sent))
     assert owner.ask(sent, some) == {"refused": GENERIC}
     assert [release.steps for release in owner.releases()] == [2]
-    # It is no reply that could be asked for again.
+    # The same attempt again has the same batches and noise: it fails again, and tells nothing new.
     assert owner.ask(sent, some) == {"refused": GENERIC}
-    assert "6 steps in total" in str(owner.ask(sent, some)["refused"])
+    assert [release.steps for release in owner.releases()] == [2]
 
 
 def test_whether_a_private_test_fails_is_not_told(

@@ -110,7 +110,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_the_adapter_is_that_of_the_local_engine_bit_for_bit(federation: Any, tmp_path: Path, method: str) -> None:
     folder = federation.folder
     same = [f"name={method}", f"method.name={method}", "privacy.noise=reproducible", "federation.rounds=2"]
-    same += ["federation.clients=3", "federation.local_steps=2"]
+    same += ["federation.clients=3", "federation.weights=uniform", "federation.local_steps=2"]
     remote = load(None, [*same, "engine=flower", "flower.superlink=loopback", "task.train=owner", f"output={folder}"])
     launch(with_absolute_paths(remote), federation.home)
     local = load(None, [*same, f"output={tmp_path}", f"privacy.ledger={tmp_path / 'ledger.sqlite'}"])
@@ -131,7 +131,7 @@ def test_the_owners_refusal_and_the_servers_error_reach_the_one_who_started_the_
 ) -> None:
     folder = federation.folder
     asked = ["name=greedy", "engine=flower", "flower.superlink=loopback", "task.train=owner", f"output={folder}"]
-    asked += ["federation.clients=3", "flower.wait=40", "privacy.epsilon=100"]
+    asked += ["federation.clients=3", "federation.weights=uniform", "flower.wait=40", "privacy.epsilon=100"]
     with pytest.raises(UserError, match=r"0 clients have joined after 40 seconds"):
         launch(with_absolute_paths(load(None, asked)), federation.home)
     assert capfd.readouterr().out.count("refused: policy.") == 3
@@ -140,7 +140,13 @@ def test_the_owners_refusal_and_the_servers_error_reach_the_one_who_started_the_
 def test_a_node_runs_no_code_that_the_server_sends(federation: Any, tmp_path: Path) -> None:
     folder = federation.folder
     config = load(None, ["name=code", "engine=flower", "flower.superlink=loopback", "task.train=owner"])
-    asked = ["federation.clients=3", "federation.rounds=1", "privacy.noise=reproducible", f"output={folder}"]
+    asked = [
+        "federation.clients=3",
+        "federation.weights=uniform",
+        "federation.rounds=1",
+        "privacy.noise=reproducible",
+        f"output={folder}",
+    ]
     write_app(load(json.loads(config.model_dump_json()), asked), tmp_path / "app")
     app = (tmp_path / "app" / "pyproject.toml").read_text()
     (tmp_path / "app" / "pyproject.toml").write_text(app.replace("lorica.engines.flower.client:app", "sent:app"))
@@ -163,7 +169,13 @@ def test_rounds_go_on_without_a_killed_node_and_with_it_once_it_is_started_again
     """It is the same node to the SuperLink, by its key; the statement has what it was charged for without an answer."""
     folder = federation.folder
     asked = ["name=killed", "engine=flower", "flower.superlink=loopback", "task.train=owner", f"output={folder}"]
-    asked += ["federation.clients=3", "federation.min_clients=2", "federation.rounds=9", "federation.local_steps=2"]
+    asked += [
+        "federation.clients=3",
+        "federation.weights=uniform",
+        "federation.min_clients=2",
+        "federation.rounds=9",
+        "federation.local_steps=2",
+    ]
     config = with_absolute_paths(load(None, [*asked, "flower.timeout=90"]))
     metrics = config.folder / "metrics.jsonl"
     with ThreadPoolExecutor(1) as pool:

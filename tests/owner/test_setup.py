@@ -9,7 +9,7 @@ from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.owner.setup import hold_out
 from lorica.tasks.records import Records
-from tests.records import TinyRecords
+from lorica.testing.records import TinyRecords
 
 RECORDS = TinyRecords.texts(1000)
 

@@ -16,9 +16,12 @@ from lorica.adapters.base_files import hash_of_base
 from lorica.cli import app
 from lorica.config import load
 from lorica.experiment import Experiment
+from lorica.privacy.accounting import Steps, epsilon
+from lorica.privacy.exposures import Exposure
 from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.plan import Refused, plan_client
 from lorica.privacy.policy import Policy
+from lorica.privacy.unit import RECORD
 from lorica.reporting.budget import budget_table, read_budget
 from lorica.run.result import Result
 from tests.ledgers import write
@@ -160,6 +163,35 @@ def test_the_command_finds_the_ledger_beside_the_data(tmp_path: Path) -> None:
         "{max_epsilon: 8, delta: 1e-5, base_models: null, tasks: [{type: text-regression}]}"
     )
     assert "is left" in run("budget", str(data), "--policy", str(tmp_path / "policy.yaml"))
+
+
+def test_a_ledger_that_lost_rows_is_shown_so_and_can_be_accepted(tmp_path: Path) -> None:
+    data, path = tmp_path / "private.csv", tmp_path / "private.csv.ledger.sqlite"
+    data.touch()
+    write(Ledger(path), release())
+    before = path.read_bytes()
+    write(Ledger(path), release(round=2))
+    path.write_bytes(before)
+    assert "it has 1 rows, and had 2" in lines(read_budget(data, 1e-5))[0]
+    assert path.read_bytes() == before
+    assert json.loads(run("budget", str(data), "--accept", "--json"))["problem"] is None
+    path.unlink()
+    assert "new ledger" in run("budget", str(data), "--accept")
+    Ledger(path)
+
+
+def test_what_runs_have_reserved_is_shown_and_can_be_released(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    terms = {"unit": RECORD, "noise": "secure", "sampling_rate": 0.1, "noise_multiplier": 1.0}
+    held = Exposure(ledger.identity, "r" * 32, 0, "o" * 64, steps=0, planned=12, releases=0, **terms)
+    ledger.reserve(held)
+    write(ledger, release())
+    (row,) = read_budget(ledger.path, 1e-5)["reserved"]
+    assert (row["run"], row["client"], row["steps"]) == ("r" * 32, 0, 7)
+    assert row["epsilon"] == epsilon([Steps(0.1, 1.0, 7)], 1e-5)
+    assert "Reserved and not used" in lines(read_budget(ledger.path, 1e-5))[0]
+    assert json.loads(run("budget", str(ledger.path), "--release", "rrrr", "--json"))["reserved"] == []
+    assert "no run of this name" in run("budget", str(ledger.path), "--release", "rrrr", code=2)
 
 
 @pytest.mark.parametrize(

@@ -229,10 +229,10 @@ def test_errors_count_records_from_the_first_and_not_from_the_slice(
         tokenise_causal(source(TALKS), ["messages"], tokenizer(chat_template=refusing), 64)
     words = transformers.AutoTokenizer.from_pretrained(text_base)
     names = ("question", "context", "answers")
-    with pytest.raises(UserError, match=r"record 3 .*no tokens from column 'context'"):
+    with pytest.raises(UserError, match=r"record 3 .*no tokens in column 'context'"):
         tokenise_questions(questions([*QUESTIONS[:3], ("fine", " ", None)]), *names, words, 10, 2, 4)
     moved = questions(QUESTIONS).table.set_column(1, "context", [[row[1] for row in QUESTIONS[:4]] + ["no such words"]])
-    with pytest.raises(UserError, match=r"record 4 .*does not stand at"):
+    with pytest.raises(UserError, match=r"record 4 .*does not match column 'context' at"):
         tokenise_questions(Source("task.test", "memory", moved, Path()), *names, words, 10, 2, 4)
 
 

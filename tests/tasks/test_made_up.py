@@ -44,7 +44,12 @@ def test_three_texts_of_different_lengths(name: str, tmp_path: Any, text_base: s
 
 
 def test_three_images(grey_base: str) -> None:
-    config = TaskConfig(type="image-classification", train="lorica:digits/train", test="server")
+    config = TaskConfig(
+        type="image-classification",
+        train="lorica:digits/train",
+        test="server",
+        labels=[str(digit) for digit in range(10)],
+    )
     made_up = load_training(config, grey_base).test
     pixels = next(iter(made_up.micro_batches(np.arange(3), 10**6))).inputs["pixel_values"]
     assert pixels.shape == (3, 1, 8, 8)

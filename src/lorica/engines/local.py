@@ -27,6 +27,7 @@ from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.stages import Input, Part, add_up, run_client_stage
 from lorica.tasks.label_counts import label_counts
 from lorica.tasks.loading import load_task
+from lorica.tasks.overlap import check_sources, overlap
 from lorica.tasks.records import Records, Task
 from lorica.tensors import decode
 
@@ -138,9 +139,11 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
     Raises:
         UserError: names the key, the value and the remedy.
     """
+    check_sources(config.task)
     group = None if config.privacy == "none" else config.privacy.group
     tested = config.federation.private_test > 0
     task = load_task(config.task, resolve_base(config.model.base), config.federation.by, group, tested)
+    task = replace(task, overlap=overlap(config.task, task))
     # The ledger identifies a data set by its records, whatever the unit of privacy.
     dataset = task.train.fingerprint()
     task = by_privacy_unit(config, task)

@@ -178,8 +178,9 @@ class Client:
         Raises:
             Refused: this round has no sketch.
         """
-        factors = {name.removeprefix(SKETCH): value for name, value in kept.items() if name.startswith(SKETCH)}
-        if not factors or self.ledger.last_round(request.run, self.number) != request.round:
+        prefix = _sketched_in(request.round)
+        factors = {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
+        if not factors:
             raise Refused(f"client {self.number}: round {request.round} has no sketch to project")
         return factors
 
@@ -238,8 +239,8 @@ class Client:
         kept = {name: value for name, value in moved.items() if name in work.personal}
         if work.sketch_columns is not None:
             sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
-            # The prefix distinguishes these factors from other tensors kept at the client.
-            kept |= {f"{SKETCH}{name}": moved[name] for name in moved if is_factor(name)}
+            # The prefix separates these factors from those of other rounds and from other tensors kept at the client.
+            kept |= {f"{_sketched_in(request.round)}{name}": moved[name] for name in moved if is_factor(name)}
             released = {name: value for name, value in released.items() if not is_factor(name)} | sketches
         if work.last_step_energy:
             released |= {f"{ENERGY}{name}": post_process(_energy, gradient) for name, gradient in gradients.items()}
@@ -259,6 +260,11 @@ class Client:
 
     def _reproducible(self, request: Request) -> Randomness:
         return ReproducibleRandomness(self.seed, request.round, request.exchange, self.number)
+
+
+def _sketched_in(round_number: int) -> str:
+    """Prefix of the names of the factors that a client keeps behind a round's sketch."""
+    return f"{SKETCH}{round_number}:"
 
 
 def private_metrics_path(ledger: Path) -> Path:

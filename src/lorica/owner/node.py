@@ -35,6 +35,7 @@ from lorica.secure_sum.identity import Identity, Member
 from lorica.secure_sum.requirements import Requirements
 from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.stages import Input, Part, run_client_stage
+from lorica.tasks.labels import without_label
 from lorica.tasks.loading import load_training
 from lorica.tasks.records import Records, Task
 from lorica.tensors import decode, encode
@@ -66,6 +67,13 @@ class Node:
         group = None if self._config.privacy == "none" else self._config.privacy.group
         task = load_training(self._config.task, base, group, tested=self._config.federation.private_test > 0)
         self._label_names = task.label_names
+        ignored = without_label(task.train.labels) if task.label_names else 0
+        if ignored:
+            logger.warning(
+                "%d of %d records have a label that is not in task.labels; they contribute zero",
+                ignored,
+                len(task.train),
+            )
         records, private_test = _own_records(self._config, settings, task)
         declared = policy.records if policy is not None and policy.records is not None else len(records)
         if policy is not None:

@@ -41,12 +41,15 @@ def _row(exposure: Exposure) -> tuple[object, ...]:
 class Home:
     """The index `ledgers/index.sqlite` in Lorica's home folder.
 
+    Args:
+        folder: takes the place of Lorica's home.
+
     Raises:
         UserError: the file cannot be opened or written.
     """
 
-    def __init__(self) -> None:
-        self.path = home_folder() / "ledgers" / "index.sqlite"
+    def __init__(self, folder: Path | None = None) -> None:
+        self.path = (folder or home_folder()) / "ledgers" / "index.sqlite"
         with self._errors():
             private_folder(self.path.parent)
             database.create(self.path)

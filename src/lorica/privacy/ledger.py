@@ -53,13 +53,16 @@ class Ledger:
     Attributes:
         identity: random id of the file and its copies.
 
+    Args:
+        home: what remembers the ledger; by default that of this account.
+
     Raises:
         UserError: the file cannot be opened or written, is not a ledger, or is not the ledger last used here.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, home: Home | None = None) -> None:
         self.path = path
-        self._home = Home()
+        self._home = Home() if home is None else home
         self._introduced: set[str] = set()
         self._members: dict[tuple[str, str], bool] = {}
         with self._errors():

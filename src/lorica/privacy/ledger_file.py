@@ -104,7 +104,6 @@ def read_ledger(path: Path) -> Book:
         if home.at(path) - {identity}:
             problem = "another ledger was used here"
         try:
-            # Another process may be writing, so the stored head can be newer than the rows read here.
             verify(identity, chained(connection), home.head(identity))
         except Broken as broken:
             problem = str(broken)

@@ -84,6 +84,7 @@ def privacy_statement(
     accounts: Mapping[int, Account],
     target_epsilon: float | None,
     unit: PrivacyUnit = RECORD,
+    overlap: int = 0,
 ) -> dict[str, Any]:
     """JSON-able statement of a run as far as the clients' ledgers have been charged.
 
@@ -93,6 +94,7 @@ def privacy_statement(
         plans: client -> plan.
         accounts: client -> account.
         unit: the unit of privacy.
+        overlap: number of training records that are also test records.
     """
     noise = next(iter(plans.values())).noise
     noun = unit.noun
@@ -139,6 +141,11 @@ def privacy_statement(
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),
             "target_epsilon": target_epsilon,
         }
+    if overlap:
+        statement["not_covered"].append(
+            f"{overlap} training records that are also in a test set (task.test_overlap: allow): the test results are "
+            "published without noise."
+        )
     void = [str(plan.client) for plan in plans.values() if plan.void_delta]
     if void:
         statement["not_covered"].append(f"{VOID_DELTA} (clients {', '.join(void)})")

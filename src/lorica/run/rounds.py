@@ -187,6 +187,7 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
         federation.engine.accounts(federation.run),
         None if config.privacy == "none" else config.privacy.epsilon,
         PrivacyUnit.of(config.privacy),
+        prepared.task.overlap,
     )
     write_atomically(folder / "privacy.json", json.dumps(statement, indent=2).encode())
     # If the personal models stay with their clients, export the tensors that all clients share.

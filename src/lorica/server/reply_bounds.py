@@ -108,14 +108,14 @@ def clipped_norm(terms: Terms, records: int, gains: Sequence[float]) -> float:
     ordered = np.sort(gains)[::-1]
     falls = ordered - np.append(ordered[1:], 0.0)
     counts = np.flatnonzero(falls) + 1
-    most = np.array([_most_records(int(count) * records, terms.sampling_rate) for count in counts])
+    most = np.array([_most_records(int(count) * records, terms.sampling_rate, FAILURE) for count in counts])
     return terms.clip_norm / terms.batch_size * float(falls[counts - 1] @ most)
 
 
 @lru_cache(maxsize=4096)
-def _most_records(draws: int, sampling_rate: float) -> float:
+def _most_records(draws: int, sampling_rate: float, failure: float) -> float:
     """The `(1 - p)`-quantile of Binomial(draws, q). Every tensor of every request asks for the same few."""
-    return float(stats.binom.isf(FAILURE, draws, sampling_rate))
+    return float(stats.binom.isf(failure, draws, sampling_rate))
 
 
 def gaussian_norm(parts: Sequence[tuple[float, int]]) -> float:

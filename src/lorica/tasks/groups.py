@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lorica.errors import UserError
-from lorica.tasks.labels import is_text
+from lorica.tasks.labels import UNKNOWN, is_text
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch, Records, Task, digest, stack_digests
 
@@ -170,7 +170,10 @@ def grouped(records: Records, keys: np.ndarray, most: int, seed: int) -> Grouped
 
 
 def _label(labels: np.ndarray) -> float:
-    return float(np.bincount(labels).argmax() if np.issubdtype(labels.dtype, np.integer) else labels.mean())
+    if not np.issubdtype(labels.dtype, np.integer):
+        return float(labels.mean())
+    known = labels[labels != UNKNOWN]
+    return float(np.bincount(known).argmax() if len(known) else UNKNOWN)
 
 
 def _chosen(digests: np.ndarray, members: np.ndarray, most: int, seed: int) -> np.ndarray:

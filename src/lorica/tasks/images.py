@@ -15,7 +15,7 @@ from torch import Tensor
 from lorica.errors import UserError
 from lorica.pretrained import from_pretrained
 from lorica.tasks.cache import Arrays, cached_arrays
-from lorica.tasks.labels import is_text
+from lorica.tasks.labels import UNKNOWN, is_text
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch, Records, digest, stack_digests
 
@@ -114,7 +114,7 @@ def process(
     source. Images are turned as their EXIF orientation says and converted to the model's number of channels.
 
     Args:
-        labels: (n,) int64 positions in `label_names`.
+        labels: (n,) int64 positions in `label_names`, or `UNKNOWN`.
 
     Raises:
         UserError: the column holds no images; an image is missing, cannot be decoded, or has more than 8 bits per
@@ -132,7 +132,7 @@ def process(
 
     digests = stack_digests(
         [
-            digest([content, names[labels[start + offset]]])
+            digest([content, names[label] if (label := labels[start + offset]) != UNKNOWN else b""])
             for start in range(0, len(labels), SLICE)
             for offset, content in enumerate(encoded(start))
         ]

@@ -18,6 +18,10 @@ INTEGER = re.compile(r"[+-]?[0-9]+")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
+# Cross entropy ignores it: the loss is zero, and so is the gradient.
+UNKNOWN = -100
+
+
 def label_names(source: Source, column: str) -> list[str]:
     """The names of all labels of a training source.
 
@@ -46,6 +50,9 @@ def label_names(source: Source, column: str) -> list[str]:
 def label_indices(source: Source, column: str, names: list[str]) -> np.ndarray:
     """(n,) int64: the position in `names` of each record's label.
 
+    In a private source, a label that is not in `names` is `UNKNOWN`: an error, or its absence, would tell a server who
+    chose the names whether the label occurs.
+
     Raises:
         UserError: the column holds no classes, or a label that is not in `names`.
     """
@@ -54,6 +61,9 @@ def label_indices(source: Source, column: str, names: list[str]) -> np.ndarray:
 
     texts = label_texts(source, column)
     indices = compute.index_in(texts, value_set=pa.array(names, pa.large_string()))
+    if source.private:
+        known: np.ndarray = indices.fill_null(UNKNOWN).to_numpy().astype(np.int64)
+        return known
     unknown = sorted(set(texts.filter(compute.is_null(indices)).unique().to_pylist()))
     if unknown:
         raise source.error(
@@ -67,6 +77,8 @@ def label_indices(source: Source, column: str, names: list[str]) -> np.ndarray:
 def label_numbers(source: Source, column: str) -> np.ndarray:
     """(n,) float32: the numbers of a column, which a CSV file has as text.
 
+    In a private source, what is not a finite number is NaN, so that the record's gradient is NaN and contributes zero.
+
     Raises:
         UserError: the column holds no numbers; names the record by its index.
     """
@@ -76,6 +88,8 @@ def label_numbers(source: Source, column: str) -> np.ndarray:
     if is_text(values.type):
         texts = values.to_pylist()
         wrong = next((index for index, text in enumerate(texts) if not NUMBER.fullmatch(text.strip())), None)
+        if source.private:
+            return np.array([float(text) if NUMBER.fullmatch(text.strip()) else np.nan for text in texts], np.float32)
         if wrong is not None:
             raise source.error(
                 f"record {wrong} (counted from 0) has no number in column {column!r}", "correct or remove the record"
@@ -85,6 +99,8 @@ def label_numbers(source: Source, column: str) -> np.ndarray:
         problem = f"the column of {source.name} holds {values.type}, not numbers"
         raise UserError("task.label", column, problem, "choose a column of numbers")
     numbers: np.ndarray = values.to_numpy().astype(np.float32)
+    if source.private:
+        return numbers
     if not np.isfinite(numbers).all():
         index = int(np.flatnonzero(~np.isfinite(numbers))[0])
         raise source.error(
@@ -109,6 +125,10 @@ def label_texts(source: Source, column: str) -> pa.ChunkedArray:
     declared = _declared_names(source.table, column)
     if declared is not None and pa.types.is_integer(kind):
         indices = values.to_numpy()
+        if source.private:
+            names = [*declared, ""]
+            inside = np.where((indices < 0) | (indices >= len(declared)), len(declared), indices)
+            return pa.chunked_array([pa.array(names, pa.large_string()).take(pa.array(inside))])
         outside = np.flatnonzero((indices < 0) | (indices >= len(declared)))
         if len(outside):
             raise source.error(
@@ -117,10 +137,17 @@ def label_texts(source: Source, column: str) -> pa.ChunkedArray:
             )
         return pa.chunked_array([pa.array(declared, pa.large_string()).take(pa.array(indices))])
     texts = values.cast(pa.large_string())
+    if source.private:
+        return texts
     distinct = set(texts.unique().to_pylist())
     if all(map(NUMBER.fullmatch, distinct)) and not all(map(INTEGER.fullmatch, distinct)):
         raise _not_classes(source, column, "holds numbers that are not all integers")
     return texts
+
+
+def without_label(labels: np.ndarray) -> int:
+    """How many records contribute nothing, because their label is unknown or not a finite number."""
+    return int((labels == UNKNOWN).sum() if np.issubdtype(labels.dtype, np.integer) else (~np.isfinite(labels)).sum())
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from lorica.config import TaskConfig
+from lorica.errors import UserError
 from lorica.tasks.groups import group_keys
 from lorica.tasks.kind import TaskKind, kind_of
 from lorica.tasks.labels import label_names
@@ -66,14 +68,19 @@ def load_training(config: TaskConfig, base: str, group: str | None = None, teste
     """The side of a task that an owner has on its own machine: its records, and made-up ones in place of a test set.
 
     Args:
-        config: names the labels, since the owner's records need not have all of them.
+        config: names the labels. They never come from the records: their number would tell something of them. A record
+            with another label contributes zero (`lorica.tasks.labels`).
         group, tested: as for `load_task`.
 
     Raises:
-        UserError: as `load_task`.
+        UserError: as `load_task`, or the labels are not named.
     """
     kind = kind_of(config)
+    if kind.labels == "classes" and config.labels is None:
+        problem = "an owner's labels are not taken from its records"
+        raise UserError("task.labels", None, problem, "list all labels in the experiment's task.labels")
     train, owners = read_training(config, group=group)
+    train = replace(train, private=True)
     names = names_of_labels(kind, train)
     prepare, objective = _preparation(kind, base, names, tested)
     groups = None if group is None else group_keys(train, group)

@@ -32,12 +32,14 @@ class Source:
         name: the source as the configuration spells it.
         table: the columns that the task needs, at least one row, no nulls.
         folder: what relative image paths are relative to.
+        private: an owner's records on its own machine. Whether one has a certain label is not for an error to tell.
     """
 
     key: str
     name: str
     table: pa.Table
     folder: Path
+    private: bool = False
 
     def error(self, problem: str, remedy: str) -> UserError:
         """A mistake in this source."""

@@ -248,6 +248,7 @@ class Task:
         label_names: `label_names[i]` is the name of label i; one name for a number that is predicted, none for text.
         owners: whose the training records are, where the data says so.
         groups: (n,) text, which privacy unit above the record each training record belongs to; None for the record.
+        overlap: training records that are also in a test set, where that is allowed.
     """
 
     train: Records
@@ -256,6 +257,7 @@ class Task:
     objective: Objective
     owners: Owners | None = None
     groups: np.ndarray | None = None
+    overlap: int = 0
 
     @property
     def has_classes(self) -> bool:

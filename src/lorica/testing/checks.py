@@ -39,7 +39,6 @@ from lorica.local.step import LocalStep
 from lorica.messages import Projection, Reply, Request, Training
 from lorica.methods.base import Method, Round, Server
 from lorica.privacy.accounting import Steps
-from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.released import Released
 from lorica.run.checkpoint import load_checkpoint, save_checkpoint
@@ -58,6 +57,7 @@ from lorica.testing.federation import (
     resume,
     run_rounds,
     tiny_federation,
+    tiny_ledger,
 )
 from lorica.testing.models import mean_gradient, tiny_bert
 
@@ -300,7 +300,7 @@ def check_released(recording: Recording) -> None:
 
 def check_ledger(recording: Recording) -> None:
     """The ledger is charged with the steps that were asked for, on the planned terms."""
-    releases = Ledger(recording.folder / "ledger.sqlite").releases(DATASET)
+    releases = tiny_ledger(recording.folder).releases(DATASET)
     asked = [
         (request.client, request.round, request.work.steps if isinstance(request.work, Training) else 0)
         for requests in recording.engine.requests

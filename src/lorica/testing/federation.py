@@ -22,6 +22,7 @@ from lorica.messages import Request
 from lorica.methods.base import Method, make_method
 from lorica.methods.server import Server
 from lorica.owner.client import Client
+from lorica.privacy.home import Home
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import plan_client
 from lorica.run.checkpoint import Checkpoint
@@ -102,6 +103,11 @@ class RecordingEngine(LocalEngine):
         return replies
 
 
+def tiny_ledger(folder: Path) -> Ledger:
+    """`ledger.sqlite` in a folder, with its index there too, so that tests leave nothing in the account's own."""
+    return Ledger(folder / "ledger.sqlite", Home(folder / "home"))
+
+
 def tiny_federation(
     method: str | type[Method],
     folder: Path,
@@ -142,7 +148,7 @@ def tiny_federation(
         for number, count in records.items()
     }
     optimizer = optimizer or OptimizerConfig(lr=LEARNING_RATE)
-    ledger = Ledger(folder / "ledger.sqlite")
+    ledger = tiny_ledger(folder)
     members = {
         number: Client(number, TinyRecords.texts(count, number), plans[number], ledger, DATASET, seed, 1024)
         for number, count in records.items()

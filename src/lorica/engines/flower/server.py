@@ -19,6 +19,7 @@ from lorica.run.result import Result, finished_result
 from lorica.run.rounds import conduct
 from lorica.run.setup import prepare
 from lorica.tasks.loading import load_tests
+from lorica.tasks.overlap import check_sources
 from lorica.tasks.records import Task
 
 app = ServerApp()
@@ -54,6 +55,9 @@ def serve(config: ExperimentConfig, grid: Grid) -> Result:
     finished = finished_result(config)
     if finished is not None:
         return finished
+    if config.flower.superlink is None:
+        # A simulation: the training data are here too.
+        check_sources(config.task)
     base = resolve_base(config.model.base)
     task = load_tests(config.task, base)
     prepared = prepare(config, task)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lorica.tasks.kind import TaskKind
-from lorica.tasks.labels import label_indices
+from lorica.tasks.labels import UNKNOWN, label_indices
 from lorica.tasks.made_up import TEXTS
 from lorica.tasks.metrics import OF_CLASSES
 from lorica.tasks.readers import Source
@@ -33,7 +33,7 @@ class TextClassification(TaskKind):
         from lorica.tasks.text import tokenise
 
         labels = label_indices(source, self.config.label, label_names)
-        names = [label_names[label] for label in labels]
+        names = [label_names[label] if label != UNKNOWN else "" for label in labels]
         return tokenise(source, self.config.text, labels, names, processor, self.config.max_length)
 
     def objective(self, processor: Any) -> Objective:

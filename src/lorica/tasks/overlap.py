@@ -1,0 +1,45 @@
+"""Whether records are private training data and public test data at once.
+
+A server publishes what it measures on the test set after every round, without noise. Of private records that would be
+a release that no ε covers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lorica.config import TaskConfig
+from lorica.errors import UserError
+from lorica.tasks.owners import source_names
+from lorica.tasks.records import Task
+
+REMEDY = "use other records as the test set, or, if all of them are public, set task.test_overlap to allow"
+
+
+def check_sources(config: TaskConfig) -> None:
+    """Refuse a source that is both in `task.train` and `task.test`, under whatever path, or inside the other.
+
+    Raises:
+        UserError: names the test set's key.
+    """
+    if config.test_overlap == "allow":
+        return
+    trains = [Path(name).expanduser().resolve() for name in source_names(config.train)]
+    tests = config.test if isinstance(config.test, dict) else {"": config.test}
+    for name, test in tests.items():
+        path = Path(test).expanduser().resolve()
+        if any(path == train or path in train.parents or train in path.parents for train in trains):
+            raise UserError(f"task.test.{name}".rstrip("."), test, "task.train contains it, or it task.train", REMEDY)
+
+
+def overlap(config: TaskConfig, task: Task) -> int:
+    """The number of training records that are also in a test set, by the digests of the records.
+
+    Raises:
+        UserError: there are any, and `task.test_overlap` does not allow it.
+    """
+    public = {bytes(digest) for records in task.tests.values() for digest in records.digests}
+    found = sum(bytes(digest) in public for digest in task.train.digests)
+    if found and config.test_overlap == "refuse":
+        raise UserError("task.test", config.test, f"{found} records of task.train are also in it", REMEDY)
+    return found
