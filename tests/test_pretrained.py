@@ -144,7 +144,7 @@ def test_a_payload_in_a_pickle_does_nothing(loader: str, tmp_path: Path, marker:
     folder = Path(tiny_bert(tmp_path / "encoder"))
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     as_pickle(folder, tensors | {"more": Payload(marker)})
-    with pytest.raises(UserError, match=r"model\.base = .*pytorch_model\.bin is damaged, or holds more than data"):
+    with pytest.raises(UserError, match=r"model\.base = .*pytorch_model\.bin is damaged, or contains more than data"):
         LOADERS[loader](str(folder))
     assert not marker.exists()
     # Lest it be the payload's own fault.

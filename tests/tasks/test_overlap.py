@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_one_source_under_two_names_is_refused(folder: Path, train: str | list[str], test: str) -> None:
     test = test.format(folder)
-    with pytest.raises(UserError, match=r"task\.test = .*test_overlap to allow"):
+    with pytest.raises(UserError, match=r"task\.test = .*overlaps with task\.train.*test_overlap=allow"):
         check_sources(config(train, test))
     with pytest.raises(UserError, match=r"task\.test\.two = "):
         check_sources(config(train, {"one": "elsewhere.csv", "two": test}))
