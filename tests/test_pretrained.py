@@ -144,7 +144,7 @@ def test_a_payload_in_a_pickle_does_nothing(loader: str, tmp_path: Path, marker:
     folder = Path(tiny_bert(tmp_path / "encoder"))
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     as_pickle(folder, tensors | {"more": Payload(marker)})
-    with pytest.raises(UserError, match=r"model\.base = .*pytorch_model\.bin is damaged, or holds more than data"):
+    with pytest.raises(UserError, match=r"model\.base = .*pytorch_model\.bin is damaged, or contains more than data"):
         LOADERS[loader](str(folder))
     assert not marker.exists()
     # Lest it be the payload's own fault.
@@ -252,6 +252,6 @@ def test_an_adapter_names_no_module_to_import(exported: Path, tmp_path: Path, mo
     monkeypatch.syspath_prepend(str(tmp_path))
     settings = {"tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1}
     edit(folder / "adapter_config.json", megatron_core="evil_module", megatron_config=settings)
-    with pytest.raises(UserError, match=r"adapter_config\.json is not one that Lorica writes"):
+    with pytest.raises(UserError, match=r"adapter_config\.json was not written by Lorica"):
         load_adapter(folder)
     assert "evil_module" not in sys.modules

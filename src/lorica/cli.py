@@ -326,8 +326,9 @@ class _Rounds:
             void = [plan.client for plan in federation.plans.values() if plan.void_delta]
             if void:
                 console.print(
-                    f"[bold red]δ means nothing[/bold red] for client {', '.join(map(str, void))}: it is not below the "
-                    "inverse of the client's records. Choose a smaller privacy.delta."
+                    "[bold red]δ gives no protection[/bold red] to client "
+                    f"{', '.join(map(str, void))}: it is not below one over the number of records. Choose a smaller "
+                    "privacy.delta."
                 )
         if finished:
             console.print(f"Resumed after round {finished}.")

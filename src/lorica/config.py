@@ -238,9 +238,9 @@ class FederationConfig(Strict):
     @model_validator(mode="after")
     def _a_schedule_is_short(self) -> FederationConfig:
         if self.rounds * self.participants > 1_000_000:
-            raise ValueError("more than 1,000,000 participations in all: choose fewer rounds or participants")
+            raise _mistake("more than 1,000,000 participations in total", "choose fewer rounds or participants")
         if self.rounds * self.local_steps > 1_000_000:
-            raise ValueError("more than 1,000,000 steps in all: choose fewer rounds or local steps")
+            raise _mistake("more than 1,000,000 steps in total", "choose fewer rounds or local steps")
         return self
 
     @property
@@ -271,9 +271,11 @@ class FederationConfig(Strict):
     @classmethod
     def _one_for_each_client(cls, value: int | list[int] | None, info: ValidationInfo) -> int | list[int] | None:
         if isinstance(value, list) and len(value) != info.data.get("clients"):
-            raise ValueError(f"{len(value)} numbers for {info.data.get('clients')} clients; give one for each client")
+            raise _mistake(
+                f"{len(value)} numbers for {info.data.get('clients')} clients", "give one number for each client"
+            )
         if any(count < 1 for count in (value if isinstance(value, list) else [] if value is None else [value])):
-            raise ValueError("a client has at least one record")
+            raise _mistake("a client has at least one record", "choose numbers of at least 1")
         return value
 
 

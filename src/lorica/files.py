@@ -49,12 +49,12 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
 
 
 def create_private(path: Path) -> None:
-    """Make a file, empty if there is none, that only its owner can read and write, whatever the umask.
+    """Create an empty file if there is none, and let only its owner read and write it, whatever the umask.
 
     A file that belongs to another account keeps its permissions.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder is not writable.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
     try:
@@ -65,12 +65,12 @@ def create_private(path: Path) -> None:
 
 
 def private_folder(path: Path) -> Path:
-    """Make a folder that only its owner can enter, whatever the umask, and return it.
+    """Create a folder if there is none, let only its owner access it, whatever the umask, and return it.
 
-    A folder that exists is closed to others, unless it belongs to another account.
+    A folder that belongs to another account keeps its permissions.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)
@@ -83,7 +83,7 @@ def append_line(path: Path, line: str, private: bool = False) -> None:
     """Append one line and sync it.
 
     Args:
-        private: nobody but the owner may read the file.
+        private: only the owner may read the file.
 
     Raises:
         UserError: the disk is full, or the file is not writable.

@@ -1,4 +1,4 @@
-"""Names that others chose, in Markdown: they stay text."""
+"""Escape untrusted text for Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def inline(text: object) -> str:
-    r"""Text on one line that Markdown reads as text.
+    r"""Text on one line, escaped for Markdown.
 
     >>> print(inline("*a* <b> [c](d)"))
     \*a\* \<b\> \[c\](d)
@@ -15,17 +15,17 @@ def inline(text: object) -> str:
 
 
 def code(text: str) -> str:
-    """Text for between two backticks."""
+    """Text to put between backticks."""
     return _line(text.replace("`", "'"))
 
 
 def fenced(python: str) -> str:
-    """A block of Python, in a fence that is longer than any in it."""
+    """A block of Python code, in a fence longer than any fence inside."""
     longest = max((len(ticks) for ticks in re.findall("`+", python)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}python\n{python.strip()}\n{fence}"
 
 
 def _line(text: str) -> str:
-    """One line, without control characters, those that turn the direction of writing among them."""
+    """The text on one line, without control characters, including those that change the writing direction."""
     return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())

@@ -28,7 +28,7 @@ RUN_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 LONGEST_INVITATION = 2**20
 LARGEST_COUNT = 2**31
 LONGEST_WORD = 10_000
-"""Characters of a plan or an account."""
+"""Maximum number of characters in a plan or an account."""
 _TENSORS = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
 
@@ -318,13 +318,13 @@ def decode_account(text: object) -> Account:
     """The inverse of `encode_account`.
 
     Raises:
-        ValueError: not an account, or counts that no run has.
+        ValueError: not an account, or counts out of range.
     """
     account = _ACCOUNT.validate_json(_word(text), strict=True)
     if account != Account(account.steps, account.releases):
-        raise ValueError("an account has steps and releases only")
+        raise ValueError("an account may contain only steps and releases")
     if not (0 <= account.steps < LARGEST_COUNT and 0 <= account.releases < LARGEST_COUNT):
-        raise ValueError("negative or too many steps or releases")
+        raise ValueError("the number of steps or releases is out of range")
     return account
 
 
@@ -337,5 +337,5 @@ def _word(text: object) -> str:
     if not isinstance(text, str):
         raise ValueError(f"it is of type {type(text).__name__}, not text")
     if len(text) > LONGEST_WORD:
-        raise ValueError(f"it has {len(text)} characters, and at most {LONGEST_WORD} are read")
+        raise ValueError(f"it has {len(text)} characters, but at most {LONGEST_WORD} are allowed")
     return text

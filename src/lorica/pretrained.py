@@ -1,4 +1,4 @@
-"""Files of pretrained models, which anybody may have written: no code of theirs is run, and no pickle but tensors."""
+"""Load untrusted files of pretrained models: code is never run, and pickles are read as tensors only."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lorica.errors import UserError
 
 
 def from_pretrained(load: Callable[..., Any], base: str, what: str, remedy: str, **options: Any) -> Any:
-    """`load(base, **options)`, a `from_pretrained` of transformers; a folder is read without the network.
+    """Call `load(base, **options)`, a `from_pretrained` of transformers; a local folder is read offline.
 
-    Code beside the files (`auto_map`) is never run, and nobody is asked whether it may be. Weights in a pickle
+    Code that comes with the files (`auto_map`) is never run, and the user is not asked to allow it. Weights in a pickle
     (`pytorch_model.bin`) are read as tensors only.
 
     Args:
-        what: what is loaded, for the error: `the model`, `its tokenizer`.
-        remedy: of files that are missing.
+        what: subject of the error: `the model`, `its tokenizer`.
+        remedy: remedy for missing files.
 
     Raises:
-        UserError: it needs code of its own, or a file is missing or damaged.
+        UserError: the model needs its own code, or a file is missing or damaged.
     """
     try:
         return load(base, local_files_only=Path(base).is_dir(), trust_remote_code=False, **options)
@@ -31,17 +31,17 @@ def from_pretrained(load: Callable[..., Any], base: str, what: str, remedy: str,
         damaged = damaged_file(Path(base))
         if "trust_remote_code" in words:
             problem = f"{what} needs code that comes with its files, which Lorica does not run"
-            remedy = "use a model whose code is a part of transformers"
+            remedy = "use a model whose code is part of transformers"
         elif damaged is not None:
-            problem = f"{what} cannot be loaded ({damaged} is damaged, or holds more than data)"
-            remedy = "download it again, from a source that you trust"
+            problem = f"{what} cannot be loaded ({damaged} is damaged, or contains more than data)"
+            remedy = "download it again from a source that you trust"
         else:
             problem = f"{what} cannot be loaded ({words.splitlines()[0]})"
         raise UserError("model.base", base, problem, remedy) from error
 
 
 def damaged_file(folder: Path) -> str | None:
-    """The name of the first file of a folder that cannot be read as what its name says; None if there is none."""
+    """The first file of a folder that is not valid for its suffix; None if there is none."""
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         try:
             _reader(path)(path)

@@ -465,7 +465,7 @@ def test_a_sketch_is_projected_in_its_own_round_only(owner: Owner) -> None:
     assert "reply" in owner.ask(sent, work(some, sketch_columns=4))
     assert "reply" in owner.ask(sent, replace(some, exchange=2, work=projection(some)))
     later = replace(some, round=2, work=projection(some))
-    assert owner.ask(sent, later)["refused"] == "client 0: round 2 has no sketch whose factors could be projected"
+    assert owner.ask(sent, later)["refused"] == "client 0: round 2 has no sketch to project"
     # Nor after a training that is charged in the new round and then fails.
     assert owner.ask(sent, failing(replace(some, round=2))) == {"refused": GENERIC}
     assert "has no sketch" in str(owner.ask(sent, later)["refused"])

@@ -109,7 +109,7 @@ def test_a_calibration_computes_few_distributions_and_none_of_little_noise(
 def test_a_target_that_takes_no_noise_is_one_clear_error(
     noises: list[float], rate: float, steps: int, target: float, delta: float
 ) -> None:
-    with pytest.raises(UserError, match=r"privacy\.epsilon = .* a noise multiplier of 0\.2, .* is more than it asks"):
+    with pytest.raises(UserError, match=r"privacy\.epsilon = .* it allows a noise multiplier below 0\.2"):
         calibrate(rate, steps, target, delta)
     assert len(noises) <= 6
     assert min(noises) >= 0.2
@@ -117,7 +117,7 @@ def test_a_target_that_takes_no_noise_is_one_clear_error(
 
 def test_a_target_that_no_noise_meets_is_one_clear_error(noises: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accounting, "MOST_NOISE", 40.0)
-    with pytest.raises(UserError, match=r"privacy\.epsilon = 0\.1: no noise is large enough"):
+    with pytest.raises(UserError, match=r"privacy\.epsilon = 0\.1: it requires a noise multiplier above"):
         calibrate(0.5, 1000, 0.1, 1e-5)
     assert len(noises) <= 3
 

@@ -79,7 +79,7 @@ def test_a_ledger_that_is_not_what_it_was_is_refused(tmp_path: Path, attack: str
     opened = Ledger(path)
     whole = path.read_bytes()
     ATTACKS[attack](path)
-    with pytest.raises(UserError, match=rf"{path}.*not the ledger that was last used.*--accept"):
+    with pytest.raises(UserError, match=rf"{path}.*not the ledger last used.*--accept"):
         Ledger(path)
     if attack == "last row deleted":
         # By a process, too, that had opened it before.
@@ -99,7 +99,7 @@ def test_an_older_copy_is_refused_even_at_another_place(tmp_path: Path) -> None:
     write(Ledger(path), replace(RELEASE, round=2, request="second"))
     for place in (copy, path):
         shutil.copy(copy, place) if place != copy else None
-        with pytest.raises(UserError, match="it has 1 rows, and had 2"):
+        with pytest.raises(UserError, match="it has 1 rows, but had 2"):
             Ledger(place)
 
 

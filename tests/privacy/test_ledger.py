@@ -194,7 +194,7 @@ def test_a_ledger_of_an_earlier_version_is_used_on(tmp_path: Path) -> None:
     # Its rows are a chain from now on.
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE releases SET steps = 1 WHERE id = 1")
-    with pytest.raises(UserError, match="not the ledger that was last used"):
+    with pytest.raises(UserError, match="not the ledger last used"):
         Ledger(path)
 
 

@@ -37,7 +37,9 @@ def test_without_privacy_epsilon_is_infinite() -> None:
 
 
 def test_a_delta_that_means_nothing_is_refused_unless_the_noise_protects_nothing_anyway() -> None:
-    with pytest.raises(UserError, match=r"privacy\.delta = 0\.01: not below 1/100, .* client 3's .* Choose 1e-03"):
+    with pytest.raises(
+        UserError, match=r"privacy\.delta = 0\.01: not below 1/100, .* records of client 3: .* Choose at most 1e-03"
+    ):
         plan_client(3, 100, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.01))
     assert not plan_client(3, 101, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.0099)).void_delta
     assert plan_client(3, 100, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.01, noise="reproducible")).void_delta

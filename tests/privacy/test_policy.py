@@ -125,7 +125,7 @@ def test_a_proposal_within_the_policy_passes() -> None:
 
 
 def test_an_owners_delta_that_means_nothing_is_the_owners_error() -> None:
-    with pytest.raises(UserError, match=r"policy\.delta = 0\.001: not below 1/1000.*1e-04 or less"):
+    with pytest.raises(UserError, match=r"policy\.delta = 0\.001: not below 1/1000.*Choose at most 1e-04"):
         Policy(**OWNER | {"delta": 1e-3}).review_proposal(load(PROPOSAL), 1000, 100)
 
 

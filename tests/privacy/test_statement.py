@@ -14,7 +14,9 @@ from lorica.privacy.unit import PrivacyUnit
 def test_a_delta_that_means_nothing_is_said_of_research_noise(delta: float, void: bool) -> None:
     privacy = PrivacyConfig(epsilon=None, noise_multiplier=1.0, delta=delta, noise="reproducible")
     statement = privacy_statement({0: plan_client(0, 100, 10, 5, privacy)}, {0: Account(5, 1)}, None)
-    found = [line for line in statement["not_covered"] if line.startswith("A δ that is not below")]
+    found = [
+        line for line in statement["not_covered"] if line.startswith("A δ of at least one over the number of records")
+    ]
     assert len(found) == void
     assert all("(clients 0)" in line for line in found)
 

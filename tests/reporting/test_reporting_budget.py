@@ -172,7 +172,7 @@ def test_a_ledger_that_lost_rows_is_shown_so_and_can_be_accepted(tmp_path: Path)
     before = path.read_bytes()
     write(Ledger(path), release(round=2))
     path.write_bytes(before)
-    assert "it has 1 rows, and had 2" in lines(read_budget(data, 1e-5))[0]
+    assert "it has 1 rows, but had 2" in lines(read_budget(data, 1e-5))[0]
     assert path.read_bytes() == before
     assert json.loads(run("budget", str(data), "--accept", "--json"))["problem"] is None
     path.unlink()
@@ -189,9 +189,9 @@ def test_what_runs_have_reserved_is_shown_and_can_be_released(tmp_path: Path) ->
     (row,) = read_budget(ledger.path, 1e-5)["reserved"]
     assert (row["run"], row["client"], row["steps"]) == ("r" * 32, 0, 7)
     assert row["epsilon"] == epsilon([Steps(0.1, 1.0, 7)], 1e-5)
-    assert "Reserved and not used" in lines(read_budget(ledger.path, 1e-5))[0]
+    assert "Unused reservations" in lines(read_budget(ledger.path, 1e-5))[0]
     assert json.loads(run("budget", str(ledger.path), "--release", "rrrr", "--json"))["reserved"] == []
-    assert "no run of this name" in run("budget", str(ledger.path), "--release", "rrrr", code=2)
+    assert "no run with this id has a reservation" in run("budget", str(ledger.path), "--release", "rrrr", code=2)
 
 
 @pytest.mark.parametrize(

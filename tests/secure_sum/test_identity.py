@@ -78,7 +78,7 @@ def test_the_command_makes_a_key_once_and_prints_the_line_for_policies(tmp_path:
     for wrong, problem in [
         ({}, "it is empty"),
         ({0: line, 1: line.split()[0]}, "the same key"),
-        ({0: other, 1: "clinic-b"}, "not a valid|as `lorica flower keys` prints it"),
+        ({0: other, 1: "clinic-b"}, "not a valid|as printed by `lorica flower keys`"),
     ]:
         with pytest.raises(ValueError, match=problem):
             Policy(**policy, members=wrong)

@@ -50,7 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 )
 def test_one_source_under_two_names_is_refused(folder: Path, train: str | list[str], test: str) -> None:
     test = test.format(folder)
-    with pytest.raises(UserError, match=r"task\.test = .*test_overlap to allow"):
+    with pytest.raises(UserError, match=r"task\.test = .*overlaps with task\.train.*test_overlap=allow"):
         check_sources(config(train, test))
     with pytest.raises(UserError, match=r"task\.test\.two = "):
         check_sources(config(train, {"one": "elsewhere.csv", "two": test}))
@@ -71,7 +71,7 @@ def test_records_in_both_are_counted_and_refused() -> None:
     public = TinyRecords.texts(10, seed=1)
     shared = records.subset(np.array([29, 3, 3, 7]))
     task = Task(records, {"": public, "more": shared}, ["a", "b"], Classification(("accuracy",)))
-    with pytest.raises(UserError, match=r"task\.test = .*: 3 records of task\.train are also in it"):
+    with pytest.raises(UserError, match=r"task\.test = .*: 3 of its records are also in task\.train"):
         overlap(config("a.csv", "b.csv"), task)
     assert overlap(config("a.csv", "b.csv", test_overlap="allow"), task) == 3
     apart = Task(records, {"": public}, ["a", "b"], Classification(("accuracy",)))
@@ -86,7 +86,7 @@ def test_a_copy_in_another_order_and_format_is_refused_by_a_run(tmp_path: Path) 
     test = tmp_path / "other.csv"
     test.write_text("label,text\n" + "".join(f"{row['label']},{row['text']}\n" for row in rows[::-1][:15]))
     task = {"type": "text-classification", "train": train, "test": str(test)}
-    with pytest.raises(UserError, match=r"15 records of task\.train are also in it"):
+    with pytest.raises(UserError, match=r"15 of its records are also in task\.train"):
         experiment(tmp_path, task | {"test_overlap": "refuse"}).run()
     assert not (tmp_path / "runs").exists()
     copy = str(shutil.copy(train, tmp_path / "copy.jsonl"))

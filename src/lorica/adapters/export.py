@@ -61,8 +61,8 @@ def load_adapter(folder: str | Path) -> nn.Module:
     """Load the base model, head and adapter of a finished run, in evaluation mode and fp32.
 
     Raises:
-        UserError: the folder was not written by Lorica, or contains one adapter per client; a file is missing or
-            damaged. Weights are read from safetensors only, and no module that the folder names is imported.
+        UserError: the folder was not written by Lorica, contains one adapter per client, or a file is missing or
+            damaged. Weights are read from safetensors only, and modules named in the folder are not imported.
     """
     path = Path(folder) / DESCRIPTION
     if not path.is_file():
@@ -82,9 +82,9 @@ def load_adapter(folder: str | Path) -> nn.Module:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
         for_peft = json.loads((path.parent / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        # PEFT imports the module that `megatron_core` names.
+        # PEFT imports the module named in `megatron_core`.
         if for_peft["peft_type"] != "LORA" or for_peft.get("megatron_config") is not None:
-            raise ValueError(f"{ADAPTER_CONFIG} is not one that Lorica writes")
+            raise ValueError(f"{ADAPTER_CONFIG} was not written by Lorica")
         base = load_base(config, description["task_type"], description["label_names"], description["seed"])
         with warnings.catch_warnings():
             # PEFT 0.21 uses a property that transformers 5 has renamed.
@@ -98,7 +98,9 @@ def load_adapter(folder: str | Path) -> nn.Module:
         unfit = f"{WEIGHTS} or {ADAPTER_CONFIG} does not fit: {type(error).__name__}: {error}".splitlines()[0]
         reason = unfit if damaged is None else f"{damaged} is damaged"
         problem = f"cannot be loaded ({reason})"
-        raise UserError("adapter", str(folder), problem, "export the adapter again, or get another copy") from error
+        raise UserError(
+            "adapter", str(folder), problem, "export the adapter again, or get another copy of it"
+        ) from error
     return model
 
 

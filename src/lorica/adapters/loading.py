@@ -29,10 +29,10 @@ def load_model(config: ExperimentConfig, task: Task) -> AdaptedModel:
 
 
 def check_isolated(config: ExperimentConfig, model: AdaptedModel, records: Records) -> None:
-    """Run `check_isolation` on a batch as in training, at random factors: with `B = 0` the gradient of `A` is zero.
+    """Run `check_isolation` on a batch like those of training. Factors are random: at `B = 0`, `A` has no gradient.
 
-    The batch has the expected size, within one forward pass of the memory that training may use, and at most 32
-    examples; where there are fewer records, they are repeated. The result depends on the model only.
+    The batch has the expected batch size, limited to one forward pass of training and to 32 examples; records are
+    repeated if there are too few. The result depends on the model only.
     """
     draws = torch_stream(config.seed, "isolation")
     model.write({name: 0.1 * torch.randn(value.shape, generator=draws) for name, value in model.read().items()})
@@ -41,6 +41,6 @@ def check_isolated(config: ExperimentConfig, model: AdaptedModel, records: Recor
     passes = list(records.micro_batch_indices(indices, config.federation.pass_tokens(model.device.type)))
     largest = max(passes, key=len)
     batch = records.batch(largest if len(largest) > 1 else indices[:2]).to(model.device)
-    # Quantised weights stay as they are, and their kernels round differently for an example alone.
+    # Quantised weights are not converted, and their kernels round differently for a single example.
     tolerance = 0.2 if config.model.precision in ("int8", "nf4") else 1e-3
     check_isolation(model.peft_model, model.losses, model.tensors, batch, tolerance)

@@ -56,10 +56,10 @@ class LocalEngine:
         return ", ".join(sorted({str(client.ledger.path) for client in self.clients.values()}))
 
     def join(self, run: str) -> dict[int, ClientPlan]:
-        """All clients, whose ledgers hold back the budget for all of the run.
+        """All clients. Their ledgers reserve the budget of the whole run.
 
         Raises:
-            UserError: the run would exceed an owner's limit, together with what other runs have reserved.
+            UserError: the run would exceed an owner's limit, reservations of other runs included.
         """
         if run not in self._reserved:
             try:
@@ -125,9 +125,9 @@ class LocalEngine:
         remedy = "lower privacy.epsilon, run fewer rounds, or raise privacy.max_lifetime_epsilon"
         holders = sorted({one.run for one in found.holders(run)})
         if holders:
-            problem += f", of which a part is reserved for run {', '.join(holders)}"
+            problem += f", including reservations of run {', '.join(holders)}"
             remedy += (
-                "; or finish that run first, or release what it reserved: "
+                "; or finish that run, or release its reservation: "
                 f"lorica budget {client.ledger.path} --release {holders[0]}"
             )
         raise UserError("privacy.max_lifetime_epsilon", limit, problem, remedy)

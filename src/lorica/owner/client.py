@@ -42,10 +42,10 @@ class Client:
     Attributes:
         number: public id.
         records: private.
-        plan: what it agreed to; a request that goes beyond it is refused.
-        ledger: charged before a record is sampled. Also keeps what stays with the client: a crash loses nothing.
-        dataset: fingerprint of the data set that the records are part of.
-        unit: what one of `records` is.
+        plan: the agreed terms; a request that exceeds them is refused.
+        ledger: charged before a record is sampled. It also stores the tensors that stay with the client.
+        dataset: fingerprint of the whole data set.
+        unit: the unit of privacy, which is one of `records`.
         seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
         private_test: the owner's test records; their results stay with the owner.
         policy: the owner's limits over all runs; None if one process simulates all owners.
@@ -71,9 +71,9 @@ class Client:
     def reply_to(self, model: AdaptedModel, request: Request) -> bytes:
         """Do the work and return the encoded reply.
 
-        The release is charged to the ledger before the first record is sampled, and the reply is stored there before it
-        is returned. A request that was answered before gets the stored reply, and one whose answer was interrupted is
-        answered with the same batches and noise: the same release, at no further cost.
+        The ledger charges the release before the first record is sampled, and stores the reply before it is returned. A
+        repeated request gets the stored reply; an interrupted one is repeated with the same batches and noise. Both are
+        the same release, at no further cost.
 
         Raises:
             Refused: the request exceeds the owner's plan or policy, belongs to an earlier round, or builds on a request
@@ -118,12 +118,12 @@ class Client:
         return self.ledger.attach(charge, Reply(self.number, released).encode(), kept)
 
     def reserve(self, run: str, allow: Callable[[list[Release]], None]) -> None:
-        """Hold back the budget for all of a run, if `allow` finds that it fits; the end of the run gives back the rest.
+        """Reserve the budget of a whole run, unless `allow` raises. The end of the run releases the rest.
 
-        Runs without secret noise have no budget, so that there is nothing to hold back.
+        Runs without secret noise have no budget and reserve nothing.
 
         Args:
-            allow: called with what other runs have reserved and not used, under the ledger's lock.
+            allow: called with the unused reservations of other runs, under the ledger's lock.
         """
         self._introduce()
         if self.plan.noise != "secure":
@@ -145,7 +145,7 @@ class Client:
         self.ledger.reserve(planned, allow)
 
     def _introduce(self) -> None:
-        """What is charged to these records is then known of each of them, in whichever file it comes again."""
+        """Store the records in the ledger, so that each one is recognised in other files."""
         self.ledger.introduce(self.records.fingerprint(), self.records.tags)
 
     def personal(self, run: str) -> dict[str, Tensor]:
@@ -153,7 +153,7 @@ class Client:
         return {name: released.tensor for name, released in self.ledger.kept(run, self.number).items()}
 
     def _allow(self, earlier: Earlier, request: Request) -> None:
-        """Refuse steps beyond the policy or the plan; what does no step costs nothing."""
+        """Refuse steps that exceed the policy or the plan. Work without steps costs nothing and is not checked."""
         if not isinstance(request.work, Training):
             return
         steps = request.work.steps
@@ -173,7 +173,7 @@ class Client:
             self.sequence = request.sequence
 
     def _sketched(self, request: Request, kept: Mapping[str, Released]) -> dict[str, Released]:
-        """The factors behind this round's sketch, without those of earlier rounds.
+        """The kept factors of this round's sketch.
 
         Raises:
             Refused: this round has no sketch.
@@ -181,7 +181,7 @@ class Client:
         prefix = _sketched_in(request.round)
         factors = {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
         if not factors:
-            raise Refused(f"client {self.number}: round {request.round} has no sketch whose factors could be projected")
+            raise Refused(f"client {self.number}: round {request.round} has no sketch to project")
         return factors
 
     def _test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:
@@ -199,7 +199,7 @@ class Client:
     def _train(
         self, model: AdaptedModel, request: Request, work: Training, own: Mapping[str, Released], seed: bytes | None
     ) -> SentAndKept:
-        """`steps` noisy steps from the global adapter; each trained tensor's update is `θ_E - θ_0`."""
+        """Take the noisy steps from the global adapter; the update of each trained tensor is `θ_E - θ_0`."""
         personal = {name: own[name] for name in work.personal if name in own}
         adapter = self.held | {name: released.tensor for name, released in personal.items()}
         adapter = {name: leading(name, value, work.rank).to(model.device) for name, value in adapter.items()}
@@ -239,7 +239,7 @@ class Client:
         kept = {name: value for name, value in moved.items() if name in work.personal}
         if work.sketch_columns is not None:
             sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
-            # A projection uses these factors only: not those of another round, nor other tensors kept at the client.
+            # The prefix separates these factors from those of other rounds and from other tensors kept at the client.
             kept |= {f"{_sketched_in(request.round)}{name}": moved[name] for name in moved if is_factor(name)}
             released = {name: value for name, value in released.items() if not is_factor(name)} | sketches
         if work.last_step_energy:

@@ -1,4 +1,4 @@
-"""An owner's identity key on disk: the private key, and the public line for the other owners."""
+"""An owner's identity key on disk: the private key, and the public line for the other owners' policies."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def make_identity(folder: Path, name: str) -> str:
         The public line, for the `members` of all owners' policies.
 
     Raises:
-        UserError: the files cannot be written or read, or the name has other characters than letters, digits and -_.@.
+        UserError: the files cannot be written or read, or the name is invalid.
     """
     path = folder.expanduser() / PRIVATE
     if not re.fullmatch("[A-Za-z0-9_.@-]{1,100}", name):
-        raise UserError("--name", name, "not 1 to 100 letters, digits and -, _, . or @", "choose another name")
+        raise UserError("--name", name, "not 1 to 100 characters", "use letters, digits, -, _, . and @")
     if path.exists():
         identity = read_identity(path)
     else:
@@ -40,7 +40,7 @@ def read_identity(path: Path) -> Identity:
     """Read a private key.
 
     Raises:
-        UserError: the file cannot be read, is not such a key, or is readable by other accounts.
+        UserError: the file cannot be read, is not a private key, or is readable by other accounts.
     """
     try:
         content = path.read_bytes()
@@ -58,11 +58,11 @@ def read_identity(path: Path) -> Identity:
 
 
 def _write_new(path: Path, content: bytes) -> None:
-    """Create a file that only this account can read, whatever the umask. An existing file is not replaced."""
+    """Create a file that only this account can read, whatever the umask. Fails if the file exists."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(content)
     except OSError as error:
         problem = f"cannot be written ({error.strerror})"
-        raise UserError("DIR", str(path.parent), problem, "name another folder") from error
+        raise UserError("DIR", str(path.parent), problem, "choose another folder") from error

@@ -124,7 +124,7 @@ class Node:
                 raise Refused("the server asks for a masked input without a request")
             request = self._checked_request(content)
             if (request.round, request.exchange) != (agreement.round, agreement.exchange):
-                raise Refused("the server asks for a masked input of another round or exchange than it announced")
+                raise Refused("the server asks for a masked input of a different round or exchange than announced")
             return Input(decode(self._reply_to(request)), derived=isinstance(request.work, Projection))
 
         path = self._folder / "sum.json"
@@ -134,7 +134,7 @@ class Node:
         return reply
 
     def _requirements(self) -> Requirements:
-        """What the current policy requires of a sum."""
+        """The current policy's requirements on a sum."""
         run, own, policy = self._invitation.run, self._client.number, self._policy()
         if policy is None:
             return Requirements(run, own, identity=self._identity)
@@ -215,13 +215,13 @@ class Node:
         return self._folder / "invitation.json"
 
     def _check_pinned(self) -> None:
-        """Refuse another experiment under the name of a run whose cost was agreed."""
+        """Refuse a different experiment under the id of an agreed run."""
         path = self._invitation_path
         if path.is_file() and path.read_bytes() != self._invitation.encode().encode():
             raise Refused(f"run {self._invitation.run} was agreed with another experiment")
 
     def _warn_of_sums(self, policy: Policy | None) -> None:
-        """Log what a sum without `members` does not protect against, once for each run: before it is pinned."""
+        """Warn, once per run, if sums are used without `members` in the policy."""
         unlisted = policy is not None and policy.members is None
         if unlisted and self._config.federation.secure_sum and not self._invitation_path.is_file():
             logger.warning(
@@ -320,8 +320,8 @@ def _make_private(*folders: Path) -> None:
         try:
             private_folder(folder)
         except OSError as error:
-            problem = f"cannot be made ({error.strerror})"
-            raise UserError("node-config.folder", str(folder), problem, "give another folder=PATH") from error
+            problem = f"cannot be created ({error.strerror})"
+            raise UserError("node-config.folder", str(folder), problem, "set folder=PATH to another folder") from error
 
 
 def _identity(settings: NodeSettings, config: ExperimentConfig, policy: Policy | None) -> Identity | None:
@@ -336,15 +336,15 @@ def _identity(settings: NodeSettings, config: ExperimentConfig, policy: Policy |
     if settings.identity is None:
         if members:
             problem, remedy = (
-                "the policy lists members, so the node needs an identity key",
-                "create a key with `lorica flower keys` and give its path",
+                "required because the policy lists members",
+                "create a key with `lorica flower keys` and add identity=PATH to --node-config",
             )
             raise UserError("node-config.identity", None, problem, remedy)
         return None
     identity = read_identity(Path(settings.identity).expanduser())
     line = members.get(settings.client)
     if members and (line is None or Member.of(line).key != identity.public().key):
-        problem = f"it is not the key that the policy lists for this node, client {settings.client}"
+        problem = f"it is not the key listed in the policy for this node (client {settings.client})"
         raise UserError("node-config.identity", settings.identity, problem, f"list {identity.public()} under members")
     return identity
 

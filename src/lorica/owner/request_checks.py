@@ -60,7 +60,7 @@ def _training(work: Training, model: Mapping[str, Shape], sites: Mapping[str, Sh
     if not set(work.personal) <= set(work.trained):
         return "it keeps tensors at the client that it does not train"
     if work.personal and work.sketch_columns is not None:
-        # A sketch of what earlier rounds left at the client could be summed a second time, over other clients.
+        # A sketch of tensors kept from earlier rounds could be summed a second time, over other clients.
         return "it asks for sketches of tensors that it keeps at the client"
     if not work.corrections.keys() <= set(work.trained):
         return "it corrects tensors that it does not train"

@@ -71,7 +71,10 @@ def hold_out(config: ExperimentConfig, records: Records) -> tuple[Records, Recor
     tested = np.array(ranks, dtype=np.uint64) < np.uint64(int(share * 2**64))
     if tested.all():
         raise UserError(
-            "federation.private_test", share, f"it holds out all {len(records)} records of a client", "lower it"
+            "federation.private_test",
+            share,
+            f"it holds out all {len(records)} records of a client",
+            "lower federation.private_test",
         )
     return records.subset(np.flatnonzero(~tested)), records.subset(np.flatnonzero(tested)) if tested.any() else None
 

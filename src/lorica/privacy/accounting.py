@@ -32,9 +32,9 @@ DISCRETIZATION = 1e-3
 # Integer orders only: fractional orders converge slowly at high sampling rates, and dp-accounting then drops them.
 RDP_ORDERS = [*range(2, 65), 80, 96, 128, 192, 256, 512, 1024]
 CALIBRATION_TOLERANCE = 1e-4
-# The noise that is calibrated. Below, one step on all records costs ε = 34 at δ = 1e-5; above, no run learns anything.
+# Range of calibrated noise. With less, one step on all records costs ε = 34 at δ = 1e-5; with more, no run can learn.
 LEAST_NOISE, MOST_NOISE = 0.2, 1e6
-# A loss distribution of less noise, of more steps, or of what surely costs more, takes gigabytes or minutes.
+# Beyond these limits, or with less noise, computing a loss distribution takes gigabytes or minutes.
 MOST_STEPS, MOST_EPSILON = 10**6, 1000.0
 ACCOUNTANT = f"dp-accounting {version('dp-accounting')} PLD"
 NEIGHBOURS = NeighboringRelation.REPLACE_SPECIAL
@@ -142,7 +142,7 @@ def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: fl
     def excess(sigma: float) -> float:
         return epsilon([Steps(sampling_rate, sigma, steps)], delta) - target_epsilon
 
-    # What the Gaussian mechanism would need whose sensitivity is the mean number of times that a record is sampled.
+    # The noise of a Gaussian mechanism whose sensitivity is the mean number of times that a record is sampled.
     guess = sampling_rate * math.sqrt(2 * steps * math.log(1 / delta)) / target_epsilon
     low, high = _bracket(excess, target_epsilon, guess)
     noise_multiplier = float(brentq(excess, low, high, xtol=CALIBRATION_TOLERANCE))
@@ -154,18 +154,21 @@ def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: fl
 
 
 def _bracket(excess: Callable[[float], float], target_epsilon: float, guess: float) -> tuple[float, float]:
-    """`σ` and `2σ` around the root of a decreasing function. It starts near the guess, or where a loss distribution is
-    small, and goes towards the root, since far below it one is large.
+    """`σ` and `2σ` around the root of a decreasing function.
+
+    The search starts near the guess, or at a noise whose loss distribution is small, and moves towards the root: far
+    below the root, loss distributions are large.
     """
     high = LEAST_NOISE * 2.0 ** max(4, math.ceil(math.log2(guess / LEAST_NOISE)))
     while high <= MOST_NOISE and excess(high) > 0:
         high *= 2
     if high > MOST_NOISE:
-        raise UserError("privacy.epsilon", target_epsilon, "no noise is large enough for it", "raise it")
+        problem = f"it requires a noise multiplier above {MOST_NOISE:g}"
+        raise UserError("privacy.epsilon", target_epsilon, problem, "raise privacy.epsilon")
     while high > LEAST_NOISE and excess(high / 2) <= 0:
         high /= 2
     if high <= LEAST_NOISE:
-        problem = f"a noise multiplier of {LEAST_NOISE:g}, which protects nothing, is more than it asks for"
+        problem = f"it allows a noise multiplier below {LEAST_NOISE:g}, which protects nothing"
         raise UserError("privacy.epsilon", target_epsilon, problem, "lower privacy.epsilon or privacy.delta")
     return high / 2, high
 
@@ -193,7 +196,7 @@ def _epsilon(steps: tuple[Steps, ...], delta: float) -> float:
 
 
 def _least_epsilon(steps: tuple[Steps, ...]) -> float:
-    """What a composition costs at least, at any δ < 1/2.
+    """A lower bound on the ε of a composition, at any δ < 1/2.
 
     With mean m and standard deviation s of the privacy loss L, Cantelli's inequality gives L > m - 3s with probability
     0.9 at least, and δ(ε) = E[max(0, 1 - e^(ε-L))] is then above 0.56 at ε = m - 3s - 1.

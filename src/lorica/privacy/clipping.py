@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-# What rounding can add to the bound C, with u = 2⁻⁵³ and in any order of summation (Higham, Accuracy and Stability of
-# Numerical Algorithms, section 4.2): the norm of d coordinates is off by a factor of at most 1 + d·u, the sum of n
-# clipped gradients by at most n·u·nC in norm, once with an example and once without it. This margin covers d up to
-# 10¹⁰ together with n up to 200,000.
+# Rounding errors relative to the bound C, with u = 2⁻⁵³ and any order of summation (Higham, Accuracy and Stability of
+# Numerical Algorithms, section 4.2): the norm of d coordinates is off by a factor of at most 1 + d·u, and the sum of n
+# clipped gradients by at most n·u·nC in norm, once with an example and once without it. The margin covers d up to 10¹⁰
+# together with n up to 200,000.
 ROUNDING_MARGIN = 1e-5
-# Numbers that are held in fp64 at a time, 8 MiB.
+# Number of values converted to fp64 at a time: 8 MiB.
 CHUNK = 2**20
 
 
@@ -45,7 +45,7 @@ def clipped_sum(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[str, 
     norms = torch.as_tensor(squares, dtype=torch.float64).sqrt()
     finite = torch.isfinite(norms)
     scale = torch.where(finite, (clip_norm * (1 - ROUNDING_MARGIN) / norms).clamp(max=1.0), 0.0)
-    # 0 · NaN is NaN, so a weight of zero is not enough.
+    # 0 · NaN is NaN, so a zero weight is not enough.
     spoiled = None if bool(finite.all()) else ~finite[:, None]
     return {
         name: torch.cat([_weighted(chunk, scale, spoiled) for chunk in _chunks(gradient)]).reshape(
@@ -61,5 +61,5 @@ def _weighted(chunk: Tensor, scale: Tensor, spoiled: Tensor | None) -> Tensor:
 
 
 def _chunks(gradient: Tensor) -> Iterator[Tensor]:
-    """`(n, d)` in pieces `(n, k)` of at most `CHUNK` numbers, or of one column."""
+    """Split `(n, d)` into pieces `(n, k)` of at most `CHUNK` values, or of one column."""
     return iter(torch.split(gradient, max(1, CHUNK // max(1, len(gradient))), dim=1))

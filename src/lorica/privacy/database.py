@@ -1,4 +1,4 @@
-"""SQLite files of an owner: readable by the owner's account alone, and synced before a commit returns."""
+"""SQLite files of an owner, accessible to the owner's account only and synced before a commit returns."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 
 from lorica.files import create_private
 
-# A check of a budget under the lock can take some seconds.
+# Checking a budget under the lock can take some seconds.
 WAIT_SECONDS = 300.0
 
 
 @contextmanager
 def transaction(path: Path) -> Iterator[sqlite3.Connection]:
-    """A write transaction on an existing database: all of it is on disk when the context ends, or nothing.
+    """A write transaction on an existing database. When the context ends, all of it is on disk, or nothing.
 
-    No other process writes, or starts such a transaction, meanwhile.
+    Other processes cannot write, or start such a transaction, meanwhile.
 
     Raises:
         sqlite3.Error: the file is missing, damaged, or cannot be written.
     """
     with closing(_connect(path, "rw")) as connection:
-        # Every commit reaches the disk before a release may leave.
+        # Every commit must reach the disk before a release may leave.
         connection.execute("PRAGMA synchronous = FULL")
-        # What is erased is overwritten, seeds of noise above all.
+        # Overwrite erased content, in particular the seeds of the noise.
         connection.execute("PRAGMA secure_delete = ON")
         connection.execute("BEGIN IMMEDIATE")
         # Commits at the end, rolls back after an error.
@@ -35,10 +35,10 @@ def transaction(path: Path) -> Iterator[sqlite3.Connection]:
 
 @contextmanager
 def reading(path: Path, only: bool = False) -> Iterator[sqlite3.Connection]:
-    """One consistent look at an existing database.
+    """A consistent snapshot of an existing database.
 
     Args:
-        only: open it read-only, so that not even what a crash left half written is rolled back.
+        only: open the file read-only, so that an interrupted write is not rolled back either.
 
     Raises:
         sqlite3.Error: the file is missing or damaged.
@@ -49,10 +49,10 @@ def reading(path: Path, only: bool = False) -> Iterator[sqlite3.Connection]:
 
 
 def create(path: Path) -> None:
-    """An empty database if there is none. SQLite gives its journal the same permissions.
+    """Create an empty database if there is none. SQLite gives its journal the same permissions.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the folder is not writable.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     create_private(path)

@@ -1,4 +1,4 @@
-"""What records were exposed to: the steps of one client in one run, done and planned."""
+"""Exposures of records: the charged and reserved steps of one client in one run."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lorica.privacy.unit import PrivacyUnit
 
 @dataclass(frozen=True)
 class Exposure:
-    """Steps of one kind that one client of one run did, or may still do, with one set of records.
+    """Steps with the same terms that one client of a run took, or may still take, on one set of records.
 
     Attributes:
-        ledger: identity of the ledger that they are charged to.
+        ledger: id of the ledger to which they are charged.
         records: fingerprint of the client's records.
         steps: charged so far.
-        planned: reserved for all of the run; 0 if nothing is, or no longer.
-        releases: rows of the ledger.
+        planned: steps reserved for the whole run; 0 without a reservation.
+        releases: number of rows in the ledger.
     """
 
     ledger: str
@@ -35,17 +35,17 @@ class Exposure:
 
     @property
     def outstanding(self) -> int:
-        """Steps that are reserved and not charged yet."""
+        """Steps that are reserved but not charged yet."""
         return max(self.planned - self.steps, 0)
 
     def cost(self, reserved: bool) -> Steps:
-        """What was charged, and what is reserved beyond it if that counts."""
+        """The charged steps and, with `reserved`, the outstanding ones."""
         steps = self.steps + (self.outstanding if reserved else 0)
         return Steps(self.sampling_rate, self.noise_multiplier, steps)
 
 
 def merged(exposures: Iterable[Exposure]) -> list[Exposure]:
-    """What several books say of the same exposure as one: the most that any of them says."""
+    """Merge records of the same exposure from several files by taking the maximum of each count."""
     found: dict[Exposure, Exposure] = {}
     for one in exposures:
         key = replace(one, steps=0, planned=0, releases=0)

@@ -1,7 +1,7 @@
-"""What Lorica's home remembers of all ledgers of this account: where each chain ended, and which records it charged.
+"""An index of all ledgers of this account, in Lorica's home folder: the head of each chain, and the charged records.
 
-A ledger can be deleted, an older copy restored, or the data copied to a place that has no ledger. This file lies
-elsewhere and notices. Who deletes it as well cannot be noticed on one machine.
+It detects that a ledger was deleted, that an older copy was restored, or that the data was copied to a place without a
+ledger. If the index is deleted as well, nothing on this machine can detect that.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def _row(exposure: Exposure) -> tuple[object, ...]:
 
 
 class Home:
-    """`ledgers/index.sqlite` under Lorica's home.
+    """The index `ledgers/index.sqlite` in Lorica's home folder.
 
     Args:
         folder: takes the place of Lorica's home.
 
     Raises:
-        UserError: it cannot be opened or written.
+        UserError: the file cannot be opened or written.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -59,19 +59,19 @@ class Home:
                     connection.execute(statement)
 
     def head(self, ledger: str) -> Head | None:
-        """Where the ledger of this identity ended when it was last seen; None if it is not known."""
+        """The last known head of the ledger with this id; None if unknown."""
         with self._reading() as connection:
             row = connection.execute("SELECT rows, link FROM heads WHERE ledger = ?", (ledger,)).fetchone()
         return None if row is None else Head(*row)
 
     def at(self, path: Path) -> set[str]:
-        """Identities of the ledgers that were last seen at a path and held a release."""
+        """Ids of the ledgers with at least one release that were last used at a path."""
         with self._reading() as connection:
             found = connection.execute("SELECT ledger FROM heads WHERE path = ? AND rows > 0", (_place(path),))
             return {row[0] for row in found}
 
     def remember(self, ledger: str, path: Path, head: Head, exposures: Iterable[Exposure] = ()) -> None:
-        """Note a ledger's head, its place, and exposures; nothing that is known already becomes less."""
+        """Store a ledger's head, path and exposures. Known counts never decrease."""
         with self.writing() as connection:
             connection.execute(
                 "INSERT INTO heads VALUES (?, ?, ?, ?) ON CONFLICT (ledger) DO UPDATE SET path = excluded.path, "
@@ -83,7 +83,7 @@ class Home:
 
     @staticmethod
     def note(connection: sqlite3.Connection, exposures: Iterable[Exposure]) -> None:
-        """Write exposures within a transaction; steps and releases never become less."""
+        """Write exposures within a transaction. Steps and releases never decrease."""
         connection.executemany(
             "INSERT INTO exposures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
             "steps = MAX(steps, excluded.steps), planned = MAX(planned, excluded.planned), "
@@ -92,13 +92,13 @@ class Home:
         )
 
     def forget(self, path: Path, ledger: str | None) -> None:
-        """Accept that a ledger is gone or older: drop the heads at its place. Exposures stay."""
+        """Accept that a ledger is lost or older: delete the heads at its path. Exposures are kept."""
         with self.writing() as connection:
             connection.execute("DELETE FROM heads WHERE path = ? OR ledger = ?", (_place(path), ledger))
 
     @staticmethod
     def end(connection: sqlite3.Connection, ledger: str, run: str, client: int | None = None) -> None:
-        """Give back, within a transaction, what a run or one client of it has reserved and not used."""
+        """Release, within a transaction, the unused reservation of a run or of one of its clients."""
         connection.execute(
             "UPDATE exposures SET planned = 0 WHERE ledger = ? AND run = ? AND client = COALESCE(?, client)",
             (ledger, run, client),
@@ -110,13 +110,13 @@ class Home:
             return record_sets.members(connection, records)
 
     def exposures(self) -> list[Exposure]:
-        """All that is known of all ledgers."""
+        """The exposures of all ledgers."""
         with self._reading() as connection:
             return [_exposure(row) for row in connection.execute("SELECT * FROM exposures")]
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """A write transaction; no other ledger of this account is charged meanwhile."""
+        """A write transaction. No other ledger of this account can be charged meanwhile."""
         with self._errors(), database.transaction(self.path) as connection:
             yield connection
 
@@ -134,7 +134,7 @@ class Home:
                 "LORICA_HOME",
                 str(self.path),
                 f"the index of all ledgers cannot be used ({error})",
-                "make the place writable, or set the environment variable LORICA_HOME to another folder",
+                "make the file and its folder writable, or set the environment variable LORICA_HOME to another folder",
             ) from error
 
 

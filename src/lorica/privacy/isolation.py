@@ -13,11 +13,11 @@ from lorica.errors import UserError
 from lorica.privacy.gradients import RowsError, TrainedTensor, per_example_gradients
 from lorica.tasks.records import Batch
 
-# Between batches of one shape, every example's numbers go through the same operations; only where a shape depends on
-# the content (routing to experts) does rounding differ.
+# In batches of the same shape, each example goes through the same operations. Rounding differs only if shapes depend on
+# the content (routing to experts).
 SAME_SHAPE = 1e-4
-# A tensor's gradient may be a difference of large terms. What is clipped is the gradient over all tensors, so rounding
-# is held against its norm.
+# A tensor's gradient may be a difference of large terms. Clipping uses the norm over all tensors, so rounding errors
+# are compared with that norm.
 ROUNDING = 1e-5
 OUTLIER_SCALE = 1e3
 
@@ -38,16 +38,16 @@ def check_isolation(
     Each comparison runs in evaluation and in training mode, with the same random numbers:
 
     * the batch against itself with its first, and with its last, example replaced by an outlier (pixels scaled by
-      1,000, one extreme token in all places, another label): all other gradients must stay;
-    * the batch against a batch of the same shape that contains only one example's rows: its gradient must stay;
-    * in evaluation mode, an example in the batch against itself alone, since a model may mix depending on how many
-      examples there are. Batches of different shapes round differently, so a bf16 base computes this in fp32, which
-      loses nothing. In training mode dropout depends on the place in the batch.
+      1,000, one extreme token in all places, another label): all other gradients must be unchanged;
+    * the batch against a batch of the same shape that contains only one example's rows: its gradient must be unchanged;
+    * in evaluation mode, an example in the batch against the example alone, since mixing may depend on the number of
+      examples. Batches of different shapes round differently, so a bf16 base is converted to fp32 for this comparison.
+      It is not done in training mode, where dropout depends on the place in the batch.
 
     The model's mode and weights are restored.
 
     Args:
-        batch: at least two public examples, as many as in training: a model may mix only in large batches.
+        batch: at least two public examples; use the batch size of training, since a model may mix only large batches.
         tolerance: largest allowed `‖difference‖ / ‖gradient‖` between a batch and an example alone.
 
     Raises:
@@ -76,7 +76,7 @@ def check_isolation(
 
 @contextmanager
 def _in_fp32(model: nn.Module) -> Iterator[None]:
-    """bf16 and fp16 weights in fp32 meanwhile. The way back is exact."""
+    """Convert bf16 and fp16 weights to fp32 within the context, and restore them exactly."""
     halves = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype.itemsize == 2]
     halves = [tensor for tensor in halves if tensor.is_floating_point()]
     kinds = [tensor.dtype for tensor in halves]
@@ -111,7 +111,7 @@ def _gradients(
 
 
 def _rows_of(batch: Batch, index: int) -> Tensor:
-    """(rows,) bool: whether each row belongs to an example."""
+    """(rows,) bool: whether each row belongs to the example `index`."""
     places = torch.arange(len(batch.labels), device=batch.labels.device)
     return (places if batch.example_of_row is None else batch.example_of_row) == index
 
@@ -127,7 +127,7 @@ def _filled(batch: Batch, index: int) -> Batch:
 
 
 def _with_outlier(batch: Batch, index: int) -> Batch:
-    """The batch with one example replaced by an outlier of the same shape; which tokens are padding stays."""
+    """The batch with one example replaced by an outlier of the same shape and with the same padding."""
     own = _rows_of(batch, index)
     inputs = {name: tensor.clone() for name, tensor in batch.inputs.items()}
     labels = batch.labels.clone()
@@ -135,7 +135,7 @@ def _with_outlier(batch: Batch, index: int) -> Batch:
         if tensor.is_floating_point():
             tensor[own] = OUTLIER_SCALE * (1 + tensor[own])
         elif name == "input_ids":
-            # One token everywhere: a router sends all of them to the same expert.
+            # The same token everywhere, so that a router sends all of them to one expert.
             tensor[own] = torch.where(inputs["attention_mask"][own] > 0, tensor.max(), tensor[own])
     if labels.is_floating_point():
         labels[own] = OUTLIER_SCALE * (1 + labels[own])

@@ -1,4 +1,4 @@
-"""The owner's record of every release, in SQLite beside the data, written before the first record is sampled for it."""
+"""The owner's record of every release: an SQLite file next to the data, written before any record is sampled."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ class Ledger:
     """All releases of a data set over its lifetime.
 
     A release is charged before the first record is sampled for it, and its reply is stored in the same row before it
-    leaves. So whatever ends an attempt, be it an error, a signal or a power cut, what it may have given away is in the
-    ledger. If the same request comes again, the owner sends the stored reply; if there is none yet, it repeats the
-    attempt with the row's own seed, which gives the very same release. Either way nothing is charged twice, and no
-    noise is drawn twice.
+    leaves. However an attempt ends (an error, a signal, a power failure), the ledger has recorded what it may have
+    revealed. If the request is repeated, the owner sends the stored reply; if there is none yet, it repeats the attempt
+    with the seed in the row, which gives the same release. In both cases nothing is charged twice, and no noise is
+    drawn twice.
 
-    The rows are a hash chain, whose head Lorica's home remembers (`Home`): a ledger from which rows are missing or in
-    which rows were changed is refused, and so is a new file in the place of one that was deleted.
+    The rows form a hash chain, whose head is stored in Lorica's home folder (`Home`). A ledger with missing or changed
+    rows is refused, and so is a new file in place of a deleted one.
 
     Attributes:
-        identity: random, of the file and its copies.
+        identity: random id of the file and its copies.
 
     Args:
         home: what remembers the ledger; by default that of this account.
 
     Raises:
-        UserError: the file cannot be opened or written, is no ledger, or is not the one that was last used here.
+        UserError: the file cannot be opened or written, is not a ledger, or is not the ledger last used here.
     """
 
     def __init__(self, path: Path, home: Home | None = None) -> None:
@@ -74,22 +74,22 @@ class Ledger:
                 self.identity = prepare(connection)
             if expected and self.identity not in expected:
                 raise Broken("another ledger was used here")
-            # Before the rows are read: another process may be adding some.
+            # Read before the rows, because another process may be adding some.
             seen = self._home.head(self.identity)
             with database.reading(path) as connection:
                 head = verify(self.identity, chained(connection), seen)
             self._home.remember(self.identity, path, head)
 
     def charge(self, release: Release, allow: Callable[[Earlier], None] | None = None) -> Charge:
-        """Write one release and sync it to disk, here and in Lorica's home, before anything of it is computed.
+        """Write one release to the ledger and to Lorica's home folder and sync it to disk, before it is computed.
 
-        The client's latest row is used again where it is the very same release and has no reply: then this is the same
-        attempt once more. An attempt that another release of the client in this run has come after is charged anew,
-        since what the client keeps may have changed.
+        If the client's latest row is the same release and has no reply, this is a repeated attempt and the row is
+        reused. If another release of the client in this run followed, the attempt is charged again, because the tensors
+        kept by the client may have changed.
 
         Args:
-            allow: called with what was charged before, the attempt's own row left out; nothing is written if it raises.
-                No other release can come between its look and this one.
+            allow: called with all earlier charges, without the row of this attempt; nothing is written if it raises.
+                The ledger stays locked, so no other release can be charged between this check and the charge.
 
         Raises:
             UserError: the row cannot be written.
@@ -98,11 +98,11 @@ class Ledger:
         if release.steps < 0:
             raise ValueError(f"a release cannot have {release.steps} steps")
         with self._errors(), database.transaction(self.path) as connection:
-            # Not the whole chain: that was followed when the file was opened.
+            # The whole chain was verified when the file was opened.
             head = head_of(connection, self.identity)
             seen = self._home.head(self.identity)
             if seen is not None and seen.rows > 0 and link_of(connection, seen.rows) != seen.link:
-                raise Broken("rows are missing that were there before")
+                raise Broken("rows are missing")
             charge = pending_of(connection, release)
             if allow is not None:
                 allow(Earlier(connection, charge))
@@ -110,18 +110,18 @@ class Ledger:
                 charge = insert(connection, release, head.link)
                 head = head_of(connection, self.identity)
             exposures = exposures_of(connection, self.identity, release.run, release.client)
-        # After the row: a crash in between leaves a charge that has not been computed, and that is repeated.
+        # After the row: a crash in between leaves a charge without a release, which is then repeated.
         self._home.remember(self.identity, self.path, head, exposures)
         return charge
 
     def attach(self, charge: Charge, reply: bytes, kept: Mapping[str, Released] | None = None) -> bytes:
-        """Store the reply of a charged release and sync it to disk; returns the reply that may leave.
+        """Store the reply of a charged release, sync it to disk, and return the reply that may leave.
 
-        That is the stored one if another process was faster. The seed is erased, and replies of the client's earlier
-        rounds in this run are dropped: a server that has gone on cannot need them.
+        If another process stored a reply first, that one is returned. The seed is erased, and stored replies of the
+        client's earlier rounds in this run are deleted: the server no longer needs them.
 
         Args:
-            kept: noisy tensors that stay with the owner and that its later replies in this run depend on.
+            kept: noisy tensors that stay with the owner and are needed for its later replies in this run.
 
         Raises:
             UserError: the row cannot be written.
@@ -178,9 +178,9 @@ class Ledger:
             return [release_of(row) for row in connection.execute(query, (dataset,))]
 
     def introduce(self, records: str, tags: Callable[[], tuple[np.ndarray, np.ndarray]]) -> None:
-        """Store which records a fingerprint stands for, here and in Lorica's home.
+        """Store the records behind a fingerprint, here and in Lorica's home folder.
 
-        In another file, order or ledger they are known again.
+        They are then recognised in other files, orders and ledgers.
 
         Args:
             records: `Records.fingerprint()`.
@@ -197,9 +197,9 @@ class Ledger:
         self._introduced.add(records)
 
     def members(self, records: str) -> dict[str, np.ndarray]:
-        """Fingerprint -> (n,) bool: which of a client's n records were in another set, here or in any other ledger.
+        """Fingerprint -> (n,) bool: which of a client's n records are in another set, in this or any other ledger.
 
-        Empty if the client's records were not introduced.
+        Empty if the client's records were never stored (`introduce`).
         """
         with self._reading() as connection:
             found = record_sets.members(connection, records)
@@ -208,13 +208,13 @@ class Ledger:
         return found
 
     def exposures(self) -> list[Exposure]:
-        """Everything that is known of all ledgers."""
+        """All known exposures, from this and all other ledgers."""
         with self._reading() as connection:
             own = exposures_of(connection, self.identity)
         return merged([*own, *self._home.exposures()])
 
     def unindexed(self, dataset: str) -> list[Release]:
-        """Releases of a data set about records that were never introduced: those of earlier versions."""
+        """Releases of a data set whose records were never stored, by earlier versions of Lorica."""
         with self._reading() as connection:
             query = (
                 f"SELECT {COLUMNS} FROM releases WHERE dataset = ? AND owner NOT IN (SELECT records FROM record_sets)"
@@ -222,10 +222,10 @@ class Ledger:
             return [release_of(row) for row in connection.execute(f"{query} ORDER BY id", (dataset,))]
 
     def elsewhere(self, records: str, reserved: bool = False) -> list[Release]:
-        """What any of a client's records was in and this file does not hold: other ledgers' releases, and lost ones.
+        """Releases of any of a client's records that are not in this file: in other ledgers, or lost.
 
         Args:
-            reserved: with what other runs may still do.
+            reserved: include steps that other runs have reserved.
         """
         with self._reading() as connection:
             own = {terms_of(one): one for one in exposures_of(connection, self.identity)}
@@ -243,13 +243,13 @@ class Ledger:
         return found
 
     def reserve(self, planned: Exposure, allow: Callable[[list[Release]], None] | None = None) -> None:
-        """Hold back the budget for all of a run, before its first step; what is charged later comes out of it.
+        """Reserve the budget of a whole run before its first step. Later charges use up the reservation.
 
-        A run that is resumed takes its own reservation over.
+        A resumed run replaces its own reservation.
 
         Args:
-            allow: called with what other runs in this file have reserved and not used; nothing is reserved if it
-                raises. No other run can reserve, or be charged, between its look and this.
+            allow: called with the unused reservations of other runs in this file; nothing is reserved if it raises. The
+                ledger stays locked, so no other run can reserve or be charged between this check and the reservation.
 
         Raises:
             UserError: the reservation cannot be written.
@@ -269,7 +269,7 @@ class Ledger:
             self._home.note(home, exposures_of(connection, self.identity, run, client))
 
     def end(self, run: str, client: int | None = None) -> None:
-        """Give back what a run, or one client of it, has reserved and not used, and erase seeds of unanswered rows."""
+        """Release the unused reservation of a run or of one client, and erase the seeds of rows without a reply."""
         with self._errors(), database.transaction(self.path) as connection:
             where = "WHERE run = ? AND client = COALESCE(?, client)"
             connection.execute(f"DELETE FROM reservations {where}", (run, client))
@@ -290,8 +290,8 @@ class Ledger:
             raise UserError(
                 "privacy.ledger",
                 str(self.path),
-                f"this is not the ledger that was last used here: {problem}",
-                "restore the newest copy of the file; if it is lost, accept the loss with "
+                f"this is not the ledger last used here: {problem}",
+                "restore the newest copy of the file, or if it is lost, accept the loss with "
                 f"lorica budget {self.path} --accept",
             ) from None
         except (sqlite3.Error, OSError) as error:
@@ -305,7 +305,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What was charged before a release, read under the ledger's lock."""
+    """The charges before a release, read under the ledger's lock."""
 
     _connection: sqlite3.Connection
     _pending: Charge | None

@@ -1,4 +1,4 @@
-"""A ledger as a file: where it lies, what it says to its owner, and what an owner can settle by hand."""
+"""The ledger as a file: find it, read it, release a reservation, accept a loss."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lorica.privacy.ledger_rows import COLUMNS, Release, chained, exposures_of, 
 
 @dataclass(frozen=True)
 class Book:
-    """What a ledger says, read without writing anything to it.
+    """The content of a ledger, opened read-only.
 
     Attributes:
         entries: time (seconds since 1970) and content of every release, oldest first.
-        own: what the file itself knows of exposures; none where an earlier version wrote it.
-        problem: why the file is not the ledger that was last used here; None if it is.
-        indexed: which records the file has an index of.
+        own: exposures in the file; empty if an earlier version of Lorica wrote it.
+        problem: why the file is not the ledger last used here; None if it is.
+        indexed: fingerprints of the records stored in the file.
     """
 
     path: Path
@@ -65,7 +65,7 @@ def find_ledger(path: Path, lost: bool = False) -> Path:
     """Find the ledger next to a data file or folder; a path of a ledger is returned as it is.
 
     Args:
-        lost: find a ledger, too, that is known to have been there and is not there any more.
+        lost: also find a ledger that was there before and is now missing.
 
     Raises:
         UserError: there is no such file, or no ledger next to it.
@@ -85,7 +85,7 @@ def find_ledger(path: Path, lost: bool = False) -> Path:
 
 
 def read_ledger(path: Path) -> Book:
-    """What a ledger says. Writes nothing to it, and makes no ledger.
+    """Read a ledger without changing it.
 
     Raises:
         UserError: the file is not a ledger.
@@ -93,7 +93,7 @@ def read_ledger(path: Path) -> Book:
     with _readable(path), database.reading(path, only=True) as connection:
         tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         known = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
-        # A ledger outlives the version of Lorica that made it.
+        # An older version of Lorica may have created the ledger.
         columns = COLUMNS if "unit" in known else COLUMNS.replace("unit", "'record'")
         rows = connection.execute(f"SELECT time, {columns} FROM releases ORDER BY id").fetchall()
         entries = [(row[0], release_of(row[1:])) for row in rows]
@@ -112,17 +112,18 @@ def read_ledger(path: Path) -> Book:
 
 
 def release_reservation(path: Path, run: str) -> None:
-    """Give back what the run whose name starts so has reserved and not used.
+    """Release the unused reservation of the run whose id starts with `run`.
 
     Raises:
-        UserError: no such run holds anything, or several do.
+        UserError: no run with this id has a reservation, or several have.
     """
     ledger = Ledger(path)
     held = sorted({one.run for one in ledger.exposures() if one.ledger == ledger.identity and one.outstanding})
     found = [name for name in held if name.startswith(run)]
     if len(found) != 1:
-        problem = "no run of this name holds a part of the budget" if not found else "several runs begin like this"
-        raise UserError("--release", run, problem, f"name one of {', '.join(held)}" if held else "nothing is reserved")
+        problem = "no run with this id has a reservation" if not found else "several runs start with this id"
+        remedy = f"choose one of: {', '.join(held)}" if held else "remove --release, since nothing is reserved"
+        raise UserError("--release", run, problem, remedy)
     ledger.end(found[0])
 
 
@@ -132,12 +133,12 @@ def _is_database(path: Path) -> bool:
 
 
 def accept_ledger(path: Path) -> None:
-    """Go on with a ledger that is older than it was, changed or deleted: as it is, or with a new one.
+    """Accept a ledger that is older than before, changed or deleted, and continue with it or with a new one.
 
-    What Lorica's home knows of the lost rows still counts for the records that they were about.
+    Lost rows that are known from Lorica's home folder still count for their records.
 
     Raises:
-        UserError: the file is no ledger, or cannot be written.
+        UserError: the file is not a ledger, or cannot be written.
     """
     home = Home()
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""The rows of a ledger: what a release is, and the SQL that reads and writes them within a transaction."""
+"""The rows of a ledger, and the SQL that reads and writes them within a transaction."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ _SCHEMA = (
     )
     """,
 )
-# A ledger outlives the version of Lorica that made it.
+# Columns that older versions of Lorica did not create.
 _ADDED = {"kept": "BLOB", "unit": "TEXT NOT NULL DEFAULT 'record'", "seed": "BLOB", "chain": "TEXT"}
 
 
 @dataclass(frozen=True)
 class Release:
-    """One row: what one reply was made of.
+    """One row of the ledger: the release in one reply.
 
     Attributes:
         dataset: fingerprint of the whole training data.
         records: fingerprint of the records of this client (the column `owner`).
-        run: identity of the run.
-        steps: noisy gradients that the reply is a function of.
+        run: id of the run.
+        steps: number of noisy gradients behind the reply.
         noise: `secure`, `reproducible` or `none`.
-        request: digest of everything the server asked for; the same request gets the stored reply again.
-        unit: what was sampled and clipped as one.
+        request: digest of the request; the same request gets the stored reply again.
+        unit: the unit of privacy.
     """
 
     dataset: str
@@ -89,11 +89,11 @@ def _row_of(release: Release) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Charge:
-    """A row of the ledger that waits for its reply.
+    """A row of the ledger without a reply yet.
 
     Attributes:
-        row: its id.
-        seed: secret, of the batches and the noise that the release is made with; None for reproducible noise.
+        row: id of the row.
+        seed: secret seed of the batches and the noise; None for reproducible noise.
     """
 
     row: int
@@ -101,7 +101,7 @@ class Charge:
 
 
 def prepare(connection: sqlite3.Connection) -> str:
-    """Make or complete the tables; returns the ledger's identity."""
+    """Create or upgrade the tables, and return the id of the ledger."""
     for statement in _SCHEMA:
         connection.execute(statement)
     columns = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
@@ -119,7 +119,7 @@ def prepare(connection: sqlite3.Connection) -> str:
 
 
 def link_all(connection: sqlite3.Connection, identity: str) -> Head:
-    """Make a chain of the rows as they are."""
+    """Link all existing rows into a new chain."""
     rows = connection.execute(f"SELECT id, {CHARGED} FROM releases ORDER BY id").fetchall()
     previous = identity
     for row, *content in rows:
@@ -139,7 +139,7 @@ def head_of(connection: sqlite3.Connection, identity: str) -> Head:
 
 
 def link_of(connection: sqlite3.Connection, number: int) -> str | None:
-    """The link of the row of this number, counted from 1; None for none."""
+    """The link of a row by its number, counted from 1; None if there is no such row."""
     query = "SELECT chain FROM releases ORDER BY id LIMIT 1 OFFSET ?"
     row = connection.execute(query, (number - 1,)).fetchone()
     return None if row is None else str(row[0])
@@ -152,7 +152,7 @@ def insert(connection: sqlite3.Connection, release: Release, previous: str) -> C
     marks = ", ".join("?" * len(values))
     row = connection.execute(f"INSERT INTO releases ({CHARGED}, seed) VALUES ({marks})", values).lastrowid
     assert row is not None
-    # As the file has it: a whole number may have become a float.
+    # As stored: SQLite may have converted an integer to a float.
     content = connection.execute(f"SELECT {CHARGED} FROM releases WHERE id = ?", (row,)).fetchone()
     connection.execute("UPDATE releases SET chain = ? WHERE id = ?", (link(previous, content), row))
     return Charge(row, seed)
@@ -161,7 +161,7 @@ def insert(connection: sqlite3.Connection, release: Release, previous: str) -> C
 def exposures_of(
     connection: sqlite3.Connection, identity: str, run: str | None = None, client: int | None = None
 ) -> list[Exposure]:
-    """Those of a ledger's rows and reservations, by default of all runs."""
+    """The exposures in a ledger's rows and reservations, by default of all runs."""
     which = "WHERE run = COALESCE(?, run) AND client = COALESCE(?, client)"
     done = f"SELECT {TERMS}, SUM(steps), 0, COUNT(*) FROM releases {which} GROUP BY {TERMS}"
     planned = f"SELECT {TERMS}, 0, steps, 0 FROM reservations {which}"
@@ -177,7 +177,7 @@ def terms_of(exposure: Exposure) -> Exposure:
 
 
 def as_release(exposure: Exposure, steps: int) -> Release:
-    """Steps of an exposure as if they were one row."""
+    """Steps of an exposure as one row."""
     return Release(
         dataset="",
         records=exposure.records,
@@ -195,14 +195,14 @@ def as_release(exposure: Exposure, steps: int) -> Release:
 
 
 def pending_of(connection: sqlite3.Connection, release: Release) -> Charge | None:
-    """The client's latest row in the run, if it is this release and still without a reply."""
+    """The client's latest row in the run, if it is this release and has no reply yet."""
     row = connection.execute(
         f"SELECT id, seed, reply, {COLUMNS} FROM releases WHERE run = ? AND client = ? ORDER BY id DESC LIMIT 1",
         (release.run, release.client),
     ).fetchone()
     if row is None or row[2] is not None or release_of(row[3:]) != release:
         return None
-    # Versions before this one wrote such rows without a seed.
+    # Older versions wrote such rows without a seed.
     return None if row[1] is None and release.noise != "reproducible" else Charge(row[0], row[1])
 
 

@@ -1,4 +1,4 @@
-"""What an owner's data have cost over their whole life: ε of all that was ever released about them."""
+"""The cost of an owner's data over its lifetime: ε of everything ever released about it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from lorica.privacy.ledger_file import Book
 from lorica.privacy.unit import RECORD, PrivacyUnit
 
 MOST_EXACT = 8
-"""Compositions of a client's records that are computed by PLD; Rényi bounds stand for the rest."""
+"""Maximum number of compositions computed by PLD; the others are bounded by RDP."""
 
 
 @dataclass(frozen=True)
 class History:
-    """What each of a client's records was ever in, whichever file, order or ledger it came in.
+    """All exposures of a client's records, in whatever file, order or ledger the records were used.
 
     Attributes:
         records: fingerprint of the client's records.
-        exposures: those that any of the records was in.
-        members: fingerprint -> (n,) bool, which of the n records are in another set.
-        unindexed: releases by versions of Lorica that kept no index of records.
+        exposures: the exposures of any of the records.
+        members: fingerprint -> (n,) bool: which of the n records are in another set.
+        unindexed: releases by versions of Lorica without an index of records.
     """
 
     records: str
@@ -51,22 +51,21 @@ class History:
         unit: PrivacyUnit = RECORD,
         reserved: bool = False,
     ) -> float:
-        """ε at `delta` of the record that was in most.
+        """ε at `delta` of the most exposed record.
 
-        A record's ε is that of the composition of every exposure that it was in. Records with the same exposures are
-        one case. Cases are taken in descending order of their ε by Rényi differential privacy, which bounds that by
-        PLD, until no case that is left can be above the largest one found. After `MOST_EXACT` cases the bound of the
-        next one is the answer: never too small.
+        A record's ε is that of the composition of all its exposures. Records with the same exposures form one case.
+        Cases are computed in descending order of their RDP bounds until no remaining bound exceeds the largest ε found.
+        After `MOST_EXACT` cases the RDP bound of the next case is returned, so the result is never too small.
 
-        Where equal records are with several clients of one run, the record was with one of them, nobody knows which:
-        at each Rényi order the most expensive client counts, as for releases without an index.
+        If several clients of a run hold equal records, it is unknown which client used a given record. The most
+        expensive client counts at each Rényi order, as for releases without an index.
 
         Args:
-            client: run and number of the client whose history it is: clients of one run hold different records, even if
-                they look equal.
-            planned: steps still to come.
-            unit: what they protect. Releases with other units do not add up with it and make ε infinite.
-            reserved: count what other runs have reserved, too.
+            client: run and number of this client. Clients of the same run hold different records, even if they look
+                equal.
+            planned: future steps.
+            unit: unit of privacy of the future steps. Releases with other units do not compose and make ε infinite.
+            reserved: also count reservations of other runs.
         """
         cases = self._cases(client, planned, unit, reserved)
         bounds = cases.bounds(delta)
@@ -88,9 +87,9 @@ class History:
         planned: Steps | None = None,
         unit: PrivacyUnit = RECORD,
     ) -> float | None:
-        """`epsilon`, with what other runs have reserved, if it is above `limit`, else None.
+        """`epsilon`, including reservations of other runs, if it exceeds `limit`, else None.
 
-        Cheap where Rényi differential privacy is enough.
+        Fast if the RDP bound is below the limit.
         """
         if self._cases(client, planned, unit, reserved=True).bounds(delta).max() <= limit:
             return None
@@ -99,12 +98,12 @@ class History:
 
     @property
     def unprotected(self) -> int:
-        """Number of releases with seeded noise or none that any of the records was in."""
+        """Number of releases of any of the records with seeded noise or none."""
         bare = sum(one.releases for one in self.exposures if one.noise != "secure")
         return bare + unprotected(self.unindexed)
 
     def holders(self, run: str) -> list[Exposure]:
-        """What other runs have reserved and not used."""
+        """Exposures with unused reservations of other runs."""
         return [one for one in self.exposures if one.outstanding and one.run != run and one.noise == "secure"]
 
     def _cases(
@@ -146,9 +145,9 @@ class History:
         counts: np.ndarray,
         kinds: list[tuple[float, float]],
     ) -> tuple[np.ndarray, np.ndarray]:
-        """For records that several clients of one run have: a number for each, and the Rényi curve of each number.
+        """For records held by several clients of a run: a number for each record, and the RDP curve of each number.
 
-        Where these clients did the same, their steps are added to `counts`, and the number is 0.
+        If these clients took the same steps, the steps are added to `counts` and the number is 0.
         """
         column, curves = np.zeros(len(several), dtype=np.int64), [np.zeros(len(RDP_ORDERS))]
         names = sorted({name for steps in costs.values() for name, _ in steps})
@@ -168,13 +167,13 @@ class History:
 
 @dataclass(frozen=True)
 class _Cases:
-    """The distinct compositions that a client's records were in.
+    """The distinct compositions of a client's records.
 
     Attributes:
         kinds: (q, σ) of each kind of step.
-        rows: (cases, kinds + len(curves)): steps of each kind, and then a place in each of `curves`.
-        curves: Rényi curves, each (places, orders), of what steps alone do not say.
-        foreign: Rényi curve of what every record may have been in.
+        rows: (cases, kinds + len(curves)): number of steps of each kind, then an index into each of `curves`.
+        curves: RDP curves, each (places, orders), for exposures that are not plain steps.
+        foreign: RDP curve of releases that may have used any record.
     """
 
     kinds: list[tuple[float, float]]
@@ -183,7 +182,7 @@ class _Cases:
     foreign: np.ndarray
 
     def bounds(self, delta: float) -> np.ndarray:
-        """(cases,): ε by Rényi differential privacy."""
+        """(cases,): RDP bound on ε."""
         total = np.tile(self.foreign, (len(self.rows), 1))
         for kind, (rate, noise_multiplier) in enumerate(self.kinds):
             steps = self.rows[:, kind]
@@ -193,7 +192,7 @@ class _Cases:
         return epsilons_from_rdp(total, delta)
 
     def steps(self, case: int) -> list[Steps] | None:
-        """What one case is composed of; None if Rényi curves are part of it."""
+        """The steps of one case; None if it includes RDP curves."""
         row = self.rows[case]
         places = zip(self.curves, row[len(self.kinds) :], strict=True)
         if np.any(self.foreign) or any(np.any(curve[place]) for curve, place in places):
@@ -202,13 +201,13 @@ class _Cases:
 
 
 def history(ledger: Ledger | Book, dataset: str, records: str) -> History:
-    """What a client's records were in, by its ledger and by all that Lorica's home knows.
+    """The history of a client's records, from its ledger and the index in Lorica's home folder.
 
     Args:
-        dataset: fingerprint of the whole training data, which old releases are known by.
+        dataset: fingerprint of the whole training data, by which old releases are found.
         records: fingerprint of the client's records.
     """
-    # Records that were not introduced are at least known as a whole.
+    # Records that were never stored are known at least as a whole.
     members = ledger.members(records) or {records: np.ones(1, dtype=bool)}
     exposures = [one for one in ledger.exposures() if one.records in members]
     own_runs = {one.run for one in exposures if one.records == records}
@@ -219,9 +218,9 @@ def history(ledger: Ledger | Book, dataset: str, records: str) -> History:
 def _by_run(
     exposures: list[Exposure], records: str, client: tuple[str, int] | None, reserved: bool
 ) -> list[dict[int, list[tuple[str, Steps]]]]:
-    """For each run: client -> sets of records and the steps that it did with them.
+    """For each run: client -> sets of records and its steps on them.
 
-    Of the current run that is this client alone; of a run in which a client had these very records, that client.
+    Limited to this client in the current run, and to clients with exactly these records in other runs, if any.
     """
     runs: dict[tuple[str, str], list[Exposure]] = {}
     for one in exposures:
@@ -249,20 +248,20 @@ def lifetime_epsilon(
     planned: Steps | None = None,
     unit: PrivacyUnit = RECORD,
 ) -> float:
-    """ε of everything ever released about one of `records`, at `delta`, with `planned` steps still to come.
+    """ε at `delta` of everything ever released about any one of `records`, plus `planned` future steps.
 
-    Releases with different units do not add up, and make it infinite: what protects single records does not protect a
-    group, and a group that loses one record is another group rather than none, so that its clipped gradient may move
-    by 2C.
+    Infinite if releases have different units of privacy, because they do not compose: protecting single records does
+    not protect a group, and removing one record from a group changes the group rather than removing it, so that its
+    clipped gradient can move by 2C.
 
-    Releases of these very records compose by PLD. In a simulation, other runs may have split the same data set
-    differently; one of these records then was with some client of that run, nobody knows which, and the bound takes at
-    each Rényi order the most expensive client: `max_k RDP_k(α)`. Releases without noise, or with reproducible
-    noise, are not private and are left out: `unprotected` counts them.
+    Releases of exactly these records compose by PLD. In a simulation, other runs may have divided the same data set
+    differently. It is then unknown which client of such a run had a given record, so the bound uses the most expensive
+    client at each Rényi order: `max_k RDP_k(α)`. Releases with seeded noise or none are not private and are left out;
+    `unprotected` counts them.
 
     Args:
-        records: fingerprint of a client's records, where this process dealt the records to the clients. None where a
-            server did: then no client's number says who has a record, and all releases compose by PLD.
+        records: fingerprint of a client's records, if this process divided the data among the clients. None at a node,
+            where the server chooses the client numbers: then all releases compose by PLD.
     """
     own, foreign = _composed(releases, records, planned, unit)
     return epsilon_from_rdp(total_rdp(own) + foreign, delta) if np.any(foreign) else epsilon(own, delta)
@@ -287,7 +286,7 @@ def lifetime_above(
 def _composed(
     releases: Iterable[Release], records: str | None, planned: Steps | None, unit: PrivacyUnit
 ) -> tuple[list[Steps], np.ndarray]:
-    """Steps that surely saw these records, and the RDP curve of other partitions' worst clients."""
+    """Steps on exactly these records, and the summed RDP curves of the worst client in each differently divided run."""
     private = [release for release in releases if release.noise == "secure"]
     own = [release.cost for release in private if records in (None, release.records)]
     own_runs = {release.run for release in private if records in (None, release.records)}

@@ -59,7 +59,7 @@ class ClientPlan:
 
     @property
     def void_delta(self) -> bool:
-        """Whether δ is 1/n or more: publishing one of the records at random would satisfy it."""
+        """Whether δ ≥ 1/n: publishing one random record would satisfy such a δ."""
         return self.delta is not None and self.delta >= 1 / self.records
 
     def check(self, proposed: Terms, steps_in_all: int) -> None:
@@ -108,9 +108,9 @@ def plan_client(
         raise UserError(
             "privacy.delta",
             privacy.delta,
-            f"not below 1/{records}, the inverse of client {client}'s records: publishing one of them at random would "
-            "satisfy it",
-            f"choose {0.1 / records:.0e} or less",
+            f"not below 1/{records}, one over the number of records of client {client}: publishing one random record "
+            "would satisfy it",
+            f"choose at most {0.1 / records:.0e}",
         )
     if privacy.noise_multiplier is not None:
         noise_multiplier = privacy.noise_multiplier
@@ -122,12 +122,13 @@ def plan_client(
 
 
 def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
-    """One client's plan for a whole run: noise for the steps that the schedule asks of it.
+    """One client's plan for a whole run, with noise calibrated to the steps that the schedule assigns to it.
 
-    A function of the experiment and of one declared number, so that the server computes it too and believes no other.
+    A function of the experiment and of the declared number of records, so the server computes it too and accepts no
+    other plan.
 
     Args:
-        records: `n`, declared public; groups, where the unit of privacy is a group.
+        records: `n`, declared public; the number of groups if the unit of privacy is a group.
 
     Raises:
         UserError: more records than `federation.max_records`, or fewer than a batch.
@@ -138,14 +139,14 @@ def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
         raise UserError(
             "federation.max_records",
             federation.max_records,
-            f"client {client} has {records} records, and at most {most} count",
-            "raise the limit, or let the owner declare fewer (records in its policy)",
+            f"client {client} declares {records} records, but the limit is {most}",
+            "raise federation.max_records, or ask the owner to declare fewer (records in its policy)",
         )
     return plan_client(client, records, federation.batch_size, planned_steps(config, client), config.privacy)
 
 
 def planned_steps(config: ExperimentConfig, client: int) -> int:
-    """Noisy steps that the schedule asks of a client."""
+    """Number of noisy steps that the schedule assigns to a client."""
     federation = config.federation
     schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
     return federation.local_steps * sum(client in participants for participants in schedule)

@@ -93,11 +93,11 @@ class Policy(Strict):
     def _each_has_a_key_of_its_own(cls, value: dict[int, str] | None) -> dict[int, str] | None:
         lines = list((value or {}).values())
         if not all(re.fullmatch(r"ed25519:[0-9a-f]{64}( [A-Za-z0-9_.@-]{1,100})?", line) for line in lines):
-            raise ValueError("each is a public key as `lorica flower keys` prints it, ed25519:… NAME")
+            raise ValueError("each entry must be a public key as printed by `lorica flower keys`, ed25519:… NAME")
         if len({line.split()[0] for line in lines}) < len(lines):
             raise ValueError("two clients have the same key")
         if value is not None and not value:
-            raise ValueError("it is empty: list all clients, or remove the key")
+            raise ValueError("it is empty; list all clients, or remove members")
         return value
 
     @field_validator("group")
@@ -132,16 +132,17 @@ class Policy(Strict):
             _refuse("max_epsilon", steps, f"the limit is {self.max_epsilon:g}")
 
     def review_proposal(self, config: ExperimentConfig, records: int, steps: int) -> None:
-        """Refuse what public numbers rule out, before noise is calibrated to the proposal: a calibration takes seconds,
-        and this milliseconds.
+        """Refuse a proposal by its public numbers, before noise is calibrated to it.
+
+        A calibration takes seconds, this check milliseconds.
 
         Args:
-            records: this owner's, as declared.
-            steps: what the schedule asks of it.
+            records: number of records that this owner declares.
+            steps: number of steps that the schedule assigns to it.
 
         Raises:
             Refused: as `review`.
-            UserError: the policy's own δ means nothing for so many records.
+            UserError: the policy's own δ is not below 1/records.
         """
         privacy, rate = config.privacy, config.federation.batch_size / records
         if privacy == "none":
@@ -150,18 +151,20 @@ class Policy(Strict):
         self._review_terms(config, privacy.noise, rate, steps)
         self._review_bounds(privacy.noise_multiplier, privacy.clip_norm)
         if privacy.noise == "secure" and self.delta >= 1 / records:
-            problem = f"not below 1/{records}, the inverse of the records: publishing one at random would satisfy it"
-            raise UserError("policy.delta", self.delta, problem, f"choose {0.1 / records:.0e} or less")
+            problem = (
+                f"not below 1/{records}, one over the number of records: publishing one random record would satisfy it"
+            )
+            raise UserError("policy.delta", self.delta, problem, f"choose at most {0.1 / records:.0e}")
         if privacy.epsilon is None:
             return
         target = f"ε = {privacy.epsilon:g} at δ = {privacy.delta:g}"
-        # Noise that is calibrated at one δ costs no less at a smaller one.
+        # Noise calibrated at one δ costs at least as much at a smaller δ.
         if privacy.epsilon > self.max_epsilon and privacy.delta >= self.delta:
             _refuse("max_epsilon", target, f"the limit is {self.max_epsilon:g} at δ = {self.delta:g}")
         least = Steps(rate, self.min_noise_multiplier, steps)
         if epsilon_rdp([least], privacy.delta) < privacy.epsilon:
             limit = f"the minimum is {self.min_noise_multiplier:g}"
-            _refuse("min_noise_multiplier", f"{target}, which a smaller noise multiplier meets", limit)
+            _refuse("min_noise_multiplier", f"{target}, for which a smaller noise multiplier suffices", limit)
 
     def review_task(self, config: ExperimentConfig, base: str) -> None:
         """Refuse tasks, base models and units that the owner does not allow.
@@ -193,7 +196,7 @@ class Policy(Strict):
             unit: unit of privacy of the steps.
             plan: plan with the terms of the steps.
             steps: number of steps.
-            reserved: steps that other runs have reserved and not used.
+            reserved: unused reservations of other runs.
 
         Raises:
             Refused: names the policy's key, the resulting cost and the limit.
@@ -266,15 +269,15 @@ class Policy(Strict):
             _refuse("max_group_records", proposed, f"the limit is {self.max_group_records}")
 
     def _review_sums(self, config: ExperimentConfig) -> None:
-        """Check what is known before the first sum; `lorica.secure_sum.requirements` then checks each sum."""
+        """Check secure sums before the first one; `lorica.secure_sum.requirements` then checks each sum."""
         federation = config.federation
         if not federation.secure_sum:
             if self.sums_only:
                 _refuse("sums_only", "federation.secure_sum = False", "only sums are allowed")
             return
         if federation.participants < self.min_clients_in_sum:
-            least = f"the least is {self.min_clients_in_sum}"
-            _refuse("min_clients_in_sum", f"sums over {federation.participants} clients", least)
+            minimum = f"the minimum is {self.min_clients_in_sum}"
+            _refuse("min_clients_in_sum", f"sums over {federation.participants} clients", minimum)
         unknown = set(range(federation.clients)) - set(self.members or range(federation.clients))
         if unknown:
             listed = ", ".join(map(str, sorted(self.members or {})))

@@ -27,8 +27,8 @@ class Randomness(Protocol):
     def dropout_seed(self) -> int:
         """Seed of the generator of dropout masks.
 
-        As secret as the noise: whose mask is whose depends on who else is in the batch, so masks that a server can
-        compute would let one record change the gradients of others.
+        As secret as the noise: the mask of an example depends on its place in the batch. If the server could compute
+        the masks, one record would change the gradients of others in a known way.
         """
 
 
@@ -43,17 +43,17 @@ def secret_seed() -> bytes:
 class SecureRandomness:
     """Draws of ChaCha20 (RFC 8439) under a secret seed that comes from the operating system's entropy.
 
-    The seed makes a release repeatable for its owner and for nobody else. It lies in the ledger from the charge until
-    the reply is stored there, and is then erased: an attempt that crashes is repeated with the very same batches and
-    noise. It is one release, charged once. Fresh draws would make each attempt another release of the same records,
-    and a server that makes attempts fail could have as many of them as it likes.
+    With the seed, the owner and nobody else can repeat a release. The ledger stores the seed from the charge until the
+    reply is stored, and then erases it. An attempt that crashed is repeated with the same batches and noise, so it
+    remains one release, charged once. With new random numbers, each attempt would be another release of the same
+    records, and a server that makes attempts fail could get any number of them.
 
-    Batches, noise and dropout masks have streams of their own, with keys `HMAC-SHA256(seed, purpose)`. To whoever does
-    not have the seed, ChaCha20's output cannot be told from uniform bits: the operating system's own generator rests on
-    the same assumption (Linux' `getrandom` is ChaCha20).
+    Batches, noise and dropout masks have separate streams, with keys `HMAC-SHA256(seed, purpose)`. Without the seed,
+    ChaCha20's output is indistinguishable from uniform bits; the operating system's generator relies on the same
+    assumption (Linux's `getrandom` uses ChaCha20).
 
     Args:
-        seed: 32 bytes; by default fresh ones.
+        seed: 32 bytes; a new secret seed by default.
 
     Raises:
         ValueError: the seed does not have 32 bytes.
@@ -62,7 +62,7 @@ class SecureRandomness:
     def __init__(self, seed: bytes | None = None) -> None:
         seed = secret_seed() if seed is None else seed
         if len(seed) != SEED_BYTES:
-            raise ValueError(f"a seed has {SEED_BYTES} bytes, not {len(seed)}")
+            raise ValueError(f"the seed must have {SEED_BYTES} bytes, not {len(seed)}")
         self._batches, self._noise, self._dropout = (_Stream(seed, name) for name in ("batches", "noise", "dropout"))
 
     def uniform(self, count: int) -> Tensor:
@@ -82,7 +82,7 @@ class SecureRandomness:
 
 
 class _Stream:
-    """Keystream of one purpose; each call has a nonce of its own, so that no block counter can run over."""
+    """Keystream for one purpose. Each call has its own nonce, so the block counter cannot overflow."""
 
     def __init__(self, seed: bytes, purpose: str) -> None:
         self._key = hmac.digest(seed, purpose.encode(), "sha256")

@@ -1,7 +1,8 @@
-"""Which records a client trained on, as keyed digests in an SQLite file: known again, and not readable.
+"""The records that a client trained on, stored as keyed digests in an SQLite file: recognisable but not readable.
 
-A digest is 64 bits of keyed BLAKE2b (RFC 7693) under a secret key of the file's own. Without the key nobody can test
-whether a guessed record is in it. Two records share a digest with a probability of 2⁻⁶⁴; that can only over-count.
+A digest is 64 bits of keyed BLAKE2b (RFC 7693), with a secret key for each file. Without the key, nobody can test
+whether a guessed record is in the file. Two records have the same digest with probability 2⁻⁶⁴, which can only
+overcount.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SCHEMA = (
 
 
 def prepare(connection: sqlite3.Connection) -> None:
-    """Make the tables and the key where there are none."""
+    """Create the tables and the key if they are missing."""
     for statement in SCHEMA:
         connection.execute(statement)
     if connection.execute("SELECT 1 FROM record_key").fetchone() is None:
@@ -30,7 +31,7 @@ def prepare(connection: sqlite3.Connection) -> None:
 
 
 def add(connection: sqlite3.Connection, records: str, tags: Callable[[], tuple[np.ndarray, np.ndarray]]) -> None:
-    """Store the set of a fingerprint, if it is not stored yet.
+    """Store the records of a fingerprint, if they are not stored yet.
 
     Args:
         tags: `Records.tags`.
@@ -49,9 +50,9 @@ def add(connection: sqlite3.Connection, records: str, tags: Callable[[], tuple[n
 
 
 def members(connection: sqlite3.Connection, records: str) -> dict[str, np.ndarray]:
-    """Fingerprint -> (n,) bool, which of the n records of one set are in another; of all sets that have any of them.
+    """Fingerprint of another set -> (n,) bool: which of the n records of this set it contains.
 
-    Empty if the set itself is not stored.
+    Sets without any of the records are left out. Empty if this set is not stored.
     """
     own = connection.execute("SELECT digests, counts FROM record_sets WHERE records = ?", (records,)).fetchone()
     if own is None:

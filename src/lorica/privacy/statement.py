@@ -27,7 +27,7 @@ NOT_COVERED = [
     "The number of records of each client.",
     "Running time and memory use.",
 ]
-VOID_DELTA = "A δ that is not below the inverse of the client's records: publishing one at random would satisfy it"
+VOID_DELTA = "A δ of at least one over the number of records, which publishing one random record would satisfy"
 UNPROTECTED = {
     "none": "All records: the run was trained without differential privacy.",
     "reproducible": "An attacker who knows or guesses the seed, since the noise and the batches follow from it.",
@@ -74,7 +74,7 @@ def account(ledger: Ledger, dataset: str, records: str, run: str, plan: ClientPl
 
 
 def relation(unit: PrivacyUnit) -> str:
-    """How two data sets differ that a guarantee makes hard to tell apart (`accounting.NEIGHBOURS`), in words."""
+    """The neighbouring relation in words: how two data sets differ (`accounting.NEIGHBOURS`)."""
     what = "one record contributes" if unit == RECORD else "all records of one group contribute"
     return f"zero-out: {what} zero to every batch; the number of {unit.noun}s is public"
 

@@ -30,8 +30,8 @@ def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[
     """JSON-able account of a ledger. Each ε is computed by PLD at the same δ; null means infinity.
 
     `runs` has a row for each run, client and kind of noise, with the ε of that run alone. `owners` has a row for each
-    set of records, with the ε of the most exposed record, from this ledger and all that Lorica's home knows.
-    `reserved` has the steps that runs have reserved and not used. `policy` composes everything in the ledger, as
+    set of records, with the ε of the most exposed record, from this ledger and the index in Lorica's home folder.
+    `reserved` has the unused reservations of runs. `policy` composes everything in the ledger, as
     `Policy.review_release` does. `problem` says what is wrong with the ledger; null if nothing is.
 
     Args:
@@ -79,12 +79,10 @@ def budget_table(budget: dict[str, Any]) -> Group:
     ]
     if budget["reserved"]:
         rows = [(_reserved_cells(row), False) for row in budget["reserved"]]
-        title = "Reserved and not used (give it back with --release RUN)"
+        title = "Unused reservations (release one with --release RUN)"
         parts.append(_table(title, ["Run", "Client", "Steps", "ε"], rows))
     if budget["problem"] is not None:
-        text = (
-            f"This is not the ledger that was last used here: {budget['problem']}. Restore the newest copy of the file."
-        )
+        text = f"This is not the ledger last used here: {budget['problem']}. Restore the newest copy of the file."
         parts.append(Text(text, style="bold red"))
     policy = budget["policy"]
     if policy is not None:

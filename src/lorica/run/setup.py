@@ -65,10 +65,10 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
         raise UserError(
             "federation.max_records",
             None,
-            f"with federation.weights = {federation.weights} a client's weight follows from the number of records that "
-            "it declares, which nothing limits",
-            "set it to the largest number that an owner has, or to a list of registered numbers; or set "
-            "federation.weights=uniform",
+            f"with federation.weights = {federation.weights}, the weight of a client depends on the number of records "
+            "that it declares, which is not limited",
+            "set federation.max_records to the largest number of records of an owner, or to a list of registered "
+            "numbers, or set federation.weights=uniform",
         )
     check_isolated(config, model, task.test)
     method.start(state, config.seed)

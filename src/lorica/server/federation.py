@@ -244,7 +244,7 @@ class Federation:
                 traffic.bytes_up[client] += size(replies[client])
                 wrong = check_reply(replies[client], expected[client])
             except Exception as error:
-                # What no check foresaw is the fault of that client alone.
+                # An unexpected error in a check excludes only this client.
                 wrong = f"it cannot be checked ({type(error).__name__})"
             if wrong is None:
                 accepted[client] = replies[client]

@@ -67,7 +67,7 @@ def check_reply(reply: Mapping[str, Tensor], expected: Expected) -> str | None:
 
 
 def reply_shapes(request: Request, model: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each tensor of the reply to a request; empty where nothing comes back.
+    """Name -> shape of each tensor in the reply to a request; empty if there is no reply.
 
     Args:
         model: all global tensors.

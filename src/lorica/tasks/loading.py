@@ -77,7 +77,7 @@ def load_training(config: TaskConfig, base: str, group: str | None = None, teste
     """
     kind = kind_of(config)
     if kind.labels == "classes" and config.labels is None:
-        problem = "an owner's labels are not taken from its records"
+        problem = "required, because labels are not read from the records of an owner"
         raise UserError("task.labels", None, problem, "list all labels in the experiment's task.labels")
     train, owners = read_training(config, group=group)
     train = replace(train, private=True)

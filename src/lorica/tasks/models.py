@@ -11,10 +11,10 @@ from lorica.errors import UserError
 
 
 def pad_as_configured(model: nn.Module) -> None:
-    """Let masked places hold the model's own padding id, whatever the tokenizer pads with.
+    """Replace masked tokens by the model's own padding id, whatever the tokenizer pads with.
 
-    Decoder families read the logits at the last token that is not that id. A checkpoint without one pads with its
-    end-of-text token.
+    Decoder models read the logits at the last token that is not the padding id. A checkpoint without a padding id uses
+    its end-of-text token.
     """
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     if config.pad_token_id is None:

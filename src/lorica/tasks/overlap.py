@@ -1,7 +1,7 @@
-"""Whether records are private training data and public test data at once.
+"""Check that no record is both in the private training data and in the public test data.
 
-A server publishes what it measures on the test set after every round, without noise. Of private records that would be
-a release that no ε covers.
+A server publishes its test results after every round, without noise. For private records this would be a release that
+no ε covers.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from lorica.errors import UserError
 from lorica.tasks.owners import source_names
 from lorica.tasks.records import Task
 
-REMEDY = "use other records as the test set, or, if all of them are public, set task.test_overlap to allow"
+REMEDY = "use other records for testing, or set task.test_overlap=allow if all of these records are public"
 
 
 def check_sources(config: TaskConfig) -> None:
-    """Refuse a source that is both in `task.train` and `task.test`, under whatever path, or inside the other.
+    """Refuse a test source that is also a training source, under any path, or contains one or is inside one.
 
     Raises:
         UserError: names the test set's key.
@@ -29,7 +29,7 @@ def check_sources(config: TaskConfig) -> None:
     for name, test in tests.items():
         path = Path(test).expanduser().resolve()
         if any(path == train or path in train.parents or train in path.parents for train in trains):
-            raise UserError(f"task.test.{name}".rstrip("."), test, "task.train contains it, or it task.train", REMEDY)
+            raise UserError(f"task.test.{name}".rstrip("."), test, "overlaps with task.train", REMEDY)
 
 
 def overlap(config: TaskConfig, task: Task) -> int:
@@ -41,5 +41,5 @@ def overlap(config: TaskConfig, task: Task) -> int:
     public = {bytes(digest) for records in task.tests.values() for digest in records.digests}
     found = sum(bytes(digest) in public for digest in task.train.digests)
     if found and config.test_overlap == "refuse":
-        raise UserError("task.test", config.test, f"{found} records of task.train are also in it", REMEDY)
+        raise UserError("task.test", config.test, f"{found} of its records are also in task.train", REMEDY)
     return found

@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 class FlowerEngine:
     """Sends each client's requests to its node.
 
-    Nothing that a node sends is trusted. The server computes its plan itself, compares its account with the plan and
-    the replies, and reads no reply that is longer than requested. A bad answer removes that client from the round, and
-    has no other effect.
+    Answers of nodes are not trusted. The server computes each plan itself, compares each account with the plan and the
+    replies, and rejects replies that are longer than requested. A bad answer removes its client from the round and has
+    no other effect.
 
     Args:
         config: the experiment as sent to the nodes.
@@ -105,7 +105,7 @@ class FlowerEngine:
         return add_up(agreement, ask)
 
     def accounts(self, run: str) -> dict[int, Account]:
-        """The accounts of this run as reported by the clients, where they are possible."""
+        """The accounts of this run as reported by the clients, corrected where they are impossible."""
         return {client: self._accounts.get(client, Account(0, 0)) for client in self._plans}
 
     def spent(self) -> dict[int, float]:
@@ -142,7 +142,7 @@ class FlowerEngine:
         return replies
 
     def _note(self, client: int, claimed: Account, request: Request | None) -> None:
-        """Keep the account that a client claims. If it is impossible, all steps of the plan count instead.
+        """Store the account that a client claims. If it is impossible, all steps of the plan count instead.
 
         A client was charged for at least what it has replied to, and for at most its plan. A release without steps is a
         projection, which follows a release with steps.
@@ -158,7 +158,7 @@ class FlowerEngine:
             return
         logger.warning(
             "client %d claims %d steps in %d releases, which is impossible: the server received %d steps in %d "
-            "releases, and the plan has %d steps, which count instead",
+            "releases, and the plan has %d steps. All steps of the plan are counted instead",
             *(client, claimed.steps, claimed.releases, paid.steps, paid.releases, most),
         )
         self._accounts[client] = Account(most, paid.releases)
@@ -229,7 +229,7 @@ class FlowerEngine:
         return declined
 
     def _check_plan(self, plan: ClientPlan, connected: set[int]) -> str | None:
-        """Why the server rejects a plan; None if it accepts it. Of a plan it believes the client and its records."""
+        """Why the server rejects a plan; None if it accepts it. Only its client and records are taken on trust."""
         config = self._config
         if not 0 <= plan.client < config.federation.clients:
             return f"there is no client {plan.client}"
@@ -246,7 +246,7 @@ class FlowerEngine:
         except UserError as error:
             return str(error)
         if not plan.agrees_with(own):
-            return f"its plan is {plan}, and this experiment with {plan.records} records has {own}"
+            return f"its plan is {plan}, but for {plan.records} records this experiment has {own}"
         return None
 
     def _message(self, run: str, node: int, kind: str, content: Mapping[str, str | bytes]) -> Message:
@@ -273,6 +273,6 @@ def _read_answer(message: Message) -> Mapping[str, Any] | str:
 
 
 def _quoted(text: object) -> str:
-    """Somebody else's words for a line of the log: cut, and without line breaks or control characters."""
+    """Untrusted text for one line of the log: shortened, without line breaks and control characters."""
     words = f"{type(text).__name__}: {text}" if isinstance(text, Exception) else str(text)
     return "".join(letter if letter.isprintable() else " " for letter in words[:1000])

@@ -162,7 +162,7 @@ def _try(address: Path) -> Connection | None:
 def _start(settings: NodeSettings, address: Path, node: int) -> subprocess.Popen[bytes]:
     log_path = private_folder(settings.place) / "worker.log"
     create_private(log_path)
-    # What an earlier worker left; nobody answers there.
+    # The socket of an earlier worker, where nobody listens any more.
     address.unlink(missing_ok=True)
     arguments = [settings.model_dump_json(), str(address), str(node)]
     command = [sys.executable, "-m", "lorica.engines.flower.warm", *arguments]
