@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from dp_accounting import (
     GaussianDpEvent,
@@ -19,7 +20,16 @@ from scipy.stats import norm
 
 from lorica.errors import UserError
 from lorica.privacy import accounting
-from lorica.privacy.accounting import RDP_ORDERS, Steps, calibrate, epsilon, epsilon_rdp
+from lorica.privacy.accounting import (
+    RDP_ORDERS,
+    Steps,
+    calibrate,
+    epsilon,
+    epsilon_from_rdp,
+    epsilon_rdp,
+    epsilons_from_rdp,
+    rdp_curve,
+)
 
 GRID = [
     (0.016, 0.8, 500, 1e-5),
@@ -164,3 +174,13 @@ def test_no_steps_are_free_and_no_noise_is_infinite() -> None:
     assert epsilon([Steps(0.1, 1.0, 0)], 1e-5) == 0.0
     assert epsilon([Steps(0.1, 0.0, 1)], 1e-5) == math.inf
     assert epsilon_rdp([Steps(0.1, 0.0, 1)], 1e-5) == math.inf
+
+
+@pytest.mark.parametrize("delta", [1e-6, 1e-3, 0.3])
+def test_many_curves_at_once_give_what_dp_accounting_gives_for_each(delta: float) -> None:
+    steps = [Steps(q, sigma, count) for q in (0.01, 0.3, 1.0) for sigma in (0.4, 1.0, 20.0) for count in (1, 500)]
+    curves = np.stack(
+        [rdp_curve(step) for step in steps] + [np.zeros(len(RDP_ORDERS)), np.full(len(RDP_ORDERS), np.inf)]
+    )
+    single = [epsilon_from_rdp(curve, delta) for curve in curves]
+    assert epsilons_from_rdp(curves, delta).tolist() == pytest.approx(single, rel=1e-9)
