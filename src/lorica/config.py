@@ -376,6 +376,13 @@ class PrivacyConfig(Strict):
     noise: Literal["secure", "reproducible"] = "secure"
     """`secure`: noise from the operating system's entropy. `reproducible`: noise from the seed, for research; such a
     run is not a private release, and every report says so."""
+    noise_against: Literal["replies", "sums"] = "replies"
+    """What the noise protects a record in. `replies`: an owner's own noise suffices, whoever sees its replies. `sums`:
+    the owners of a secure sum share the noise, so each adds less; the guarantee then holds against a server that sees
+    sums over at least `federation.min_clients` owners. Needs `federation.secure_sum`, `min_clients` and one local step
+    of SGD."""
+    colluding: int = Field(1, ge=0)
+    """For `noise_against: sums`: maximum number of owners that collude with the server, whose noise does not count."""
     ledger: str | None = None
     """SQLite file that records every release; by default beside the training data."""
     max_lifetime_epsilon: float | None = Field(None, gt=0)

@@ -159,6 +159,11 @@ def guarantee(run: Run) -> tuple[float, float] | None:
     return max(client["epsilon"] for client in spent), max(client["delta"] for client in spent)
 
 
+def own_noise_epsilon(run: Run) -> float | None:
+    """The maximum ε of a client's own noise alone; None if the clients do not share the noise."""
+    return max((client["epsilon_own_noise"] for client in run.clients if "epsilon_own_noise" in client), default=None)
+
+
 def not_private(run: Run) -> str | None:
     """Why this run is not a private release, in one sentence; None if it is.
 
