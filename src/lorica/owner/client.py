@@ -159,8 +159,9 @@ class Client:
 
     def _own_noise_multiplier(self, request: Request) -> float | None:
         """The noise multiplier of this client's own noise, if it shares the noise with others."""
-        shares = self.plan.shared is not None and isinstance(request.work, Training)
-        return request.work.terms.noise_multiplier if shares else None
+        if self.plan.shared is None or not isinstance(request.work, Training):
+            return None
+        return request.work.terms.noise_multiplier
 
     def personal(self, run: str) -> dict[str, Tensor]:
         """The noisy tensors that this client trained and did not send: its personal part of the model."""

@@ -140,8 +140,12 @@ class Node:
         required = Requirements(run, own, identity=self._identity)
         if policy is not None:
             members = {client: Member.of(line) for client, line in (policy.members or {}).items()}
-            limits = {"min_clients": policy.min_clients_in_sum, "max_share": policy.max_share_in_sum}
-            required = replace(required, members=members, **limits)
+            required = replace(
+                required,
+                min_clients=policy.min_clients_in_sum,
+                max_share=policy.max_share_in_sum,
+                members=members,
+            )
         if self.plan.shared is not None:
             required = replace(required, min_clients=max(required.min_clients, self.plan.shared.min_clients))
         return required

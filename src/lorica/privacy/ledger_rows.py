@@ -98,8 +98,7 @@ TERMS = "run, client, owner, unit, noise, sampling_rate, noise_multiplier"
 
 
 def release_of(row: tuple[Any, ...]) -> Release:
-    *fields_before, unit, own_noise_multiplier = row
-    return Release(*fields_before, PrivacyUnit.parse(unit), own_noise_multiplier)
+    return Release(*(*row[:-2], PrivacyUnit.parse(row[-2]), row[-1]))
 
 
 def _row_of(release: Release) -> tuple[Any, ...]:

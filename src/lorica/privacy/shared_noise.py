@@ -5,10 +5,10 @@ together with at most `t` members, who know their own noise. If a sum has at lea
 ones add noise that the adversary does not know.
 
 Calibration. `σ_k` is client k's noise multiplier for its sampling rate, its steps and the target ε, `τ_k = σ_k C / b`,
-and `R ≥ max_k w_k τ_k`. Client j adds noise of standard deviation `R / (w_j √(m - t))` to its mean gradient. Any `m - t`
-honest members then add at least `R` to the sum, and one record of client k moves the sum by at most `w_k C / b`. It is
-therefore protected by a Gaussian mechanism with a noise multiplier of at least `σ_k`. With `w_k ∝ 1/τ_k`, nobody adds
-more than its own part, `τ_j / √(m - t)`.
+and `R ≥ max_k w_k τ_k`. Client j adds noise of standard deviation `R / (w_j √(m - t))` to its mean gradient, so the
+noise of any `m - t` honest members in the sum has at least the standard deviation `R`. One record of client k moves the
+sum by at most `w_k C / b`: it is protected by a Gaussian mechanism with a noise multiplier of at least `σ_k`. With
+`w_k ∝ 1/τ_k`, nobody adds more than its own part, `τ_j / √(m - t)`.
 
 Two conditions make the sum of the replies a function of the noisy sum alone:
 

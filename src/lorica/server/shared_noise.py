@@ -82,6 +82,6 @@ def shared_setup(
     raise UserError(
         "privacy.noise_against",
         "sums",
-        f"the sum's numbers of 64 bits are spaced by {setup.step:.3g}, too far apart for noise of {16 * min(grids):.3g}",
+        f"even numbers of 64 bits are spaced by {setup.step:.3g} in the sum, but its noise needs {min(grids):.3g}",
         "make learning rates and client weights less unequal, or set privacy.noise_against=replies",
     )
