@@ -122,11 +122,7 @@ def prepare(connection: sqlite3.Connection) -> str:
     """Create or upgrade the tables, and return the id of the ledger."""
     for statement in _SCHEMA:
         connection.execute(statement)
-    for table, added in _ADDED.items():
-        columns = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
-        for name, kind in added.items():
-            if name not in columns:
-                connection.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
+    add_columns(connection)
     record_sets.prepare(connection)
     found = connection.execute("SELECT identity FROM ledger").fetchone()
     if found is not None:
@@ -135,6 +131,15 @@ def prepare(connection: sqlite3.Connection) -> str:
     connection.execute("INSERT INTO ledger VALUES (?)", (identity,))
     link_all(connection, identity)
     return identity
+
+
+def add_columns(connection: sqlite3.Connection) -> None:
+    """Add the columns that an older version of Lorica did not create."""
+    for table, added in _ADDED.items():
+        columns = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+        for name, kind in added.items():
+            if columns and name not in columns:
+                connection.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
 
 
 def link_all(connection: sqlite3.Connection, identity: str) -> Head:
