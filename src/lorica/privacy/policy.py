@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from lorica.config import ExperimentConfig, Strict, TaskConfig, read_mapping, validate
+from lorica.config import ExperimentConfig, Strict, TaskConfig, validate
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, epsilon_above, epsilon_rdp
 from lorica.privacy.ledger import Release
@@ -18,6 +18,7 @@ from lorica.privacy.lifetime import lifetime_above, lifetime_epsilon
 from lorica.privacy.plan import ClientPlan, Refused
 from lorica.privacy.shared_noise import shares_noise
 from lorica.privacy.unit import PrivacyUnit
+from lorica.strict_yaml import read_yaml_file
 from lorica.tasks.kind import kind_of, kinds
 
 
@@ -346,7 +347,7 @@ def load_policy(path: Path) -> Policy:
     Raises:
         UserError: no such file, invalid YAML, an unknown key, or an invalid value; names `policy.KEY`.
     """
-    return validate(Policy, read_mapping(path, "policy"), prefix="policy")
+    return validate(Policy, read_yaml_file(path, "policy"), prefix="policy")
 
 
 def _units(releases: list[Release]) -> set[PrivacyUnit]:
