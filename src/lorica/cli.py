@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,10 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 flower = typer.Typer(no_args_is_help=True, help="Federations across machines, over Flower.")
 app.add_typer(flower, name="flower")
 console = Console()
+# A console that is not UTF-8 shows a question mark for ε and σ; without this, it ends the command.
+for _stream in (sys.stdout, sys.stderr):
+    if isinstance(_stream, io.TextIOWrapper):
+        _stream.reconfigure(errors="replace")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides section.key=value, such as privacy.epsilon=1.")]
 
