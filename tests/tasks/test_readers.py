@@ -123,9 +123,9 @@ def test_class_names_in_parquet_metadata_are_used_in_their_order(tmp_path):
 
 
 def test_integer_labels_sort_by_value_and_others_as_text(write_csv):
-    integers = write_csv("integers.csv", "text,label\na,10\nb,-1\nc,9\n")
+    integers = write_csv("integers.csv", "text,label\na,10\nb,-2\nc,9\n")
     mixed = write_csv("mixed.csv", "text,label\na,10\nb,x\nc,9\n")
-    assert texts_and_labels(text_config(integers))[2] == ["-1", "9", "10"]
+    assert texts_and_labels(text_config(integers))[2] == ["-2", "9", "10"]
     assert texts_and_labels(text_config(mixed))[2] == ["10", "9", "x"]
 
 
@@ -196,7 +196,7 @@ class TestWrongSources:
 
     def test_csv_row_with_too_many_cells_is_named_by_its_number(self, write_csv):
         error = failure(text_config(write_csv("data.csv", f"text,label\na,1\n{SECRET},{SECRET},1\n")))
-        assert "row 3" in error.problem
+        assert error.problem == "line 3 has 3 cells, but the header has 2"
 
     def test_csv_that_is_not_utf8(self, tmp_path):
         (tmp_path / "data.csv").write_bytes(b"text,label\nMiller \xff,1\n")

@@ -14,6 +14,8 @@ from lorica.tasks.labels import UNKNOWN, is_text
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch, Records, Task, digest, stack_digests
 
+LONGEST_KEY = 1000
+
 
 @dataclass(frozen=True, eq=False)
 class GroupedRecords(Records):
@@ -99,15 +101,21 @@ def group_keys(source: Source, column: str) -> np.ndarray:
     """(n,) text: which group each record belongs to.
 
     Raises:
-        UserError: the column holds neither text nor integers.
+        UserError: the column holds neither text nor integers, or texts that are no names.
     """
     import pyarrow as pa
+    from pyarrow import compute
 
     values = source.table.column(column)
     if not (is_text(values.type) or pa.types.is_integer(values.type)):
         problem = f"the column of {source.name} holds {values.type}, which cannot identify groups"
         raise UserError("privacy.group", column, problem, "choose a column of text or integers")
-    keys: np.ndarray = values.cast(pa.large_string()).to_numpy()
+    texts = values.cast(pa.large_string())
+    # An array of text takes the length of the longest for all.
+    if compute.max(compute.utf8_length(texts)).as_py() > LONGEST_KEY:
+        problem = f"the column of {source.name} has values of more than {LONGEST_KEY} characters"
+        raise UserError("privacy.group", column, problem, "choose a column of names or numbers")
+    keys: np.ndarray = texts.to_numpy()
     return keys.astype(str)
 
 

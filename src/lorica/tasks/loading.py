@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -79,8 +78,7 @@ def load_training(config: TaskConfig, base: str, group: str | None = None, teste
     if kind.labels == "classes" and config.labels is None:
         problem = "required, because labels are not read from the records of an owner"
         raise UserError("task.labels", None, problem, "list all labels in the experiment's task.labels")
-    train, owners = read_training(config, group=group)
-    train = replace(train, private=True)
+    train, owners = read_training(config, group=group, private=True)
     names = names_of_labels(kind, train)
     prepare, objective = _preparation(kind, base, names, tested)
     groups = None if group is None else group_keys(train, group)

@@ -7,10 +7,12 @@ no ε covers.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
+from lorica.tasks.formats.paths import local_path
 from lorica.tasks.owners import source_names
 from lorica.tasks.records import Task
 
@@ -26,12 +28,18 @@ def check_sources(config: TaskConfig) -> None:
     """
     if config.test_overlap == "allow":
         return
-    trains = [Path(name).expanduser().resolve() for name in source_names(config.train)]
+    trains = [_resolved(name, "task.train") for name in source_names(config.train)]
     tests = config.test if isinstance(config.test, dict) else {"": config.test}
     for name, test in tests.items():
-        path = Path(test).expanduser().resolve()
+        key = f"task.test.{name}".rstrip(".")
+        path = _resolved(test, key)
         if any(path == train or path in train.parents or train in path.parents for train in trains):
-            raise UserError(f"task.test.{name}".rstrip("."), test, "overlaps with task.train", REMEDY)
+            raise UserError(key, test, "overlaps with task.train", REMEDY)
+
+
+def _resolved(name: str, key: str) -> Path:
+    # Unlike Path.resolve, it takes links that lead nowhere.
+    return Path(os.path.realpath(local_path(name, key)))
 
 
 def overlap(config: TaskConfig, task: Task) -> int:

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import glob
-import json
+import logging
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
+from lorica.tasks.formats.image_folder import has_images
+from lorica.tasks.formats.paths import local_path
 from lorica.tasks.kind import kind_of
-from lorica.tasks.labels import INTEGER, is_text
-from lorica.tasks.readers import IMAGE_SUFFIXES, READERS, Source, read
+from lorica.tasks.labels import declared_features, is_text, sorted_names
+from lorica.tasks.readers import READERS, Source, read
 from lorica.tasks.records import Owners
 
-if TYPE_CHECKING:
-    import pyarrow as pa
+logger = logging.getLogger(__name__)
 
 
-def read_training(config: TaskConfig, by: str | None = None, group: str | None = None) -> tuple[Source, Owners]:
+def read_training(
+    config: TaskConfig, by: str | None = None, group: str | None = None, private: bool = False
+) -> tuple[Source, Owners]:
     """Read all sources that `task.train` names as one, and whose records are whose.
 
     Args:
         by: the column that says whose record it is; owners are its values, sorted, by value if all are integers. By
             default every source is an owner, in order.
         group: one more column to read, `privacy.group`.
+        private: the records are those of an owner on its own machine (`Source.private`).
 
     Raises:
         UserError: as `read`, for each source; no source matches; a source is named twice; columns of the same name hold
@@ -34,7 +38,7 @@ def read_training(config: TaskConfig, by: str | None = None, group: str | None =
     """
     names = source_names(config.train)
     also = {column: key for column, key in ((by, "federation.by"), (group, "privacy.group")) if column is not None}
-    sources = [read(config, "task.train", name, also) for name in names]
+    sources = [read(config, "task.train", name, also, private) for name in names]
     joined = sources[0] if len(sources) == 1 else _join(sources, config)
     if by is not None:
         return joined, _owners_of(joined, by)
@@ -54,15 +58,27 @@ def source_names(train: str | list[str]) -> list[str]:
     if isinstance(train, list):
         if not train:
             raise UserError("task.train", train, "it is empty", "give at least one source")
-        if len(set(train)) < len(train):
+        if len({os.path.realpath(local_path(name, "task.train")) for name in train}) < len(train):
             raise UserError("task.train", train, "it contains a source twice", "give each source once")
         return train
-    path = Path(train).expanduser()
-    if path.is_dir() and not _holds_images(path):
-        files = [file for file in path.iterdir() if file.suffix.lower() in READERS and file.name[0] != "."]
+    path = local_path(train, "task.train")
+    try:
+        return _of_folder_or_pattern(path, train)
+    except OSError as error:
+        problem, remedy = f"it cannot be read ({error.strerror})", "check the path and its permissions"
+        raise UserError("task.train", train, problem, remedy) from None
+
+
+def _of_folder_or_pattern(path: Path, train: str) -> list[str]:
+    if path.is_dir() and not has_images(path):
+        seen = [file for file in path.iterdir() if file.name[0] != "." and not _is_own(file.name)]
+        files = [file for file in seen if file.suffix.lower() in READERS]
+        if files and len(files) < len(seen):
+            others = sorted(file.name for file in seen if file not in files)
+            logger.warning("%s: skipped %d other files or folders, such as %s", path.name, len(others), others[0])
         return sorted(map(str, files)) or [train]
     if not path.exists() and ("*" in train or "?" in train):
-        found = sorted(match for match in glob.glob(str(path)) if ".ledger.sqlite" not in match)
+        found = sorted(match for match in glob.glob(str(path)) if not _is_own(match))
         if not found:
             raise UserError("task.train", train, "no file matches this pattern", "check the folder and the pattern")
         return found
@@ -76,8 +92,9 @@ def first_source(train: str | list[str]) -> Path:
     return Path(source_names(train)[0]).expanduser()
 
 
-def _holds_images(folder: Path) -> bool:
-    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in folder.glob("*/*"))
+def _is_own(name: str) -> bool:
+    """Whether Lorica writes such a file beside the data."""
+    return ".ledger.sqlite" in name or name.endswith(".private-metrics.jsonl")
 
 
 def _join(sources: list[Source], config: TaskConfig) -> Source:
@@ -89,7 +106,7 @@ def _join(sources: list[Source], config: TaskConfig) -> Source:
     has_paths = "image" in kind_of(config).columns and not one_folder
     tables = [_with_absolute_paths(source, config.image) if has_paths else source.table for source in sources]
     for source, table in zip(sources, tables, strict=True):
-        if _features(table) != _features(tables[0]):
+        if declared_features(source) != declared_features(first):
             problem = f"its declared features (such as label names) differ from those of {first.name}"
             raise source.error(problem, "write both files from the same data set, or remove the declared features")
         for column in table.column_names:
@@ -104,7 +121,7 @@ def _join(sources: list[Source], config: TaskConfig) -> Source:
         raise UserError(
             "task.train", config.train, problem, "write each column with the same type in all files"
         ) from None
-    return Source(first.key, f"{first.name} and {len(sources) - 1} more", table, first.folder)
+    return Source(first.key, f"{first.name} and {len(sources) - 1} more", table, first.folder, first.private)
 
 
 def _with_absolute_paths(source: Source, column: str) -> pa.Table:
@@ -117,11 +134,6 @@ def _with_absolute_paths(source: Source, column: str) -> pa.Table:
     return table.set_column(table.column_names.index(column), column, pa.array(paths, pa.string()))
 
 
-def _features(table: pa.Table) -> Any:
-    metadata = (table.schema.metadata or {}).get(b"huggingface")
-    return None if metadata is None else json.loads(metadata).get("info", {}).get("features")
-
-
 def _owners_of(source: Source, by: str) -> Owners:
     import pyarrow as pa
 
@@ -130,8 +142,6 @@ def _owners_of(source: Source, by: str) -> Owners:
         problem = f"the column of {source.name} holds {column.type}, which cannot identify owners"
         raise UserError("federation.by", by, problem, "choose a column of text or integers")
     values = column.cast(pa.large_string()).to_pylist()
-    distinct = set(values)
-    integers = all(map(INTEGER.fullmatch, distinct))
-    names = sorted(distinct, key=(lambda name: (int(name), name)) if integers else None)
+    names = sorted_names(set(values))
     position = {name: index for index, name in enumerate(names)}
     return Owners(names, np.array([position[value] for value in values], dtype=np.int64))
