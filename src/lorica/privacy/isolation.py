@@ -51,7 +51,8 @@ def check_isolation(
         tolerance: largest allowed `‖difference‖ / ‖gradient‖` between a batch and an example alone.
 
     Raises:
-        UserError: names the tensor whose gradient differs, or whose module's rows cannot be split by example.
+        UserError: the model fails; or names the tensor whose gradient differs, or whose module's rows cannot be split by
+            example.
     """
     mode = model.training
     ends = sorted({0, len(batch) - 1})
@@ -108,6 +109,15 @@ def _gradients(
                 f"records cannot be clipped separately: {error}",
                 "use another model, or remove this module from lora.target_modules",
             ) from None
+        # Whatever a model stumbles over, such as images of another size than its own.
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            words = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                "model.base",
+                type(model).__name__,
+                f"it fails on public examples ({words})",
+                "use a base model whose settings (image size, positions, token types) fit its weights and its data",
+            ) from error
 
 
 def _rows_of(batch: Batch, index: int) -> Tensor:

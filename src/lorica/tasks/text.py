@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from lorica.errors import UserError
 from lorica.pretrained import from_pretrained
 from lorica.tasks.cache import Arrays, cached_arrays
 from lorica.tasks.labels import is_text
+from lorica.tasks.limits import fit_tokenizer
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch, Records, digest, stack_digests
 
@@ -97,12 +99,14 @@ def padded(flat: np.ndarray, places: np.ndarray, mask: np.ndarray, pad: int) -> 
 
 
 def load_tokenizer(base: str) -> Any:
-    """The tokenizer of a model folder or hub id; a folder is read without the network.
+    """The tokenizer of a model folder or hub id, within the model's limits (`lorica.tasks.limits`).
+
+    A folder is read without the network.
 
     Raises:
-        UserError: there is none, it cannot be loaded, or it has no vocabulary.
+        UserError: there is none, it cannot be loaded, has no vocabulary, or has tokens that the model lacks.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     tokenizer = from_pretrained(
         AutoTokenizer.from_pretrained,
@@ -114,7 +118,25 @@ def load_tokenizer(base: str) -> Any:
     # transformers makes a tokenizer that knows its special tokens only where the vocabulary's file is missing.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError("model.base", base, "its tokenizer has no vocabulary", "add tokenizer.json to the folder")
+    if not Path(base).is_dir() or (Path(base) / "config.json").is_file():
+        remedy = "give the id of a model on the hub, or a folder with config.json"
+        config = from_pretrained(AutoConfig.from_pretrained, base, "its configuration", remedy)
+        fit_tokenizer(tokenizer, config, base)
     return tokenizer
+
+
+def most_text(tokenizer: Any, max_length: int, pair: bool) -> int:
+    """Tokens of a record, special ones included: `task.max_length`, or what the model can take if that is less.
+
+    Raises:
+        UserError: the special tokens leave no room for text.
+    """
+    limit = int(min(max_length, tokenizer.model_max_length))
+    special = tokenizer.num_special_tokens_to_add(pair)
+    if limit <= special:
+        problem = f"a record has {limit} tokens at most, {special} of which are special ones"
+        raise UserError("task.max_length", max_length, problem, f"use a model that takes more than {special} tokens")
+    return limit
 
 
 def tokenise(
@@ -122,8 +144,7 @@ def tokenise(
 ) -> TextRecords:
     """Tokenise one text column, or two as sentence pairs, once for the same data, tokenizer and length.
 
-    Records are cut at `max_length` tokens, special ones included, or at what the tokenizer says its model can take,
-    whichever is less; pairs lose tokens from the longer of the two. Where the tokenizer has no padding token, its
+    Records are cut at `max_length` tokens, special ones included, or at what the model can take, whichever is less; pairs lose tokens from the longer of the two. Where the tokenizer has no padding token, its
     end-of-text token pads, and 0 if it has neither; `attention_mask` hides padding in any case.
 
     Args:
@@ -137,7 +158,7 @@ def tokenise(
     digests = np.concatenate(
         [_digests(texts, label_texts, start) for start in range(0, len(labels), SLICE)], dtype=np.uint8
     )
-    limit = min(max_length, tokenizer.model_max_length)
+    limit = most_text(tokenizer, max_length, len(columns) == 2)
 
     def make(arrays: Arrays) -> None:
         for start in range(0, len(labels), SLICE):

@@ -35,7 +35,8 @@ def exact_match(
     A record's answer is its last learned turn, and its prompt all that comes before. The model's answer ends at its or
     the tokenizer's end-of-text token, at a special token that closes one of the records' answers (a chat template's end
     of turn), or after `max_new_tokens`. Answers are compared as decoded without special tokens and stripped of blanks.
-    Modules are in evaluation mode meanwhile, as in `evaluate`.
+    A prompt that leaves the model no room for an answer loses its beginning. Modules are in evaluation mode meanwhile,
+    as in `evaluate`.
 
     Args:
         model: a causal model with transformers' `generate`, or a PEFT model around one.
@@ -47,7 +48,8 @@ def exact_match(
     Raises:
         UserError: a reference has no number after `####`.
     """
-    questions = [records.question(index) for index in range(len(records))]
+    room = tokenizer.model_max_length - max_new_tokens
+    questions = [(prompt[-room:], reference) for prompt, reference in map(records.question, range(len(records)))]
     references = tokenizer.batch_decode([reference for _, reference in questions], skip_special_tokens=True)
     wanted = [_reference(text, answer, index) for index, text in enumerate(references)]
     settings = _greedy(model, tokenizer, [reference for _, reference in questions], max_new_tokens, records.pad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lorica.errors import UserError
 from lorica.tasks.kind import TaskKind
 from lorica.tasks.made_up import TEXTS
 from lorica.tasks.readers import Source
@@ -41,6 +42,10 @@ class LanguageModelling(TaskKind):
     def objective(self, processor: Any) -> Objective:
         from lorica.tasks.causal.objective import NextTokenObjective
 
+        tokens = self.config.answer_tokens
+        if tokens is not None and tokens >= processor.model_max_length:
+            problem = f"the model takes {processor.model_max_length} tokens, prompt and answer together"
+            raise UserError("task.answer_tokens", tokens, problem, "lower task.answer_tokens")
         return NextTokenObjective(processor, self.config.answer_tokens, self.config.answer_format)
 
     def made_up(self, label_names: list[str]) -> dict[str, list[Any]]:
