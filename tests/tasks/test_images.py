@@ -217,14 +217,15 @@ class TestWrongImages:
         parquet.write_table(pa.table({"image": [encoded(1), content], "label": [0, 1]}), tmp_path / "data.parquet")
         error = self.failure(str(tmp_path / "data.parquet"), grey_base)
         assert error.key == "task.train"
-        assert error.problem == "record 1 (counted from 0), column 'image', is not a readable image"
+        what = "is not a readable image" if content else "is empty"
+        assert error.problem == f"the image of record 1 (counted from 0), column 'image', {what}"
         assert "Miller" not in str(error)
 
     def test_missing_file_is_named_by_index_and_column(self, tmp_path, grey_base):
         path = write_images(tmp_path, "csv")
         (tmp_path / "images" / "2.png").unlink()
         error = self.failure(path, grey_base)
-        assert error.problem == "the image of record 2 (counted from 0), column 'image', is missing"
+        assert error.problem.startswith("the image 'images/2.png' (record 2, counted from 0) is missing")
 
     def test_struct_without_content(self, tmp_path, grey_base):
         structs = pa.array([{"bytes": encoded(1), "path": None}, {"bytes": None, "path": None}])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,8 +21,12 @@ from lorica.tasks.labels import UNKNOWN, is_text
 from lorica.tasks.readers import Source
 from lorica.tasks.records import Batch, Records, digest, stack_digests
 
-# Decoded images that exist beside the result at a time.
+# Encoded images, and bytes of decoded ones, that exist beside the result at a time.
 SLICE = 256
+DECODED = 256 * 2**20
+# Others have decoders that run programs (EPS) or belong to scientific data.
+DECODERS = ("PNG", "JPEG", "MPO", "JPEG2000", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+LONGEST_PATH = 200
 # What convolutional models count as a patch, for the size of their micro-batches.
 DEFAULT_PATCH = 16
 
@@ -141,12 +147,12 @@ def process(
     def make(arrays: Arrays) -> None:
         shape = None
         for start in range(0, len(labels), SLICE):
-            contents = enumerate(encoded(start), start)
-            pixels = _resized([_decode(source, column, index, c, mode) for index, c in contents], preprocessing)
-            shape = shape or pixels.shape[1:]
-            if pixels.shape[1:] != shape:
-                raise _not_one_size(preprocessing)
-            arrays.append("pixels", pixels)
+            for images in _decoded(source, column, start, encoded(start), mode):
+                pixels = _resized(images, preprocessing)
+                shape = shape or (pixels.dtype, pixels.shape[1:])
+                if (pixels.dtype, pixels.shape[1:]) != shape:
+                    raise _not_one_size(preprocessing)
+                arrays.append("pixels", pixels)
 
     processor = preprocessing.processor
     content = hashlib.sha256(digests.tobytes()).hexdigest()
@@ -171,29 +177,72 @@ def _encoded(source: Source, column: str, index: int, value: bytes | str | dict[
     content = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
     if isinstance(content, bytes):
         return content
+    path = source.folder / (content or "")
     try:
-        return (source.folder / (content or "")).read_bytes()
+        # A FIFO or a device is never opened: reading it may not end.
+        if path.is_file():
+            return path.read_bytes()
     # A path with a null byte is a ValueError.
     except (OSError, ValueError):
-        problem = f"the image of record {index} (counted from 0), column {column!r}, is missing"
-        raise source.error(problem, f"write paths relative to {source.folder}, or remove the record") from None
+        pass
+    problem = f"the image {_name(source, column, index)} is missing, or is not a file that can be read"
+    raise source.error(problem, f"write paths relative to {source.folder}, or remove the record")
+
+
+def _name(source: Source, column: str, index: int) -> str:
+    """How an error calls an image: by its path, or by the number of its record."""
+    value = source.table.column(column)[index].as_py()
+    path = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
+    if isinstance(path, str):
+        return f"{path[:LONGEST_PATH]!r} (record {index}, counted from 0)"
+    return f"of record {index} (counted from 0), column {column!r},"
+
+
+def _decoded(source: Source, column: str, start: int, contents: list[bytes], mode: str) -> Iterator[list[Any]]:
+    """The images from record `start` on, so many at a time that they take about `DECODED` bytes."""
+    images, size = [], 0
+    for index, content in enumerate(contents, start):
+        images.append(_decode(source, column, index, content, mode))
+        size += images[-1].width * images[-1].height * len(mode)
+        if size >= DECODED:
+            yield images
+            images, size = [], 0
+    if images:
+        yield images
 
 
 def _decode(source: Source, column: str, index: int, content: bytes, mode: str) -> Any:
     from PIL import Image, ImageOps
 
-    place = f"record {index} (counted from 0), column {column!r},"
     try:
-        image = Image.open(io.BytesIO(content))
+        with warnings.catch_warnings():
+            # More pixels than any photo, in a file of any size.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(content))
+        if image.format not in DECODERS:
+            raise ValueError(image.format)
         # Converting these modes would cut their values off at 255.
         deep = image.mode.startswith(("I", "F"))
         converted = ImageOps.exif_transpose(image).convert(mode)
     # Decoders raise whatever a broken file makes them stumble over.
-    except Exception:
-        raise source.error(f"{place} is not a readable image", "replace the image or remove the record") from None
+    except Exception as error:
+        what = _what_is_wrong(error, content)
+        problem = f"the image {_name(source, column, index)} {what}"
+        raise source.error(problem, "replace the image or remove the record") from None
     if deep:
-        raise source.error(f"{place} has more than 8 bits per channel", "convert the images to 8 bits")
+        problem = f"the image {_name(source, column, index)} has more than 8 bits per channel"
+        raise source.error(problem, "convert the images to 8 bits")
     return converted
+
+
+def _what_is_wrong(error: Exception, content: bytes) -> str:
+    from PIL import Image
+
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return "has more pixels than any photo"
+    if content.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the image"
+    return "is empty" if not content else "is not a readable image"
 
 
 def _normalisation(preprocessing: Preprocessing) -> tuple[float, Tensor, Tensor]:
