@@ -309,6 +309,7 @@ class _Rounds:
     def start(self, prepared: Prepared, federation: Federation, finished: int) -> None:
         from lorica.privacy.unit import PrivacyUnit
         from lorica.reporting.style import rounded_up
+        from lorica.tasks.label_counts import test_set_lines
 
         self.started = True
         self._progress.start()
@@ -324,6 +325,8 @@ class _Rounds:
             f"LoRA of rank {config.lora.r} on {len(prepared.model.sites)} linear maps ({', '.join(modules)}) in "
             f"{len({site.layer for site in prepared.model.sites})} layers; head: {config.model.head}"
         )
+        for line in test_set_lines(prepared.task):
+            console.print(escape(line), highlight=False)
         if config.privacy == "none":
             console.print("[bold red]No differential privacy.[/bold red]")
         else:

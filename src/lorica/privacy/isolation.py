@@ -51,8 +51,8 @@ def check_isolation(
         tolerance: largest allowed `‖difference‖ / ‖gradient‖` between a batch and an example alone.
 
     Raises:
-        UserError: the model fails; or names the tensor whose gradient differs, or whose module's rows cannot be split by
-            example.
+        UserError: the model fails on the batch; or names the tensor whose gradient differs, or whose module's rows
+            cannot be split by example.
     """
     mode = model.training
     ends = sorted({0, len(batch) - 1})

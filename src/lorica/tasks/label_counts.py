@@ -1,7 +1,8 @@
-"""Who has what: records of each label that each client holds. Only for simulations.
+"""Records of each label: of public test sets always, of each client only in simulations.
 
-These counts are facts about private records that no noise covers. They are written for research runs only, where one
-machine holds the data of all clients (the local engine); a run with secure noise, whose folder may be shared, has none.
+A client's counts are facts about private records that no noise covers. They are written for research runs only, where
+one machine holds the data of all clients (the local engine); a run with secure noise, whose folder may be shared, has
+none.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lorica.tasks.records import Records
+from lorica.tasks.records import Records, Task
+
+SHOWN = 12
+LONGEST_NAME = 40
 
 
 def label_counts(parts: Sequence[Records], label_names: list[str], owner_names: list[str] | None) -> dict[str, Any]:
@@ -28,3 +32,29 @@ def label_counts(parts: Sequence[Records], label_names: list[str], owner_names: 
         name = {} if owner_names is None else {"name": Path(owner_names[number]).name}
         clients.append({"client": number, **name, "counts": counts})
     return {"simulation": True, "labels": label_names, "clients": clients}
+
+
+def test_set_lines(task: Task) -> list[str]:
+    """What a run says about its labels and its public test sets when it starts; nothing about training records."""
+    lines = [f"Labels: {_listed(list(map(_short, task.label_names)))}"] if task.has_classes else []
+    for name, records in task.tests.items():
+        if task.has_classes:
+            counts = np.bincount(records.labels, minlength=len(task.label_names))
+            found = [f"{_short(label)} {count:,}" for label, count in zip(task.label_names, counts, strict=True)]
+            details = f": {_listed(found)}"
+        elif task.label_names:
+            details = f", numbers from {records.labels.min():g} to {records.labels.max():g}"
+        else:
+            details = ""
+        lines.append(f"Test set{name and f' {name}'}: {len(records):,} records{details}")
+    return lines
+
+
+def _short(name: str) -> str:
+    shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
+    return shown if shown.isprintable() and shown.strip() == shown != "" else repr(shown)
+
+
+def _listed(parts: list[str]) -> str:
+    more = f" and {len(parts) - SHOWN:,} more" if len(parts) > SHOWN else ""
+    return ", ".join(parts[:SHOWN]) + more

@@ -25,7 +25,8 @@ UNKNOWN = -100
 # How data sets mark a record without a label: SNLI has "-" and -1, transformers -100, and pandas reads the rest as
 # missing values.
 UNLABELLED = frozenset(
-    "- -1 -100 #N/A #NA -NaN -nan <NA> N/A NA NULL NaN None n/a nan null".split() + ["", "#N/A N/A"]
+    {"-", "-1", "-100"}
+    | {"", "#N/A", "#N/A N/A", "#NA", "-NaN", "-nan", "<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"}
 )
 # What is longer or more is a text, not a class.
 LONGEST_LABEL = 1000
@@ -194,8 +195,8 @@ def _unlabelled(source: Source, column: str, missing: pa.ChunkedArray, mark: str
     listed = "" if mark is None else f", list {mark!r} in task.labels if it is a label"
     return source.error(
         f"record {index} (counted from 0) {what}",
-        f"remove the records without a label ({count} of {len(missing)}){listed}, or choose another split if the "
-        "labels of this one are withheld, as in ID[validation]",
+        f"correct or remove the records without a label ({count} of {len(missing)}){listed}, or choose another split "
+        "if the labels of this one are withheld, as in ID[validation]",
     )
 
 

@@ -87,7 +87,7 @@ def _check_ids(tokenizer: Any, config: Any, base: str) -> None:
             base,
             f"its tokenizer has {len(beyond)} tokens, such as {min(beyond, key=beyond.__getitem__)!r} (id "
             f"{min(numbers)}), that the model has no embedding for (it has {rows})",
-            "save the model again after model.resize_token_embeddings(len(tokenizer)), or use the model's own tokenizer",
+            "use the model's own tokenizer, or save the model after model.resize_token_embeddings(len(tokenizer))",
         )
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < rows]

@@ -6,6 +6,7 @@ import glob
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from lorica.tasks.kind import kind_of
 from lorica.tasks.labels import declared_features, is_text, sorted_names
 from lorica.tasks.readers import READERS, Source, read
 from lorica.tasks.records import Owners
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 

@@ -144,8 +144,9 @@ def tokenise(
 ) -> TextRecords:
     """Tokenise one text column, or two as sentence pairs, once for the same data, tokenizer and length.
 
-    Records are cut at `max_length` tokens, special ones included, or at what the model can take, whichever is less; pairs lose tokens from the longer of the two. Where the tokenizer has no padding token, its
-    end-of-text token pads, and 0 if it has neither; `attention_mask` hides padding in any case.
+    Records are cut at `max_length` tokens, special ones included, or at what the model can take, whichever is less;
+    pairs lose tokens from the longer of the two. Where the tokenizer has no padding token, its end-of-text token pads,
+    and 0 if it has neither; `attention_mask` hides padding in any case.
 
     Args:
         labels: (n,) what is predicted: int64 positions, or float32 numbers.

@@ -50,8 +50,7 @@ def exact_match(
     """
     room = tokenizer.model_max_length - max_new_tokens
     questions = [(prompt[-room:], reference) for prompt, reference in map(records.question, range(len(records)))]
-    references = tokenizer.batch_decode([reference for _, reference in questions], skip_special_tokens=True)
-    wanted = [_reference(text, answer, index) for index, text in enumerate(references)]
+    wanted = references(records, tokenizer, answer)
     settings = _greedy(model, tokenizer, [reference for _, reference in questions], max_new_tokens, records.pad)
     lengths = np.array([len(prompt) for prompt, _ in questions])
     order = np.argsort(lengths, kind="stable")
@@ -67,6 +66,17 @@ def exact_match(
             matches += sum(_given(text, answer) == wanted[row] for row, text in zip(rows, texts, strict=True))
             start = end
     return matches / len(records)
+
+
+def references(records: CausalRecords, tokenizer: Any, answer: Answer) -> list[str | Decimal]:
+    """The answer of each record, as `exact_match` compares it.
+
+    Raises:
+        UserError: a reference has no number after `####`.
+    """
+    own = [records.question(index)[1] for index in range(len(records))]
+    texts = tokenizer.batch_decode(own, skip_special_tokens=True)
+    return [_reference(text, answer, index) for index, text in enumerate(texts)]
 
 
 def _greedy(model: Any, tokenizer: Any, references: list[np.ndarray], max_new_tokens: int, pad: int) -> Any:

@@ -30,7 +30,7 @@ def read_conversations(source: Source, column: str, start: int) -> list[Conversa
             row = tuple(message[key] for message in messages for key in ("role", "content"))
         except (TypeError, KeyError):
             raise _no_conversation(source, column, index) from None
-        if not all(isinstance(text, str) for text in row):
+        if not row or not all(isinstance(text, str) for text in row):
             raise _no_conversation(source, column, index)
         rows.append(row)
     return rows
@@ -78,7 +78,7 @@ def encoded_conversations(
         try:
             text, turns = find(messages, tokenizer, template)
         # The template's own message may quote the conversation.
-        except (jinja2.TemplateError, ValueError, TypeError) as error:
+        except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
             raise source.error(
                 f"the chat template failed on record {index} (counted from 0; {type(error).__name__})",
                 "check the order and the roles of its messages, or remove the record",

@@ -41,8 +41,8 @@ def read_csv(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
         wanted: columns, each with the configuration's key that names it.
 
     Raises:
-        UserError: the file is not UTF-8 text; a quotation mark is not closed, or closes lines away from where it should;
-            a record has too many or too few cells; a column is missing. Names the line.
+        UserError: the file is not UTF-8 text; a quotation mark is not closed, or joins lines that are records; a record
+            has too many or too few cells; a column is missing. Names the line.
     """
     import pyarrow as pa
     from pyarrow import csv as arrow

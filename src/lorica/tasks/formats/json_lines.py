@@ -27,7 +27,7 @@ def read_json_lines(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
         wanted: columns, each with the configuration's key that names it.
 
     Raises:
-        UserError: the file is not UTF-8 text; a line is not one JSON object, names a key twice, is nested too deeply, or
+        UserError: the file is not UTF-8 text; a line is not one JSON object, has a key twice, is nested too deeply, or
             has half of a surrogate pair; a column is missing or mixes types. Names the line.
     """
     import pyarrow as pa

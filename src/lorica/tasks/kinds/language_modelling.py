@@ -37,7 +37,12 @@ class LanguageModelling(TaskKind):
     def records(self, source: Source, label_names: list[str], processor: Any, keep_texts: bool) -> Records:
         from lorica.tasks.causal.tokenising import tokenise_causal
 
-        return tokenise_causal(source, self.config.text, processor, self.config.max_length)
+        records = tokenise_causal(source, self.config.text, processor, self.config.max_length)
+        if keep_texts and self.config.answer_tokens is not None and not source.private:
+            from lorica.tasks.causal.answers import references
+
+            references(records, processor, self.config.answer_format)
+        return records
 
     def objective(self, processor: Any) -> Objective:
         from lorica.tasks.causal.objective import NextTokenObjective
