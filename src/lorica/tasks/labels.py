@@ -180,7 +180,7 @@ def _refuse_unlabelled(source: Source, column: str, texts: pa.ChunkedArray, name
     import pyarrow as pa
     from pyarrow import compute
 
-    marks = pa.array(sorted(UNLABELLED - set(names)), pa.large_string())
+    marks = pa.array(sorted(UNLABELLED - {name.strip() for name in names}), pa.large_string())
     found = compute.is_in(compute.utf8_trim_whitespace(texts), value_set=marks)
     index = found.index(True).as_py()
     if index >= 0:

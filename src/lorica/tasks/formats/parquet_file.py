@@ -39,19 +39,29 @@ def read_parquet(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
                 rows = _rows_at_a_time(file.metadata.row_group(group), columns)
                 for batch in file.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
                     # `columns` may also match fields inside other columns, whose names hold dots.
-                    waiting.append(batch.select(columns))
+                    waiting.append(_decoded(batch.select(columns)))
                     records, size = records + batch.num_rows, size + waiting[-1].nbytes
                     check_size(path, key, records, size)
                     if sum(one.num_rows for one in waiting) >= MOST_ROWS or waiting[-1].nbytes >= PIECE // 4:
                         pieces.append(pa.Table.from_batches(waiting).combine_chunks())
                         waiting = []
-            kept = pa.schema([schema.field(column) for column in columns], metadata=schema.metadata)
             if waiting:
                 pieces.append(pa.Table.from_batches(waiting).combine_chunks())
+            kept = pa.schema([schema.field(column) for column in columns])
             table = pa.concat_tables(pieces) if pieces else kept.empty_table()
             return table.replace_schema_metadata(schema.metadata)
     except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError):
         raise UserError(key, str(path), "not a readable Parquet file", "create the file again") from None
+
+
+def _decoded(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with dictionaries written out, so that its size is what it takes."""
+    import pyarrow as pa
+
+    columns = [
+        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column for column in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _leaves(group: Any, columns: list[str]) -> list[Any]:
