@@ -160,7 +160,7 @@ def label_texts(source: Source, column: str) -> pa.ChunkedArray:
     declared = _declared_names(source, column)
     if declared is not None and pa.types.is_integer(kind):
         # The greatest unsigned integers have no place among the signed ones.
-        indices = compute.cast(values.fill_null(UNKNOWN), pa.int64(), safe=False)
+        indices = compute.cast(values, pa.int64(), safe=False).fill_null(UNKNOWN)
         known = compute.and_(compute.greater_equal(indices, 0), compute.less(indices, len(declared)))
         if source.private:
             indices = compute.if_else(known, indices, pa.scalar(None, pa.int64()))
