@@ -228,7 +228,7 @@ def test_more_records_than_registered_are_not_taken_in(limit: str, joins: bool, 
         else:
             with pytest.raises(UserError, match=r"federation\.min_clients"):
                 some.join("run")
-    assert ("client 1 has 24 records" in caplog.text) != joins
+    assert ("client 1 declares 24 records, but the limit is" in caplog.text) != joins
 
 
 @pytest.mark.parametrize("weights", ["records", "noise"])

@@ -286,7 +286,7 @@ def test_a_node_needs_the_identity_that_its_own_policy_lists(
     assert "the policy lists members" in caplog.text
     other = str(clinics.places[1] / "identity.key")
     assert clinics.asked(0, identity=other)["refused"] == told
-    assert "it is not the key that the policy lists for this node, client 0" in caplog.text
+    assert "it is not the key listed in the policy for this node (client 0)" in caplog.text
     (clinics.places[0] / "identity.key").chmod(0o644)
     assert clinics.asked(0)["refused"] == told
     assert "other accounts can read it" in caplog.text
