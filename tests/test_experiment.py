@@ -364,12 +364,13 @@ def test_a_folder_of_another_experiment_is_left_alone(finished: Result) -> None:
 
 @no_report
 def test_the_lifetime_limit_stops_a_run_before_it_starts(tmp_path: Path, experiment: Load) -> None:
-    spent = experiment(tmp_path, "privacy.noise=secure").run().epsilon
+    secure = ["privacy.noise=secure", "federation.rounds=2"]
+    spent = experiment(tmp_path, *secure).run().epsilon
     limit = f"privacy.max_lifetime_epsilon={spent * 1.2}"
     with pytest.raises(UserError, match=r"privacy\.max_lifetime_epsilon"):
-        experiment(tmp_path, "privacy.noise=secure", "name=second", limit).run()
+        experiment(tmp_path, *secure, "name=second", limit).run()
     assert not (tmp_path / "second").exists() or not (tmp_path / "second" / "metrics.jsonl").exists()
-    second = experiment(tmp_path, "privacy.noise=secure", "name=third").run()
+    second = experiment(tmp_path, *secure, "name=third").run()
     life = max(row["lifetime_epsilon"] for row in second.privacy["clients"])
     assert life > spent * 1.2
 

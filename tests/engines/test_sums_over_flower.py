@@ -32,7 +32,7 @@ SMALL = [
     "federation.clients=4",
     "federation.rounds=2",
     "federation.local_steps=1",
-    "federation.batch_size=32",
+    "federation.batch_size=8",
     "federation.secure_sum=true",
     "federation.partition=iid",
     "privacy.epsilon=null",
@@ -109,7 +109,9 @@ def test_sums_over_flower_are_those_of_one_process(config: Load, own_home: Path)
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in secrets)
 
 
-@pytest.mark.parametrize("stage", ["keys", "shares", "masked", "revealed"])
+@pytest.mark.parametrize(
+    "stage", ["shares", "revealed", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("keys", "masked"))]
+)
 def test_a_node_that_is_lost_at_any_stage_does_not_stop_the_rest(stage: str, config: Load) -> None:
     result = serve(config("some", "federation.min_clients=3").config, Watching(nodes(), {stage: {2}}))
     rounds = [row for row in result.metrics if row["round"]]
