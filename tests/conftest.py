@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 # No test may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# Every commit of a ledger waits for the disk. A folder in memory does not wait.
+# Every commit of a ledger waits for the disk. Temporary folders in memory do not wait.
 MEMORY = Path("/dev/shm")
-if os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**31:
-    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**31:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 import hypothesis
 import pytest
