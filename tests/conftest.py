@@ -12,6 +12,8 @@ from typing import Any
 
 # No test may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As many processes as there are cores compute at once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Every commit of a ledger waits for the disk. Temporary folders in memory do not wait.
 MEMORY = Path("/dev/shm")
@@ -20,9 +22,6 @@ if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usa
 
 import hypothesis
 import pytest
-import torch
-
-torch.set_num_threads(1)
 
 # --hypothesis-profile chooses another.
 hypothesis.settings.register_profile("quick", max_examples=25, deadline=None)

@@ -1,4 +1,4 @@
-"""The command as a user runs it: Ctrl-C and what is imported in a process of its own, the rest in this one."""
+"""The command as a user runs it, in this process; in its own where processes differ."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def in_a_process(*command: str | Path, folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.usefixtures("checked_once")
 @pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.integration)])
 def test_run_shows_progress_and_ends_with_what_was_reached(
     lorica: Callable[..., str], tmp_path: Path, some_digits: list[str], apart: bool
@@ -94,7 +95,7 @@ def test_compare_is_resumable_and_writes_its_plots(
         *SMALL,
         *some_digits,
         *CHOSEN_NOISE,
-        "federation.rounds=2",
+        "federation.rounds=1",
         "--methods",
         "ro-lora,as-lora:score=energy+server.denoise=kalman",
         "--seeds",
@@ -238,6 +239,7 @@ def test_a_ctrl_c_that_python_drops_still_ends_the_run() -> None:
     assert signal.signal(signal.SIGINT, inherited) is signal.default_int_handler
 
 
+@pytest.mark.integration
 def test_ctrl_c_keeps_finished_rounds(tmp_path: Path, some_digits: list[str]) -> None:
     long = ["federation.rounds=500", "federation.evaluate_every=100"]
     arguments = [COMMAND, "run", *SMALL, *some_digits, *CHOSEN_NOISE, *long]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -33,7 +35,7 @@ from lorica.reporting.html import write_report
 from lorica.run.result import Result
 from lorica.tasks import digits
 from lorica.tasks.classification import Classification
-from tests.killed import kill_run
+from tests.killed import kill_run, start_command
 
 Load = Callable[..., lorica.Experiment]
 SMALL = [
@@ -173,6 +175,22 @@ def test_kill_9_in_a_round_then_resume_equals_an_uninterrupted_run(
         for mine, theirs in zip(resumed.privacy["clients"], finished.privacy["clients"], strict=True):
             # Never smaller; and, since stored replies answer repeated requests, not larger either.
             assert mine["steps"] == theirs["steps"]
+
+
+def test_ctrl_c_ends_the_command_after_a_round(tmp_path: Path, small: list[str]) -> None:
+    """Here, since it is forked from the process that the killed runs are forked from."""
+    process = start_command(["run", *small, "federation.rounds=500", "federation.evaluate_every=100"], tmp_path)
+    checkpoints = tmp_path / "runs/digits-as-lora/checkpoint"
+    for _ in range(600):
+        if list(checkpoints.glob("round-*")):
+            break
+        time.sleep(0.1)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert "the same command resumes the run" in (tmp_path / "output").read_text()
+    assert list(checkpoints.glob("round-*"))
 
 
 @no_report
