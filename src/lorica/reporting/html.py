@@ -10,15 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 
 from lorica.files import write_atomically
 from lorica.reporting.clients import client_rows
 from lorica.reporting.comparison import ComparedRun, summarise
+from lorica.reporting.drawing import Figure, rc_context
 from lorica.reporting.factors import factor_rows
 from lorica.reporting.partition import partition_figure
 from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_figure, factors_figure, final_figure
@@ -30,6 +29,7 @@ from lorica.reporting.run_folder import (
     missing_text,
     not_private,
     outcome,
+    own_noise_epsilon,
     read_run,
     score_of,
     seconds_per_round,
@@ -119,7 +119,7 @@ def figure_svg(figure: Figure, name: str, description: str) -> Markup:
         description: text for screen readers.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context(RC):
+    with rc_context(RC):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -155,7 +155,7 @@ DESCRIPTIONS = {
 def _run_view(run: Run) -> dict[str, Any]:
     """The content of the page as text; the template only arranges it."""
     reached = outcome(run.metrics)
-    spent = guarantee(run)
+    spent, own_noise = guarantee(run), own_noise_epsilon(run)
     up, down = bytes_sent(run.metrics)
     privacy = run.privacy or {}
     lifetime = max((client.get("lifetime_epsilon") or 0 for client in run.clients), default=0)
@@ -173,6 +173,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "final_round": reached.final_round,
         "gain": None if reached.gain is None else points(reached.gain),
         "epsilon": None if spent is None else rounded_up(spent[0]),
+        "own_noise": None if own_noise is None else rounded_up(own_noise),
         "delta": None if spent is None else rounded_up(spent[1]),
         "lifetime": rounded_up(lifetime) if spent is not None and lifetime > spent[0] else None,
         "up": human_bytes(up),
