@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import pytest
+
 # No test may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # As many processes as there are cores compute at once.
@@ -19,9 +22,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 MEMORY = Path("/dev/shm")
 if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**31:
     os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
-
-import hypothesis
-import pytest
 
 # --hypothesis-profile chooses another.
 hypothesis.settings.register_profile("quick", max_examples=25, deadline=None)
