@@ -75,7 +75,7 @@ def federation(model: AdaptedModel, family: str, folder: Path, privacy: Any, cli
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_private_round(tmp_path: Path, family: str) -> None:
-    privacy = PrivacyConfig(epsilon=3.0, delta=1e-3, clip_norm=1.0, noise="reproducible")
+    privacy = PrivacyConfig(epsilon=None, noise_multiplier=1.0, delta=1e-3, clip_norm=1.0, noise="reproducible")
     model = loaded(tmp_path / "base", family)
     some = federation(model, family, tmp_path, privacy, 2, STEPS)
     before = dict(some.server.model.tensors)

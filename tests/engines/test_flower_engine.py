@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,19 +48,6 @@ def fresh_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 def local(organisations: Organisations, name: str, *overrides: str) -> Result:
     config = organisations.experiment(name, *overrides, "engine=local", "flower.superlink=null")
     return lorica.Experiment(config).run()
-
-
-@pytest.fixture(scope="session")
-def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
-    """Overrides -> the run of two organisations' data, which are always the same, by the local engine."""
-
-    @cache
-    def run(*overrides: str) -> Result:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("lorica.run.rounds.write_report", lambda folder: None)
-            return local(Organisations(tmp_path_factory.mktemp("local")), "local", *overrides)
-
-    return run
 
 
 def grid(organisations: Organisations) -> InProcessGrid:
