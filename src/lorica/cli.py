@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -239,12 +240,13 @@ def flower_init(
         from lorica.engines.flower.launch import with_absolute_paths, write_app
 
         write_app(with_absolute_paths(experiment_config), folder)
-        console.print(f"Created the Flower app {folder}. Next:", soft_wrap=True)
+        console.print(f"Created the Flower app {escape(str(folder))}. Next:", soft_wrap=True)
         superlink = experiment_config.flower.superlink
         nodes = f'local --stream --federation-config "num-supernodes={experiment_config.federation.clients}"'
-        command = f"flwr run {folder} {nodes if superlink is None else f'{superlink} --stream'}"
-        console.print(f"  {command}", soft_wrap=True, highlight=False)
-        console.print(f"All commands are in {folder / 'README.md'}.", soft_wrap=True)
+        where = nodes if superlink is None else f"{shlex.quote(superlink)} --stream"
+        command = f"flwr run {shlex.quote(str(folder))} {where}"
+        console.print(f"  {escape(command)}", soft_wrap=True, highlight=False)
+        console.print(f"All commands are in {escape(str(folder / 'README.md'))}.", soft_wrap=True)
 
 
 @flower.command("node", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

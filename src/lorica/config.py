@@ -441,7 +441,7 @@ class ExperimentConfig(Strict):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output) / self.name
+        return Path(self.output).expanduser() / self.name
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
