@@ -292,6 +292,9 @@ class OptimizerConfig(Strict):
     """Learning rate of the factors A, if different from `lr`."""
     lr_b: float | None = Field(None, gt=0, le=1e6)
     """Learning rate of the factors B, if different from `lr`. The head always uses `lr`."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rates over the rounds: `constant`, or falling from their full values in the first round towards zero
+    after the last one, along a line or half a cosine. Late, small steps average out the noise of early ones."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Momentum of SGD."""
     weight_decay: float = Field(0.0, ge=0, le=1e6)

@@ -67,7 +67,7 @@ def federation(model: AdaptedModel, family: str, folder: Path, privacy: Any, cli
         terms={number: plan.terms for number, plan in plans.items()},
         optimizer=optimizer,
         local_steps=steps,
-        rates=rates,
+        full_rates=rates,
         seed=0,
     )
     return Federation("run", method, server, LocalEngine(model, members), plans, [list(range(clients))], "uniform")
