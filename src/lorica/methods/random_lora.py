@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pydantic import BaseModel
+
+from lorica.adapters.sites import Site
 from lorica.adapters.state import Factors
+from lorica.config import OptimizerConfig
 from lorica.methods.base import About, Method
 from lorica.methods.exchange import Round, Train
+from lorica.methods.gauge import REFUSES, GaugeOptions, check_gauge, fix_gauge, refused_with
+from lorica.methods.pieces import SAME_RANKS
 from lorica.methods.server import Server, is_zero
 
 
@@ -27,6 +33,20 @@ class RandomLoRA(Method):
         privacy="sound; noise linear",
     )
 
+    refuses = REFUSES | SAME_RANKS
+
+    class Options(GaugeOptions):
+        pass
+
+    options: Options
+
+    def __init__(self, options: BaseModel, sites: list[Site]) -> None:
+        super().__init__(options, sites)
+        self.refuses = refused_with(self.options) | SAME_RANKS
+
+    def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:
+        check_gauge(self.options, self.sites)
+
     def round(self, server: Server) -> Round:
         coins = server.generator("random-lora")
         layers = {site.layer: [other for other in self.sites if other.layer == site.layer] for site in self.sites}
@@ -34,5 +54,7 @@ class RandomLoRA(Method):
             layer: "A" if coins.random() < 0.5 and not is_zero(server, sites) else "B"
             for layer, sites in layers.items()
         }
-        replies = yield Train({site.name: choice[site.layer] for site in self.sites})
+        factors = {site.name: choice[site.layer] for site in self.sites}
+        fix_gauge(self.options, server.model, factors)
+        replies = yield Train(factors)
         server.step(replies)
