@@ -132,7 +132,7 @@ def test_thompson_is_the_normal_probability_and_keeps_its_floor() -> None:
 
 def test_gain_is_the_trapezoid_score_and_its_average() -> None:
     """Hand computation over three activations of one block: Q alone, then (Q + X)/2, then the EMA."""
-    method, server = make(rounds=100, ema=0.8)
+    method, server = make(rounds=100, ema=0.8, gauge="none")
     block = method.blocks["model.layers.0", "B"]
     draws = torch.Generator().manual_seed(1)
     rounds = [

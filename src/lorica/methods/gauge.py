@@ -55,7 +55,7 @@ def check_gauge(options: GaugeOptions, sites: list[Site]) -> None:
             raise UserError(
                 "lora.r",
                 site.rank,
-                f"method.gauge=orthonormal needs a rank of at most {smaller} at {site.name} ({site.d_out} × {site.d_in})",
+                f"with method.gauge=orthonormal the rank of {site.name} is at most {smaller}, its smaller dimension",
                 f"choose lora.r of at most {smaller}, or set method.gauge=none",
             )
 

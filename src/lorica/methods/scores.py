@@ -64,8 +64,8 @@ def weight_alignment(earlier: Sequence[Pair], later: Sequence[Pair], scale: floa
     A step `-a Ḡ` on B moves the weight by `-a γ Ḡ A`, and one on A by `-a γ B Ḡ`. In the gauge (`lorica.methods.gauge`)
     the resting factor is orthonormal times `s`. Then `X = Σ_sites ⟨Ḡ₁ A₁, Ḡ₂ A₂⟩ / s²` for B, which is
     `tr(Ḡ₁ᵀ Ḡ₂ A₂ A₁ᵀ) / s²`, and `⟨B₁ Ḡ₁, B₂ Ḡ₂⟩ / s²` for A. If the resting factor has not changed, this is
-    `alignment`. Otherwise it is what is known of the slope along the earlier step: its part in the subspace in which the
-    later gradient was taken.
+    `alignment`. Otherwise it is the known part of the slope along the earlier step: the part in the subspace in which
+    the later gradient was taken.
 
     Args:
         earlier, later: the steps in weight space for each site, `(Ḡ, A)` or `(B, Ḡ)`.
