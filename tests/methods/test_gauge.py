@@ -198,4 +198,4 @@ def test_the_step_does_not_depend_on_the_scale_of_the_factors(tmp_path: Path) ->
         found.append([dense(some.server.model, site) for site in sites])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(one.norm()))
-    assert max(one.norm() for one in found[0]) > 1e-4
+    assert max(one.norm() for one in found[0]) > 1e-5

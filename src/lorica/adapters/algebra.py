@@ -134,7 +134,8 @@ def with_orthonormal_columns(pair: Pair, scale: float) -> Pair:
     q, r = torch.linalg.qr(b)
     # Not `sign`: it is zero where the diagonal is zero, and Q has to stay orthonormal.
     signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r)
-    return (scale * q * signs).to(pair[0]), (signs[:, None] * r @ a / scale).to(pair[1])
+    # LAPACK's Q is stored by columns.
+    return (scale * q * signs).contiguous().to(pair[0]), (signs[:, None] * r @ a / scale).to(pair[1])
 
 
 def inner(first: Pair, second: Pair) -> float:

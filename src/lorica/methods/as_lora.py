@@ -271,7 +271,8 @@ class ASLoRA(Method):
     def _resting(self, server: Server, block: Block) -> dict[str, Tensor]:
         if self.options.gauge == "none":
             return {}
-        return {other_factor(name): server.model.tensors[other_factor(name)] for name in block.names}
+        # Copies, since a checkpoint cannot hold a tensor twice.
+        return {other_factor(name): server.model.tensors[other_factor(name)].clone() for name in block.names}
 
     def _alignment(
         self, block: Block, gradient: Mapping[str, Tensor], resting: Mapping[str, Tensor]
