@@ -279,7 +279,9 @@ class ASLoRA(Method):
     ) -> tuple[float, float | None]:
         """`X` between a block's latest activation and this one, and the dimension of its noise (None for all of it)."""
         if self.options.gauge == "none":
-            return alignment(_flat(block.gradient), _flat(gradient)), None
+            return sum(
+                alignment(block.gradient[name].flatten(), gradient[name].flatten()) for name in block.names
+            ), None
         aligned = weight_alignment(block.steps(block.gradient, block.resting), block.steps(gradient, resting), SCALE)
         spans = []
         for name in block.names:
