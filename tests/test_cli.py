@@ -85,7 +85,7 @@ def test_compare_is_resumable_and_writes_its_plots(lorica: Callable[..., str], t
         *SMALL,
         "federation.rounds=2",
         "--methods",
-        "ro-lora,as-lora:score=energy+server.denoise=kalman",
+        "ro-lora,as-lora:score=energy+gauge=none+server.denoise=kalman",
         "--seeds",
         "0,1",
     ]
@@ -95,7 +95,7 @@ def test_compare_is_resumable_and_writes_its_plots(lorica: Callable[..., str], t
     configs = {path.parent.name: load(path) for path in (tmp_path / "runs").glob("*/*/config.yaml")}
     assert {name: config.server.denoise for name, config in configs.items() if "seed0" in name} == {
         "ro-lora-seed0": "none",
-        "as-lora-score-energy-server.denoise-kalman-seed0": "kalman",
+        "as-lora-score-energy-gauge-none-server.denoise-kalman-seed0": "kalman",
     }
     folder = tmp_path / "runs/digits-as-lora-comparison"
     for name in ("comparison.html", "comparison.png", "final.png", "comparison.json", "comparison.md"):

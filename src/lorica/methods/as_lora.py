@@ -78,21 +78,25 @@ class ASLoRA(Method):
     Idea: in each layer and round, train and average only one of A and B, so that aggregation is exact, and choose the
     one whose step is predicted to lower the loss most, to second order.
     Travels: the active factor of each layer; nothing else is uploaded (`last-step-energy` adds one number per tensor).
+    With a gauge, both factors of a layer travel down when its active factor changes.
     DP: sound. Scores and choices are functions of releases and public numbers, so they have no privacy cost.
 
     Round `t`:
 
     1. Warm-up (the first tenth of the rounds, at least two): B in odd rounds, A in even ones. After that, `select`
        decides. A layer whose B is zero trains B.
-    2. Clients train the active factors; the server adds the weighted mean of their updates.
-    3. The server scores each active block by its predicted decrease `a S`:
+    2. `gauge: orthonormal`: the server changes the basis of each layer's factors, so that the one that rests is
+       orthonormal times 1/√3. Their product stays.
+    3. Clients train the active factors; the server adds the weighted mean of their updates.
+    4. The server scores each active block by its predicted decrease `a S`:
        - `curvature`: `S_t = (Q_t + X_t)/2`, the trapezoidal rule for the directional derivative along the executed
          noisy step (`lorica.methods.scores`). `X_t` is known only at the block's next activation, so a score is
-         complete one activation later; before the first complete score, `Q` alone is used.
+         complete one activation later; before the first complete score, `Q` alone is used. With a gauge, `X_t` is an
+         inner product in weight space, since bases change between activations.
        - `energy`: `‖Ḡ‖² - d v`. It also replaces `Q` when a secure sum hides single updates.
        - `last-step-energy`: `Σ_k w_k max(‖ĝ_k‖² - d τ_k², 0)` of the last local step. This is the released code's
          score in most rounds, computed here from the privatised gradient.
-    4. `gain ← β gain + (1-β) a S` for the active blocks.
+    5. `gain ← β gain + (1-β) a S` for the active blocks.
 
     `select: softmax`: with `D = (S_A - S_B)/(|S_A| + |S_B|)` and temperature `T = max(0.1, 0.95^(t - warm-up))`, A is
     chosen with probability `1/(1 + exp(-D/T))`. `select: thompson`: A is chosen with probability
@@ -100,7 +104,15 @@ class ASLoRA(Method):
     `(0.1 gain)²` per round, so no block is starved. With `freeze`, a layer trains neither factor while both gains are
     below zero by a standard deviation.
 
-    Server optimisers and denoising may change the step, but scores always use the plain mean.
+    Under DP each round records `|S_A - S_B|/√(s_A² + s_B²)` of every choice, its signal-to-noise ratio. If it is below
+    1 in most rounds, the choices were near to coin flips.
+
+    The gauge (`lorica.methods.gauge`) is not in the paper; `gauge: none` is the paper's algorithm. Without it, noise on
+    A reaches the weight multiplied by B, and B grows with the noise that it has collected, so that under strict privacy
+    steps on A do more and more harm. With it, the gain is the same in all rounds, and gradients of A and B have the
+    same unit.
+
+    Denoising may change the step, and so may server optimisers without a gauge, but scores always use the plain mean.
 
     Where the released code differs: its first version scored the raw gradient (not private); its later version uploads
     the finite-difference curvature of raw private batches in the last rounds (not private; not offered here); it
@@ -113,7 +125,7 @@ class ASLoRA(Method):
         paper="AS-LoRA",
         arxiv="2605.05769",
         trains="A or B per layer, by score",
-        sends="the active factor of each layer",
+        sends="the active factor of each layer up, A and B down",
         exact=True,
         privacy="sound; score is free post-processing",
     )

@@ -19,7 +19,7 @@ class RandomLoRA(Method):
 
     Idea: an independent fair coin chooses the factor for each layer and round. Under DP noise AS-LoRA's released score
     is almost a coin flip, so this is the baseline that a score has to beat. A layer whose B is still zero trains B.
-    Travels: the active factors. Aggregation is exact.
+    Travels: the active factors up; with a gauge, both factors down where the choice changes. Aggregation is exact.
     DP: sound under the canonical step.
     """
 
@@ -28,11 +28,10 @@ class RandomLoRA(Method):
         paper="ablation of AS-LoRA",
         arxiv="2605.05769",
         trains="A or B per layer, at random",
-        sends="the active factor of each layer",
+        sends="the active factor of each layer up, A and B down",
         exact=True,
         privacy="sound; noise linear",
     )
-
     refuses = REFUSES | SAME_RANKS
 
     class Options(GaugeOptions):

@@ -19,9 +19,12 @@ class RoLoRA(Method):
 
     Idea: train B in odd rounds and A in even rounds, in all layers. All clients share the other factor, so averaging is
     exact and A's subspace is learned too.
-    Travels: the active factor.
+    Travels: the active factor up; with a gauge, both factors down.
     DP: the paper has none; sound under the canonical step. Training starts with B, since A has no gradient while B is
     zero.
+
+    With `gauge: orthonormal`, which is not in the paper, the factor that rests is made orthonormal before each round.
+    `gauge: none` is the paper's algorithm.
     """
 
     name = "ro-lora"
@@ -29,11 +32,10 @@ class RoLoRA(Method):
         paper="RoLoRA",
         arxiv="2502.01755",
         trains="B, A, B, A… by round",
-        sends="the active factor",
+        sends="the active factor up, A and B down",
         exact=True,
         privacy="sound; noise linear",
     )
-
     refuses = REFUSES | SAME_RANKS
 
     class Options(GaugeOptions):
