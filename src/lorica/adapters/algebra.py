@@ -108,13 +108,8 @@ def with_orthonormal_rows(pair: Pair, scale: float) -> Pair:
     Raises:
         ValueError: A has more rows than columns.
 
-    >>> b, a = with_orthonormal_rows((torch.eye(2), torch.tensor([[3.0, 0.0], [3.0, 2.0]])), scale=1.0)
-    >>> a
-    tensor([[1., 0.],
-            [0., 1.]])
-    >>> b
-    tensor([[3., 0.],
-            [3., 2.]])
+    >>> with_orthonormal_rows((torch.tensor([[2.0]]), torch.tensor([[3.0, 4.0]])), scale=1.0)
+    (tensor([[10.]]), tensor([[0.6000, 0.8000]]))
     """
     a, b = with_orthonormal_columns((pair[1].T, pair[0].T), scale)
     return b.T.contiguous(), a.T.contiguous()

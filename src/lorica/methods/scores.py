@@ -88,8 +88,8 @@ def cross_client_spread(noises: Sequence[float], weights: Sequence[float]) -> fl
         noises: `τ_k²` of each client, up to a common factor.
         weights: their weights, which sum to 1.
 
-    >>> cross_client_spread([1.0, 1.0, 1.0], [1 / 3, 1 / 3, 1 / 3])
-    3.0
+    >>> cross_client_spread([1.0, 1.0], [0.5, 0.5])
+    4.0
     """
     parts = [weight**2 * noise for weight, noise in zip(weights, noises, strict=True)]
     total = sum(parts)
