@@ -251,15 +251,16 @@ class ASLoRA(Method):
                 self._learn(block, length * score, length**2 * variance)
                 continue
             gradient = self._gradient(server, replies.mean, block, length)
-            mean = _flat(gradient)
+            mean = torch.cat([value.flatten() for value in gradient.values()])
             energy = debiased_energy(mean, noise_variance)
             if self.options.score == "energy":
                 variance = energy_variance(mean.numel(), noise_variance, energy)
                 self._learn(block, length * energy, length**2 * variance)
                 continue
             if len(clients) > 1:
-                single = [_flat(self._gradient(server, replies.updates[client], block, length)) for client in clients]
-                energy = cross_client_energy(mean, [float(own @ own) for own in single], weights)
+                single = (self._gradient(server, replies.updates[client], block, length) for client in clients)
+                energies = [sum(float(own.square().sum()) for own in gradients.values()) for gradients in single]
+                energy = cross_client_energy(mean, energies, weights)
             resting = self._resting(server, block)
             if not block.gradient:
                 variance = energy_variance(mean.numel(), noise_variance, energy, spread)
@@ -335,7 +336,3 @@ class ASLoRA(Method):
         for (group, factor), block in self.blocks.items():
             for key, value in state[f"{group}:{factor}"].items():
                 setattr(block, key, value)
-
-
-def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
-    return torch.cat([value.flatten() for value in tensors.values()])
