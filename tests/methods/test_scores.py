@@ -76,8 +76,9 @@ def test_pure_noise_scores_zero_on_average_with_the_stated_variance() -> None:
     score = (q + x) / 2
     for values in (q, x, n, score):
         assert abs(values.mean()) < 4 * values.std() / math.sqrt(trials)
-    spread = 2 * clients / (clients - 1)
-    assert score.var() == pytest.approx(curvature_score_variance(dimension, variance, 0.0, spread), rel=0.1)
+    energy_noise = 2 * clients / (clients - 1) * dimension * variance**2
+    stated = curvature_score_variance(energy_noise, dimension, (variance, variance), 0.0)
+    assert score.var() == pytest.approx(stated, rel=0.1)
     assert n.var() == pytest.approx(energy_variance(dimension, variance, 0.0), rel=0.1)
 
 
@@ -182,9 +183,25 @@ def test_noise_in_weight_space_has_the_stated_variance() -> None:
     assert shared_dimension([(rows[0], rows[0], d_out)], SCALE) == pytest.approx(dimension)
     assert x.var() == pytest.approx(shared * variance**2, rel=0.1)
     q = np.array([q_of(trial[0].flatten(1), weights) for trial in noise])
-    spread = 2 * clients / (clients - 1)
-    stated = curvature_score_variance(dimension, variance, 0.0, spread, shared)
-    assert ((q + x) / 2).var() == pytest.approx(stated, rel=0.1)
+    energy_noise = energy_variance(dimension, variance, 0.0, 2 * clients / (clients - 1))
+    # The later round has half the noise.
+    stated = curvature_score_variance(energy_noise, shared, (variance, variance / 4), 0.0)
+    assert ((q + x / 2) / 2).var() == pytest.approx(stated, rel=0.1)
+
+
+def test_signal_and_noise_of_the_score_have_the_stated_variance() -> None:
+    clients, dimension, trials = 5, 20, 20_000
+    draws = torch.Generator().manual_seed(9)
+    g = torch.full((dimension,), 0.7, dtype=torch.float64)
+    noise = torch.randn(trials, 2, clients, dimension, generator=draws, dtype=torch.float64)
+    noisy = g + noise * torch.tensor([1.0, 0.5], dtype=torch.float64)[:, None, None]
+    mean = noisy.mean(2)
+    q = ((noisy[:, 0].sum(1) ** 2).sum(1) - (noisy[:, 0] ** 2).sum((1, 2))) / (clients * (clients - 1))
+    score = (q + (mean[:, 0] * mean[:, 1]).sum(1)) / 2
+    variances = (1 / clients, 0.25 / clients)
+    energy_noise = energy_variance(dimension, variances[0], 0.0, 2 * clients / (clients - 1))
+    stated = curvature_score_variance(energy_noise, dimension, variances, float(g @ g))
+    assert float(score.var()) == pytest.approx(stated, rel=0.05)
 
 
 def test_step_weights_are_how_far_each_gradient_moves_the_parameters() -> None:

@@ -47,6 +47,8 @@ class Block:
         energy: `Q` of the latest activation, whose score is completed at the next one.
         gradient: `Ḡ` of the latest activation, by tensor; empty before the first one.
         resting: with a gauge, the other factors during that activation, by tensor.
+        noise: `v` of that activation.
+        energy_noise: variance of `energy` from the noise alone.
     """
 
     sites: list[Site]
@@ -57,6 +59,8 @@ class Block:
     energy: float = 0.0
     gradient: dict[str, Tensor] = field(default_factory=dict)
     resting: dict[str, Tensor] = field(default_factory=dict)
+    noise: float = 0.0
+    energy_noise: float = 0.0
 
     @property
     def names(self) -> list[str]:
@@ -69,7 +73,7 @@ class Block:
         return pairs if self.factor == "B" else [(b, a) for a, b in pairs]
 
 
-STATE_FIELDS = ("gain", "variance", "complete", "energy", "gradient", "resting")
+STATE_FIELDS = ("gain", "variance", "complete", "energy", "gradient", "resting", "noise", "energy_noise")
 
 
 class ASLoRA(Method):
@@ -268,11 +272,13 @@ class ASLoRA(Method):
             else:
                 aligned, shared = self._alignment(block, gradient, resting)
                 score = (block.energy + aligned) / 2
-                variance = curvature_score_variance(mean.numel(), noise_variance, score, spread, shared)
+                noises = (block.noise, noise_variance)
+                variance = curvature_score_variance(block.energy_noise, shared, noises, score)
                 if not block.complete:
                     block.gain, block.complete = None, True
                 self._learn(block, length * score, length**2 * variance)
             block.energy, block.gradient, block.resting = energy, gradient, resting
+            block.noise, block.energy_noise = noise_variance, energy_variance(mean.numel(), noise_variance, 0.0, spread)
 
     def _gradient(self, server: Server, update: Mapping[str, Tensor], block: Block, length: float) -> dict[str, Tensor]:
         """`G` of each tensor of a block, fp64: the update over `-a`, without the known weight decay."""
@@ -289,12 +295,11 @@ class ASLoRA(Method):
 
     def _alignment(
         self, block: Block, gradient: Mapping[str, Tensor], resting: Mapping[str, Tensor]
-    ) -> tuple[float, float | None]:
-        """`X` between a block's latest activation and this one, and the dimension of its noise (None for all of it)."""
+    ) -> tuple[float, float]:
+        """`X` between a block's latest activation and this one, and the dimension of its noise."""
         if self.options.gauge == "none":
-            return sum(
-                alignment(block.gradient[name].flatten(), gradient[name].flatten()) for name in block.names
-            ), None
+            pairs = [(block.gradient[name].flatten(), gradient[name].flatten()) for name in block.names]
+            return sum(alignment(*pair) for pair in pairs), sum(value.numel() for value in gradient.values())
         aligned = weight_alignment(block.steps(block.gradient, block.resting), block.steps(gradient, resting), SCALE)
         spans = []
         for name in block.names:

@@ -100,22 +100,22 @@ def cross_client_spread(noises: Sequence[float], weights: Sequence[float]) -> fl
 
 
 def curvature_score_variance(
-    dimension: int, noise_variance: float, score: float, spread: float = 2.0, shared: float | None = None
+    energy_noise: float, shared: float, noise_variances: tuple[float, float], score: float
 ) -> float:
-    """Variance of `S = (Q + X)/2`: `(v²/4)(c d + d_X) + 2.5 v ‖g‖²`, with `max(S, 0)` for `‖g‖²`.
+    """Variance of `S = (Q + X)/2`: `(Var Q + d_X v v')/4 + (9 v + v')/4 ‖g‖²`, with `max(S, 0)` for `‖g‖²`.
 
     Args:
-        dimension: `d`.
-        spread: `c` of `cross_client_spread`; 2 if the debiased energy replaces `Q`.
-        shared: `d_X`, the dimension that the noises of the two rounds share; None for `d`. In weight space it is
-            `shared_dimension`; the term in `‖g‖²` is then an upper bound.
+        energy_noise: `Var Q` for pure noise, `c d v²`.
+        shared: `d_X`, the dimension that the noises of the two rounds share: `d`, or in weight space
+            `shared_dimension`, where the term in `‖g‖²` is an upper bound.
+        noise_variances: `v` of the earlier and `v'` of the later activation.
     """
-    common = dimension if shared is None else shared
-    return noise_variance**2 / 4 * (spread * dimension + common) + 2.5 * noise_variance * max(score, 0.0)
+    earlier, later = noise_variances
+    return (energy_noise + shared * earlier * later) / 4 + (9 * earlier + later) / 4 * max(score, 0.0)
 
 
 def shared_dimension(resting: Sequence[tuple[Tensor, Tensor, int]], scale: float) -> float:
-    """`d_X` with `Var X = d_X v²` for pure noise in weight space: `Σ_sites d_out ‖A₁ A₂ᵀ‖² / s⁴` for steps on B.
+    """`d_X` with `Var X = d_X v v'` for pure noise in weight space: `Σ_sites d_out ‖A₁ A₂ᵀ‖² / s⁴` for steps on B.
 
     For steps on A it is `Σ_sites d_in ‖B₁ᵀ B₂‖² / s⁴`. It is `d` if the subspaces are the same, and zero if they are
     orthogonal.
