@@ -91,6 +91,27 @@ The methods solve these problems in different ways.
   server sends more down.
 * **Personalise.** `fedsa-lora` averages A and leaves B and the head with the client, so every client has its own model.
 * **Project.** `fed-galore` trains the weight itself, along a projection of its gradient that all clients share.
+
+## A gauge for the factor that rests
+
+`B A = (B M)(M⁻¹ A)` for every invertible M, so the basis of the factors is free to choose: it changes no weight and
+costs no privacy. It does decide how much of the noise reaches the weight. Noise on B arrives as `γ N_B A` and noise on
+A as `γ B N_A`, multiplied by the factor that rests, and a noisy factor grows with every round that trains it. Under
+strict privacy B soon is many times as large as A, and then every step on A does more harm than good.
+
+With `method.gauge: orthonormal`, the default of `as-lora`, `random-lora` and `ro-lora`, the server changes the basis
+before each round, so that the factor that rests has orthonormal rows or columns, times `s = 1/√3` as in PEFT's
+initial A:
+
+* B will be trained: `Aᵀ = Q R`, `A ← s Qᵀ`, `B ← B Rᵀ / s`.
+* A will be trained: `B = Q R`, `B ← s Q`, `A ← R A / s`.
+
+The product stays. Noise of standard deviation `τ` in each coordinate then has the norm `γ s τ √(r d)` in the weight in
+every round, with `d = d_out` for noise on B and `d = d_in` for noise on A. The rank must not exceed the dimensions of
+any adapted map. Where the basis changed, both factors travel down. State that the server keeps in the old basis
+(momentum, a Kalman filter, an average over rounds) is refused.
+
+The gauge is Lorica's, not that of the papers: `method.gauge: none` is the papers' algorithm.
 """
 
 COLUMNS = """Aggregation is `exact` if the new global model is the weighted mean of the clients' models at every adapted

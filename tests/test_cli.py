@@ -97,7 +97,7 @@ def test_compare_is_resumable_and_writes_its_plots(
         *CHOSEN_NOISE,
         "federation.rounds=1",
         "--methods",
-        "ro-lora,as-lora:score=energy+server.denoise=kalman",
+        "ro-lora,as-lora:score=energy+gauge=none+server.denoise=kalman",
         "--seeds",
         "0,1",
     ]
@@ -107,7 +107,7 @@ def test_compare_is_resumable_and_writes_its_plots(
     configs = {path.parent.name: load(path) for path in (tmp_path / "runs").glob("*/*/config.yaml")}
     assert {name: config.server.denoise for name, config in configs.items() if "seed0" in name} == {
         "ro-lora-seed0": "none",
-        "as-lora-score-energy-server.denoise-kalman-seed0": "kalman",
+        "as-lora-score-energy-gauge-none-server.denoise-kalman-seed0": "kalman",
     }
     folder = tmp_path / "runs/digits-as-lora-comparison"
     for name in ("comparison.html", "comparison.png", "final.png", "comparison.json", "comparison.md"):

@@ -87,7 +87,7 @@ def test_a_run_writes_everything(finished: Result) -> None:
     names = {path.name for path in finished.folder.iterdir()}
     wanted = {"config.yaml", "environment.json", "metrics.jsonl", "decisions.jsonl", "privacy.json", "checkpoint"}
     assert wanted | {"adapter", "partition.json"} <= names
-    assert {"report.html", "accuracy.png", "factors.png", "partition.png"} <= names
+    assert {"report.html", "accuracy.png", "factors.png", "choices.png", "partition.png"} <= names
     rounds = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rounds] == list(range(5))
     assert all(0 <= row["accuracy"] <= 1 for row in rounds)

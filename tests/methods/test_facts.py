@@ -71,8 +71,8 @@ def test_fedsvd_is_ffa_with_an_orthonormal_a(tmp_path: Path) -> None:
 
 def errors(recording: Recording, round_number: int) -> list[float]:
     """Relative aggregation error `‖Σ w_k B_k A_k - B̄ Ā‖` of each site in one round, from what travelled."""
-    before, after = recording.adapters[round_number - 1 : round_number + 1]
     (exchange,) = recording.exchanges[round_number - 1]
+    before, after = recording.engine.models[exchange], recording.adapters[round_number]
     replies = recording.engine.replies[exchange]
     records = {client: recording.federation.plans[client].records for client in replies}
     found = []

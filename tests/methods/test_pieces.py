@@ -173,17 +173,17 @@ def test_fedadam_runs_and_resumes(tmp_path: Path) -> None:
     def make() -> dict[str, Any]:
         return {"optimize": FedAdam(0.01, 0.9, 0.99, 1e-3)}
 
-    whole = run_rounds(tiny_federation("ro-lora", tmp_path / "whole", **make()), 2)
+    whole = run_rounds(tiny_federation("ro-lora", tmp_path / "whole", {"gauge": "none"}, **make()), 2)
     checkpoint = deepcopy(checkpoint_of(whole))
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     run_rounds(whole, 2)
-    rest = resume(tiny_federation("ro-lora", tmp_path / "half", **make()), checkpoint)
+    rest = resume(tiny_federation("ro-lora", tmp_path / "half", {"gauge": "none"}, **make()), checkpoint)
     assert_same_model(whole, run_rounds(rest, 2))
 
 
 def test_server_momentum_keeps_one_factor_rounds_exact(tmp_path: Path) -> None:
     """The idle factor does not move on stale momentum."""
-    some = tiny_federation("ro-lora", tmp_path, optimize=FedAvgM(1.0, 0.9))
+    some = tiny_federation("ro-lora", tmp_path, {"gauge": "none"}, optimize=FedAvgM(1.0, 0.9))
     for _ in range(4):
         before = dict(some.server.model.tensors)
         some.round()

@@ -20,7 +20,7 @@ from lorica.errors import UserError
 from lorica.files import write_atomically
 
 KEPT = 2
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)

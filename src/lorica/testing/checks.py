@@ -225,7 +225,7 @@ def moved_sites(recording: Recording) -> set[str]:
 
 def check_messages(recording: Recording) -> None:
     """A client sends exactly what it was asked for, and what nobody trains stays put."""
-    moves_by_mean = "server_optimizer" not in recording.kind.refuses and not recording.kind.personal
+    moves_by_mean = "server_optimizer" not in recording.federation.method.refuses and not recording.kind.personal
     for number, exchanges in enumerate(recording.exchanges, start=1):
         trained: set[str] = set()
         for index in exchanges:
@@ -502,7 +502,7 @@ def check_sums(recording: Recording) -> None:
 
     Factors of a product are not compared: those of an SVD may turn.
     """
-    if "secure_sum" in recording.kind.refuses:
+    if "secure_sum" in recording.federation.method.refuses:
         return
     with TemporaryDirectory() as folder:
         some = _resumed(recording, Path(folder))
