@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -371,16 +372,45 @@ class PrivacyConfig(Strict):
     accountant."""
     delta: float = Field(1e-5, ge=1e-12, lt=0.5)
     """It must be below 1/records; with `noise: reproducible`, a warning says when it is not."""
-    clip_norm: float = Field(2.0, ge=1e-6)
-    """`C`: maximum norm of one record's gradient over all tensors trained in a step."""
-    noise: Literal["secure", "reproducible"] = "secure"
+    noise: Literal["secure", "reproducible", "none"] = "secure"
     """`secure`: noise from the operating system's entropy. `reproducible`: noise from the seed, for research; such a
-    run is not a private release, and every report says so."""
+    run is not a private release, and every report says so. `none`: no differential privacy; `epsilon`,
+    `noise_multiplier` and `delta` are ignored."""
+    clip_norm: float | None = Field(2.0, ge=1e-6)
+    """`C`: maximum norm of one record's gradient over all tensors trained in a step. It holds without noise too, so
+    that a comparison with and without noise compares nothing else; `null` switches it off, only with `noise: none`."""
     ledger: str | None = None
     """SQLite file that records every release; by default beside the training data."""
     max_lifetime_epsilon: float | None = Field(None, gt=0)
     """The owner's limit for each record over all runs, in whichever file the record comes, with what other runs have
     reserved. A run that would exceed it is refused before it starts."""
+
+    @property
+    def private(self) -> bool:
+        """Whether clients add noise."""
+        return self.noise != "none"
+
+    @property
+    def largest_norm(self) -> float:
+        """`clip_norm`; infinite if nothing is clipped."""
+        return math.inf if self.clip_norm is None else self.clip_norm
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_noise_no_epsilon(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or content.get("noise") != "none":
+            return content
+        ignored = ("epsilon", "noise_multiplier", "delta")
+        return {key: value for key, value in content.items() if key not in ignored} | {"epsilon": None}
+
+    @field_validator("clip_norm")
+    @classmethod
+    def _noise_needs_a_clip(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None and info.data.get("noise") != "none":
+            raise _mistake(
+                "the noise is calibrated to the clip norm", "set privacy.clip_norm=2.0, or privacy.noise=none"
+            )
+        return value
 
     @model_validator(mode="after")
     def _a_group_has_a_column(self) -> PrivacyConfig:
@@ -390,7 +420,7 @@ class PrivacyConfig(Strict):
 
     @model_validator(mode="after")
     def _one_target(self) -> PrivacyConfig:
-        if (self.epsilon is None) == (self.noise_multiplier is None):
+        if self.private and (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("set either epsilon or noise_multiplier, and set the other to null")
         return self
 
@@ -426,9 +456,15 @@ class ExperimentConfig(Strict):
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
     method: MethodConfig = MethodConfig()
-    privacy: PrivacyConfig | Literal["none"] = PrivacyConfig()
-    """A section, or `none` for a run without differential privacy."""
+    privacy: PrivacyConfig = PrivacyConfig()
+    """`privacy: none` is short for `privacy: {noise: none}`, a run without differential privacy that still clips. On
+    the command line, `privacy=none` keeps the file's `clip_norm`."""
     flower: FlowerConfig = FlowerConfig()
+
+    @field_validator("privacy", mode="before")
+    @classmethod
+    def _none_is_short(cls, value: Any) -> Any:
+        return {"noise": "none"} if value == "none" else value
 
     @property
     def folder(self) -> Path:
@@ -454,9 +490,13 @@ def load(source: str | Path | dict[str, Any] | None = None, overrides: list[str]
     ('ffa-lora', 3)
     """
     content = dict(source) if isinstance(source, dict) else read_mapping(Path(source or DEFAULT_CONFIG))
+    if content.get("privacy") == "none":
+        content["privacy"] = {"noise": "none"}
     for override in overrides or []:
         _apply_override(content, override)
-    return validate(ExperimentConfig, content)
+    config = validate(ExperimentConfig, content)
+    _refuse_epsilon_without_noise(config, overrides or [])
+    return config
 
 
 def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> Model:
@@ -527,6 +567,14 @@ def read_mapping(path: Path, key: str = "config") -> dict[str, Any]:
     return content
 
 
+def _refuse_epsilon_without_noise(config: ExperimentConfig, overrides: list[str]) -> None:
+    """A file may keep an ε without effect, but whoever asks for one on the command line must not get a run without."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in ("privacy.epsilon", "privacy.noise_multiplier") and value != "null" and not config.privacy.private:
+            raise UserError(key, value, "this run has no noise (privacy.noise: none)", "add privacy.noise=secure")
+
+
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
@@ -535,6 +583,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(key, text, "not a valid YAML value", "put the value in quotes") from None
+    if (key, value) == ("privacy", "none"):
+        key = "privacy.noise"
     section = content
     *parents, last = key.split(".")
     for parent in parents:

@@ -64,8 +64,8 @@ class Node:
         policy = self._policy()
         if policy is not None:
             policy.review_task(self._config, self._base)
-        group = None if self._config.privacy == "none" else self._config.privacy.group
-        task = load_training(self._config.task, base, group, tested=self._config.federation.private_test > 0)
+        tested = self._config.federation.private_test > 0
+        task = load_training(self._config.task, base, self._config.privacy.group, tested=tested)
         self._label_names = task.label_names
         ignored = without_label(task.train.labels) if task.label_names else 0
         if ignored:
@@ -298,14 +298,13 @@ def _own_config(settings: NodeSettings, invitation: Invitation) -> ExperimentCon
     task = {} if settings.data is None else {"train": settings.data}
     model = {} if settings.base is None else {"base": settings.base}
     model |= {} if settings.device is None else {"device": settings.device}
+    # Never write to a path that a server proposes, except in a simulation on one machine.
+    privacy = {} if settings.data is None else {"ledger": None}
     changes: dict[str, Any] = {
         "task": config.task.model_copy(update=task),
         "model": config.model.model_copy(update=model),
+        "privacy": config.privacy.model_copy(update=privacy),
     }
-    if config.privacy != "none":
-        # Never write to a path that a server proposes, except in a simulation on one machine.
-        own = {} if settings.data is None else {"ledger": None}
-        changes["privacy"] = config.privacy.model_copy(update=own)
     return config.model_copy(update=changes)
 
 

@@ -98,6 +98,7 @@ def privacy_statement(
     """
     noise = next(iter(plans.values())).noise
     noun = unit.noun
+    clipped = all(math.isfinite(plan.terms.clip_norm) for plan in plans.values())
     clients = []
     for client, plan in sorted(plans.items()):
         own = accounts[client]
@@ -110,10 +111,11 @@ def privacy_statement(
             "planned_steps": plan.max_steps,
             "releases": own.releases,
         }
+        if clipped:
+            row["clip_norm"] = plan.terms.clip_norm
         if plan.delta is not None:
             row |= {
                 "noise_multiplier": plan.terms.noise_multiplier,
-                "clip_norm": plan.terms.clip_norm,
                 "delta": plan.delta,
                 "epsilon": plan.epsilon(own.steps),
                 "epsilon_rdp": plan.epsilon_rdp(own.steps),
@@ -133,9 +135,10 @@ def privacy_statement(
         "not_covered": [*([UNPROTECTED[noise]] if noise in UNPROTECTED else []), *NOT_COVERED],
         "ledger": ", ".join(sorted(ledgers)) or "with each owner",
     }
+    if clipped:
+        statement["clipping"] = f"flat: the gradient of each {noun} over all trained tensors together, norm at most C"
     if noise != "none":
         statement |= {
-            "clipping": f"flat: the gradient of each {noun} over all trained tensors together, norm at most C",
             "mechanism": "Gaussian noise of standard deviation σC on the sum, divided by the expected batch size",
             "accountant": f"{ACCOUNTANT} (pessimistic, grid {DISCRETIZATION:g}); cross-check by RDP",
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),

@@ -10,7 +10,7 @@ import yaml
 
 from lorica.markdown import code, fenced, inline
 from lorica.reporting.clients import GUARANTEE, client_rows
-from lorica.reporting.run_folder import Run, metric_name, not_private
+from lorica.reporting.run_folder import Run, clipping, metric_name, not_private
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -61,7 +61,8 @@ A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that neve
 def _privacy(run: Run) -> str:
     privacy = run.privacy or {}
     if not _has_noise(run):
-        return f"**No privacy guarantee: {inline(not_private(run))}**\n"
+        clip = f" Gradients were {clipping(run)}." if privacy else ""
+        return f"**No privacy guarantee: {inline(not_private(run))}**{clip}\n"
     lines = [f"* {name}: {inline(privacy[key])}" for key, name in PRIVACY_TERMS if privacy.get(key)]
     headings, rows = client_rows(run.clients, GUARANTEE)
     table = markdown_table(headings, [[inline(cell) for cell in row] for row in rows])

@@ -25,6 +25,7 @@ from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_f
 from lorica.reporting.run_folder import (
     Run,
     bytes_sent,
+    clipping,
     guarantee,
     metric_name,
     missing_text,
@@ -184,6 +185,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "server_time": None if server is None else duration(server),
         "known": run.privacy is not None,
         "private": privacy.get("noise", "none") != "none",
+        "clipping": clipping(run),
         "terms": [(name, privacy[key]) for key, name in PRIVACY_TERMS if privacy.get(key)],
         "target": None if privacy.get("target_epsilon") is None else f"{privacy['target_epsilon']:g}",
         "client_headings": headings,

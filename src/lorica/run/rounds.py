@@ -185,7 +185,7 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
     statement = privacy_statement(
         federation.plans,
         federation.engine.accounts(federation.run),
-        None if config.privacy == "none" else config.privacy.epsilon,
+        config.privacy.epsilon,
         PrivacyUnit.of(config.privacy),
         prepared.task.overlap,
     )

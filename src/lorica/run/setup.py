@@ -58,7 +58,7 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     method.check(config.optimizer, 1 if federation.secure_sum else fewest, federation.local_steps)
     check_pieces(config, method)
     check_aggregate(config.server, fewest)
-    if federation.weights == "noise" and config.privacy == "none":
+    if federation.weights == "noise" and not config.privacy.private:
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
     apart = config.engine == "flower" and config.flower.superlink is not None
     if apart and federation.weights != "uniform" and federation.max_records is None:

@@ -48,6 +48,7 @@ from lorica.testing.federation import (
     DATASET,
     PRIVACY,
     RUN,
+    UNCLIPPED,
     Adapter,
     ClientModel,
     RecordingEngine,
@@ -109,7 +110,7 @@ class Recording:
                     Path(folder),
                     self.options,
                     clients=1,
-                    privacy="none",
+                    privacy=UNCLIPPED,
                     batch_size=ALONE,
                     rounds=ROUNDS,
                 )

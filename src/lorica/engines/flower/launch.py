@@ -72,7 +72,7 @@ def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
         "task": task.model_copy(update={"train": train, "test": test}),
         "model": model.model_copy(update={"base": absolute(model.base)}),
     }
-    if config.privacy != "none" and config.privacy.ledger is not None:
+    if config.privacy.ledger is not None:
         ledger = str(Path(config.privacy.ledger).expanduser().absolute())
         changes["privacy"] = config.privacy.model_copy(update={"ledger": ledger})
     return config.model_copy(update=changes)

@@ -81,9 +81,8 @@ def for_nodes(config: ExperimentConfig, task: Task) -> ExperimentConfig:
     changes: dict[str, Any] = {
         "task": config.task.model_copy(update=known | {"train": OWNER, "test": "server"}),
         "model": config.model.model_copy(update={"base": Path(base).name if Path(base).exists() else base}),
+        "privacy": config.privacy.model_copy(update={"ledger": None}),
     }
-    if config.privacy != "none":
-        changes["privacy"] = config.privacy.model_copy(update={"ledger": None})
     return config.model_copy(update=changes | {"output": "runs"})
 
 
