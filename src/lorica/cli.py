@@ -315,6 +315,9 @@ class _Rounds:
             f"LoRA of rank {config.lora.r} on {len(prepared.model.sites)} linear maps ({', '.join(modules)}) in "
             f"{len({site.layer for site in prepared.model.sites})} layers; head: {config.model.head}"
         )
+        if prepared.start is not None:
+            name, sha256 = escape(prepared.start["name"]), prepared.start["sha256"]
+            console.print(f"Starts from the adapter {name} (SHA-256 {sha256[:16]}…).")
         if not config.privacy.private:
             clip = config.privacy.clip_norm
             clipping = "Gradients are not clipped." if clip is None else f"Gradients are clipped to norm C = {clip:g}."

@@ -61,7 +61,7 @@ class ModelConfig(Strict):
 
 
 class LoraSection(Strict):
-    """Passed to `peft.LoraConfig` under the same names; only `client_ranks` is Lorica's own."""
+    """Passed to `peft.LoraConfig` under the same names; only `client_ranks` and `start` are Lorica's own."""
 
     r: int = Field(8, ge=1)
     """Rank of the factors."""
@@ -83,6 +83,11 @@ class LoraSection(Strict):
     """Ranks that differ between clients: a list with one rank per client, `halving` (r, r/2, r/4, … in turn) or
     `random` (uniform on 1 to r, from the public seed). A client holds the leading ranks of the global factors; all
     clients use the `γ` of rank `r`. Methods that need one rank refuse this key."""
+    start: str | None = None
+    """Folder of a **public** PEFT adapter to continue from: trained on public data, or released before. It must adapt
+    the same linear maps of the same base model with the same scale `γ` and, unless the method merges into the frozen
+    weights, the same rank. Its head is taken if it has the same labels and shape. See "Continue from an adapter" in
+    tasks.md."""
 
 
 class TaskConfig(Strict):

@@ -265,6 +265,8 @@ class Node:
         export = Export(self._config.model, self._config.task.type, self._label_names, self._config.seed)
         kind, method = "Personal" if own else "Global", self._config.method.name
         card = f"# {self._config.name}\n\n{kind} LoRA adapter of run {run} (`{code(method)}`).\n"
+        if self._config.lora.start is not None:
+            card += f"\nStarted from the adapter `{code(self._config.lora.start)}`.\n"
         with replaced_folder(self._folder / "adapter") as target:
             export_adapter(self._model, work.merged, target, export, card)
         logger.info("the run has finished; its adapter is in %s", self._folder / "adapter")

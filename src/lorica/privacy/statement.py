@@ -85,6 +85,7 @@ def privacy_statement(
     target_epsilon: float | None,
     unit: PrivacyUnit = RECORD,
     overlap: int = 0,
+    start: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """JSON-able statement of a run as far as the clients' ledgers have been charged.
 
@@ -95,6 +96,7 @@ def privacy_statement(
         accounts: client -> account.
         unit: the unit of privacy.
         overlap: number of training records that are also test records.
+        start: name and SHA-256 of the adapter that the run started from.
     """
     noise = next(iter(plans.values())).noise
     noun = unit.noun
@@ -144,6 +146,13 @@ def privacy_statement(
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),
             "target_epsilon": target_epsilon,
         }
+    if start is not None:
+        statement["start"] = dict(start)
+        statement["not_covered"].append(
+            f"The adapter {start['name']} (SHA-256 {start['sha256']}) that the run started from: the guarantee covers "
+            "only what this run released. If that adapter was trained on any of these records, its ε and that of this "
+            "run add up, as the owners' ledgers count them."
+        )
     if overlap:
         statement["not_covered"].append(
             f"{overlap} training records that are also in a test set (task.test_overlap: allow): the test results are "

@@ -38,6 +38,8 @@ def model_card(run: Run, load_lines: str) -> str:
     warning = f"\n> **Not a private release: {inline(reason)}**\n" if reason else ""
     version = run.environment.get("lorica")
     trained_with = "Lorica" if version is None else f"Lorica {inline(version)}"
+    start = run.environment.get("start")
+    started = f"* Started from: adapter `{code(start['name'])}`, SHA-256 `{code(start['sha256'])}`\n" if start else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
@@ -46,7 +48,7 @@ def model_card(run: Run, load_lines: str) -> str:
 A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that never left its owners.
 
 * Method: `{code(run.method)}`
-* Test {inline(metric_name(run.metrics))}: {score_text(run)}
+{started}* Test {inline(metric_name(run.metrics))}: {score_text(run)}
 * Rounds: {rounds_text(run)}
 
 ## How to load it

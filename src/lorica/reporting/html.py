@@ -196,7 +196,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "traffic": _traffic(run),
         "left_out": missing_text(run.metrics),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
-        "environment": run.environment,
+        "environment": {key: value for key, value in run.environment.items() if key != "start"},
     }
 
 
@@ -204,8 +204,10 @@ def _subtitle(run: Run) -> str:
     task = str(run.config.get("task", {}).get("type", "")).replace("-", " ")
     base = run.config.get("model", {}).get("base", "an unknown base model")
     clients = run.config.get("federation", {}).get("clients", len(run.clients))
+    start = run.environment.get("start")
     parts = [
         f"{run.method} on {base}",
+        f"started from the adapter {start['name']} (SHA-256 {start['sha256']})" if start else "",
         task,
         f"{clients} {'client' if clients == 1 else 'clients'}",
         f"seed {run.config.get('seed', 'unknown')}",

@@ -168,6 +168,9 @@ def _summary_table(run: Run) -> Table:
     table.add_row("Run", Text(f"{run.name} ({run.method})", style="bold"))
     table.add_row(capital(metric_name(run.metrics)), score_text(run))
     table.add_row("Also", further_metrics(run) or "–")
+    start = run.environment.get("start")
+    if start:
+        table.add_row("Started from", Text(f"adapter {start['name']} (SHA-256 {start['sha256'][:16]}…)"))
     if spent is None:
         table.add_row("Privacy", "unknown" if run.privacy is None else f"no DP, gradients {clipping(run)}")
     else:
