@@ -166,7 +166,10 @@ def test_an_export_of_stacked_ranks_is_continued_by_methods_that_merge(
         assert_same_products(
             prepare_local(config(f"method.name={name}", f"lora.start={stacked.adapter}"))[0], stacked.adapter
         )
-    with pytest.raises(UserError, match=r"^lora\.start = .*its rank at .* is 6, but lora\.r is 2\. Set lora\.r=6"):
+    with pytest.raises(
+        UserError,
+        match=r"^lora\.start = .*its rank at .* is 6, but lora\.r is 2\. Set lora\.r=6 and lora\.lora_alpha=24",
+    ):
         prepare_local(config(f"lora.start={stacked.adapter}"))
     # With that rank and the same scale, any method continues it.
     prepared = prepare_local(config(f"lora.start={stacked.adapter}", "lora.r=6", "lora.lora_alpha=24"))[0]
@@ -394,7 +397,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "bias": (edited(bias="lora_only"), [], "it uses 'bias'"),
     "unknown": (edited(from_the_future={"x": 1}), [], "it uses 'from_the_future'"),
     "pissa": (edited(init_lora_weights="pissa"), [], "its initialisation 'pissa' may have changed the base"),
-    "scale": (edited(lora_alpha=16), [], "its scale at .* is 8, but lora_alpha and r give 4. Multiply .* by 2\\.$"),
+    "scale": (edited(lora_alpha=16), [], "its scale at .* is 8, but lora_alpha and r give 4. Set lora.lora_alpha=16"),
     "scale of one": (edited(alpha_pattern={"query": 1}), [], "its scale at .*query is 0.5"),
     "no number": (edited(lora_alpha="much"), [], "the scales in adapter_config.json cannot be read"),
     "rslora": (edited(use_rslora=True), [], "its scale at"),
@@ -408,7 +411,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "rank": (
         lambda folder: None,
         ["lora.r=1", "lora.lora_alpha=4"],
-        "its rank at .* is 2, but lora.r is 1. Set lora.r=2",
+        "its rank at .* is 2, but lora.r is 1. Set lora.r=2 and lora.lora_alpha=8",
     ),
     "other sites": (
         lambda folder: None,

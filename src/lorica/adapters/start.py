@@ -23,6 +23,7 @@ from lorica.adapters.export import ADAPTER_CONFIG, DESCRIPTION, PREFIX, WEIGHTS
 from lorica.adapters.names import FIXED, is_factor
 from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState
+from lorica.config import ExperimentConfig, LoraSection
 from lorica.errors import UserError
 
 LARGEST_JSON = 2**22
@@ -74,6 +75,47 @@ def hash_of_start(folder: str) -> str:
     Raises:
         UserError: names `lora.start`; there is no such folder or file, or it cannot be read.
     """
+    return hashlib.sha256(_weights_in(folder)).hexdigest()
+
+
+def read_start(config: ExperimentConfig, model: AdaptedModel, label_names: list[str], merges: bool) -> Start:
+    """Read the adapter `lora.start`.
+
+    It must adapt the same linear maps of the same base model at the same scale `γ` and, unless it is merged, at the
+    same rank. A head is taken if it has this run's shape and, where the folder names its labels, the same labels.
+
+    Args:
+        label_names: names of the labels, in order; empty for tasks without labels.
+        merges: the method merges into the frozen weights, so any rank will do.
+
+    Raises:
+        UserError: names `lora.start`, the first problem and the remedy.
+    """
+    folder = str(config.lora.start)
+    content = _weights_in(folder)
+    path = Path(folder).expanduser()
+    described = _read_json(folder, path / ADAPTER_CONFIG)
+    provenance = _read_json(folder, path / DESCRIPTION) if (path / DESCRIPTION).is_file() else {}
+    _check_kind(folder, described)
+    _check_base(folder, described, provenance, config.model.base)
+    saved = _read_weights(folder, content)
+    tensors = _factors(folder, saved, model.sites)
+    scales = _scales(folder, described, tensors, model.sites)
+    if not merges:
+        _check_ranks(config.lora, scales, tensors, model.sites)
+    _check_scales(config.lora, scales, model.sites)
+    same_labels = provenance.get("label_names") in (None, label_names)
+    tensors |= _other_modules(folder, saved, model, same_labels)
+    parts = path.resolve().parts
+    name = "/".join(parts[-2:] if parts[-1] == "adapter" else parts[-1:])
+    return Start(name, hashlib.sha256(content).hexdigest(), tensors)
+
+
+def _refuse(folder: str, problem: str, remedy: str) -> NoReturn:
+    raise UserError("lora.start", folder, problem, remedy)
+
+
+def _weights_in(folder: str) -> bytes:
     path = Path(folder).expanduser()
     if not path.is_dir():
         _refuse(folder, "no such folder", _COPY)
@@ -85,45 +127,9 @@ def hash_of_start(folder: str) -> str:
         remedy = "save it again as safetensors: model.save_pretrained(FOLDER)" if pickled else _COPY
         _refuse(folder, f"it has no {WEIGHTS}", remedy)
     try:
-        with (path / WEIGHTS).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return (path / WEIGHTS).read_bytes()
     except OSError as error:
         _refuse(folder, f"{WEIGHTS} cannot be read ({error.strerror})", "check the permissions of the file")
-
-
-def read_start(folder: str, model: AdaptedModel, base: str, label_names: list[str], merges: bool) -> Start:
-    """Read the adapter that a run starts from.
-
-    It must adapt the same linear maps of the same base model at the same scale `γ` and, unless it is merged, at the
-    same rank. A head is taken if it has this run's shape and, where the folder names its labels, the same labels.
-
-    Args:
-        base: `model.base`.
-        label_names: names of the labels, in order; empty for tasks without labels.
-        merges: the method merges into the frozen weights, so any rank will do.
-
-    Raises:
-        UserError: names `lora.start`, the first problem and the remedy.
-    """
-    sha256 = hash_of_start(folder)
-    path = Path(folder).expanduser()
-    config = _read_json(folder, path / ADAPTER_CONFIG)
-    description = _read_json(folder, path / DESCRIPTION) if (path / DESCRIPTION).is_file() else {}
-    _check_kind(folder, config)
-    _check_base(folder, config, description, base)
-    saved = _read_weights(folder, path / WEIGHTS)
-    tensors = _factors(folder, saved, model.sites)
-    _check_scales(folder, config, tensors, model.sites)
-    if not merges:
-        _check_ranks(folder, tensors, model.sites)
-    same_labels = description.get("label_names") in (None, label_names)
-    tensors |= _other_modules(folder, saved, model, same_labels)
-    parts = path.resolve().parts
-    return Start("/".join(parts[-2:] if parts[-1] == "adapter" else parts[-1:]), sha256, tensors)
-
-
-def _refuse(folder: str, problem: str, remedy: str) -> NoReturn:
-    raise UserError("lora.start", folder, problem, remedy)
 
 
 def _read_json(folder: str, path: Path) -> dict[str, Any]:
@@ -140,17 +146,18 @@ def _read_json(folder: str, path: Path) -> dict[str, Any]:
         _refuse(folder, f"{path.name} is damaged ({type(error).__name__})", "get another copy of the adapter")
 
 
-def _read_weights(folder: str, path: Path) -> dict[str, Tensor]:
+def _read_weights(folder: str, content: bytes) -> dict[str, Tensor]:
     try:
-        saved: dict[str, Tensor] = safetensors.torch.load(path.read_bytes())
-    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
-        _refuse(folder, f"{path.name} is damaged ({type(error).__name__})", "get another copy of the adapter")
+        saved: dict[str, Tensor] = safetensors.torch.load(content)
+    except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+        _refuse(folder, f"{WEIGHTS} is damaged ({type(error).__name__})", "get another copy of the adapter")
     for name, value in saved.items():
         if not value.is_floating_point():
             _refuse(folder, f"{name!r:.200} is {value.dtype}", "give an adapter in fp32, fp16 or bf16")
-        if not bool(torch.isfinite(value).all()):
+        saved[name] = value.float()
+        if not bool(torch.isfinite(saved[name]).all()):
             _refuse(folder, f"{name!r:.200} is not finite", "give an adapter whose training has not diverged")
-    return {name: value.float() for name, value in saved.items()}
+    return saved
 
 
 def _check_kind(folder: str, config: Mapping[str, Any]) -> None:
@@ -167,8 +174,8 @@ def _check_kind(folder: str, config: Mapping[str, Any]) -> None:
         _refuse(folder, f"it uses {min(further)!r:.100}, which Lorica does not train", "give a plain LoRA adapter")
 
 
-def _check_base(folder: str, config: Mapping[str, Any], description: Mapping[str, Any], base: str) -> None:
-    own, theirs = base_identity(base), description.get("base")
+def _check_base(folder: str, config: Mapping[str, Any], provenance: Mapping[str, Any], base: str) -> None:
+    own, theirs = base_identity(base), provenance.get("base")
     if isinstance(theirs, str) and own.startswith("sha256:") and theirs.startswith("sha256:"):
         if theirs != own:
             problem = f"it was trained on the base model {theirs:.100}, but model.base is {own}"
@@ -203,31 +210,44 @@ def _factors(folder: str, saved: Mapping[str, Tensor], sites: list[Site]) -> dic
     return tensors
 
 
-def _check_scales(folder: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: list[Site]) -> None:
-    """Whether PEFT's `γ = lora_alpha / r` (or `/ √r`) is this run's, at each linear map."""
+def _scales(folder: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: list[Site]) -> list[float]:
+    """PEFT's `γ = lora_alpha / r`, or `lora_alpha / √r`, at each linear map."""
     patterns = config.get("alpha_pattern") or {}
-    for site in sites:
-        rank = tensors[site.a].shape[0]
-        try:
-            alpha = float(patterns.get(get_pattern_key(list(patterns), site.name), config.get("lora_alpha", 8)))
-        except Exception:
-            _refuse(folder, f"the scales in {ADAPTER_CONFIG} cannot be read", "get another copy of the adapter")
-        scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    try:
+        alphas = [
+            float(patterns.get(get_pattern_key(list(patterns), site.name), config.get("lora_alpha", 8)))
+            for site in sites
+        ]
+    except Exception:
+        _refuse(folder, f"the scales in {ADAPTER_CONFIG} cannot be read", "get another copy of the adapter")
+    ranks = [tensors[site.a].shape[0] for site in sites]
+    return [
+        alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        for alpha, rank in zip(alphas, ranks, strict=True)
+    ]
+
+
+def _check_ranks(lora: LoraSection, scales: list[float], tensors: Mapping[str, Tensor], sites: list[Site]) -> None:
+    ranks = [tensors[site.a].shape[0] for site in sites]
+    for site, rank, scale in zip(sites, ranks, scales, strict=True):
+        if rank != site.rank:
+            problem = f"its rank at {site.name} is {rank}, but lora.r is {site.rank}"
+            remedy = f"set lora.r={rank} and lora.lora_alpha={_alpha(lora, scale, rank):g}"
+            if len(set(ranks)) > 1:
+                problem, remedy = f"{problem}, and its ranks differ", "choose a method that merges, such as flora"
+            _refuse(str(lora.start), problem, remedy)
+
+
+def _check_scales(lora: LoraSection, scales: list[float], sites: list[Site]) -> None:
+    for site, scale in zip(sites, scales, strict=True):
         if not math.isclose(scale, site.scale, rel_tol=1e-6):
-            wanted = scale / site.scale
             problem = f"its scale at {site.name} is {scale:g}, but lora_alpha and r give {site.scale:g}"
-            _refuse(folder, problem, f"multiply lora.lora_alpha by {wanted:g}")
+            _refuse(str(lora.start), problem, f"set lora.lora_alpha={_alpha(lora, scale, site.rank):g}")
 
 
-def _check_ranks(folder: str, tensors: Mapping[str, Tensor], sites: list[Site]) -> None:
-    ranks = {site.name: tensors[site.a].shape[0] for site in sites}
-    odd = next((site for site in sites if ranks[site.name] != site.rank), None)
-    if odd is None:
-        return
-    problem = f"its rank at {odd.name} is {ranks[odd.name]}, but lora.r is {odd.rank}"
-    if len(set(ranks.values())) == 1:
-        _refuse(folder, problem, f"set lora.r={ranks[odd.name]}, and lora.lora_alpha to the same scale")
-    _refuse(folder, f"{problem}, and its ranks differ", "choose a method that merges into the frozen weights")
+def _alpha(lora: LoraSection, scale: float, rank: int) -> float:
+    """`lora.lora_alpha` that gives a scale at a rank."""
+    return scale * (math.sqrt(rank) if lora.use_rslora else rank)
 
 
 def _other_modules(

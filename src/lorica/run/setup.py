@@ -99,7 +99,7 @@ def _begin(
             f"its weights have changed since the run {config.name} started from them",
             "restore the folder, or choose another name",
         )
-    start = read_start(folder, model, config.model.base, task.label_names, merges)
+    start = read_start(config, model, task.label_names, merges)
     start.apply(state, merges)
     return {"name": start.name, "sha256": start.sha256}
 
