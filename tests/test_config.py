@@ -52,6 +52,7 @@ def test_the_resolved_file_reads_back_as_the_same_experiment(tmp_path: Path) -> 
         ({"epsilon": 3.0, "clip_norm": 0.5}, ["privacy=none"], "none", 0.5),
         ({"epsilon": 3.0, "clip_norm": 0.5}, ["privacy.clip_norm=null", "privacy=none"], "none", None),
         ({"epsilon": 3.0, "clip_norm": 0.5}, ["privacy.noise=none", "privacy.clip_norm=null"], "none", None),
+        ({"epsilon": 3.0, "noise_against": "sums"}, ["privacy=none"], "none", 2.0),
         ({"epsilon": 3.0}, ["privacy={noise: none, clip_norm: 4}"], "none", 4.0),
         ("none", ["privacy.clip_norm=1"], "none", 1.0),
         ("none", ["privacy.noise=secure", "privacy.epsilon=8"], "secure", 2.0),
@@ -64,6 +65,7 @@ def test_privacy_can_be_switched_off_with_any_clip(
     privacy = load(content, overrides).privacy
     assert (privacy.noise, privacy.clip_norm, privacy.private) == (noise, clip_norm, noise != "none")
     assert privacy.epsilon == (8.0 if privacy.private else None)
+    assert privacy.noise_against == "replies"
     assert content["privacy"] == section
     assert load(load(content, overrides).model_dump()).privacy == privacy
 

@@ -300,12 +300,13 @@ class _Rounds:
 
     def start(self, prepared: Prepared, federation: Federation, finished: int) -> None:
         from lorica.privacy.unit import PrivacyUnit
+        from lorica.reporting.style import rounded_up
 
         self.started = True
         self._progress.start()
         config = prepared.config
         modules = sorted({site.name.rsplit(".", 1)[-1] for site in prepared.model.sites})
-        noise = [plan.terms.noise_multiplier for plan in federation.plans.values()]
+        noise = [plan.noise_multiplier for plan in federation.plans.values()]
         sizes = [plan.records for plan in federation.plans.values()]
         console.print(
             f"[bold]{config.name}[/bold]: {config.method.name}, {len(sizes)} clients with {min(sizes)} to {max(sizes)} "
@@ -328,6 +329,17 @@ class _Rounds:
                 f"{level} DP: C = {config.privacy.largest_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
                 f"δ = {config.privacy.delta:g}, ledger {federation.engine.ledger}"
             )
+            some = next(iter(federation.plans.values()))
+            if some.shared is not None:
+                plans = federation.plans.values()
+                total = rounded_up(max(plan.epsilon() for plan in plans))
+                alone = rounded_up(max(plan.epsilon_own_noise() for plan in plans))
+                console.print(
+                    f"The owners share the noise: ε = {total} against a server that sees sums of at least "
+                    f"{some.shared.min_clients} owners, {some.shared.colluding} of whom may collude with it; "
+                    f"ε = {alone} against a server that sees single replies",
+                    highlight=False,
+                )
             void = [plan.client for plan in federation.plans.values() if plan.void_delta]
             if void:
                 console.print(

@@ -22,6 +22,7 @@ from pydantic_core import PydanticCustomError
 
 from lorica.errors import UserError
 from lorica.registry import TASK_KINDS, registered, remedy_for_unknown
+from lorica.strict_yaml import BOOLEANS, read_yaml, read_yaml_file
 
 DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
 Model = TypeVar("Model", bound=BaseModel)
@@ -56,16 +57,16 @@ class ModelConfig(Strict):
     """`auto`: eager on CPU (faster on short sequences), sdpa elsewhere."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; `auto` uses a GPU if there is one."""
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of PyTorch; by default PyTorch chooses. A different number rounds sums differently."""
 
 
 class LoraSection(Strict):
     """Passed to `peft.LoraConfig` under the same names; only `client_ranks` and `start` are Lorica's own."""
 
-    r: int = Field(8, ge=1)
+    r: int = Field(8, ge=1, le=4096)
     """Rank of the factors."""
-    lora_alpha: float = Field(8, gt=0)
+    lora_alpha: float = Field(8, gt=0, le=1e6)
     """Scale: `γ = lora_alpha / r`."""
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout before A."""
@@ -120,7 +121,7 @@ class TaskConfig(Strict):
     """Metrics reported on the test set, the main one first: any of `accuracy`, `f1`, `macro_f1`, `matthews`, by default
     `[accuracy]`; for regression any of `pearson`, `spearman`, by default both. For GLUE: `[f1, accuracy]` for MRPC and
     QQP, `[matthews]` for CoLA, the default for STS-B."""
-    max_length: int = Field(128, ge=4)
+    max_length: int = Field(128, ge=4, le=1_000_000)
     """Texts are truncated to this many tokens; nothing is padded to it. For question answering: tokens per window."""
     question: str = "question"
     """Question answering: column with the questions."""
@@ -128,16 +129,16 @@ class TaskConfig(Strict):
     """Question answering: column with the texts that contain the answers."""
     answers: str = "answers"
     """Question answering: column with the answers, `{text: […], answer_start: […]}`; empty lists if there is none."""
-    stride: int = Field(128, ge=0)
+    stride: int = Field(128, ge=0, le=1_000_000)
     """Question answering: number of context tokens that consecutive windows share."""
-    max_question: int = Field(64, ge=1)
+    max_question: int = Field(64, ge=1, le=1_000_000)
     """Question answering: questions are truncated to this many tokens."""
-    max_answer: int = Field(30, ge=1)
+    max_answer: int = Field(30, ge=1, le=1_000_000)
     """Question answering: maximum number of tokens in an answer."""
     null_threshold: float | None = None
     """Question answering: give no answer if that scores higher than the best answer by more than this; 0 for SQuAD
     v2.0. By default every question is answered, as in v1.1."""
-    answer_tokens: int | None = Field(None, ge=1)
+    answer_tokens: int | None = Field(None, ge=1, le=100_000)
     """Language modelling: also decode this many tokens greedily after each test prompt, and report how often the answer
     is exactly the record's; this is then the main metric. By default it is the share of correctly predicted tokens."""
     answer_format: Literal["text", "gsm8k"] = "text"
@@ -198,14 +199,14 @@ class FederationConfig(Strict):
     `shards`: few labels per client. `quantity`: skewed sizes, the same labels. `column`: by a column, one client for
     each value. `files`: one client for each file of `task.train`. `as-lora-text`, `as-lora-images`: skewed labels,
     drawn in the order of AS-LoRA's experiments; with `partition_seed: 42` the client sizes are the same as theirs."""
-    alpha: float = Field(0.5, gt=0)
+    alpha: float = Field(0.5, ge=1e-3, le=1e6)
     """Concentration of the Dirichlet distribution over the clients, for each label (`dirichlet`, `as-lora-…`) or for
     the sizes (`quantity`); a small value gives a skewed partition."""
-    shards_per_client: int = Field(2, ge=1)
+    shards_per_client: int = Field(2, ge=1, le=1000)
     """For `shards`: approximately the number of labels that a client has."""
     by: str | None = None
     """For `column`: the column with the owner of each record, such as a hospital. Its sorted values are the clients."""
-    min_records: int = Field(1, ge=1)
+    min_records: int = Field(1, ge=1, lt=2**31)
     """Minimum number of records of a client. Random sizes are redrawn, up to 100 times, until all clients have that
     many; `batch_size` is a good choice, since no client may have fewer."""
     max_records: int | list[int] | None = None
@@ -215,15 +216,15 @@ class FederationConfig(Strict):
     partition_seed: int | None = Field(None, ge=0, lt=2**63)
     """Seeds the partition (NumPy's `default_rng`) with this number, to reproduce a published split or to keep the split
     while `seed` changes; by default a stream derived from `seed`."""
-    rounds: int = Field(100, ge=1)
+    rounds: int = Field(100, ge=1, le=1_000_000)
     """Number of rounds."""
-    local_steps: int = Field(10, ge=1)
+    local_steps: int = Field(10, ge=1, le=1_000_000)
     """Number of noisy steps of each participating client in a round."""
-    batch_size: int = Field(128, ge=1)
+    batch_size: int = Field(128, ge=1, lt=2**31)
     """Expected size of a Poisson batch: the sampling rate is batch_size / records."""
     participation: float = Field(1.0, gt=0, le=1)
     """Fraction of the clients in each round, in balanced rotation drawn from the public seed."""
-    min_clients: int | None = Field(None, ge=1)
+    min_clients: int | None = Field(None, ge=1, le=100_000)
     """Minimum number of replies for a round to continue when clients fail, are late or send invalid replies. By default
     all participants of a round must reply; otherwise the run stops, and can be resumed at that round."""
     secure_sum: bool = False
@@ -235,9 +236,9 @@ class FederationConfig(Strict):
     ledger, for the owner, and do not appear in any report."""
     weights: Literal["uniform", "records", "noise"] = "uniform"
     """Weight of a client in the mean: `uniform`, in proportion to its `records`, or to 1/τ² of its `noise`."""
-    evaluate_every: int = Field(1, ge=1)
+    evaluate_every: int = Field(1, ge=1, le=1_000_000)
     """Evaluate on the public test set every N rounds, and after the last round."""
-    micro_batch_tokens: int | None = Field(None, ge=1)
+    micro_batch_tokens: int | None = Field(None, ge=1, lt=2**31)
     """Padded tokens (text) or patches (images) in one forward pass; by default 1,024 on a CPU, where small passes over
     texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes results only by rounding."""
 
@@ -290,30 +291,30 @@ class OptimizerConfig(Strict):
 
     name: Literal["sgd", "adamw"] = "sgd"
     """The optimiser starts afresh in every round; no state is carried over."""
-    lr: float = Field(0.5, gt=0)
+    lr: float = Field(0.5, gt=0, le=1e6)
     """Learning rate."""
-    lr_a: float | None = Field(None, gt=0)
+    lr_a: float | None = Field(None, gt=0, le=1e6)
     """Learning rate of the factors A, if different from `lr`."""
-    lr_b: float | None = Field(None, gt=0)
+    lr_b: float | None = Field(None, gt=0, le=1e6)
     """Learning rate of the factors B, if different from `lr`. The head always uses `lr`."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Momentum of SGD."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1e6)
     """Coupled in SGD, decoupled in AdamW."""
 
 
 class LocalConfig(Strict):
     """Additions to a client's step. They act on the noisy gradient or on public weights, so they cost no privacy."""
 
-    fedprox: float = Field(0.0, ge=0)
+    fedprox: float = Field(0.0, ge=0, le=1e6)
     """FedProx: `μ` of the proximal term `μ (θ - θ_t)`, which pulls towards the start of the round."""
     scaffold: bool = False
     """SCAFFOLD: control variates, tracked by the server."""
     scaled_gd: bool = False
     """Precondition each factor's gradient by the other factor: `(BᵀB + δI)⁻¹ ∂L/∂A`, `∂L/∂B (AAᵀ + δI)⁻¹`."""
-    damping: float = Field(0.1, gt=0)
+    damping: float = Field(0.1, ge=1e-9, le=1e9)
     """`δ` of `scaled_gd`; while a factor is near zero, noise is amplified by at most `1/δ`."""
-    flat_lora: float = Field(0.0, ge=0)
+    flat_lora: float = Field(0.0, ge=0, le=1000)
     """Flat-LoRA: `ρ` of the random noise added to the frozen weights in every step; the paper uses 0.05."""
 
 
@@ -326,18 +327,18 @@ class ServerConfig(Strict):
     neighbours."""
     trim: float = Field(0.2, gt=0, lt=0.5)
     """For `trimmed-mean`: the fraction of the values that is cut off at each end."""
-    byzantine: int = Field(1, ge=0)
+    byzantine: int = Field(1, ge=0, le=100_000)
     """For `krum`: the number `f` of malicious clients to tolerate; a round needs `2f + 3` replies."""
     optimizer: Literal["average", "fedavgm", "fedadam"] = "average"
     """`average`: add the update. `fedavgm`: add it with momentum. `fedadam`: Adam, with the known noise variance
     subtracted from its second moment."""
-    lr: float = Field(1.0, gt=0)
+    lr: float = Field(1.0, gt=0, le=1e6)
     """Server learning rate. For `fedadam` it is the size of a step: start near 0.01."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of `fedavgm`; `β₁` of `fedadam`."""
     second_momentum: float = Field(0.99, ge=0, lt=1)
     """`β₂` of `fedadam`."""
-    epsilon: float = Field(1e-3, gt=0)
+    epsilon: float = Field(1e-3, ge=1e-12, le=1e6)
     """`ε` of `fedadam`."""
     denoise: Literal["none", "shrinkage", "kalman"] = "none"
     """`shrinkage`: optimal shrinkage of the update's singular values against the known noise. `kalman`: a scalar Kalman
@@ -367,7 +368,7 @@ class PrivacyConfig(Strict):
     guarantee compares the run with one in which these contribute zero; the number of records or groups is public."""
     group: str | None = None
     """For `unit: group`: the column with the group of each record. A group is sampled, clipped and counted as one."""
-    group_records: int = Field(8, ge=1)
+    group_records: int = Field(8, ge=1, le=1_000_000)
     """For `unit: group`: maximum number of records of a group that are used, chosen by the public seed."""
     epsilon: float | None = Field(3.0, ge=0.01, le=100)
     """Target ε of each client over the whole run; the noise is calibrated to it. Above 10 it protects little, at 100
@@ -380,10 +381,17 @@ class PrivacyConfig(Strict):
     noise: Literal["secure", "reproducible", "none"] = "secure"
     """`secure`: noise from the operating system's entropy. `reproducible`: noise from the seed, for research; such a
     run is not a private release, and every report says so. `none`: no differential privacy; `epsilon`,
-    `noise_multiplier` and `delta` are ignored."""
-    clip_norm: float | None = Field(2.0, ge=1e-6)
+    `noise_multiplier`, `delta`, `noise_against` and `colluding` are ignored."""
+    clip_norm: float | None = Field(2.0, ge=1e-6, le=1e9)
     """`C`: maximum norm of one record's gradient over all tensors trained in a step. It holds without noise too, so
     that a comparison with and without noise compares nothing else; `null` switches it off, only with `noise: none`."""
+    noise_against: Literal["replies", "sums"] = "replies"
+    """What the noise protects a record in. `replies`: an owner's own noise suffices, whoever sees its replies. `sums`:
+    the owners of a secure sum share the noise, so each adds less; the guarantee then holds against a server that sees
+    sums over at least `federation.min_clients` owners. Needs `federation.secure_sum`, `min_clients` and one local step
+    of SGD."""
+    colluding: int = Field(1, ge=0, le=100_000)
+    """For `noise_against: sums`: maximum number of owners that collude with the server, whose noise does not count."""
     ledger: str | None = None
     """SQLite file that records every release; by default beside the training data."""
     max_lifetime_epsilon: float | None = Field(None, gt=0)
@@ -405,7 +413,7 @@ class PrivacyConfig(Strict):
     def _without_noise_no_epsilon(cls, content: Any) -> Any:
         if not isinstance(content, dict) or content.get("noise") != "none":
             return content
-        ignored = ("epsilon", "noise_multiplier", "delta")
+        ignored = ("epsilon", "noise_multiplier", "delta", "noise_against", "colluding")
         return {key: value for key, value in content.items() if key not in ignored} | {"epsilon": None}
 
     @field_validator("clip_norm")
@@ -436,9 +444,9 @@ class FlowerConfig(Strict):
     superlink: str | None = None
     """Name of a SuperLink connection in Flower's `config.toml`; each client needs a SuperNode. By default Flower
     simulates the clients on this machine."""
-    wait: float = Field(600.0, gt=0)
+    wait: float = Field(600.0, gt=0, le=1e7)
     """How many seconds the server waits for the clients before it starts."""
-    timeout: float = Field(3600.0, gt=0)
+    timeout: float = Field(3600.0, gt=0, le=1e7)
     """How many seconds a client has to answer; after that the round continues without it."""
 
 
@@ -494,7 +502,7 @@ def load(source: str | Path | dict[str, Any] | None = None, overrides: list[str]
     >>> config.method.name, config.federation.rounds
     ('ffa-lora', 3)
     """
-    content = dict(source) if isinstance(source, dict) else read_mapping(Path(source or DEFAULT_CONFIG))
+    content = dict(source) if isinstance(source, dict) else read_yaml_file(Path(source or DEFAULT_CONFIG), "config")
     if content.get("privacy") == "none":
         content["privacy"] = {"noise": "none"}
     for override in overrides or []:
@@ -526,6 +534,8 @@ def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> M
             raise UserError(missing, None, "this key is required", f"add {missing} to the configuration") from None
         problem = first["msg"].removeprefix("Value error, ")
         remedy = first.get("ctx", {}).get("remedy", f"change {key}")
+        if isinstance(first["input"], bool) and first["type"].startswith("string"):
+            remedy = BOOLEANS
         raise UserError(key, first["input"], problem[:1].lower() + problem[1:], remedy) from None
 
 
@@ -552,26 +562,6 @@ def _nearest_key(model: type[BaseModel], path: list[str]) -> str:
     return f"did you mean {nearest[0]!r}?" if nearest else f"choose one of: {', '.join(known)}"
 
 
-def read_mapping(path: Path, key: str = "config") -> dict[str, Any]:
-    """A YAML file's content.
-
-    Args:
-        key: what the file is, for the error.
-
-    Raises:
-        UserError: no such file, no YAML, or no mapping of keys to values.
-    """
-    if not path.is_file():
-        raise UserError(key, str(path), "no such file", "give the path of a YAML file")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(key, str(path), f"not valid YAML ({error})", "correct the file") from None
-    if not isinstance(content, dict):
-        raise UserError(key, str(path), "not a mapping of keys to values", "start from an example in the documentation")
-    return content
-
-
 def _refuse_epsilon_without_noise(config: ExperimentConfig, overrides: list[str]) -> None:
     """A file may keep an ε without effect, but whoever asks for one on the command line must not get a run without."""
     for override in overrides:
@@ -584,10 +574,7 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError("override", override, "not of the form section.key=value", "write it as privacy.epsilon=3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(key, text, "not a valid YAML value", "put the value in quotes") from None
+    value = read_yaml(text, key, text, "put the value in quotes")
     if (key, value) == ("privacy", "none"):
         key = "privacy.noise"
     section = content

@@ -1,5 +1,7 @@
 """`UserError`: bad input that the user can correct."""
 
+LONGEST_VALUE = 300
+
 
 class UserError(Exception):
     """Bad input: names the key, its value, the problem and the remedy.
@@ -17,4 +19,15 @@ class UserError(Exception):
     def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
         ending = "" if remedy.endswith("?") else "."
-        super().__init__(f"{key} = {value!r}: {problem}. {remedy[:1].upper()}{remedy[1:]}{ending}")
+        shown = _shown(value)
+        super().__init__(f"{key} = {shown}: {problem}. {remedy[:1].upper()}{remedy[1:]}{ending}")
+
+
+def _shown(value: object) -> str:
+    """`repr`, shortened if it is long: a value may be a whole file's content."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python does not print an integer of more than 4,300 digits.
+        return "(a number of thousands of digits)"
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"

@@ -102,6 +102,16 @@ class Training:
 
     __pydantic_config__: ClassVar = _TENSORS
 
+    def common_digest(self, adapter: Mapping[str, Tensor]) -> str:
+        """SHA-256 of the work without the client's own terms, and of the adapter that it starts from.
+
+        Equal for all members of a sum, who must turn their noisy gradients into replies in the same way.
+        """
+        plain = {key: value for key, value in self.plain().items() if key != "terms"}
+        digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode())
+        digest.update(encode(dict(sorted(adapter.items()))))
+        return digest.hexdigest()
+
     def plain(self) -> dict[str, Any]:
         """All fields except the tensors, as JSON-able values."""
         plain = {key: value for key, value in vars(self).items() if key != "corrections"}

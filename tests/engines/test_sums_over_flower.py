@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -313,3 +314,46 @@ def test_what_an_earlier_version_left_of_a_sum_is_named(clinics: Clinics, caplog
     with pytest.raises(TooFewReplies):
         serve(clinics.config("old"), Altering(clinics, old))
     assert "by another version of Lorica; finish the run with that version, or start a new run" in caplog.text
+
+
+SHARING = ["privacy.noise_against=sums", "federation.min_clients=3", "federation.weights=noise"]
+
+
+def test_shared_noise_over_flower_is_that_of_one_process_with_dropouts_too(config: Load) -> None:
+    """All stay, or one is lost before its masked input: the same sums, and both guarantees stated."""
+    local = config("local", *SHARING).run()
+    distant = serve(config("distant", *SHARING).config, Watching(nodes()))
+    ours, theirs = adapter(distant.adapter), adapter(local.adapter)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for result in (local, distant):
+        row = result.privacy["clients"][0]
+        assert row["noise_multiplier"] == pytest.approx(math.sqrt(2) * row["own_noise_multiplier"])
+        assert row["epsilon"] < row["epsilon_own_noise"]
+        assert "sums over at least 3 owners" in result.privacy["adversary"]
+    some = serve(config("some", *SHARING).config, Watching(nodes(), {"masked": {2}}))
+    assert [row["missing"] for row in some.metrics if row["round"]] == [[2], [2]]
+    with pytest.raises(TooFewReplies):
+        serve(config("few", *SHARING).config, Watching(nodes(), {"masked": {1, 2}}))
+
+
+def test_owners_share_noise_if_their_policies_allow_it_among_listed_members(clinics: Clinics) -> None:
+    sharing = [*SHARING[:2], "federation.weights=uniform"]
+    refused = "policy.noise_against: the server proposes privacy.noise_against = 'sums'; only 'replies' is allowed"
+    assert clinics.asked(0, *sharing)["refused"] == refused
+    for client in range(3):
+        clinics.write_policy(client, members=clinics.members, noise_against="sums", min_noise_multiplier=0.9)
+    assert "plan" in clinics.asked(0, *sharing)
+    result = serve(clinics.config("shared", *sharing), Altering(clinics, lambda stage, client, question: question))
+    assert [row["missing"] for row in result.metrics if row["round"]] == [[]]
+
+
+def test_a_hub_that_tells_the_others_of_less_noise_gets_nothing(clinics: Clinics) -> None:
+    def quiet(stage: str, client: int, question: dict[str, Any]) -> dict[str, Any]:
+        if stage == "keys" and client != 0:
+            question["agreement"]["noise"]["colluding"] = 0
+        return question
+
+    for client in range(3):
+        clinics.write_policy(client, members=clinics.members, noise_against="sums", min_noise_multiplier=0.9)
+    with pytest.raises(TooFewReplies):
+        serve(clinics.config("quiet", *SHARING[:2]), Altering(clinics, quiet))

@@ -23,10 +23,11 @@ from lorica.local.step import LocalStep
 from lorica.methods.base import make_method
 from lorica.methods.pieces import PIECES, check_pieces, chosen_pieces
 from lorica.testing.checks import CLIENTS, PARTICIPANTS, ROUNDS
-from lorica.testing.federation import Adapter, checkpoint_of, resume, run_rounds, tiny_federation
+from lorica.testing.federation import PRIVACY, Adapter, checkpoint_of, resume, run_rounds, tiny_federation
 from tests.methods.conftest import METHODS, REGISTRY, Recordings
 from tests.methods.engines import assert_honest_pass_and_large_do_not, assert_same_model
 
+SHARED = PRIVACY.model_copy(update={"noise_against": "sums"})
 PIECE: dict[str, tuple[list[str], Any]] = {
     "client_ranks": (["lora.client_ranks=[4, 2, 1, 4, 2, 1]"], lambda: {"ranks": {0: 2, 1: 1, 2: 2}}),
     "fedprox": (["local.fedprox=0.1"], lambda: {"local": LocalStep(proximal=0.1)}),
@@ -34,6 +35,15 @@ PIECE: dict[str, tuple[list[str], Any]] = {
     "scaled_gd": (["local.scaled_gd=true"], lambda: {"local": LocalStep(damping=0.1)}),
     "flat_lora": (["local.flat_lora=0.05"], lambda: {"local": LocalStep(perturbation=0.05)}),
     "secure_sum": (["federation.secure_sum=true"], lambda: {"secure_sum": True}),
+    "shared_noise": (
+        [
+            "privacy.noise_against=sums",
+            "federation.secure_sum=true",
+            "federation.min_clients=3",
+            "federation.local_steps=1",
+        ],
+        lambda: {"secure_sum": True, "privacy": SHARED, "min_clients": PARTICIPANTS, "steps": 1},
+    ),
     "robust": (["server.aggregate=median"], lambda: {"aggregate": median}),
     "server_optimizer": (["server.optimizer=fedavgm"], lambda: {"optimize": FedAvgM(1.0, 0.9)}),
     "server_lr": (["server.lr=0.5"], lambda: {"optimize": ServerAverage(0.5)}),
@@ -41,7 +51,12 @@ PIECE: dict[str, tuple[list[str], Any]] = {
     "kalman": (["server.denoise=kalman"], lambda: {"denoise": KalmanFilter()}),
     "average": (["server.average=0.9"], lambda: {"average": RoundAverage(0.9)}),
 }
-ACCEPTED = [(name, piece) for name in METHODS for piece in PIECES if piece not in REGISTRY[name].refuses]
+ACCEPTED = [
+    (name, piece)
+    for name in METHODS
+    for piece in PIECES
+    if piece not in REGISTRY[name].refuses and not (piece == "shared_noise" and "secure_sum" in REGISTRY[name].refuses)
+]
 REFUSED = [(name, piece) for name in METHODS for piece in PIECES if piece in REGISTRY[name].refuses]
 
 
@@ -69,7 +84,9 @@ def check(some: ExperimentConfig) -> None:
 def test_every_piece_is_known_by_its_key() -> None:
     assert PIECE.keys() == PIECES.keys()
     for piece, (overrides, _) in PIECE.items():
-        assert list(chosen_pieces(config("ffa-lora", *overrides))) == [piece]
+        # Noise is shared in secure sums only.
+        needed = ["secure_sum"] if piece == "shared_noise" else []
+        assert list(chosen_pieces(config("ffa-lora", *overrides))) == [*needed, piece]
         assert overrides[0].startswith(PIECES[piece][0])
     assert chosen_pieces(config("ffa-lora")) == {}
     assert all(piece in PIECES for method in REGISTRY.values() for piece in method.refuses)

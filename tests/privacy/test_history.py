@@ -246,7 +246,7 @@ def test_a_hundred_thousand_records_take_about_a_second(tmp_path: Path) -> None:
 
 
 def planned(ledger: Ledger, values: Sequence[object], run: str, steps: int) -> Exposure:
-    return Exposure(ledger.identity, run, 0, introduce(ledger, values), RECORD, "secure", Q, SIGMA, 0, steps, 0)
+    return Exposure(ledger.identity, run, 0, introduce(ledger, values), RECORD, "secure", Q, SIGMA, 0, steps, 0, SIGMA)
 
 
 def test_what_a_run_has_reserved_counts_until_it_ends(tmp_path: Path) -> None:

@@ -198,6 +198,36 @@ def test_a_ledger_of_an_earlier_version_is_used_on(tmp_path: Path) -> None:
         Ledger(path)
 
 
+def test_both_noise_multipliers_of_shared_noise_are_kept(tmp_path: Path) -> None:
+    """In the row, in its link, and in what Lorica's home knows of other ledgers."""
+    path = tmp_path / "l.sqlite"
+    row = replace(RELEASE, noise_multiplier=2.0, own_noise_multiplier=1.0)
+    write(Ledger(path), RELEASE, b"reply")
+    write(Ledger(path), row, b"reply")
+    write(Ledger(path), replace(row, round=2, own_noise_multiplier=0.9), b"reply")
+    assert Ledger(path).releases()[:2] == [RELEASE, row]
+    found = {one.noise_multiplier: one.own_noise_multiplier for one in Ledger(path).exposures()}
+    # The least own noise of each exposure.
+    assert found == {RELEASE.noise_multiplier: RELEASE.noise_multiplier, 2.0: 0.9}
+    assert row.by_own_noise() == replace(row, noise_multiplier=1.0, own_noise_multiplier=None)
+    assert RELEASE.by_own_noise() == RELEASE
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE releases SET own_noise_multiplier = 2.0 WHERE id = 2")
+    with pytest.raises(UserError, match="not the ledger last used"):
+        Ledger(path)
+
+
+def test_a_ledger_without_shared_noise_keeps_its_links(tmp_path: Path) -> None:
+    """A column that was added later changes no link of the rows before it."""
+    path = tmp_path / "l.sqlite"
+    write(Ledger(path), RELEASE, b"reply")
+    with sqlite3.connect(path) as connection:
+        connection.execute("ALTER TABLE releases DROP COLUMN own_noise_multiplier")
+        connection.execute("ALTER TABLE reservations DROP COLUMN own_noise_multiplier")
+    assert read_ledger(path).problem is None
+    assert Ledger(path).releases() == [RELEASE]
+
+
 def test_reading_a_ledger_changes_nothing_and_gives_times(tmp_path: Path) -> None:
     data = tmp_path / "data.csv"
     data.touch()

@@ -21,7 +21,7 @@ from lorica.errors import UserError
 from lorica.privacy import accounting
 from lorica.privacy.accounting import Steps, epsilon_rdp
 from lorica.privacy.ledger import Release
-from lorica.privacy.plan import ClientPlan, Refused, plan_client
+from lorica.privacy.plan import ClientPlan, Refused, plan_client, plan_run
 from lorica.privacy.policy import Policy, load_policy
 from lorica.privacy.unit import RECORD, PrivacyUnit
 
@@ -166,6 +166,62 @@ def test_kinds_of_noise_that_are_listed_pass() -> None:
     # Research noise is held to the limits of the run that it stands for.
     with pytest.raises(Refused, match=r"policy\.max_epsilon"):
         review("privacy.noise=reproducible", "privacy.epsilon=5", noise=["secure", "reproducible"])
+
+
+SHARING = [
+    "privacy.noise_against=sums",
+    "federation.secure_sum=true",
+    "federation.min_clients=5",
+    "federation.local_steps=1",
+    "privacy.epsilon=null",
+    "privacy.noise_multiplier=1.5",
+]
+MEMBERS = {client: f"ed25519:{client:064x}" for client in range(6)}
+
+
+def review_sharing(colluding: int = 1, **changes: Any) -> None:
+    config = load(PROPOSAL, [*SHARING, f"privacy.colluding={colluding}"])
+    Policy(**OWNER | {"members": MEMBERS, "noise_against": "sums"} | changes).review(
+        config, plan_run(config, 0, 1000), BASE
+    )
+
+
+def test_noise_is_shared_only_if_the_owner_says_so_and_knows_the_members() -> None:
+    review_sharing()
+    with pytest.raises(Refused, match=r"policy\.noise_against: .* 'sums'; only 'replies' is allowed"):
+        review_sharing(noise_against="replies")
+    with pytest.raises(UserError, match=r"policy\.noise_against.*members"):
+        load_policy_of({"noise_against": "sums"})
+    with pytest.raises(Refused, match=r"policy\.min_colluding: .* privacy\.colluding = 0; the minimum is 1"):
+        review_sharing(colluding=0)
+    review_sharing(colluding=0, min_colluding=0)
+
+
+def test_the_epsilon_of_the_own_noise_has_its_own_limit() -> None:
+    """σ = 1.5 in the sum is 0.75 alone: max_epsilon allows the first, and a second limit may refuse the second."""
+    plan = plan_run(load(PROPOSAL, SHARING), 0, 1000)
+    together = reference_epsilon([Steps(0.1, 1.5, 20)], OWNER["delta"])
+    alone = reference_epsilon([Steps(0.1, 0.75, 20)], OWNER["delta"])
+    assert together < OWNER["max_epsilon"] < alone
+    review_sharing(max_epsilon_own_noise=alone * 1.01)
+    with pytest.raises(Refused, match=r"policy\.max_epsilon_own_noise: .* 20 steps"):
+        review_sharing(max_epsilon_own_noise=alone * 0.99)
+    # Over all releases: an earlier run with shared noise counts with each of its two noise multipliers.
+    earlier = release(noise_multiplier=1.5, own_noise_multiplier=0.75)
+    both = reference_epsilon([Steps(0.1, 0.75, 40)], OWNER["delta"])
+    for limit, allowed in ((both * 1.01, True), (both * 0.99, False)):
+        policy = Policy(**OWNER | {"members": MEMBERS, "noise_against": "sums", "max_epsilon_own_noise": limit})
+        if allowed:
+            policy.review_release([earlier], RECORD, plan, 20)
+            continue
+        with pytest.raises(Refused, match=r"policy\.max_epsilon_own_noise: .* total cost"):
+            policy.review_release([earlier], RECORD, plan, 20)
+
+
+def load_policy_of(changes: dict[str, Any]) -> Policy:
+    from lorica.config import validate
+
+    return validate(Policy, OWNER | changes, prefix="policy")
 
 
 @pytest.mark.filterwarnings("ignore")

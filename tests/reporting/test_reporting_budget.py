@@ -183,6 +183,7 @@ def test_a_ledger_that_lost_rows_is_shown_so_and_can_be_accepted(tmp_path: Path)
 def test_what_runs_have_reserved_is_shown_and_can_be_released(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
     terms = {"unit": RECORD, "noise": "secure", "sampling_rate": 0.1, "noise_multiplier": 1.0}
+    terms["own_noise_multiplier"] = 1.0
     held = Exposure(ledger.identity, "r" * 32, 0, "o" * 64, steps=0, planned=12, releases=0, **terms)
     ledger.reserve(held)
     write(ledger, release())

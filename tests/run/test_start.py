@@ -122,7 +122,6 @@ def test_a_run_starts_where_the_earlier_one_ended_and_says_so(
     assert "only what this run released" in covered
     card = (result.adapter / "README.md").read_text()
     assert f"Started from: adapter `earlier/adapter`, SHA-256 `{digest}`" in card
-    # Both runs are in the ledgers of their records, so the lifetime counts both.
     assert json.loads((result.folder / "environment.json").read_text())["start"]["sha256"] == digest
 
 

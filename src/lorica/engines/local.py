@@ -95,9 +95,13 @@ class LocalEngine:
     def _run_stage(self, number: int, request: Request, question: str) -> bytes:
         def given(agreement: Agreement) -> Input:
             derived = isinstance(request.work, Projection)
-            return Input(decode(self.clients[number].reply_to(self._model, request)), derived)
+            return Input(decode(self.clients[number].reply_to(self._model, request, agreement)), derived)
 
-        part, required = self._parts.get(number, Part()), Requirements(request.run, number)
+        shared = self.clients[number].plan.shared
+        required = Requirements(request.run, number)
+        if shared is not None:
+            required = replace(required, min_clients=shared.min_clients)
+        part = self._parts.get(number, Part())
         self._parts[number], content = run_client_stage(part, required, question, given)
         return content
 

@@ -10,7 +10,7 @@ from lorica.config import OptimizerConfig, Strict
 from lorica.errors import UserError
 from lorica.methods.base import About, Method
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import SHAPED
+from lorica.methods.pieces import SEVERAL_STEPS, SHAPED
 from lorica.methods.server import Server
 
 
@@ -40,11 +40,15 @@ class DEeR(Method):
         exact=True,
         privacy="sound; noise linear",
     )
-    refuses = SHAPED | {
-        "scaffold": "control variates are updated per round, but it trains each factor for half a round",
-        "scaled_gd": "it already preconditions gradients (method.damping)",
-        "server_optimizer": "the head is updated twice per round, but a server optimiser expects one update",
-    }
+    refuses = (
+        SHAPED
+        | SEVERAL_STEPS
+        | {
+            "scaffold": "control variates are updated per round, but it trains each factor for half a round",
+            "scaled_gd": "it already preconditions gradients (method.damping)",
+            "server_optimizer": "the head is updated twice per round, but a server optimiser expects one update",
+        }
+    )
 
     class Options(Strict):
         damping: float = Field(0.1, gt=0)

@@ -46,7 +46,11 @@ class FedASK(Method):
         exact=True,
         privacy="sound; noise linear",
     )
-    refuses = OWN_AGGREGATION | NEW_BASIS
+    refuses = (
+        OWN_AGGREGATION
+        | NEW_BASIS
+        | {"shared_noise": "clients send sketches of products, which are not linear in the noisy gradient"}
+    )
 
     class Options(Strict):
         oversampling: int = Field(8, ge=0)

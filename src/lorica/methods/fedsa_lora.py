@@ -34,6 +34,7 @@ class FedSALoRA(Method):
         privacy="sound; noise quadratic",
     )
     refuses = SAME_RANKS | {
+        "shared_noise": "B stays with the client, where only its own part of the noise protects it",
         "average": "each client has its own model, and the server sees only A",
         "scaffold": "B stays with the client, so the server cannot track its control variates",
     }

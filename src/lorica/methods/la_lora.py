@@ -9,7 +9,7 @@ from lorica.config import OptimizerConfig, Strict
 from lorica.errors import UserError
 from lorica.methods.base import About, Method
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import SHAPED
+from lorica.methods.pieces import SEVERAL_STEPS, SHAPED
 from lorica.methods.server import Server
 
 
@@ -42,7 +42,7 @@ class LALoRA(Method):
         exact=False,
         privacy="sound; noise linear on each client",
     )
-    refuses = SHAPED | {"scaffold": "control variates require each factor to be trained in every step"}
+    refuses = SHAPED | SEVERAL_STEPS | {"scaffold": "control variates require each factor to be trained in every step"}
 
     class Options(Strict):
         smoothing: Literal["gaussian", "rescale", "none"] = "gaussian"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.methods.base import Method
+from lorica.privacy.shared_noise import check_shared, shares_noise
 
 PIECES = {
     "client_ranks": ("lora.client_ranks", "ranks that differ between clients"),
@@ -14,6 +15,7 @@ PIECES = {
     "flat_lora": ("local.flat_lora", "noise on the frozen weights"),
     "robust": ("server.aggregate", "a robust aggregate instead of the weighted mean"),
     "secure_sum": ("federation.secure_sum", "secure sums instead of single replies"),
+    "shared_noise": ("privacy.noise_against", "noise that the members of a secure sum share"),
     "server_optimizer": ("server.optimizer", "momentum or Adam on the mean update"),
     "server_lr": ("server.lr", "a server learning rate"),
     "shrinkage": ("server.denoise", "singular-value shrinkage of the mean update"),
@@ -36,6 +38,8 @@ SCORED: dict[str, str] = SAME_RANKS | {
     "robust": "its scores need a weighted mean with known noise",
 }
 SHAPED: dict[str, str] = SAME_RANKS | dict.fromkeys(("shrinkage", "kalman"), _SHAPED_NOISE)
+_SEVERAL_STEPS = "each client needs at least two local steps, and shared noise protects only one"
+SEVERAL_STEPS: dict[str, str] = {"shared_noise": _SEVERAL_STEPS}
 SINGLE_REPLIES: dict[str, str] = {"secure_sum": "it needs the factors of single clients, but the server sees only sums"}
 OWN_AGGREGATION: dict[str, str] = dict.fromkeys(
     ("robust", "server_optimizer", "server_lr", "shrinkage", "kalman", "scaffold"), _OWN_AGGREGATION
@@ -70,6 +74,8 @@ def check_pieces(config: ExperimentConfig, method: Method) -> None:
         _check_robust(config)
     if config.federation.secure_sum:
         _check_secure_sum(config)
+    if shares_noise(config):
+        check_shared(config)
     sgd = config.optimizer.name == "sgd"
     known_noise = config.server.denoise != "none" or config.server.optimizer == "fedadam"
     shaping = {"local.scaled_gd": config.local.scaled_gd, "local.scaffold": config.local.scaffold}
@@ -165,6 +171,7 @@ def chosen_pieces(config: ExperimentConfig) -> dict[str, object]:
         "flat_lora": config.local.flat_lora or None,
         "robust": config.server.aggregate if config.server.aggregate != "mean" else None,
         "secure_sum": config.federation.secure_sum or None,
+        "shared_noise": "sums" if shares_noise(config) else None,
         "server_optimizer": config.server.optimizer if config.server.optimizer != "average" else None,
         "server_lr": config.server.lr if config.server.lr != 1 else None,
         config.server.denoise: config.server.denoise,

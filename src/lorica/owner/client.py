@@ -20,6 +20,7 @@ from lorica.local.perturbation import strength
 from lorica.local.sketches import project, sketch
 from lorica.local.step import transform_gradients
 from lorica.messages import Delivery, Projection, Reply, Request, Training
+from lorica.owner.shared_noise import check_shared_noise
 from lorica.privacy.exposures import Exposure
 from lorica.privacy.ledger import Earlier, Ledger, Release
 from lorica.privacy.mechanism import noisy_gradient
@@ -28,6 +29,7 @@ from lorica.privacy.policy import Policy
 from lorica.privacy.randomness import Randomness, ReproducibleRandomness, SecureRandomness
 from lorica.privacy.released import Released, post_process
 from lorica.privacy.unit import RECORD, PrivacyUnit
+from lorica.secure_sum.agreement import Agreement
 from lorica.streams import torch_stream
 from lorica.tasks.records import Records, evaluating
 
@@ -68,12 +70,15 @@ class Client:
     merged: dict[str, Pair] = field(default_factory=dict)
     sequence: int | None = None
 
-    def reply_to(self, model: AdaptedModel, request: Request) -> bytes:
+    def reply_to(self, model: AdaptedModel, request: Request, agreement: Agreement | None = None) -> bytes:
         """Do the work and return the encoded reply.
 
         The ledger charges the release before the first record is sampled, and stores the reply before it is returned. A
         repeated request gets the stored reply; an interrupted one is repeated with the same batches and noise. Both are
         the same release, at no further cost.
+
+        Args:
+            agreement: the terms of the sum that the reply becomes part of; None if it is sent by itself.
 
         Raises:
             Refused: the request exceeds the owner's plan or policy, belongs to an earlier round, or builds on a request
@@ -87,6 +92,8 @@ class Client:
         if request.round < self.ledger.last_round(request.run, self.number):
             raise Refused(f"client {self.number}: round {request.round} is over, and its releases are not repeated")
         self._receive(request)
+        if self.plan.shared is not None:
+            check_shared_noise(self.plan, request, self.held, agreement)
         digest = request.digest(self.held, self.merged)
         stored = self.ledger.recall(request.run, self.number, digest)
         if stored is not None:
@@ -101,12 +108,13 @@ class Client:
             client=self.number,
             round=request.round,
             sampling_rate=self.plan.terms.sampling_rate,
-            noise_multiplier=self.plan.terms.noise_multiplier,
+            noise_multiplier=self.plan.noise_multiplier,
             clip_norm=self.plan.terms.clip_norm,
             steps=request.work.steps if isinstance(request.work, Training) else 0,
             noise=self.plan.noise,
             request=digest,
             unit=self.unit,
+            own_noise_multiplier=self._own_noise_multiplier(request),
         )
         model.assert_frozen()
         self._introduce()
@@ -137,16 +145,23 @@ class Client:
             unit=self.unit,
             noise=self.plan.noise,
             sampling_rate=self.plan.terms.sampling_rate,
-            noise_multiplier=self.plan.terms.noise_multiplier,
+            noise_multiplier=self.plan.noise_multiplier,
             steps=0,
             planned=self.plan.max_steps,
             releases=0,
+            own_noise_multiplier=self.plan.terms.noise_multiplier,
         )
         self.ledger.reserve(planned, allow)
 
     def _introduce(self) -> None:
         """Store the records in the ledger, so that each one is recognised in other files."""
         self.ledger.introduce(self.records.fingerprint(), self.records.tags)
+
+    def _own_noise_multiplier(self, request: Request) -> float | None:
+        """The noise multiplier of this client's own noise, if it shares the noise with others."""
+        if self.plan.shared is None or not isinstance(request.work, Training):
+            return None
+        return request.work.terms.noise_multiplier
 
     def personal(self, run: str) -> dict[str, Tensor]:
         """The noisy tensors that this client trained and did not send: its personal part of the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ class Node:
             request = self._checked_request(content)
             if (request.round, request.exchange) != (agreement.round, agreement.exchange):
                 raise Refused("the server asks for a masked input of a different round or exchange than announced")
-            return Input(decode(self._reply_to(request)), derived=isinstance(request.work, Projection))
+            return Input(decode(self._reply_to(request, agreement)), derived=isinstance(request.work, Projection))
 
         path = self._folder / "sum.json"
         kept = Part.from_bytes(path.read_bytes()) if path.is_file() else Part()
@@ -136,12 +137,18 @@ class Node:
     def _requirements(self) -> Requirements:
         """The current policy's requirements on a sum."""
         run, own, policy = self._invitation.run, self._client.number, self._policy()
-        if policy is None:
-            return Requirements(run, own, identity=self._identity)
-        members = {client: Member.of(line) for client, line in (policy.members or {}).items()}
-        return Requirements(
-            run, own, policy.min_clients_in_sum, policy.max_share_in_sum, members, identity=self._identity
-        )
+        required = Requirements(run, own, identity=self._identity)
+        if policy is not None:
+            members = {client: Member.of(line) for client, line in (policy.members or {}).items()}
+            required = replace(
+                required,
+                min_clients=policy.min_clients_in_sum,
+                max_share=policy.max_share_in_sum,
+                members=members,
+            )
+        if self.plan.shared is not None:
+            required = replace(required, min_clients=max(required.min_clients, self.plan.shared.min_clients))
+        return required
 
     def _checked_request(self, content: bytes) -> Request:
         try:
@@ -164,11 +171,11 @@ class Node:
             self._review()
         return request
 
-    def _reply_to(self, request: Request) -> bytes:
+    def _reply_to(self, request: Request, agreement: Agreement | None = None) -> bytes:
         if isinstance(request.work, Delivery):
             self._accept_delivery(request, request.work)
             return encode({})
-        reply = self._client.reply_to(self._model, request)
+        reply = self._client.reply_to(self._model, request, agreement)
         self._save()
         spent = self.account
         logger.info(

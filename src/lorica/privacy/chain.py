@@ -21,8 +21,14 @@ class Head:
 
 
 def link(previous: str, content: Sequence[object]) -> str:
-    """`SHA-256(JSON of [previous link, content…])`, hexadecimal."""
-    return hashlib.sha256(json.dumps([previous, *content]).encode()).hexdigest()
+    """`SHA-256(JSON of [previous link, content…])`, hexadecimal.
+
+    Empty columns at the end are left out, so that rows keep their links when columns are added.
+    """
+    filled = list(content)
+    while filled and filled[-1] is None:
+        filled.pop()
+    return hashlib.sha256(json.dumps([previous, *filled]).encode()).hexdigest()
 
 
 def verify(identity: str, rows: Iterable[Sequence[object]], seen: Head | None) -> Head:

@@ -19,6 +19,8 @@ class Exposure:
         steps: charged so far.
         planned: steps reserved for the whole run; 0 without a reservation.
         releases: number of rows in the ledger.
+        own_noise_multiplier: the smallest noise multiplier of the client's own noise; `noise_multiplier`, unless the
+            noise is shared.
     """
 
     ledger: str
@@ -32,6 +34,7 @@ class Exposure:
     steps: int
     planned: int
     releases: int
+    own_noise_multiplier: float
 
     @property
     def outstanding(self) -> int:
@@ -48,12 +51,18 @@ def merged(exposures: Iterable[Exposure]) -> list[Exposure]:
     """Merge records of the same exposure from several files by taking the maximum of each count."""
     found: dict[Exposure, Exposure] = {}
     for one in exposures:
-        key = replace(one, steps=0, planned=0, releases=0)
-        known = found.get(key, key)
+        key = terms_of(one)
+        known = found.get(key, one)
         found[key] = replace(
             known,
             steps=max(known.steps, one.steps),
             planned=max(known.planned, one.planned),
             releases=max(known.releases, one.releases),
+            own_noise_multiplier=min(known.own_noise_multiplier, one.own_noise_multiplier),
         )
     return list(found.values())
+
+
+def terms_of(exposure: Exposure) -> Exposure:
+    """What identifies an exposure: all but its counts and the own noise."""
+    return replace(exposure, steps=0, planned=0, releases=0, own_noise_multiplier=0.0)

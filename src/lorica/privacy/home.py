@@ -25,13 +25,15 @@ _SCHEMA = (
     "link TEXT NOT NULL)",
     "CREATE TABLE IF NOT EXISTS exposures (ledger TEXT, run TEXT, client INTEGER, records TEXT, unit TEXT, noise TEXT, "
     "sampling_rate REAL, noise_multiplier REAL, steps INTEGER, planned INTEGER, releases INTEGER, "
+    "own_noise_multiplier REAL, "
     "PRIMARY KEY (ledger, run, client, records, unit, noise, sampling_rate, noise_multiplier))",
 )
 
 
 def _exposure(row: sqlite3.Row | tuple[object, ...]) -> Exposure:
-    ledger, run, client, records, unit, *rest = row
-    return Exposure(ledger, run, client, records, PrivacyUnit.parse(str(unit)), *rest)  # type: ignore[arg-type]
+    ledger, run, client, records, unit, noise, rate, noise_multiplier, *counts, own = row
+    terms = (noise, rate, noise_multiplier, *counts, noise_multiplier if own is None else own)
+    return Exposure(ledger, run, client, records, PrivacyUnit.parse(str(unit)), *terms)  # type: ignore[arg-type]
 
 
 def _row(exposure: Exposure) -> tuple[object, ...]:
@@ -57,6 +59,9 @@ class Home:
                 record_sets.prepare(connection)
                 for statement in _SCHEMA:
                     connection.execute(statement)
+                # A column that older versions of Lorica did not create.
+                if "own_noise_multiplier" not in {row[1] for row in connection.execute("PRAGMA table_info(exposures)")}:
+                    connection.execute("ALTER TABLE exposures ADD COLUMN own_noise_multiplier REAL")
 
     def head(self, ledger: str) -> Head | None:
         """The last known head of the ledger with this id; None if unknown."""
@@ -85,9 +90,10 @@ class Home:
     def note(connection: sqlite3.Connection, exposures: Iterable[Exposure]) -> None:
         """Write exposures within a transaction. Steps and releases never decrease."""
         connection.executemany(
-            "INSERT INTO exposures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
+            "INSERT INTO exposures VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET "
             "steps = MAX(steps, excluded.steps), planned = MAX(planned, excluded.planned), "
-            "releases = MAX(releases, excluded.releases)",
+            "releases = MAX(releases, excluded.releases), own_noise_multiplier = "
+            "MIN(COALESCE(own_noise_multiplier, noise_multiplier), excluded.own_noise_multiplier)",
             [_row(exposure) for exposure in exposures],
         )
 

@@ -14,7 +14,7 @@ import numpy as np
 from lorica.errors import UserError
 from lorica.privacy import database, record_sets
 from lorica.privacy.chain import Broken, verify
-from lorica.privacy.exposures import Exposure, merged
+from lorica.privacy.exposures import Exposure, merged, terms_of
 from lorica.privacy.home import Home
 from lorica.privacy.ledger_rows import (
     COLUMNS,
@@ -30,7 +30,6 @@ from lorica.privacy.ledger_rows import (
     prepare,
     release_of,
     steps_of,
-    terms_of,
 )
 from lorica.privacy.released import Released, _release
 from lorica.tensors import decode, encode
@@ -264,7 +263,8 @@ class Ledger:
             connection.execute("DELETE FROM reservations WHERE run = ? AND client = ?", (run, client))
             values = (run, client, planned.records, str(planned.unit), planned.noise)
             terms = (planned.sampling_rate, planned.noise_multiplier, planned.planned, time.time())
-            connection.execute("INSERT INTO reservations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, *terms))
+            own = planned.own_noise_multiplier
+            connection.execute("INSERT INTO reservations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, *terms, own))
             self._home.end(home, self.identity, run, client)
             self._home.note(home, exposures_of(connection, self.identity, run, client))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,16 @@ from lorica.privacy.chain import Broken, verify
 from lorica.privacy.exposures import Exposure, merged
 from lorica.privacy.home import Home
 from lorica.privacy.ledger import Ledger
-from lorica.privacy.ledger_rows import COLUMNS, Release, chained, exposures_of, link_all, prepare, release_of
+from lorica.privacy.ledger_rows import (
+    CHARGED,
+    Release,
+    add_columns,
+    chained,
+    exposures_of,
+    link_all,
+    prepare,
+    release_of,
+)
 
 
 @dataclass(frozen=True)
@@ -90,12 +99,13 @@ def read_ledger(path: Path) -> Book:
     Raises:
         UserError: the file is not a ledger.
     """
-    with _readable(path), database.reading(path, only=True) as connection:
+    with _readable(path), closing(sqlite3.connect(":memory:")) as connection:
+        with database.reading(path, only=True) as stored:
+            stored.backup(connection)
+        # An older version of Lorica may have created the ledger: the copy in memory gets the missing columns.
+        add_columns(connection)
         tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        known = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
-        # An older version of Lorica may have created the ledger.
-        columns = COLUMNS if "unit" in known else COLUMNS.replace("unit", "'record'")
-        rows = connection.execute(f"SELECT time, {columns} FROM releases ORDER BY id").fetchall()
+        rows = connection.execute(f"SELECT {CHARGED} FROM releases ORDER BY id").fetchall()
         entries = [(row[0], release_of(row[1:])) for row in rows]
         if "ledger" not in tables:
             return Book(path, entries, [], None, frozenset())

@@ -24,7 +24,7 @@ _SCHEMA = (
         dataset TEXT NOT NULL, owner TEXT NOT NULL, run TEXT NOT NULL, client INTEGER NOT NULL, round INTEGER NOT NULL,
         sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, steps INTEGER NOT NULL,
         noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB, kept BLOB, unit TEXT NOT NULL DEFAULT 'record',
-        seed BLOB, chain TEXT
+        seed BLOB, chain TEXT, own_noise_multiplier REAL
     )
     """,
     "CREATE TABLE IF NOT EXISTS ledger (identity TEXT NOT NULL)",
@@ -32,12 +32,21 @@ _SCHEMA = (
     CREATE TABLE IF NOT EXISTS reservations (
         run TEXT NOT NULL, client INTEGER NOT NULL, owner TEXT NOT NULL, unit TEXT NOT NULL, noise TEXT NOT NULL,
         sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, steps INTEGER NOT NULL, time REAL NOT NULL,
-        PRIMARY KEY (run, client)
+        own_noise_multiplier REAL, PRIMARY KEY (run, client)
     )
     """,
 )
 # Columns that older versions of Lorica did not create.
-_ADDED = {"kept": "BLOB", "unit": "TEXT NOT NULL DEFAULT 'record'", "seed": "BLOB", "chain": "TEXT"}
+_ADDED = {
+    "releases": {
+        "kept": "BLOB",
+        "unit": "TEXT NOT NULL DEFAULT 'record'",
+        "seed": "BLOB",
+        "chain": "TEXT",
+        "own_noise_multiplier": "REAL",
+    },
+    "reservations": {"own_noise_multiplier": "REAL"},
+}
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,9 @@ class Release:
         noise: `secure`, `reproducible` or `none`.
         request: digest of the request; the same request gets the stored reply again.
         unit: the unit of privacy.
+        noise_multiplier: `σ` of the guarantee.
+        own_noise_multiplier: `σ` of the client's own noise, if the members of a secure sum share the noise and
+            `noise_multiplier` is that of the sum; otherwise None.
     """
 
     dataset: str
@@ -66,10 +78,16 @@ class Release:
     noise: str
     request: str
     unit: PrivacyUnit = RECORD
+    own_noise_multiplier: float | None = None
 
     @property
     def cost(self) -> Steps:
         return Steps(self.sampling_rate, self.noise_multiplier, self.steps)
+
+    def by_own_noise(self) -> Release:
+        """The release as an adversary sees it who gets this client's own reply."""
+        own = self.own_noise_multiplier
+        return self if own is None else replace(self, noise_multiplier=own, own_noise_multiplier=None)
 
 
 COLUMNS = ", ".join("owner" if field.name == "records" else field.name for field in fields(Release))
@@ -80,7 +98,7 @@ TERMS = "run, client, owner, unit, noise, sampling_rate, noise_multiplier"
 
 
 def release_of(row: tuple[Any, ...]) -> Release:
-    return Release(*(*row[:-1], PrivacyUnit.parse(row[-1])))
+    return Release(*(*row[:-2], PrivacyUnit.parse(row[-2]), row[-1]))
 
 
 def _row_of(release: Release) -> tuple[Any, ...]:
@@ -104,10 +122,7 @@ def prepare(connection: sqlite3.Connection) -> str:
     """Create or upgrade the tables, and return the id of the ledger."""
     for statement in _SCHEMA:
         connection.execute(statement)
-    columns = {row[1] for row in connection.execute("PRAGMA table_info(releases)")}
-    for name, kind in _ADDED.items():
-        if name not in columns:
-            connection.execute(f"ALTER TABLE releases ADD COLUMN {name} {kind}")
+    add_columns(connection)
     record_sets.prepare(connection)
     found = connection.execute("SELECT identity FROM ledger").fetchone()
     if found is not None:
@@ -116,6 +131,15 @@ def prepare(connection: sqlite3.Connection) -> str:
     connection.execute("INSERT INTO ledger VALUES (?)", (identity,))
     link_all(connection, identity)
     return identity
+
+
+def add_columns(connection: sqlite3.Connection) -> None:
+    """Add the columns that an older version of Lorica did not create."""
+    for table, added in _ADDED.items():
+        columns = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+        for name, kind in added.items():
+            if columns and name not in columns:
+                connection.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}")
 
 
 def link_all(connection: sqlite3.Connection, identity: str) -> Head:
@@ -163,8 +187,9 @@ def exposures_of(
 ) -> list[Exposure]:
     """The exposures in a ledger's rows and reservations, by default of all runs."""
     which = "WHERE run = COALESCE(?, run) AND client = COALESCE(?, client)"
-    done = f"SELECT {TERMS}, SUM(steps), 0, COUNT(*) FROM releases {which} GROUP BY {TERMS}"
-    planned = f"SELECT {TERMS}, 0, steps, 0 FROM reservations {which}"
+    own = "COALESCE(own_noise_multiplier, noise_multiplier)"
+    done = f"SELECT {TERMS}, SUM(steps), 0, COUNT(*), MIN({own}) FROM releases {which} GROUP BY {TERMS}"
+    planned = f"SELECT {TERMS}, 0, steps, 0, {own} FROM reservations {which}"
     rows = [row for query in (done, planned) for row in connection.execute(query, (run, client))]
     return merged(
         Exposure(identity, run, client, records, PrivacyUnit.parse(unit), *rest)
@@ -172,12 +197,9 @@ def exposures_of(
     )
 
 
-def terms_of(exposure: Exposure) -> Exposure:
-    return replace(exposure, steps=0, planned=0, releases=0)
-
-
 def as_release(exposure: Exposure, steps: int) -> Release:
     """Steps of an exposure as one row."""
+    own = exposure.own_noise_multiplier
     return Release(
         dataset="",
         records=exposure.records,
@@ -191,6 +213,7 @@ def as_release(exposure: Exposure, steps: int) -> Release:
         noise=exposure.noise,
         request="",
         unit=exposure.unit,
+        own_noise_multiplier=None if own == exposure.noise_multiplier else own,
     )
 
 

@@ -10,6 +10,7 @@ from lorica.config import ExperimentConfig, PrivacyConfig
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, calibrate, epsilon, epsilon_rdp
 from lorica.privacy.mechanism import Terms
+from lorica.privacy.shared_noise import SharedNoise, check_shared, shares_noise
 from lorica.schedule import participation_schedule
 
 
@@ -23,10 +24,12 @@ class ClientPlan:
 
     Attributes:
         records: `n`, declared public.
-        terms: `q = b/n`, `b`, `C`, `σ` of every step.
+        terms: `q = b/n`, `b`, `C`, `σ` of every step, with the `σ` of this client's own noise.
         max_steps: the largest number of steps that the schedule can request.
         delta: `δ`; None without privacy.
         noise: `secure`, `reproducible` or `none`.
+        shared: how the noise is shared with the other members of a secure sum; None if each client's own noise gives
+            the whole guarantee.
     """
 
     client: int
@@ -35,8 +38,23 @@ class ClientPlan:
     max_steps: int
     delta: float | None
     noise: Literal["secure", "reproducible", "none"]
+    shared: SharedNoise | None = None
+
+    @property
+    def noise_multiplier(self) -> float:
+        """The noise multiplier of the guarantee: that of the sum if the noise is shared, else the client's own."""
+        return self.terms.noise_multiplier if self.shared is None else self.shared.noise_multiplier
+
+    @property
+    def noise_std(self) -> float:
+        """`τ = σC/b` with the noise multiplier of the guarantee."""
+        return replace(self.terms, noise_multiplier=self.noise_multiplier).noise_std
 
     def steps(self, count: int) -> Steps:
+        return Steps(self.terms.sampling_rate, self.noise_multiplier, count)
+
+    def own_steps(self, count: int) -> Steps:
+        """As `steps`, against an adversary who sees this client's own reply."""
         return Steps(self.terms.sampling_rate, self.terms.noise_multiplier, count)
 
     def epsilon(self, count: int | None = None) -> float:
@@ -44,6 +62,12 @@ class ClientPlan:
         if self.delta is None:
             return float("inf")
         return epsilon([self.steps(self.max_steps if count is None else count)], self.delta)
+
+    def epsilon_own_noise(self, count: int | None = None) -> float:
+        """As `epsilon`, against an adversary who sees this client's own reply."""
+        if self.delta is None:
+            return float("inf")
+        return epsilon([self.own_steps(self.max_steps if count is None else count)], self.delta)
 
     def epsilon_rdp(self, count: int | None = None) -> float:
         """ε after `count` steps by RDP, as a cross-check."""
@@ -53,9 +77,14 @@ class ClientPlan:
 
     def agrees_with(self, other: ClientPlan) -> bool:
         """Whether the plans are the same. Processors may differ in the last digits of a calibrated `σ`: 1e-9 of it."""
-        sigma = other.terms.noise_multiplier
-        alike = math.isclose(self.terms.noise_multiplier, sigma, rel_tol=1e-9)
-        return alike and replace(self, terms=replace(self.terms, noise_multiplier=sigma)) == other
+        alike = math.isclose(self.noise_multiplier, other.noise_multiplier, rel_tol=1e-9) and math.isclose(
+            self.terms.noise_multiplier, other.terms.noise_multiplier, rel_tol=1e-9
+        )
+        shared = self.shared
+        if shared is not None:
+            shared = replace(shared, noise_multiplier=other.noise_multiplier)
+        terms = replace(self.terms, noise_multiplier=other.terms.noise_multiplier)
+        return alike and replace(self, terms=terms, shared=shared) == other
 
     @property
     def void_delta(self) -> bool:
@@ -63,7 +92,7 @@ class ClientPlan:
         return self.delta is not None and self.delta >= 1 / self.records
 
     def check(self, proposed: Terms, steps_in_all: int) -> None:
-        """Refuse terms or steps beyond the plan.
+        """Refuse terms or steps beyond the plan. Where the noise is shared, the own noise may be larger than planned.
 
         Args:
             proposed: the terms in the server's request.
@@ -72,7 +101,9 @@ class ClientPlan:
         Raises:
             Refused: terms that differ from the plan, or too many steps.
         """
-        if proposed != self.terms:
+        least = self.terms.noise_multiplier
+        more = self.shared is not None and proposed.noise_multiplier > least
+        if (replace(proposed, noise_multiplier=least) if more else proposed) != self.terms:
             raise Refused(
                 f"client {self.client}: the server proposes {proposed}, but the agreed terms are {self.terms}"
             )
@@ -82,10 +113,20 @@ class ClientPlan:
             )
 
 
-def plan_client(client: int, records: int, batch_size: int, max_steps: int, privacy: PrivacyConfig) -> ClientPlan:
+def plan_client(
+    client: int,
+    records: int,
+    batch_size: int,
+    max_steps: int,
+    privacy: PrivacyConfig,
+    min_clients: int | None = None,
+) -> ClientPlan:
     """Compute one client's terms; the noise multiplier is calibrated to `max_steps` at the true sampling rate.
 
     `q = batch_size / records` exactly, as in the sampler; it is not rounded to a whole number of batches.
+
+    Args:
+        min_clients: minimum number of members of a secure sum, for shared noise.
 
     Raises:
         UserError: the batch size exceeds the client's records; secure noise with δ ≥ 1/records; no noise multiplier
@@ -116,7 +157,12 @@ def plan_client(client: int, records: int, batch_size: int, max_steps: int, priv
         assert privacy.epsilon is not None
         noise_multiplier = calibrate(rate, max_steps, privacy.epsilon, privacy.delta) if max_steps else 1.0
     terms = Terms(rate, batch_size, privacy.largest_norm, noise_multiplier)
-    return ClientPlan(client, records, terms, max_steps, privacy.delta, privacy.noise)
+    shared = None
+    if privacy.noise_against == "sums":
+        assert min_clients is not None
+        shared = SharedNoise(noise_multiplier, min_clients, privacy.colluding)
+        terms = replace(terms, noise_multiplier=shared.own_noise_multiplier)
+    return ClientPlan(client, records, terms, max_steps, privacy.delta, privacy.noise, shared)
 
 
 def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
@@ -129,9 +175,11 @@ def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
         records: `n`, declared public; the number of groups if the unit of privacy is a group.
 
     Raises:
-        UserError: more records than `federation.max_records`, or fewer than a batch.
+        UserError: more records than `federation.max_records`, or fewer than a batch; noise that cannot be shared.
     """
     federation = config.federation
+    if shares_noise(config):
+        check_shared(config)
     most = federation.most_records(client)
     if most is not None and records > most:
         raise UserError(
@@ -140,7 +188,8 @@ def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
             f"client {client} declares {records} records, but the limit is {most}",
             "raise federation.max_records, or ask the owner to declare fewer (records in its policy)",
         )
-    return plan_client(client, records, federation.batch_size, planned_steps(config, client), config.privacy)
+    steps = planned_steps(config, client)
+    return plan_client(client, records, federation.batch_size, steps, config.privacy, federation.min_clients)
 
 
 def planned_steps(config: ExperimentConfig, client: int) -> int:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from lorica.config import ExperimentConfig, Strict, TaskConfig, read_mapping, validate
+from lorica.config import ExperimentConfig, Strict, TaskConfig, validate
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, epsilon_above, epsilon_rdp
 from lorica.privacy.ledger import Release
 from lorica.privacy.lifetime import lifetime_above, lifetime_epsilon
 from lorica.privacy.plan import ClientPlan, Refused
+from lorica.privacy.shared_noise import shares_noise
 from lorica.privacy.unit import PrivacyUnit
+from lorica.strict_yaml import read_yaml_file
 from lorica.tasks.kind import kind_of, kinds
 
 
@@ -66,6 +69,15 @@ class Policy(Strict):
     """The clients of secure sums, this one included: number and identity key, as `lorica flower keys` prints it. Sums
     with other clients are refused, and so are keys that the listed client did not sign. By default, a server can invent
     clients or replace their keys, and so read single replies."""
+    noise_against: Literal["replies", "sums"] = "replies"
+    """`replies`: this owner's own noise must give the whole guarantee. `sums`: the members of a secure sum may share
+    the noise (`privacy.noise_against`), which then protects against a server that sees only their sums; requires
+    `members`."""
+    min_colluding: int = Field(1, ge=0)
+    """For `noise_against: sums`: smallest number of colluding members that a run must protect against."""
+    max_epsilon_own_noise: float | None = Field(None, gt=0)
+    """For `noise_against: sums`: maximum ε at `delta` of everything ever released from the data, against a server that
+    gets this owner's own replies. By default there is no such limit."""
     metrics: list[str] = Field([])
     """Metrics, including `loss`, that a test on the owner's own held-out records (`federation.private_test`) may
     compute, such as `[loss, accuracy]`. The results stay with the owner. By default there is no such test."""
@@ -101,6 +113,15 @@ class Policy(Strict):
             raise ValueError("it is empty; list all clients, or remove members")
         return value
 
+    @field_validator("noise_against")
+    @classmethod
+    def _members_know_each_other(cls, value: str, info: ValidationInfo) -> str:
+        if value == "sums" and info.data.get("members") is None:
+            raise ValueError(
+                "a server that invents members of a sum removes the others' noise; list all owners' keys under members"
+            )
+        return value
+
     @field_validator("group")
     @classmethod
     def _a_group_has_a_column(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -126,11 +147,12 @@ class Policy(Strict):
         self._review_terms(config, plan.noise, plan.terms.sampling_rate, plan.max_steps)
         if plan.noise == "none":
             return
-        self._review_bounds(plan.terms.noise_multiplier, plan.terms.clip_norm)
-        cost = epsilon_above(self.max_epsilon, [plan.steps(plan.max_steps)], self.delta)
-        if cost is not None:
-            steps = f"{plan.max_steps} steps that cost ε = {cost:.4g} at δ = {self.delta:g}"
-            _refuse("max_epsilon", steps, f"the limit is {self.max_epsilon:g}")
+        self._review_bounds(plan.noise_multiplier, plan.terms.clip_norm)
+        for key, limit, step in self._limits(plan):
+            cost = epsilon_above(limit, [replace(step, count=plan.max_steps)], self.delta)
+            if cost is not None:
+                steps = f"{plan.max_steps} steps that cost ε = {cost:.4g} at δ = {self.delta:g}"
+                _refuse(key, steps, f"the limit is {limit:g}")
 
     def review_proposal(self, config: ExperimentConfig, records: int, steps: int) -> None:
         """Refuse a proposal by its public numbers, before noise is calibrated to it.
@@ -218,15 +240,17 @@ class Policy(Strict):
             raise Refused(
                 f"policy.unit: the ledger holds releases with unit = '{found}', which do not compose with '{unit}'"
             )
-        life = lifetime_above(self.max_epsilon, releases, None, self.delta, plan.steps(steps), unit)
-        if life is not None:
-            total = f"ε = {life:.4g} at δ = {self.delta:g}"
-            proposed = f"{steps} steps that would bring the total cost of all releases from this data to {total}"
-            limit = f"the limit is {self.max_epsilon:g}"
-            if reserved:
-                holders = ", ".join(sorted({f"{one.run:.8}" for one in reserved}))
-                limit += f", and part of it is reserved for run {holders}"
-            _refuse("max_epsilon", proposed, limit)
+        for key, limit, step in self._limits(plan):
+            seen = releases if key == "max_epsilon" else [release.by_own_noise() for release in releases]
+            life = lifetime_above(limit, seen, None, self.delta, replace(step, count=steps), unit)
+            if life is not None:
+                total = f"ε = {life:.4g} at δ = {self.delta:g}"
+                proposed = f"{steps} steps that would bring the total cost of all releases from this data to {total}"
+                limits = f"the limit is {limit:g}"
+                if reserved:
+                    holders = ", ".join(sorted({f"{one.run:.8}" for one in reserved}))
+                    limits += f", and part of it is reserved for run {holders}"
+                _refuse(key, proposed, limits)
 
     def spent(self, releases: Iterable[Release]) -> float:
         """ε at the owner's δ of all releases in a ledger.
@@ -237,6 +261,13 @@ class Policy(Strict):
         if self._unlisted_noise(releases) or len(_units(releases)) > 1:
             return float("inf")
         return lifetime_epsilon(releases, None, self.delta)
+
+    def _limits(self, plan: ClientPlan) -> list[tuple[str, float, Steps]]:
+        """Each limit on ε: its key, its value, and a step of the plan as that adversary sees it."""
+        limits = [("max_epsilon", self.max_epsilon, plan.steps(1))]
+        if self.max_epsilon_own_noise is not None:
+            limits.append(("max_epsilon_own_noise", self.max_epsilon_own_noise, plan.own_steps(1)))
+        return limits
 
     def _unlisted_noise(self, releases: list[Release]) -> set[str]:
         """Kinds of noise in the ledger that the policy does not list; they void every ε."""
@@ -270,7 +301,13 @@ class Policy(Strict):
 
     def _review_sums(self, config: ExperimentConfig) -> None:
         """Check secure sums before the first one; `lorica.secure_sum.requirements` then checks each sum."""
-        federation = config.federation
+        federation, privacy = config.federation, config.privacy
+        if shares_noise(config):
+            if self.noise_against != "sums":
+                _refuse("noise_against", "privacy.noise_against = 'sums'", "only 'replies' is allowed")
+            if privacy.colluding < self.min_colluding:
+                minimum = f"the minimum is {self.min_colluding}"
+                _refuse("min_colluding", f"privacy.colluding = {privacy.colluding}", minimum)
         if not federation.secure_sum:
             if self.sums_only:
                 _refuse("sums_only", "federation.secure_sum = False", "only sums are allowed")
@@ -310,7 +347,7 @@ def load_policy(path: Path) -> Policy:
     Raises:
         UserError: no such file, invalid YAML, an unknown key, or an invalid value; names `policy.KEY`.
     """
-    return validate(Policy, read_mapping(path, "policy"), prefix="policy")
+    return validate(Policy, read_yaml_file(path, "policy"), prefix="policy")
 
 
 def _units(releases: list[Release]) -> set[PrivacyUnit]:

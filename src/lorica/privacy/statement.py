@@ -18,8 +18,15 @@ ASSUMPTIONS = [
     "Record counts, sampling rates, noise multipliers, learning rates and the choice of clients per round are public.",
     "Which record belongs to which client is public; the partition of a simulation is fixed before training.",
     "Whether a record is held out (federation.private_test) depends on its own content and the public seed alone.",
-    "The server and the other owners may see every message; each owner adds its noise before anything leaves it.",
     "The choice of records in each batch is known to the owner only.",
+]
+OWN_NOISE_ASSUMPTIONS = [
+    "The server and the other owners may see every message; each owner adds its noise before anything leaves it.",
+]
+SHARED_NOISE_ASSUMPTIONS = [
+    "The server sees only sums of the replies of at least min_clients owners, under masks.",
+    "The members of a sum are the owners that they claim to be: each owner lists the identity keys of the others.",
+    "The other owners add their part of the noise as agreed; an owner that does not counts as colluding.",
 ]
 NOT_COVERED = [
     "The test set: it is public, and the server evaluates on it in every round.",
@@ -27,6 +34,11 @@ NOT_COVERED = [
     "The number of records of each client.",
     "Running time and memory use.",
 ]
+MECHANISM = "Gaussian noise of standard deviation σC on the sum, divided by the expected batch size"
+SHARED_MECHANISM = (
+    "Gaussian noise on the secure sum of the owners' gradients, of which each owner adds a part: the parts of any "
+    "min_clients - colluding owners together have at least each owner's noise multiplier σ"
+)
 VOID_DELTA = "A δ of at least one over the number of records, which publishing one random record would satisfy"
 UNPROTECTED = {
     "none": "All records: the run was trained without differential privacy.",
@@ -73,6 +85,19 @@ def account(ledger: Ledger, dataset: str, records: str, run: str, plan: ClientPl
     )
 
 
+def adversary(plan: ClientPlan) -> str:
+    """Against whom the guarantee of a run holds, in words."""
+    if plan.shared is None:
+        return "the server and all other owners together, who see every message"
+    colluding = plan.shared.colluding
+    with_it = f"up to {colluding} other owner{'s' * (colluding != 1)} that collude{'s' * (colluding == 1)} with it"
+    alone = "epsilon_own_noise holds against a server that sees the owner's own replies"
+    return (
+        f"a server that sees only sums over at least {plan.shared.min_clients} owners, and "
+        f"{with_it if colluding else 'no other owner'}; {alone}"
+    )
+
+
 def relation(unit: PrivacyUnit) -> str:
     """The neighbouring relation in words: how two data sets differ (`accounting.NEIGHBOURS`)."""
     what = "one record contributes" if unit == RECORD else "all records of one group contribute"
@@ -98,7 +123,7 @@ def privacy_statement(
         overlap: number of training records that are also test records.
         start: name and SHA-256 of the adapter that the run started from.
     """
-    noise = next(iter(plans.values())).noise
+    noise, shared = next(iter(plans.values())).noise, next(iter(plans.values())).shared
     noun = unit.noun
     clipped = all(math.isfinite(plan.terms.clip_norm) for plan in plans.values())
     clients = []
@@ -117,11 +142,16 @@ def privacy_statement(
             row["clip_norm"] = plan.terms.clip_norm
         if plan.delta is not None:
             row |= {
-                "noise_multiplier": plan.terms.noise_multiplier,
+                "noise_multiplier": plan.noise_multiplier,
                 "delta": plan.delta,
                 "epsilon": plan.epsilon(own.steps),
                 "epsilon_rdp": plan.epsilon_rdp(own.steps),
             }
+            if plan.shared is not None:
+                row |= {
+                    "own_noise_multiplier": plan.terms.noise_multiplier,
+                    "epsilon_own_noise": plan.epsilon_own_noise(own.steps),
+                }
             if own.lifetime_epsilon is not None and math.isfinite(own.lifetime_epsilon):
                 row["lifetime_epsilon"] = own.lifetime_epsilon
         clients.append(row)
@@ -130,10 +160,11 @@ def privacy_statement(
         "private_release": noise == "secure",
         "noise": noise,
         "unit": str(unit),
+        "adversary": adversary(next(iter(plans.values()))),
         "relation": relation(unit),
         "sampler": f"Poisson: each {noun} enters each batch independently with probability q = batch size / {noun}s",
         "clients": clients,
-        "assumptions": ASSUMPTIONS,
+        "assumptions": [*ASSUMPTIONS, *(OWN_NOISE_ASSUMPTIONS if shared is None else SHARED_NOISE_ASSUMPTIONS)],
         "not_covered": [*([UNPROTECTED[noise]] if noise in UNPROTECTED else []), *NOT_COVERED],
         "ledger": ", ".join(sorted(ledgers)) or "with each owner",
     }
@@ -141,7 +172,7 @@ def privacy_statement(
         statement["clipping"] = f"flat: the gradient of each {noun} over all trained tensors together, norm at most C"
     if noise != "none":
         statement |= {
-            "mechanism": "Gaussian noise of standard deviation σC on the sum, divided by the expected batch size",
+            "mechanism": SHARED_MECHANISM if shared is not None else MECHANISM,
             "accountant": f"{ACCOUNTANT} (pessimistic, grid {DISCRETIZATION:g}); cross-check by RDP",
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),
             "target_epsilon": target_epsilon,

@@ -13,21 +13,29 @@ _COLUMNS: dict[str, tuple[str, str | None]] = {
     "records": ("Records", "{:,}"),
     "sampling_rate": ("Sampling rate q", "{:.4g}"),
     "noise_multiplier": ("Noise multiplier σ", "{:.4g}"),
+    "own_noise_multiplier": ("Own noise multiplier", "{:.4g}"),
     "clip_norm": ("Clipping norm C", "{:g}"),
     "steps": ("Steps", "{:,}"),
     "releases": ("Releases", "{:,}"),
     "epsilon": ("ε", None),
+    "epsilon_own_noise": ("ε of own noise alone", None),
     "epsilon_rdp": ("ε by RDP", None),
     "delta": ("δ", None),
     "lifetime_epsilon": ("ε, lifetime of the data", None),
 }
 ALL = tuple(_COLUMNS)
-GUARANTEE = ("client", "records", "sampling_rate", "noise_multiplier", "clip_norm", "steps", "epsilon", "delta")
-SHORT = ("client", "records", "noise_multiplier", "steps", "epsilon", "delta")
+SHARED = ("own_noise_multiplier", "epsilon_own_noise")
+"""Columns that are shown only if the clients share the noise."""
+GUARANTEE = (
+    *("client", "records", "sampling_rate", "noise_multiplier", "own_noise_multiplier", "clip_norm"),
+    *("steps", "epsilon", "epsilon_own_noise", "delta"),
+)
+SHORT = ("client", "records", "noise_multiplier", "steps", "epsilon", "epsilon_own_noise", "delta")
 
 
 def client_rows(clients: list[dict[str, Any]], columns: Sequence[str] = ALL) -> tuple[list[str], list[list[str]]]:
     """Headings, and one row per client in the order of their numbers. Missing values are dashes."""
+    columns = [key for key in columns if key not in SHARED or any(key in client for client in clients)]
     headings = [_COLUMNS[key][0] for key in columns]
     return headings, [[_cell(client, key) for key in columns] for client in sorted(clients, key=_number)]
 

@@ -31,6 +31,7 @@ from lorica.reporting.run_folder import (
     missing_text,
     not_private,
     outcome,
+    own_noise_epsilon,
     read_run,
     score_of,
     seconds_per_round,
@@ -156,7 +157,7 @@ DESCRIPTIONS = {
 def _run_view(run: Run) -> dict[str, Any]:
     """The content of the page as text; the template only arranges it."""
     reached = outcome(run.metrics)
-    spent = guarantee(run)
+    spent, own_noise = guarantee(run), own_noise_epsilon(run)
     up, down = bytes_sent(run.metrics)
     privacy = run.privacy or {}
     lifetime = max((client.get("lifetime_epsilon") or 0 for client in run.clients), default=0)
@@ -174,6 +175,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "final_round": reached.final_round,
         "gain": None if reached.gain is None else points(reached.gain),
         "epsilon": None if spent is None else rounded_up(spent[0]),
+        "own_noise": None if own_noise is None else rounded_up(own_noise),
         "delta": None if spent is None else rounded_up(spent[1]),
         "lifetime": rounded_up(lifetime) if spent is not None and lifetime > spent[0] else None,
         "up": human_bytes(up),

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lorica.errors import UserError
+from lorica.strict_yaml import read_yaml_file
 
 METRIC_NAMES = {"f1": "F1", "matthews": "Matthews correlation", "pearson": "Pearson correlation"}
 
@@ -89,7 +88,7 @@ def read_run(folder: str | Path) -> Run:
     finished = {row["round"] for row in metrics}
     decisions = [row for row in _read_rounds(folder / "decisions.jsonl") if row["round"] in finished]
     return Run(
-        config=_read_config(folder / "config.yaml"),
+        config=read_yaml_file(folder / "config.yaml", "config.yaml"),
         environment=_read_json(folder / "environment.json") or {},
         metrics=metrics,
         decisions=decisions,
@@ -159,6 +158,11 @@ def guarantee(run: Run) -> tuple[float, float] | None:
     return max(client["epsilon"] for client in spent), max(client["delta"] for client in spent)
 
 
+def own_noise_epsilon(run: Run) -> float | None:
+    """The maximum ε of a client's own noise alone; None if the clients do not share the noise."""
+    return max((client["epsilon_own_noise"] for client in run.clients if "epsilon_own_noise" in client), default=None)
+
+
 def not_private(run: Run) -> str | None:
     """Why this run is not a private release, in one sentence; None if it is.
 
@@ -217,14 +221,4 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         raise UserError(path.name, str(path), f"not valid JSON ({error})", "correct the file") from None
     if content is not None and not isinstance(content, dict):
         raise UserError(path.name, str(path), "not a JSON object", "correct the file")
-    return content
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(path.name, str(path), f"not valid YAML ({error})", "correct the file") from None
-    if not isinstance(content, dict):
-        raise UserError(path.name, str(path), "not a mapping of keys to values", "correct the file")
     return content

@@ -22,6 +22,7 @@ from lorica.reporting.run_folder import (
     missing_text,
     not_private,
     outcome,
+    own_noise_epsilon,
     score_of,
     seconds_per_round,
 )
@@ -31,6 +32,7 @@ MOST_CLIENT_ROWS = 10
 MOST_ROUND_LETTERS = 40
 PRIVACY_TERMS = (
     ("unit", "Unit of privacy"),
+    ("adversary", "Protects against"),
     ("relation", "Neighbouring data sets"),
     ("sampler", "Sampler"),
     ("clipping", "Clipping"),
@@ -144,7 +146,16 @@ def further_metrics(run: Run) -> str:
     rows = [row for row in run.metrics if score_of(row) is not None]
     if not rows:
         return ""
-    known = {"round", "score", "metric", rows[-1].get("metric"), "epsilon", "seconds", "server_seconds"}
+    known = {
+        "round",
+        "score",
+        "metric",
+        rows[-1].get("metric"),
+        "epsilon",
+        "epsilon_own_noise",
+        "seconds",
+        "server_seconds",
+    }
     found = {key: value for key, value in rows[-1].items() if key not in known and isinstance(value, int | float)}
     shares = {key: value for key, value in found.items() if not key.endswith(("loss", "perplexity"))}
     texts = {key: percent(value) if key in shares else f"{value:.3f}" for key, value in found.items()}
@@ -178,6 +189,10 @@ def _summary_table(run: Run) -> Table:
         more = f"; ε = {rounded_up(lifetime)} over the lifetime of the data" if lifetime > spent[0] else ""
         where = f"largest of {len(run.clients)} clients"
         table.add_row("Privacy", f"ε = {rounded_up(spent[0])}, δ = {rounded_up(spent[1])} ({where}){more}")
+        own = own_noise_epsilon(run)
+        if own is not None:
+            alone = f"ε = {rounded_up(own)} against a server that sees single replies"
+            table.add_row("", f"against a server that sees only sums; {alone}")
     table.add_row("Rounds", f"{rounds_text(run)}, {duration(seconds_per_round(run.metrics))} each")
     table.add_row("Traffic", f"{human_bytes(up)} up, {human_bytes(down)} down, over all clients and rounds")
     left_out = missing_text(run.metrics)

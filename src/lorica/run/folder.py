@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.files import write_atomically
+from lorica.strict_yaml import read_yaml_file
 
 
 def claim_folder(folder: Path, config: ExperimentConfig) -> None:
@@ -32,7 +32,7 @@ def claim_folder(folder: Path, config: ExperimentConfig) -> None:
         raise UserError(
             "name", config.name, f"{folder} exists and is not a run folder", "choose another name or output"
         )
-    found = _experiment(yaml.safe_load(path.read_text(encoding="utf-8")))
+    found = _experiment(read_yaml_file(path, "name"))
     wanted = _experiment(config.model_dump(mode="json"))
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:

@@ -114,12 +114,19 @@ def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
     last = server.round == server.rounds
     if last or server.round % prepared.config.federation.evaluate_every == 0:
         metrics |= _evaluate(prepared, federation)
-    spent = [
-        plan.epsilon(server.local_steps * sum(number in who for who in prepared.schedule[: server.round]))
+    spent = {
+        number: server.local_steps * sum(number in who for who in prepared.schedule[: server.round])
         for number, plan in federation.plans.items()
         if plan.delta is not None
+    }
+    if spent:
+        metrics["epsilon"] = max(federation.plans[number].epsilon(steps) for number, steps in spent.items())
+    own = [
+        federation.plans[number].epsilon_own_noise(steps)
+        for number, steps in spent.items()
+        if federation.plans[number].shared is not None
     ]
-    metrics |= {"epsilon": max(spent)} if spent else {}
+    metrics |= {"epsilon_own_noise": max(own)} if own else {}
     metrics |= {
         "seconds": time.perf_counter() - started,
         "server_seconds": traffic.server_seconds,

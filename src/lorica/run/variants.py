@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import yaml
-
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.methods.base import find_method, registry
+from lorica.strict_yaml import read_yaml
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def parse_variant(label: str, config: ExperimentConfig) -> Variant:
         if "." in key:
             overrides.append(option)
         else:
-            options[key] = yaml.safe_load(value)
+            options[key] = read_yaml(value, f"method.{key}", value, "put the value in quotes")
     changed = load(config.model_dump() | {"method": {"name": name, **options}}, overrides)
     find_method(changed.method)
     return Variant(label, changed)

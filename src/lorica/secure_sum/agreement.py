@@ -19,6 +19,35 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
+class AgreedNoise:
+    """What the members of a sum agree on if they share the noise that protects their inputs.
+
+    Each member adds noise of standard deviation `std / (w_k √(min_clients - colluding))` before its input is weighted.
+    This package does not check that; it makes sure that all members were told the same.
+
+    Attributes:
+        std: standard deviation of the noise that `min_clients - colluding` members add to the weighted sum.
+        min_clients: minimum number of members, before and after dropouts.
+        colluding: maximum number of members that collude with the server.
+        work: digest of what turns noisy gradients into inputs, which must be the same for all members.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    std: float
+    min_clients: int
+    colluding: int
+    work: str
+
+    def __post_init__(self) -> None:
+        if not 1e-30 <= self.std <= 1e30:
+            raise UserError("noise", self.std, "out of range", "choose a number from 1e-30 to 1e30")
+        if not 0 <= self.colluding < self.min_clients <= LARGEST_ID:
+            raise UserError("colluding", self.colluding, "not below the number of members", "choose a smaller number")
+
+
+@dataclass(frozen=True)
 class Agreement:
     """The public terms of one summation, fixed by the server before keys are exchanged.
 
@@ -29,6 +58,7 @@ class Agreement:
         run, round, exchange: identify the replies that are summed.
         weights: client -> `w_k`, its weight in the sum. The clients listed are the members of the sum.
         shapes: name -> shape of each tensor.
+        noise: the noise that the members share; None if they share none.
 
     Raises:
         UserError: an id or a count out of range, a number of members other than `setup.clients`, or weights that are
@@ -41,6 +71,7 @@ class Agreement:
     exchange: int
     weights: Mapping[int, float]
     shapes: Shapes
+    noise: AgreedNoise | None = None
 
     def __post_init__(self) -> None:
         for name, count in (("round", self.round), ("exchange", self.exchange)):
@@ -74,6 +105,7 @@ class Agreement:
             "exchange": self.exchange,
             "weights": [[client, float(weight)] for client, weight in sorted(self.weights.items())],
             "shapes": [[name, list(shape)] for name, shape in sorted(self.shapes.items())],
+            "noise": None if self.noise is None else asdict(self.noise) | {"std": float(self.noise.std)},
         }
 
     @classmethod
@@ -92,6 +124,9 @@ class Agreement:
                 _as(int, plain["exchange"]),
                 {_as(int, client): _as(float, weight) for client, weight in plain["weights"]},
                 {_as(str, name): tuple(_as(int, size) for size in shape) for name, shape in plain["shapes"]},
+                None
+                if plain["noise"] is None
+                else AgreedNoise(**{name: _as(kind, plain["noise"][name]) for name, kind in _NOISE.items()}),
             )
         except UserError as error:
             raise SummationError(f"the server's terms are invalid: {error}") from None
@@ -103,6 +138,7 @@ class Agreement:
         return agreement
 
 
+_NOISE: dict[str, type] = {"std": float, "min_clients": int, "colluding": int, "work": str}
 _SETUP: dict[str, type] = {"summation": str, "clients": int, "threshold": int, "bits": int, "bound": float}
 
 

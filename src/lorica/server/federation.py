@@ -25,6 +25,7 @@ from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.quantisation import coordinates
 from lorica.secure_sum.setup import Setup
 from lorica.server.reply_checks import Expected, check_reply, expected_reply
+from lorica.server.shared_noise import agreed_noise, shared_setup, shared_terms
 
 Weighting = Literal["uniform", "records", "noise"]
 WORD_BITS = 32
@@ -129,6 +130,12 @@ class Federation:
         """Add the clients that have joined since the last call."""
         self.plans |= self.engine.join(self.run)
         self.server.terms = {client: plan.terms for client, plan in self.plans.items()}
+        if self._shares_noise:
+            self.server.terms = shared_terms(self.plans, client_weights(self.weighting, list(self.plans.values())))
+
+    @property
+    def _shares_noise(self) -> bool:
+        return any(plan.shared is not None for plan in self.plans.values())
 
     def deliver(self, final: bool) -> None:
         """Send the evaluated model to all clients."""
@@ -202,8 +209,12 @@ class Federation:
         needed = len(requests) if self.min_clients is None else self.min_clients
         threshold = max(needed, len(requests) // 2 + 1)
         setup = Setup(f"{self.run} {uuid.uuid4().hex}", len(requests), threshold, WORD_BITS, bound)
-        exchange = next(iter(requests.values())).exchange
-        agreement = Agreement(setup, self.run, self.server.round, exchange, weights, shapes)
+        exchange, noise = next(iter(requests.values())).exchange, None
+        if self._shares_noise:
+            adapter = self.server.model.tensors
+            setup = shared_setup(setup, requests, weights, adapter)
+            noise = agreed_noise(requests, self.plans, weights, adapter)
+        agreement = Agreement(setup, self.run, self.server.round, exchange, weights, shapes, noise)
         clients, total = self.engine.sum(requests, agreement)
         for client in clients:
             traffic.bytes_up[client] += coordinates(shapes) * setup.word.itemsize
@@ -349,12 +360,13 @@ def new_ranks(model: AdapterState, have: Mapping[str, int]) -> dict[str, Pair]:
 def client_weights(weighting: str, plans: list[ClientPlan]) -> dict[int, float]:
     """Weights of the participants of a round; they sum to 1.
 
-    `uniform`: equal. `records`: `n_k`. `noise`: `1/τ_k²`, which minimises the noise variance of the mean.
+    `uniform`: equal. `records`: `n_k`. `noise`: `1/τ_k²`, which minimises the noise variance of the mean, or `1/τ_k` if
+    the clients share the noise, so that nobody adds more than its own part of it.
     """
     if weighting == "records":
         values = np.array([plan.records for plan in plans], dtype=float)
     elif weighting == "noise":
-        values = np.array([plan.terms.noise_std**-2 for plan in plans])
+        values = np.array([plan.noise_std ** (-2 if plan.shared is None else -1) for plan in plans])
     else:
         values = np.ones(len(plans))
     return {plan.client: float(weight) for plan, weight in zip(plans, values / values.sum(), strict=True)}

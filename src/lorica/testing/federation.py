@@ -124,6 +124,7 @@ def tiny_federation(
     weighting: Weighting = "uniform",
     optimizer: OptimizerConfig | None = None,
     secure_sum: bool = False,
+    min_clients: int | None = None,
     **server: Any,
 ) -> Federation:
     """A federation of clients with `20 + 5 k` random texts each, before its first round; its engine records.
@@ -145,7 +146,9 @@ def tiny_federation(
     schedule = participation_schedule(clients, rounds, clients if participants is None else participants, seed)
     records = {number: 20 + 5 * number for number in range(clients)}
     plans = {
-        number: plan_client(number, count, batch_size, steps * sum(number in who for who in schedule), privacy)
+        number: plan_client(
+            number, count, batch_size, steps * sum(number in who for who in schedule), privacy, min_clients
+        )
         for number, count in records.items()
     }
     optimizer = optimizer or OptimizerConfig(lr=LEARNING_RATE)
@@ -165,7 +168,7 @@ def tiny_federation(
         **server,
     )
     engine = RecordingEngine(model, members, driven)
-    return Federation(RUN, made, driven, engine, plans, schedule, weighting, secure_sum=secure_sum)
+    return Federation(RUN, made, driven, engine, plans, schedule, weighting, min_clients, secure_sum)
 
 
 @lru_cache(maxsize=4)
