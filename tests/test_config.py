@@ -55,6 +55,8 @@ def test_the_resolved_file_reads_back_as_the_same_experiment(tmp_path: Path) -> 
         ({"epsilon": 3.0, "noise_against": "sums"}, ["privacy=none"], "none", 2.0),
         ({"epsilon": 3.0}, ["privacy={noise: none, clip_norm: 4}"], "none", 4.0),
         ("none", ["privacy.clip_norm=1"], "none", 1.0),
+        # Whoever says on the command line that there is no noise means it.
+        ("none", ["privacy.epsilon=1", "privacy=none"], "none", 2.0),
         ("none", ["privacy.noise=secure", "privacy.epsilon=8"], "secure", 2.0),
     ],
 )
@@ -74,8 +76,16 @@ def test_privacy_can_be_switched_off_with_any_clip(
     ("section", "override", "message"),
     [
         ({}, "privacy.clip_norm=null", r"^privacy\.clip_norm = None: the noise is calibrated .* privacy\.noise=none"),
-        ("none", "privacy.epsilon=3", r"^privacy\.epsilon = '3': this run has no noise .* Add privacy\.noise=secure"),
-        ({"noise": "none"}, "privacy.noise_multiplier=1", r"^privacy\.noise_multiplier = '1': this run has no noise"),
+        (
+            "none",
+            "privacy.epsilon=3",
+            r"^privacy\.epsilon = '3': the experiment has no noise .* Add privacy\.noise=secure",
+        ),
+        (
+            {"noise": "none"},
+            "privacy.noise_multiplier=1",
+            r"^privacy\.noise_multiplier = '1': the experiment has no noise",
+        ),
         ("none", "privacy.clip_norm=0", r"^privacy\.clip_norm = 0: .*greater than or equal"),
     ],
 )

@@ -563,11 +563,14 @@ def _nearest_key(model: type[BaseModel], path: list[str]) -> str:
 
 
 def _refuse_epsilon_without_noise(config: ExperimentConfig, overrides: list[str]) -> None:
-    """A file may keep an ε without effect, but whoever asks for one on the command line must not get a run without."""
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key in ("privacy.epsilon", "privacy.noise_multiplier") and value != "null" and not config.privacy.private:
-            raise UserError(key, value, "this run has no noise (privacy.noise: none)", "add privacy.noise=secure")
+    """Where the file says that there is no noise, an override that only asks for an ε would have no effect."""
+    given = dict(override.split("=", 1) for override in overrides)
+    if config.privacy.private or given.keys() & {"privacy", "privacy.noise"}:
+        return
+    for key in ("privacy.epsilon", "privacy.noise_multiplier"):
+        if given.get(key, "null") != "null":
+            problem = "the experiment has no noise (privacy.noise: none)"
+            raise UserError(key, given[key], problem, "add privacy.noise=secure")
 
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
