@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
+import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +33,10 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 flower = typer.Typer(no_args_is_help=True, help="Federations across machines, over Flower.")
 app.add_typer(flower, name="flower")
 console = Console()
+# A console that is not UTF-8 shows a question mark for ε and σ; without this, it ends the command.
+for _stream in (sys.stdout, sys.stderr):
+    if isinstance(_stream, io.TextIOWrapper):
+        _stream.reconfigure(errors="replace")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides section.key=value, such as privacy.epsilon=1.")]
 
@@ -233,12 +240,13 @@ def flower_init(
         from lorica.engines.flower.launch import with_absolute_paths, write_app
 
         write_app(with_absolute_paths(experiment_config), folder)
-        console.print(f"Created the Flower app {folder}. Next:", soft_wrap=True)
+        console.print(f"Created the Flower app {escape(str(folder))}. Next:", soft_wrap=True)
         superlink = experiment_config.flower.superlink
         nodes = f'local --stream --federation-config "num-supernodes={experiment_config.federation.clients}"'
-        command = f"flwr run {folder} {nodes if superlink is None else f'{superlink} --stream'}"
-        console.print(f"  {command}", soft_wrap=True, highlight=False)
-        console.print(f"All commands are in {folder / 'README.md'}.", soft_wrap=True)
+        where = nodes if superlink is None else f"{shlex.quote(superlink)} --stream"
+        command = f"flwr run {shlex.quote(str(folder))} {where}"
+        console.print(f"  {escape(command)}", soft_wrap=True, highlight=False)
+        console.print(f"All commands are in {escape(str(folder / 'README.md'))}.", soft_wrap=True)
 
 
 @flower.command("node", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

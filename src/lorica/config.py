@@ -104,9 +104,10 @@ class TaskConfig(Strict):
     test: str | dict[str, str]
     """The public test set: the server evaluates on it after each round. Never use private data here. For several test
     sets, give them names, such as `{matched: …, mismatched: …}`; the main metric of the first is that of the run."""
-    test_overlap: Literal["refuse", "allow"] = "refuse"
-    """What to do with records that are in both `train` and `test`, whose un-noised test results would be published:
-    `refuse`, or `allow` if all of them are public; `privacy.json` then states how many there are."""
+    test_overlap: Literal["report", "refuse", "allow"] = "report"
+    """What to do with records that are in both `train` and `test`, whose test results are published without noise.
+    `report`: a warning and `privacy.json` say how many there are; the same source for both is refused. `refuse`: such
+    records are refused too. `allow`: even the same source, if all of its records are public."""
     text: list[str] = ["text"]
     """Column or pair of columns with the text. For language modelling: a column of texts, `[prompt, completion]`, or a
     column of conversations (`{role, content}` messages); the loss covers completions and the assistant's turns."""
@@ -297,6 +298,9 @@ class OptimizerConfig(Strict):
     """Learning rate of the factors A, if different from `lr`."""
     lr_b: float | None = Field(None, gt=0, le=1e6)
     """Learning rate of the factors B, if different from `lr`. The head always uses `lr`."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rates over the rounds: `constant`, or falling from their full values in the first round towards zero
+    after the last one, along a line or half a cosine. Late, small steps average out the noise of early ones."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Momentum of SGD."""
     weight_decay: float = Field(0.0, ge=0, le=1e6)
@@ -481,7 +485,7 @@ class ExperimentConfig(Strict):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output) / self.name
+        return Path(self.output).expanduser() / self.name
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -68,7 +68,7 @@ def federation(model: AdaptedModel, family: str, folder: Path, privacy: Any, cli
         terms={number: plan.terms for number, plan in plans.items()},
         optimizer=optimizer,
         local_steps=steps,
-        rates=rates,
+        full_rates=rates,
         seed=0,
     )
     return Federation("run", method, server, LocalEngine(model, members), plans, [list(range(clients))], "uniform")
@@ -76,7 +76,7 @@ def federation(model: AdaptedModel, family: str, folder: Path, privacy: Any, cli
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_private_round(tmp_path: Path, family: str) -> None:
-    privacy = PrivacyConfig(epsilon=3.0, delta=1e-3, clip_norm=1.0, noise="reproducible")
+    privacy = PrivacyConfig(epsilon=None, noise_multiplier=1.0, delta=1e-3, clip_norm=1.0, noise="reproducible")
     model = loaded(tmp_path / "base", family)
     some = federation(model, family, tmp_path, privacy, 2, STEPS)
     before = dict(some.server.model.tensors)

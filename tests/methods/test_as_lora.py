@@ -45,7 +45,7 @@ def make(
         terms={client: Terms(0.1, 10, 1.0, 1.0) for client in CLIENTS},
         optimizer=optimizer or OptimizerConfig(lr=0.5),
         local_steps=4,
-        rates=dict.fromkeys(tensors, 0.5),
+        full_rates=dict.fromkeys(tensors, 0.5),
         seed=7,
     )
     return method, server

@@ -263,7 +263,7 @@ def scaffold_server(clients: int) -> Server:
         terms={number: Terms(0.1, 10, 1.0, 0.0) for number in range(clients)},
         optimizer=OptimizerConfig(lr=0.2),
         local_steps=3,
-        rates={"x": 0.2},
+        full_rates={"x": 0.2},
         seed=0,
     )
 
@@ -303,7 +303,7 @@ def test_scaffold_removes_the_drift_of_different_clients(tmp_path: Path) -> None
     curvature = torch.tensor([[1.0, 10.0], [10.0, 1.0]])
     targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     optimum = (curvature * targets).sum(0) / curvature.sum(0)
-    server = replace(scaffold_server(2), local_steps=10, rates={"x": 0.05})
+    server = replace(scaffold_server(2), local_steps=10, full_rates={"x": 0.05})
     results = []
     for piece in (None, Scaffold(2)):
         theta = torch.zeros(2)

@@ -19,7 +19,12 @@ SEVERAL_EXCHANGES = {"deer", "fedask"}
 REMEMBERING = {"client_ranks", "scaffold", "server_optimizer", "kalman", "average"}
 KINDS = {"as-lora", "deer", "fed-galore", "fedask", "fedsa-lora", "flora"}
 """One method of each kind: scores, two exchanges, a basis that turns, sketches, personal models, merging."""
-EACH = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in METHODS]
+
+
+def often(*names: str) -> list[Any]:
+    """All methods; those not named are slow."""
+    assert set(names) < KINDS
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in METHODS]
 
 
 def losing(
@@ -30,7 +35,7 @@ def losing(
     return some
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", often("as-lora", "fedask", "fedsa-lora"))
 def test_a_round_without_a_client_is_the_round_that_never_had_it(
     name: str, tmp_path: Path, histories: Histories
 ) -> None:
@@ -43,7 +48,7 @@ def test_a_round_without_a_client_is_the_round_that_never_had_it(
     assert_same_model(some, histories(name, absent=(1,)).federation)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", often("deer", "fed-galore", "fedsa-lora", "flora"))
 def test_a_late_reply_changes_nothing_for_the_others(name: str, tmp_path: Path, histories: Histories) -> None:
     """The client did the work and was charged, and is sent everything again. A model of its own has moved with it."""
     some, other = losing(name, tmp_path, {(2, 1, 1)}, late=True), histories(name, absent=(1,))
@@ -116,7 +121,7 @@ def test_pieces_remember_only_who_took_part(name: str, piece: str, tmp_path: Pat
         assert torch.equal(value, other.server.evaluated[key]), key
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", often("fedask", "fedsa-lora", "flora"))
 def test_a_round_with_too_few_replies_stops_and_resumes_at_no_further_cost(
     name: str, tmp_path: Path, histories: Histories
 ) -> None:

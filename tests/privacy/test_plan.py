@@ -43,8 +43,9 @@ def test_a_delta_that_means_nothing_is_refused_unless_the_noise_protects_nothing
         UserError, match=r"privacy\.delta = 0\.01: not below 1/100, .* records of client 3: .* Choose at most 1e-03"
     ):
         plan_client(3, 100, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.01))
-    assert not plan_client(3, 101, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.0099)).void_delta
-    assert plan_client(3, 100, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.01, noise="reproducible")).void_delta
+    chosen = {"epsilon": None, "noise_multiplier": 1.0}
+    assert not plan_client(3, 101, 10, 5, PrivacyConfig(**chosen, delta=0.0099)).void_delta
+    assert plan_client(3, 100, 10, 5, PrivacyConfig(**chosen, delta=0.01, noise="reproducible")).void_delta
     assert not plan_client(3, 100, 10, 5, PrivacyConfig(noise="none")).void_delta
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -246,11 +247,12 @@ def release(**changes: Any) -> Release:
 def reference_epsilon(steps: list[Steps], delta: float) -> float:
     """dp-accounting's own accountant on its own grid, without a line of Lorica's."""
     accountant = pld.PLDAccountant(value_discretization_interval=5e-4)
+    counts: Counter[tuple[float, float]] = Counter()
     for step in steps:
-        if step.count == 0:
-            continue
-        gaussian = dp_accounting.GaussianDpEvent(step.noise_multiplier)
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(step.sampling_rate, gaussian), step.count)
+        counts[step.sampling_rate, step.noise_multiplier] += step.count
+    for (rate, sigma), count in counts.items():
+        if count:
+            accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma)), count)
     return float(accountant.get_epsilon(delta))
 
 

@@ -49,6 +49,27 @@ class Page(HTMLParser):
             self.text += data
 
 
+@pytest.fixture(scope="module")
+def drawings():
+    return {}
+
+
+@pytest.fixture
+def drawn_once(drawings, monkeypatch):
+    """The figures of one run, for tests of runs whose figures do not matter."""
+    draw = html._drawings
+
+    def once(figures):
+        if not drawings:
+            drawings.update(draw(figures))
+        return drawings
+
+    monkeypatch.setattr(html, "_drawings", once)
+    for name in ("accuracy", "factors", "clients") if drawings else ():
+        monkeypatch.setattr(html, f"{name}_figure", lambda run: None)
+    monkeypatch.setattr(html, "_png", lambda figure: b"")
+
+
 def check_self_contained(page):
     assert not {"script", "link", "img", "iframe", "object", "embed"} & set(page.tags)
     for name, value in page.attributes:
@@ -89,6 +110,7 @@ def test_a_report_says_what_was_reached_and_what_it_cost(make_run):
 
 
 @pytest.mark.parametrize(("noise", "private"), [("secure", True), ("reproducible", False), ("none", False)])
+@pytest.mark.usefixtures("drawn_once")
 def test_the_banner_appears_exactly_when_the_run_is_not_private(make_run, noise, private):
     page = Page(write_report(make_run(noise=noise)))
     assert (("class", "banner") in page.attributes) is not private
@@ -125,11 +147,13 @@ def test_text_is_escaped(make_run, make_metrics, tmp_path):
     assert EVIL in page.text
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_an_unfinished_run_says_so(make_run):
     page = Page(write_report(make_run(rounds=3, planned=9)))
     assert "stopped after 3 of 9 rounds" in page.text
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_a_long_life_of_the_data_is_shown(make_run):
     folder = make_run()
     privacy = json.loads((folder / "privacy.json").read_text())
@@ -339,6 +363,7 @@ def test_hostile_names_change_nothing_in_a_card_but_its_text(make_run, words):
 
 
 @pytest.mark.parametrize("words", HOSTILE)
+@pytest.mark.usefixtures("drawn_once")
 def test_hostile_names_of_models_stay_text_in_a_report(make_run, words):
     folder = make_run()
     config = yaml.safe_load((folder / "config.yaml").read_text())

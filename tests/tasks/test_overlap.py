@@ -65,15 +65,18 @@ def test_other_sources_pass(folder: Path, train: str, test: str) -> None:
     check_sources(config(train, test))
 
 
-def test_records_in_both_are_counted_and_refused() -> None:
+def test_records_in_both_are_counted_and_named_or_refused(caplog: pytest.LogCaptureFixture) -> None:
     """Whatever the files are called and whatever their order is."""
     records = TinyRecords.texts(30)
     public = TinyRecords.texts(10, seed=1)
     shared = records.subset(np.array([29, 3, 3, 7]))
     task = Task(records, {"": public, "more": shared}, ["a", "b"], Classification(("accuracy",)))
     with pytest.raises(UserError, match=r"task\.test = .*: 3 of its records are also in task\.train"):
-        overlap(config("a.csv", "b.csv"), task)
+        overlap(config("a.csv", "b.csv", test_overlap="refuse"), task)
     assert overlap(config("a.csv", "b.csv", test_overlap="allow"), task) == 3
+    assert caplog.text == ""
+    assert overlap(config("a.csv", "b.csv"), task) == 3
+    assert "3 records of task.train are also in task.test" in caplog.text
     apart = Task(records, {"": public}, ["a", "b"], Classification(("accuracy",)))
     assert overlap(config("a.csv", "b.csv"), apart) == 0
 

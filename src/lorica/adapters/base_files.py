@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,6 +29,7 @@ def resolve_base(base: str) -> str:
         if not (folder / "config.json").is_file():
             raise UserError("model.base", base, "no such embedded model", "set model.base=lorica:glyph-vit")
         return str(folder)
+    base = os.path.expanduser(base)
     if Path(base).is_dir():
         if not (Path(base) / "config.json").is_file():
             raise UserError("model.base", base, "it has no config.json", "give a Hugging Face model folder")

@@ -186,7 +186,7 @@ def privacy_statement(
         )
     if overlap:
         statement["not_covered"].append(
-            f"{overlap} training records that are also in a test set (task.test_overlap: allow): the test results are "
+            f"{overlap} training records that are also in a test set (task.test_overlap): the test results are "
             "published without noise."
         )
     void = [str(plan.client) for plan in plans.values() if plan.void_delta]

@@ -10,15 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 
 from lorica.files import write_atomically
 from lorica.reporting.clients import client_rows
 from lorica.reporting.comparison import ComparedRun, summarise
+from lorica.reporting.drawing import Figure, rc_context
 from lorica.reporting.factors import factor_rows
 from lorica.reporting.partition import partition_figure
 from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_figure, factors_figure, final_figure
@@ -121,7 +120,7 @@ def figure_svg(figure: Figure, name: str, description: str) -> Markup:
         description: text for screen readers.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context(RC):
+    with rc_context(RC):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

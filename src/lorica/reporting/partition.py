@@ -5,14 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch, Rectangle
-from matplotlib.path import Path as Outline
-from matplotlib.ticker import MaxNLocator
 
 from lorica.errors import UserError
+from lorica.reporting.drawing import Axes, Figure, MaxNLocator, Outline, PathPatch, Rectangle, rc_context
 from lorica.reporting.plots import LABEL_HEIGHT, WIDTH
 from lorica.reporting.run_folder import Run
 from lorica.reporting.style import INK, MUTED, PAPER, RC, RULE, shortened

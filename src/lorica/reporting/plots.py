@@ -8,15 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, ParamSpec
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import PathPatch, Rectangle
-from matplotlib.path import Path as Outline
-from matplotlib.ticker import MaxNLocator
-
 from lorica.errors import UserError
 from lorica.reporting.comparison import ComparedRun, by_method, summarise
+from lorica.reporting.drawing import Axes, Figure, MaxNLocator, Outline, PathPatch, Rectangle, rc_context
 from lorica.reporting.factors import factor_rounds, factor_rows
 from lorica.reporting.run_folder import Run, metric_name, outcome, score_of
 from lorica.reporting.style import (
@@ -44,7 +38,7 @@ Arguments = ParamSpec("Arguments")
 def _styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     @wraps(draw)
     def styled(*arguments: Arguments.args, **named: Arguments.kwargs) -> Figure:
-        with matplotlib.rc_context(RC):
+        with rc_context(RC):
             return draw(*arguments, **named)
 
     return styled

@@ -72,7 +72,7 @@ def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoi
         terms={},
         optimizer=config.optimizer,
         local_steps=config.federation.local_steps,
-        rates=learning_rates(config.optimizer, list(prepared.state.tensors)),
+        full_rates=learning_rates(config.optimizer, list(prepared.state.tensors)),
         seed=config.seed,
         local=LocalStep(
             proximal=config.local.fedprox,

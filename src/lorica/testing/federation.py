@@ -163,7 +163,7 @@ def tiny_federation(
         terms={number: plan.terms for number, plan in plans.items()},
         optimizer=optimizer,
         local_steps=steps,
-        rates=learning_rates(optimizer, list(state.tensors)),
+        full_rates=learning_rates(optimizer, list(state.tensors)),
         seed=seed,
         **server,
     )

@@ -12,6 +12,7 @@ from string import Template
 from typing import Any
 
 from lorica.config import ExperimentConfig
+from lorica.engines.flower.policy_draft import draft_policy
 from lorica.engines.flower.processes import connect, environment, free_port, run_app, start, stop
 from lorica.errors import UserError
 from lorica.files import write_atomically
@@ -52,9 +53,10 @@ def write_app(config: ExperimentConfig, folder: Path) -> None:
     templates = files("lorica") / "engines" / "flower" / "templates"
     names = {"name": config.name, "clients": str(config.federation.clients)}
     write_atomically(folder / "pyproject.toml", tomli_w.dumps(app).encode())
-    for name in ("README.md", "policy.yaml", "LICENSE"):
+    for name in ("README.md", "LICENSE"):
         text = Template((templates / f"{name}.template").read_text(encoding="utf-8")).substitute(names)
         write_atomically(folder / name, text.encode())
+    write_atomically(folder / "policy.yaml", draft_policy(config).encode())
 
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:

@@ -42,7 +42,14 @@ def environment(home: Path | None = None) -> dict[str, str]:
     path = os.pathsep.join([str(folder), os.environ.get("PATH", "")])
     if shutil.which("flwr", path=path) is None:
         raise UserError("engine", "flower", "Flower is not installed", 'run pip install "lorica[flower]"')
-    return os.environ | OFFLINE | {"PATH": path} | ({} if home is None else {"FLWR_HOME": str(home)})
+    around = os.environ | OFFLINE | {"PATH": path} | _without_proxy()
+    return around | ({} if home is None else {"FLWR_HOME": str(home)})
+
+
+def _without_proxy() -> dict[str, str]:
+    """Variables that keep connections to this machine off the proxies that the environment may name."""
+    names = ("no_proxy", "NO_PROXY", "no_grpc_proxy")
+    return {name: ",".join(filter(None, [os.environ.get(name), "127.0.0.1", "localhost", "::1"])) for name in names}
 
 
 def connect(home: Path, name: str, port: int, certificate: Path | None = None) -> None:
@@ -54,7 +61,7 @@ def connect(home: Path, name: str, port: int, certificate: Path | None = None) -
     security = "insecure = true" if certificate is None else f"root-certificates = {json.dumps(str(certificate))}"
     home.mkdir(parents=True, exist_ok=True)
     text = f'[superlink]\ndefault = "{name}"\n\n[superlink.{name}]\naddress = "127.0.0.1:{port}"\n{security}\n'
-    (home / "config.toml").write_text(text)
+    (home / "config.toml").write_text(text, encoding="utf-8")
 
 
 def free_port() -> int:

@@ -11,11 +11,17 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
+from lorica.adapters.base_files import hash_of_base
 from lorica.engines.flower.processes import environment
 from lorica.errors import UserError
 from lorica.files import home_folder, write_atomically
+from lorica.owner.identity import read_identity
+from lorica.owner.settings import NodeSettings
+from lorica.privacy.policy import load_policy
 
 RUN_CLIENT_APP = "from lorica.engines.flower.sealed import answer\n\nanswer()\n"
 REFUSE = 'raise SystemExit("this node runs only Lorica")\n'
@@ -28,9 +34,11 @@ def become_node(arguments: Sequence[str]) -> NoReturn:
         arguments: command-line arguments of `flower-supernode`.
 
     Raises:
-        UserError: Flower is not installed, or an argument allows apps to install packages.
+        UserError: Flower is not installed, an argument allows apps to install packages, or the node's settings, policy,
+            data or base model cannot be used.
     """
     around = environment()
+    check_settings(arguments)
     from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
 
     if any("--allow-runtime-dependency-installation".startswith(option) for option in arguments if option[:3] == "--a"):
@@ -45,6 +53,38 @@ def become_node(arguments: Sequence[str]) -> NoReturn:
     program = shutil.which("flower-supernode", path=around["PATH"])
     assert program is not None
     os.execve(program, ["flower-supernode", *arguments], around)
+
+
+def check_settings(arguments: Sequence[str]) -> None:
+    """Check what `--node-config` names, so that its owner sees a mistake before the server asks.
+
+    Raises:
+        UserError: names the key, its value and the remedy.
+    """
+    from flwr.common.config import parse_config_args
+
+    lines = [value for option, value in pairwise(arguments) if option == "--node-config"]
+    lines += [option.partition("=")[2] for option in arguments if option.startswith("--node-config=")]
+    if not lines:
+        raise UserError("--node-config", None, "required", 'add --node-config \'client=0 data="…" policy="…"\'')
+    try:
+        given = parse_config_args(lines)
+    except Exception:
+        remedy = "write key=value pairs separated by spaces, and put texts in double quotes"
+        raise UserError("--node-config", " ".join(lines), "not readable", remedy) from None
+    settings = NodeSettings.of(given)
+    if settings.data is not None and not Path(settings.data).expanduser().exists():
+        raise UserError("node-config.data", settings.data, "no such file or folder", "set data to an existing path")
+    if settings.data is not None and settings.policy is None:
+        raise UserError("node-config.policy", None, "required with data", "add policy=PATH to --node-config")
+    policy = None if settings.policy is None else load_policy(Path(settings.policy).expanduser())
+    if settings.identity is not None:
+        read_identity(Path(settings.identity).expanduser())
+    if settings.base is not None:
+        found = hash_of_base(settings.base)
+        if policy is not None and policy.base_models is not None and found not in policy.base_models:
+            remedy = f"add {found} to base_models in the policy, or set base to another folder"
+            raise UserError("node-config.base", settings.base, "the policy does not allow this model", remedy)
 
 
 def answer() -> None:
