@@ -159,7 +159,7 @@ def test_the_budget_suffices_with_sane_noise(path: Path) -> None:
     """Less ε than the budget with much noise and more with little: what is planned lies between."""
     config = load(path)
     owner = Owner.of(config)
-    if config.privacy == "none":
+    if not config.privacy.private:
         return
     rate = config.federation.batch_size / owner.records
     assert config.privacy.epsilon is not None
@@ -182,8 +182,8 @@ def planned(records: int, batch_size: int, steps: int, privacy: PrivacyConfig) -
 def test_the_noise_that_is_planned_spends_the_budget(path: Path) -> None:
     config = load(path)
     owner = Owner.of(config)
-    if config.privacy == "none":
-        plan = plan_client(0, owner.records, config.federation.batch_size, owner.steps, "none")
+    if not config.privacy.private:
+        plan = plan_client(0, owner.records, config.federation.batch_size, owner.steps, config.privacy)
         assert plan.epsilon() == float("inf")
         return
     noise_multiplier, spent = planned(owner.records, config.federation.batch_size, owner.steps, config.privacy)
@@ -330,12 +330,13 @@ def test_a_round_runs_on_stand_ins(
     content["task"] |= {"train": source(data, "train", 60), "test": made}
     sizes = {"clients": 2, "rounds": 1, "local_steps": 2, "batch_size": 8, "min_records": 1}
     content["federation"] |= sizes | {"partition": "iid", "partition_seed": None}
-    if config.privacy != "none":
-        content["privacy"] |= {"noise": "reproducible", "ledger": str(tmp_path / "ledger")}
+    content["privacy"] |= {"ledger": str(tmp_path / "ledger")}
+    if config.privacy.private:
+        content["privacy"] |= {"noise": "reproducible"}
     result = lorica.Experiment.load(content).run()
     assert len(result.metrics) == 2
     assert np.isfinite(result.metrics[-1]["loss"])
     if not isinstance(tests, str):
         assert {f"{name}_loss" for name in list(tests)[1:]} <= set(result.metrics[-1])
-    assert config.privacy == "none" or result.epsilon <= config.privacy.epsilon
+    assert not config.privacy.private or result.epsilon <= config.privacy.epsilon
     assert (result.folder / "report.html").is_file()

@@ -401,6 +401,33 @@ def test_without_privacy_a_run_says_so(tmp_path: Path, some_digits: list[str]) -
     assert result.privacy["private_release"] is False
     assert "without differential privacy" in result.privacy["not_covered"][0]
     assert "epsilon" not in result.metrics[-1]
+    # The clip norm of the embedded default stays.
+    assert {client["clip_norm"] for client in result.privacy["clients"]} == {1.0}
+    assert not {"epsilon", "delta", "noise_multiplier"} & result.privacy["clients"][0].keys()
+    assert "clipping" in result.privacy
+    assert "Gradients were clipped to norm 1." in (result.adapter / "README.md").read_text()
+    # A folder of a version in which `none` also removed the clip.
+    config = yaml.safe_load((result.folder / "config.yaml").read_text())
+    (result.folder / "config.yaml").write_text(yaml.safe_dump(config | {"privacy": "none"}))
+    with pytest.raises(UserError, match="contains another experiment, which differs in: privacy"):
+        lorica.Experiment.load(overrides=[*overrides, *some_digits, f"output={tmp_path}"]).run()
+
+
+@no_report
+def test_without_noise_the_clip_keeps_a_run_from_diverging(tmp_path: Path, some_digits: list[str]) -> None:
+    """Without a clip, the accuracy after two rounds is about that of guessing."""
+    overrides = ["privacy=none", "federation.weights=records", "federation.rounds=2", "federation.clients=2"]
+    overrides += ["federation.partition=iid", "federation.evaluate_every=2", *some_digits, f"output={tmp_path}"]
+    result = lorica.Experiment.load(overrides=overrides).run()
+    assert result.score > result.starting_score > 0.5
+
+
+@no_report
+@pytest.mark.slow
+def test_the_whole_embedded_default_learns_without_noise(tmp_path: Path) -> None:
+    overrides = ["privacy=none", "federation.weights=records", "federation.evaluate_every=20", f"output={tmp_path}"]
+    result = lorica.Experiment.load(overrides=overrides).run()
+    assert result.score > result.starting_score + 0.1
 
 
 @pytest.mark.parametrize(

@@ -324,12 +324,17 @@ class _Rounds:
             f"LoRA of rank {config.lora.r} on {len(prepared.model.sites)} linear maps ({', '.join(modules)}) in "
             f"{len({site.layer for site in prepared.model.sites})} layers; head: {config.model.head}"
         )
-        if config.privacy == "none":
-            console.print("[bold red]No differential privacy.[/bold red]")
+        if prepared.start is not None:
+            name, sha256 = escape(prepared.start["name"]), prepared.start["sha256"]
+            console.print(f"Starts from the adapter {name} (SHA-256 {sha256[:16]}…).")
+        if not config.privacy.private:
+            clip = config.privacy.clip_norm
+            clipping = "Gradients are not clipped." if clip is None else f"Gradients are clipped to norm C = {clip:g}."
+            console.print(f"[bold red]No differential privacy.[/bold red] {clipping}")
         else:
             level = PrivacyUnit.of(config.privacy).level
             console.print(
-                f"{level} DP: C = {config.privacy.clip_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
+                f"{level} DP: C = {config.privacy.largest_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
                 f"δ = {config.privacy.delta:g}, ledger {federation.engine.ledger}"
             )
             some = next(iter(federation.plans.values()))

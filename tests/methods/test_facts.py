@@ -21,7 +21,7 @@ from lorica.methods.server import Server
 from lorica.privacy.mechanism import Terms
 from lorica.server.federation import Federation
 from lorica.testing.checks import ROUNDS, Recording
-from lorica.testing.federation import dense, tiny_federation
+from lorica.testing.federation import UNCLIPPED, dense, tiny_federation
 from tests.methods.conftest import Recordings
 
 
@@ -56,7 +56,7 @@ def test_methods_that_train_a_or_draw_it_anew_do_leave_it(name: str, recordings:
 
 def test_fedsvd_is_ffa_with_an_orthonormal_a(tmp_path: Path) -> None:
     """From a common orthonormal A₀, without noise, SGD and any rotation of the basis give the same model."""
-    full = {"privacy": "none", "clients": 1, "batch_size": 20}
+    full = {"privacy": UNCLIPPED, "clients": 1, "batch_size": 20}
     ffa = tiny_federation("ffa-lora", tmp_path / "a", options={"orthonormal_a": True}, **full)
     svd = tiny_federation("fedsvd", tmp_path / "b", **full)
     svd.server.model.assign({site.a: ffa.server.model.tensors[site.a] for site in svd.server.model.sites})
@@ -238,7 +238,7 @@ def test_ranks_that_differ_are_what_clients_hold_train_and_send(tmp_path: Path) 
 
 def test_a_smaller_rank_has_the_gradient_of_its_leading_ranks_alone(tmp_path: Path) -> None:
     """Without noise: the client's update is that of a model whose other ranks are zero."""
-    some = tiny_federation("flex-lora", tmp_path, privacy="none", batch_size=20, steps=1, clients=1, ranks={0: 1})
+    some = tiny_federation("flex-lora", tmp_path, privacy=UNCLIPPED, batch_size=20, steps=1, clients=1, ranks={0: 1})
     model: AdapterState = some.server.model
     draws = torch.Generator().manual_seed(0)
     model.assign({name: torch.randn(value.shape, generator=draws) for name, value in model.tensors.items()})
@@ -246,7 +246,7 @@ def test_a_smaller_rank_has_the_gradient_of_its_leading_ranks_alone(tmp_path: Pa
     for site in model.sites:
         cut[site.a][1:] = 0
         cut[site.b][:, 1:] = 0
-    other = tiny_federation("fed-avg", tmp_path / "b", privacy="none", batch_size=20, steps=1, clients=1)
+    other = tiny_federation("fed-avg", tmp_path / "b", privacy=UNCLIPPED, batch_size=20, steps=1, clients=1)
     other.server.model.assign(cut)
     some.round()
     other.round()

@@ -33,12 +33,13 @@ def test_methods_that_combine_single_replies_refuse_sums(name: str) -> None:
         ("server.aggregate=median", r"server\.aggregate"),
         ("local.scaffold=true", r"local\.scaffold"),
         ("lora.client_ranks=halving", r"lora\.client_ranks"),
-        ("privacy=none", "privacy"),
+        ("privacy.clip_norm=null", r"privacy\.clip_norm"),
         ("federation.participation=0.5", r"federation\.participation"),
     ],
 )
 def test_pieces_that_look_at_single_replies_do_not_go_with_sums(override: str, key: str) -> None:
-    config = load(overrides=[*(SUMS[:2] if override == "privacy=none" else SUMS), override])
+    noise = ["privacy=none"] if override == "privacy.clip_norm=null" else []
+    config = load(overrides=[*SUMS, *noise, override])
     with pytest.raises(UserError, match=f"^{key}"):
         check_pieces(config, make_method(config.method, []))
 

@@ -86,6 +86,7 @@ FIXED = ["privacy.epsilon=null", "privacy.noise_multiplier=1.0"]
         (["task.type=language-modelling"], r"policy\.tasks: .* task\.type = 'language-modelling'"),
         (["federation.private_test=0.1"], r"policy\.metrics: .* \['loss', 'accuracy'\]; allowed are \[\]"),
         (["privacy.unit=group", "privacy.group=who"], r"policy\.unit: .* 'group' .* 'who'"),
+        (["privacy=none", "privacy.unit=group", "privacy.group=who"], r"policy\.unit: .* 'group' .* 'who'"),
     ],
 )
 def test_what_goes_beyond_the_policy_is_refused(overrides: list[str], message: str) -> None:

@@ -45,7 +45,7 @@ def write_run(
         "task": {"type": "image-classification", "train": "lorica:digits/train", "test": "lorica:digits/test"},
         "federation": {"clients": clients, "rounds": planned or rounds, "local_steps": 3, "batch_size": 64},
         "method": {"name": method},
-        "privacy": privacy_section if private else "none",
+        "privacy": privacy_section | ({} if private else {"epsilon": None}),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     environment = {

@@ -357,7 +357,14 @@ def hostile_card(make_run, words):
     privacy = json.loads((folder / "privacy.json").read_text())
     privacy |= {"unit": words, "assumptions": [words], "not_covered": [words]}
     (folder / "privacy.json").write_text(json.dumps(privacy))
+    started_from(folder, words)
     return model_card(read_run(folder), "load()")
+
+
+def started_from(folder, name):
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["start"] = {"name": name, "sha256": "0" * 64}
+    (folder / "environment.json").write_text(json.dumps(environment))
 
 
 @pytest.mark.parametrize("words", HOSTILE)
@@ -377,6 +384,7 @@ def test_hostile_names_of_models_stay_text_in_a_report(make_run, words):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["model"]["base"] = config["task"]["train"] = words
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    started_from(folder, words)
     page, other = Page(write_report(folder)), Page(write_report(make_run()))
     assert page.tags == other.tags
     assert not any(name.startswith("on") for name, _ in page.attributes)

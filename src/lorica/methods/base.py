@@ -87,7 +87,10 @@ class Method(ABC):
         """
 
     def start(self, model: AdapterState, seed: int) -> None:  # noqa: B027 - most methods keep PEFT's initialisation
-        """Change the initial adapter before the first round. The seed is public."""
+        """Change the initial adapter before the first round. The seed is public.
+
+        A run may start from another adapter (`lora.start`): if some `B` is not zero, keep the products `B A`.
+        """
 
     @abstractmethod
     def round(self, server: Server) -> Round:

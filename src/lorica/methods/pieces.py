@@ -138,7 +138,12 @@ def _check_secure_sum(config: ExperimentConfig) -> None:
             bool(config.lora.client_ranks),
             "all replies must have the same shapes",
         ),
-        ("privacy", "none", config.privacy == "none", "the bound on the summed values requires a clip norm"),
+        (
+            "privacy.clip_norm",
+            None,
+            config.privacy.clip_norm is None,
+            "the bound on the summed values requires a clip norm",
+        ),
         (
             "federation.participation",
             federation.participation,

@@ -32,6 +32,7 @@ from lorica.reporting.plots import (
 from lorica.reporting.run_folder import (
     Run,
     bytes_sent,
+    clipping,
     guarantee,
     metric_name,
     missing_text,
@@ -199,6 +200,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "server_time": None if server is None else duration(server),
         "known": run.privacy is not None,
         "private": privacy.get("noise", "none") != "none",
+        "clipping": clipping(run),
         "terms": [(name, privacy[key]) for key, name in PRIVACY_TERMS if privacy.get(key)],
         "target": None if privacy.get("target_epsilon") is None else f"{privacy['target_epsilon']:g}",
         "client_headings": headings,
@@ -210,7 +212,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "traffic": _traffic(run),
         "left_out": missing_text(run.metrics),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
-        "environment": run.environment,
+        "environment": {key: value for key, value in run.environment.items() if key != "start"},
     }
 
 
@@ -218,8 +220,10 @@ def _subtitle(run: Run) -> str:
     task = str(run.config.get("task", {}).get("type", "")).replace("-", " ")
     base = run.config.get("model", {}).get("base", "an unknown base model")
     clients = run.config.get("federation", {}).get("clients", len(run.clients))
+    start = run.environment.get("start")
     parts = [
         f"{run.method} on {base}",
+        f"started from the adapter {start['name']} (SHA-256 {start['sha256']})" if start else "",
         task,
         f"{clients} {'client' if clients == 1 else 'clients'}",
         f"seed {run.config.get('seed', 'unknown')}",

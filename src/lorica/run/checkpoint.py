@@ -73,6 +73,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         shutil.rmtree(old)
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run with this folder of checkpoints resumes from one of them."""
+    return bool(_rounds(folder))
+
+
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The latest checkpoint, or None if there is none.
 
