@@ -250,16 +250,18 @@ class ASLoRA(Method):
                 block.variance += (0.1 * (block.gain or 0.0)) ** 2
                 continue
             length = server.rates[block.names[0]] * float(coefficients.sum())
+            # Gains of different rounds are compared, so they are those of the full rate.
+            full = server.full_rates[block.names[0]] * float(coefficients.sum())
             if self.options.score == "last-step-energy":
                 score, variance = self._last_step_energy(server, replies, block)
-                self._learn(block, length * score, length**2 * variance)
+                self._learn(block, full * score, full**2 * variance)
                 continue
             gradient = self._gradient(server, replies.mean, block, length)
             mean = torch.cat([value.flatten() for value in gradient.values()])
             energy = debiased_energy(mean, noise_variance)
             if self.options.score == "energy":
                 variance = energy_variance(mean.numel(), noise_variance, energy)
-                self._learn(block, length * energy, length**2 * variance)
+                self._learn(block, full * energy, full**2 * variance)
                 continue
             if len(clients) > 1:
                 single = (self._gradient(server, replies.updates[client], block, length) for client in clients)
@@ -268,7 +270,7 @@ class ASLoRA(Method):
             resting = self._resting(server, block)
             if not block.gradient:
                 variance = energy_variance(mean.numel(), noise_variance, energy, spread)
-                block.gain, block.variance = length * energy, length**2 * variance
+                block.gain, block.variance = full * energy, full**2 * variance
             else:
                 aligned, shared = self._alignment(block, gradient, resting)
                 score = (block.energy + aligned) / 2
@@ -276,7 +278,7 @@ class ASLoRA(Method):
                 variance = curvature_score_variance(block.energy_noise, shared, noises, score)
                 if not block.complete:
                     block.gain, block.complete = None, True
-                self._learn(block, length * score, length**2 * variance)
+                self._learn(block, full * score, full**2 * variance)
             block.energy, block.gradient, block.resting = energy, gradient, resting
             block.noise, block.energy_noise = noise_variance, energy_variance(mean.numel(), noise_variance, 0.0, spread)
 
