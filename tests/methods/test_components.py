@@ -1,4 +1,4 @@
-"""Composable components: each runs and resumes with each method that takes it, and is refused with its reason elsewhere."""
+"""Components: each runs and resumes with each method that takes it, and is refused with its reason elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The components that can be combined with methods. Unsupported combinations are refused before the run, with the reason."""
+"""What can be combined with methods. Unsupported combinations are refused before the run, with the reason."""
 
 from __future__ import annotations
 
