@@ -120,13 +120,19 @@ def _releases(result: Result) -> list[Any]:
 
 
 def test_bytes_are_those_of_the_tensors_that_travelled(finished: Result) -> None:
-    """4 layers × 2 sites of 96 × 96 at rank 4, one factor each, and the head: 10 × 96 + 10; fp32."""
-    factors, head = 8 * 96 * 4, 96 * 10 + 10
+    """4 layers × 2 sites of 96 × 96 at rank 4, one factor each, and the head: 10 × 96 + 10; fp32.
+
+    Down, a site that trains another factor than before has a new basis, so both of its factors travel.
+    """
+    factor, head = 96 * 4, 96 * 10 + 10
     for row in finished.metrics[1:]:
-        assert set(row["bytes_up"].values()) == {4 * (factors + head)}
-    assert set(finished.metrics[1]["bytes_down"].values()) == {4 * (2 * factors + head)}
-    for row in finished.metrics[2:]:
-        assert set(row["bytes_down"].values()) == {4 * (factors + head)}
+        assert set(row["bytes_up"].values()) == {4 * (8 * factor + head)}
+    assert set(finished.metrics[1]["bytes_down"].values()) == {4 * (16 * factor + head)}
+    decisions = (finished.folder / "decisions.jsonl").read_text().splitlines()
+    trained = [json.loads(line)["factors"] for line in decisions]
+    for row, before, now in zip(finished.metrics[2:], trained, trained[1:], strict=False):
+        turned = sum(before[site] != now[site] for site in now)
+        assert set(row["bytes_down"].values()) == {4 * ((8 + turned) * factor + head)}
 
 
 def test_the_adapter_loads_with_peft_and_gives_the_same_logits(finished: Result) -> None:

@@ -49,7 +49,8 @@ def loaded(folder: Path, family: str, **settings: Any) -> AdaptedModel:
 
 def federation(model: AdaptedModel, family: str, folder: Path, privacy: Any, clients: int, steps: int) -> Federation:
     state = AdapterState(model.sites, model.read())
-    method = make_method(MethodConfig(name="as-lora"), model.sites)
+    # A gauge would change the factors that rest, too.
+    method = make_method(MethodConfig(name="as-lora", gauge="none"), model.sites)
     method.start(state, 0)
     plans = {number: plan_client(number, RECORDS, RECORDS, steps, privacy) for number in range(clients)}
     ledger = Ledger(folder / "ledger.sqlite")

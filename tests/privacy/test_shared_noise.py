@@ -108,7 +108,7 @@ def federation(folder: Path, method: str = "ro-lora", **changes: Any) -> Federat
 def test_the_sum_has_the_noise_that_the_server_expects(weighting: str, tmp_path: Path) -> None:
     """Through masks and quantisation. The gradients are so small beside the noise that the step is almost all noise."""
     loud = SHARED.model_copy(update={"noise_multiplier": 40.0})
-    some = federation(tmp_path, privacy=loud, weighting=weighting, optimizer=OptimizerConfig(lr=0.5))
+    some = federation(tmp_path, "ffa-lora", privacy=loud, weighting=weighting, optimizer=OptimizerConfig(lr=0.5))
     before = dict(some.server.model.tensors)
     some.round()
     moved = torch.cat([(some.server.model.tensors[name] - before[name]).flatten() for name in before]).double()
