@@ -18,7 +18,7 @@ from lorica.methods.base import make_method
 from lorica.methods.gauge import SCALE, GaugeOptions, fix_gauge
 from lorica.methods.pieces import NEW_BASIS, check_pieces
 from lorica.testing.checks import CHECKS, record
-from lorica.testing.federation import dense, run_rounds, tiny_federation
+from lorica.testing.federation import UNCLIPPED, dense, run_rounds, tiny_federation
 from tests.methods.conftest import REGISTRY
 
 GAUGED = [name for name, kind in REGISTRY.items() if issubclass(kind.Options, GaugeOptions)]
@@ -190,7 +190,7 @@ def test_the_step_does_not_depend_on_the_scale_of_the_factors(tmp_path: Path) ->
     found = []
     for scale in (1.0, 30.0):
         some = tiny_federation(
-            "ro-lora", tmp_path / str(scale), privacy="none", clients=1, batch_size=20, steps=1, seed=1
+            "ro-lora", tmp_path / str(scale), privacy=UNCLIPPED, clients=1, batch_size=20, steps=1, seed=1
         )
         sites = some.server.model.sites
         some.server.model.assign({site.a: scale * some.server.model.tensors[site.a] for site in sites})
