@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_schedules_start_at_the_full_rate_fall_and_stay_positive(rounds: int) ->
     for name in ("linear", "cosine"):
         factors = [schedule_factor(name, number, rounds) for number in range(1, rounds + 1)]
         assert factors[0] == 1.0
-        assert all(later < earlier for earlier, later in zip(factors, factors[1:], strict=False))
+        assert all(later < earlier for earlier, later in pairwise(factors))
         assert factors[-1] > 0
     assert [schedule_factor("constant", number, rounds) for number in range(1, rounds + 1)] == [1.0] * rounds
     assert schedule_factor("cosine", 2, 2) == pytest.approx(0.5)

@@ -273,14 +273,14 @@ def test_scaffold_tracked_by_the_server_is_the_papers_algorithm() -> None:
     clients, rate, steps = 4, 0.2, 3
     draws = torch.Generator().manual_seed(0)
     targets = torch.randn(clients, 5, generator=draws)
-    server, piece = scaffold_server(clients), Scaffold(clients)
+    server, component = scaffold_server(clients), Scaffold(clients)
     theta, own, common = torch.zeros(5), torch.zeros(clients, 5), torch.zeros(5)
     found = torch.zeros(5)
     for participants in ([0, 1, 2, 3], [1, 3], [0, 2], [0, 1, 2, 3]):
         changes, moves, updates = [], [], {}
         for k in participants:
             local, tracked = theta.clone(), found.clone()
-            correction = piece.corrections(k, ["x"]).get("x", torch.zeros(5))
+            correction = component.corrections(k, ["x"]).get("x", torch.zeros(5))
             for _ in range(steps):
                 local = local - rate * ((local - targets[k]) - own[k] + common)
                 tracked = tracked - rate * ((tracked - targets[k]) + correction)
@@ -292,10 +292,10 @@ def test_scaffold_tracked_by_the_server_is_the_papers_algorithm() -> None:
         theta = theta + torch.stack(moves).mean(0)
         common = common + len(participants) / clients * torch.stack(changes).mean(0)
         replies = Replies(updates, dict.fromkeys(participants, 1 / len(participants)))
-        piece.learn(replies.updates, replies.weights, server.rates, server.local_steps)
+        component.learn(replies.updates, replies.weights, server.rates, server.local_steps)
         found = found + replies.mean["x"]
         torch.testing.assert_close(found, theta)
-        torch.testing.assert_close(piece.tensors["all:x"], common)
+        torch.testing.assert_close(component.tensors["all:x"], common)
 
 
 def test_scaffold_removes_the_drift_of_different_clients(tmp_path: Path) -> None:
@@ -305,19 +305,19 @@ def test_scaffold_removes_the_drift_of_different_clients(tmp_path: Path) -> None
     optimum = (curvature * targets).sum(0) / curvature.sum(0)
     server = replace(scaffold_server(2), local_steps=10, full_rates={"x": 0.05})
     results = []
-    for piece in (None, Scaffold(2)):
+    for component in (None, Scaffold(2)):
         theta = torch.zeros(2)
         for _ in range(300):
             updates = {}
             for k in range(2):
                 local = theta.clone()
-                correction = {} if piece is None else piece.corrections(k, ["x"])
+                correction = {} if component is None else component.corrections(k, ["x"])
                 for _ in range(10):
                     local = local - 0.05 * (curvature[k] * (local - targets[k]) + correction.get("x", torch.zeros(2)))
                 updates[k] = {"x": local - theta}
             replies = Replies(updates, {0: 0.5, 1: 0.5})
-            if piece is not None:
-                piece.learn(replies.updates, replies.weights, server.rates, server.local_steps)
+            if component is not None:
+                component.learn(replies.updates, replies.weights, server.rates, server.local_steps)
             theta = theta + replies.mean["x"]
         results.append(float((theta - optimum).norm()))
     assert results[1] < 1e-4 < 0.05 < results[0]

@@ -15,8 +15,8 @@ from lorica.adapters.state import AdapterState
 from lorica.config import load
 from lorica.errors import UserError
 from lorica.methods.base import make_method
+from lorica.methods.components import NEW_BASIS, check_components
 from lorica.methods.gauge import SCALE, GaugeOptions, fix_gauge
-from lorica.methods.pieces import NEW_BASIS, check_pieces
 from lorica.testing.checks import CHECKS, record
 from lorica.testing.federation import UNCLIPPED, dense, run_rounds, tiny_federation
 from tests.methods.conftest import REGISTRY
@@ -136,19 +136,19 @@ def test_the_gauge_is_an_option_of_methods_that_train_one_factor() -> None:
 
 @pytest.mark.parametrize("name", GAUGED)
 def test_state_in_an_old_basis_is_refused_with_a_gauge_only(name: str) -> None:
-    pieces = {
+    components = {
         "server.optimizer=fedavgm": "server_optimizer",
         "server.denoise=kalman": "kalman",
         "server.average=0.9": "average",
     }
-    for override, piece in pieces.items():
+    for override, component in components.items():
         gauged = load(None, [f"method.name={name}", "method.gauge=orthonormal", override])
         with pytest.raises(UserError) as error:
-            check_pieces(gauged, make_method(gauged.method, []))
-        assert NEW_BASIS[piece] in str(error.value)
+            check_components(gauged, make_method(gauged.method, []))
+        assert NEW_BASIS[component] in str(error.value)
         assert "method.gauge=orthonormal" in str(error.value)
         plain = load(None, [f"method.name={name}", "method.gauge=none", override])
-        check_pieces(plain, make_method(plain.method, []))
+        check_components(plain, make_method(plain.method, []))
 
 
 @pytest.mark.parametrize("name", GAUGED)
@@ -156,7 +156,7 @@ def test_state_in_an_old_basis_is_refused_with_a_gauge_only(name: str) -> None:
 def test_ranks_that_differ_between_clients_are_refused(name: str, gauge: str) -> None:
     config = load(None, [f"method.name={name}", f"method.gauge={gauge}", "lora.client_ranks=halving"])
     with pytest.raises(UserError, match=r"lora\.client_ranks"):
-        check_pieces(config, make_method(config.method, []))
+        check_components(config, make_method(config.method, []))
 
 
 OTHERS: list[tuple[str, dict[str, Any]]] = [

@@ -13,7 +13,7 @@ from lorica.server.federation import Federation, TooFewReplies
 from lorica.testing.federation import STEPS, Adapter, checkpoint_of, resume, run_rounds, tiny_federation
 from tests.methods.conftest import METHODS, REGISTRY, Histories, Recordings
 from tests.methods.engines import Losing, assert_same_adapter, assert_same_model
-from tests.methods.test_pieces import ACCEPTED, PIECE, sometimes_slow
+from tests.methods.test_components import ACCEPTED, COMPONENT, sometimes_slow
 
 SEVERAL_EXCHANGES = {"deer", "fedask"}
 REMEMBERING = {"client_ranks", "scaffold", "server_optimizer", "kalman", "average"}
@@ -107,11 +107,11 @@ def test_each_half_of_a_deer_round_is_the_mean_of_those_that_replied_to_it(tmp_p
             torch.testing.assert_close(some.server.model.tensors[name] - before[name], mean, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "piece"), sometimes_slow([pair for pair in ACCEPTED if pair[1] in REMEMBERING]))
-def test_pieces_remember_only_who_took_part(name: str, piece: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "component"), sometimes_slow([pair for pair in ACCEPTED if pair[1] in REMEMBERING]))
+def test_components_remember_only_who_took_part(name: str, component: str, tmp_path: Path) -> None:
     """With ranks that differ, only the client of the smallest one is left."""
-    gone = {0, 2} if piece == "client_ranks" else {1}
-    make = PIECE[piece][1]
+    gone = {0, 2} if component == "client_ranks" else {1}
+    make = COMPONENT[component][1]
     some = run_rounds(losing(name, tmp_path / "lost", {(2, 1, client) for client in gone}, **make()), 3)
     other = tiny_federation(REGISTRY[name], tmp_path / "absent", weighting="records", **make())
     other.schedule[1] = [client for client in other.schedule[1] if client not in gone]

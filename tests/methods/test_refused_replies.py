@@ -1,4 +1,4 @@
-"""The server trusts no reply: honest ones pass with every method and piece, others are refused, named and logged."""
+"""The server trusts no reply: honest ones pass with every method and component, others are refused and logged."""
 
 from __future__ import annotations
 

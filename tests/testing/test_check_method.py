@@ -11,7 +11,7 @@ from lorica.adapters.state import AdapterState
 from lorica.config import Strict
 from lorica.errors import UserError
 from lorica.methods.base import About, Method, Round, Server, Train
-from lorica.methods.pieces import OWN_AGGREGATION, SAME_RANKS
+from lorica.methods.components import OWN_AGGREGATION, SAME_RANKS
 from lorica.testing import check_method
 
 

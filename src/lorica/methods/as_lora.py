@@ -18,9 +18,9 @@ from lorica.aggregation.noise import mean_noise_variance, step_weights
 from lorica.config import OptimizerConfig
 from lorica.errors import UserError
 from lorica.methods.base import About, Method
+from lorica.methods.components import SCORED
 from lorica.methods.exchange import Replies, Round, Train
 from lorica.methods.gauge import REFUSES, SCALE, GaugeOptions, check_gauge, fix_gauge, refused_with
-from lorica.methods.pieces import SCORED
 from lorica.methods.scores import (
     alignment,
     cross_client_energy,

@@ -60,8 +60,8 @@ class Method(ABC):
     never a raw gradient.
 
     Attributes:
-        refuses: composable piece (`lorica.methods.pieces.PIECES`) -> why the method does not support it. A method that
-            supports different ranks leaves out `client_ranks` and yields `Train(ranks=server.ranks)`.
+        refuses: component (`lorica.methods.components.COMPONENTS`) -> why the method does not support it. A method
+            that supports different ranks leaves out `client_ranks` and yields `Train(ranks=server.ranks)`.
         personal: each client has its own model; these are evaluated and exported.
         merges: the method adds to the frozen weights (`AdapterState.merge`).
     """

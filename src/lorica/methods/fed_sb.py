@@ -10,8 +10,8 @@ from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState
 from lorica.config import Strict
 from lorica.methods.base import About, Method
+from lorica.methods.components import SAME_RANKS
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import SAME_RANKS
 from lorica.methods.server import Server
 from lorica.streams import numpy_stream
 

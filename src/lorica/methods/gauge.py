@@ -20,14 +20,16 @@ from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState, Factors
 from lorica.config import Strict
 from lorica.errors import UserError
-from lorica.methods.pieces import NEW_BASIS
+from lorica.methods.components import NEW_BASIS
 
 SCALE = 3**-0.5
 """`s`. PEFT's initial A has singular values near it: its entries have variance `1/(3 d_in)`."""
 TOLERANCE = 1e-5
 """A factor whose Gram matrix over `s²` is so close to the identity is not changed, which spares its transport. The
 rounding of fp32 factors is well below it."""
-REFUSES: dict[str, str] = {piece: f"with method.gauge=orthonormal {reason}" for piece, reason in NEW_BASIS.items()}
+REFUSES: dict[str, str] = {
+    component: f"with method.gauge=orthonormal {reason}" for component, reason in NEW_BASIS.items()
+}
 
 
 class GaugeOptions(Strict):
@@ -39,7 +41,7 @@ class GaugeOptions(Strict):
 
 
 def refused_with(options: GaugeOptions) -> dict[str, str]:
-    """Pieces that a method does not support with its gauge, with the reason."""
+    """Components that a method does not support with its gauge, with the reason."""
     return REFUSES if options.gauge == "orthonormal" else {}
 
 

@@ -8,9 +8,9 @@ from lorica.adapters.sites import Site
 from lorica.adapters.state import Factors
 from lorica.config import OptimizerConfig
 from lorica.methods.base import About, Method
+from lorica.methods.components import SAME_RANKS
 from lorica.methods.exchange import Round, Train
 from lorica.methods.gauge import REFUSES, GaugeOptions, check_gauge, fix_gauge, refused_with
-from lorica.methods.pieces import SAME_RANKS
 from lorica.methods.server import Server
 
 

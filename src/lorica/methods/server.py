@@ -118,21 +118,21 @@ class Server:
 
     def state_dict(self) -> dict[str, Any]:
         """State of the server-side components, for a checkpoint."""
-        return {name: piece.state_dict() for name, piece in self._pieces().items()}
+        return {name: component.state_dict() for name, component in self._components().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the output of `state_dict`."""
-        for name, piece in self._pieces().items():
-            piece.load_state_dict(state[name])
+        for name, component in self._components().items():
+            component.load_state_dict(state[name])
 
-    def _pieces(self) -> dict[str, Memory]:
-        pieces: dict[str, Memory | None] = {
+    def _components(self) -> dict[str, Memory]:
+        components: dict[str, Memory | None] = {
             "optimizer": self.optimize,
             "denoise": self.denoise,
             "average": self.average,
             "scaffold": self.scaffold,
         }
-        return {name: piece for name, piece in pieces.items() if piece is not None}
+        return {name: component for name, component in components.items() if component is not None}
 
     def finish_round(self) -> None:
         """Include the model after this round in the average over rounds."""

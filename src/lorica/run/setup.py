@@ -14,7 +14,7 @@ from lorica.aggregation.robust import check_aggregate
 from lorica.config import ExperimentConfig, FederationConfig
 from lorica.errors import UserError
 from lorica.methods.base import Method, make_method
-from lorica.methods.pieces import check_pieces
+from lorica.methods.components import check_components
 from lorica.run.checkpoint import has_checkpoint
 from lorica.run.folder import started_from
 from lorica.schedule import client_ranks, participation_schedule
@@ -62,7 +62,7 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     fewest = _fewest_replies(federation, len(schedule[0]))
     # With a secure sum, the server sees one combined reply.
     method.check(config.optimizer, 1 if federation.secure_sum else fewest, federation.local_steps)
-    check_pieces(config, method)
+    check_components(config, method)
     check_aggregate(config.server, fewest)
     if federation.weights == "noise" and not config.privacy.private:
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")

@@ -240,7 +240,7 @@ def check_messages(recording: Recording) -> None:
             recording.require(
                 name in trained or not moves_by_mean or torch.equal(value, before[name]),
                 f"{name} moved in round {number}, and no client trained it; a method that changes such tensors itself "
-                "refuses server_optimizer (lorica.methods.pieces.NEW_BASIS)",
+                "refuses server_optimizer (lorica.methods.components.NEW_BASIS)",
             )
 
 
@@ -514,7 +514,7 @@ def check_sums(recording: Recording) -> None:
         except Exception as error:
             problem = (
                 f"fails under secure sums with {type(error).__name__}: {error}; a method that needs single replies "
-                "refuses secure_sum (lorica.methods.pieces.SINGLE_REPLIES)"
+                "refuses secure_sum (lorica.methods.components.SINGLE_REPLIES)"
             )
             raise AssertionError(f"{recording.kind.name}: {problem}") from error
     assert isinstance(some.engine, RecordingEngine)
