@@ -19,9 +19,12 @@ from lorica.reporting.style import COLOURS, INK, MUTED, RC, RULE, spread
 PRIVATE, OPEN = COLOURS[0], COLOURS[1]
 
 
+def private(run: Run) -> bool:
+    return run.privacy is not None and run.privacy["noise"] != "none"
+
+
 def label(run: Run) -> str:
-    privacy = run.config["privacy"]
-    return "no privacy" if privacy == "none" else f"ε = {privacy['epsilon']:g}"
+    return f"ε = {run.config['privacy']['epsilon']:g}" if private(run) else "no privacy"
 
 
 def draw(panel: Axes, name: str, runs: list[Run]) -> None:
@@ -29,7 +32,7 @@ def draw(panel: Axes, name: str, runs: list[Run]) -> None:
     ends = []
     for run in sorted(runs, key=label):
         scores = [(row["round"], 100 * score) for row in run.metrics if (score := score_of(row)) is not None]
-        colour = OPEN if run.config["privacy"] == "none" else PRIVATE
+        colour = PRIVATE if private(run) else OPEN
         panel.plot(*zip(*scores, strict=True), color=colour, linewidth=2, marker="o", markersize=3.5, label=label(run))
         ends.append((scores[-1], f"{label(run)}  {scores[-1][1]:.1f} %", colour))
     low, high = panel.get_ylim()

@@ -18,7 +18,7 @@ from matplotlib.ticker import MultipleLocator
 
 from lorica.messages import Projection, Request, size
 from lorica.methods.base import Method, registry
-from lorica.methods.pieces import PIECES
+from lorica.methods.components import COMPONENTS
 from lorica.reporting.methods import HEADINGS, method_rows
 from lorica.reporting.plots import WIDTH
 from lorica.reporting.style import COLOURS, FACTOR_COLOURS, INK, MUTED, RC
@@ -91,6 +91,27 @@ The methods solve these problems in different ways.
   server sends more down.
 * **Personalise.** `fedsa-lora` averages A and leaves B and the head with the client, so every client has its own model.
 * **Project.** `fed-galore` trains the weight itself, along a projection of its gradient that all clients share.
+
+## A gauge for the factor that rests
+
+`B A = (B M)(M⁻¹ A)` for every invertible M, so the basis of the factors is free to choose: it changes no weight and
+costs no privacy. It does decide how much of the noise reaches the weight. Noise on B arrives as `γ N_B A` and noise on
+A as `γ B N_A`, multiplied by the factor that rests, and a noisy factor grows with every round that trains it. Under
+strict privacy B soon is many times as large as A, and then every step on A does more harm than good.
+
+With `method.gauge: orthonormal`, the default of `as-lora`, `random-lora` and `ro-lora`, the server changes the basis
+before each round, so that the factor that rests has orthonormal rows or columns, times `s = 1/√3` as in PEFT's
+initial A:
+
+* B will be trained: `Aᵀ = Q R`, `A ← s Qᵀ`, `B ← B Rᵀ / s`.
+* A will be trained: `B = Q R`, `B ← s Q`, `A ← R A / s`.
+
+The product stays. Noise of standard deviation `τ` in each coordinate then has the norm `γ s τ √(r d)` in the weight in
+every round, with `d = d_out` for noise on B and `d = d_in` for noise on A. The rank must not exceed the dimensions of
+any adapted map. Where the basis changed, both factors travel down. State that the server keeps in the old basis
+(momentum, a Kalman filter, an average over rounds) is refused.
+
+The gauge is Lorica's, not that of the papers: `method.gauge: none` is the papers' algorithm.
 """
 
 COLUMNS = """Aggregation is `exact` if the new global model is the weighted mean of the clients' models at every adapted
@@ -166,7 +187,7 @@ def _kind(name: str) -> str:
 def render() -> str:
     """The whole page."""
     parts = [_linked(INTRODUCTION), "## The methods\n", COLUMNS, _methods(), "## What travels\n", _linked(TRAVELS)]
-    parts += [_travelled(), "## Components that can be added\n", COMPOSED, _pieces(), "## Each method\n"]
+    parts += [_travelled(), "## Components that can be added\n", COMPOSED, _components(), "## Each method\n"]
     for name, method in registry().items():
         parts += [f"### `{name}`\n", _docstring(method), _refused(method)]
         if method.Options.model_fields:
@@ -208,29 +229,29 @@ def _made_of(sizes: Sizes) -> str:
     return ", ".join(f"{kind} {amount:.2f}" for kind, amount in sizes.items())
 
 
-def _pieces() -> str:
+def _components() -> str:
     rows = []
-    for piece, (_, what) in PIECES.items():
+    for component, (_, what) in COMPONENTS.items():
         reasons: dict[str, list[str]] = {}
         for name, method in registry().items():
-            if piece in method.refuses:
-                reasons.setdefault(method.refuses[piece], []).append(_link(name))
+            if component in method.refuses:
+                reasons.setdefault(method.refuses[component], []).append(_link(name))
         refusals = "<br>".join(f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
-        rows.append([f"`{_spelled(piece)}`", what, refusals or "none"])
+        rows.append([f"`{_spelled(component)}`", what, refusals or "none"])
     return _table(["key", "what it is", "refused by"], rows)
 
 
-def _spelled(piece: str) -> str:
-    """The piece's key, with its value where several pieces share the key."""
-    key = PIECES[piece][0]
-    return key if [key for key, _ in PIECES.values()].count(key) == 1 else f"{key}={piece}"
+def _spelled(component: str) -> str:
+    """The component's key, with its value where several components share the key."""
+    key = COMPONENTS[component][0]
+    return key if [key for key, _ in COMPONENTS.values()].count(key) == 1 else f"{key}={component}"
 
 
 def _refused(method: type[Method]) -> str:
     reasons: dict[str, list[str]] = {}
-    for piece, reason in method.refuses.items():
-        reasons.setdefault(reason, []).append(f"`{_spelled(piece)}`")
-    return "".join(f"* Refuses {', '.join(pieces)}: {reason}.\n" for reason, pieces in reasons.items())
+    for component, reason in method.refuses.items():
+        reasons.setdefault(reason, []).append(f"`{_spelled(component)}`")
+    return "".join(f"* Refuses {', '.join(components)}: {reason}.\n" for reason, components in reasons.items())
 
 
 def _docstring(method: type[Method]) -> str:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-
-# No test may reach for a hub.
-os.environ["HF_HUB_OFFLINE"] = "1"
+from typing import Any
 
 import hypothesis
 import pytest
-import torch
 
-torch.set_num_threads(1)
+# No test may reach for a hub.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# As many processes as there are cores compute at once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Every commit of a ledger waits for the disk. Temporary folders in memory do not wait.
+MEMORY = Path("/dev/shm")
+if "TMPDIR" not in os.environ and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 2**31:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 # --hypothesis-profile chooses another.
 hypothesis.settings.register_profile("quick", max_examples=25, deadline=None)
@@ -69,3 +77,25 @@ def some_digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than a small run."""
     monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
+
+
+@pytest.fixture(scope="session")
+def checked_once() -> Iterator[None]:
+    """A model that has passed `check_isolation` on a batch passes it again: whole runs of these tests start alike."""
+    from lorica.adapters import loading
+
+    check, passed = loading.check_isolation, set()
+
+    def once(model: Any, losses: Any, trained: Any, batch: Any, tolerance: float) -> None:
+        kind = (str(model), type(losses.__self__.objective), sorted(trained), tolerance)
+        tensors = [*model.state_dict().values(), *batch.inputs.values(), batch.labels, batch.row_weights()]
+        digest = hashlib.sha256(repr((kind, batch.example_of_row)).encode())
+        for tensor in tensors:
+            digest.update(tensor.detach().float().contiguous().numpy())
+        if digest.digest() not in passed:
+            check(model, losses, trained, batch, tolerance)
+            passed.add(digest.digest())
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loading, "check_isolation", once)
+        yield

@@ -1,4 +1,4 @@
-"""Whole runs that SIGKILL ends at a given moment.
+"""Whole runs in processes of their own, which a signal ends.
 
 They are forked from a process that has imported Lorica and done nothing else: a fresh interpreter, without its ten
 seconds of imports for each.
@@ -10,11 +10,11 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-
 import lorica
+import lorica.cli
 import lorica.run.rounds
 from lorica.privacy.ledger import Ledger
 
@@ -25,17 +25,35 @@ def kill_run(overrides: Sequence[str], call: int, moment: str, where: str) -> No
     Args:
         overrides: of the default experiment.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    process = context.Process(target=_run, args=(dict(os.environ), list(overrides), call, moment, where))
-    process.start()
+    process = _started(_run, list(overrides), call, moment, where)
     process.join()
     assert process.exitcode == -signal.SIGKILL
 
 
+def start_command(arguments: Sequence[str], folder: Path) -> multiprocessing.process.BaseProcess:
+    """Start `lorica` with these arguments in a folder, where `output` gets what it prints."""
+    return _started(_command, list(arguments), folder)
+
+
+def _started(function: Callable[..., None], *arguments: Any) -> multiprocessing.process.BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=function, args=(dict(os.environ), *arguments))
+    process.start()
+    return process
+
+
+def _command(environment: dict[str, str], arguments: list[str], folder: Path) -> None:
+    os.environ.update(environment)
+    os.chdir(folder)
+    os.dup2(os.open("output", os.O_WRONLY | os.O_CREAT), 1)
+    # Where tests run in the background, children would ignore SIGINT too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    lorica.cli.app(arguments)
+
+
 def _run(environment: dict[str, str], overrides: list[str], call: int, moment: str, where: str) -> None:
     os.environ.update(environment)
-    torch.set_num_threads(1)
     if where in ("charge", "attach"):
         setattr(Ledger, where, _dying(getattr(Ledger, where), call, moment))
     else:

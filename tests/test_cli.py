@@ -1,4 +1,4 @@
-"""The command as a user runs it: a whole run and Ctrl-C in a process of their own, the rest in this one."""
+"""The command as a user runs it, in this process; in its own where processes differ."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ SMALL = [
     "federation.partition=iid",
     "federation.rounds=3",
     "federation.local_steps=1",
+    "federation.batch_size=16",
     "privacy.noise=reproducible",
 ]
+CHOSEN_NOISE = ["privacy.epsilon=null", "privacy.noise_multiplier=1.0"]
 HEAVY = {"transformers", "peft", "scipy", "sklearn", "matplotlib", "flwr", "dp_accounting"}
 
 
@@ -58,8 +60,13 @@ def in_a_process(*command: str | Path, folder: Path) -> str:
     return done.stdout
 
 
-def test_run_shows_progress_and_ends_with_what_was_reached(lorica: Callable[..., str], tmp_path: Path) -> None:
-    output = in_a_process(COMMAND, "run", *SMALL, folder=tmp_path)
+@pytest.mark.usefixtures("checked_once")
+@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.integration)])
+def test_run_shows_progress_and_ends_with_what_was_reached(
+    lorica: Callable[..., str], tmp_path: Path, some_digits: list[str], apart: bool
+) -> None:
+    run = ["run", *SMALL, *some_digits]
+    output = in_a_process(COMMAND, *run, folder=tmp_path) if apart else lorica(*run)
     for number in range(4):
         assert re.search(rf"round +{number} +accuracy +\d+\.\d %", output)
     assert "ε 3.00" in output
@@ -67,7 +74,7 @@ def test_run_shows_progress_and_ends_with_what_was_reached(lorica: Callable[...,
     assert "runs/digits-as-lora/adapter" in output
     assert "runs/digits-as-lora/report.html" in output
     assert (tmp_path / "runs/digits-as-lora/report.html").is_file()
-    again = lorica("run", *SMALL)
+    again = lorica(*run)
     assert "already finished" in again
     assert "name=digits-as-lora-2" in again
     (tmp_path / "runs/digits-as-lora/report.html").unlink()
@@ -79,13 +86,18 @@ def test_an_error_may_quote_what_looks_like_markup(lorica: Callable[..., str]) -
     assert "'[/bold] [query].yaml': no such file" in lorica("run", "[/bold] [query].yaml", code=2)
 
 
-def test_compare_is_resumable_and_writes_its_plots(lorica: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("checked_once", "without_report")
+def test_compare_is_resumable_and_writes_its_plots(
+    lorica: Callable[..., str], tmp_path: Path, some_digits: list[str]
+) -> None:
     sweep = [
         "compare",
         *SMALL,
-        "federation.rounds=2",
+        *some_digits,
+        *CHOSEN_NOISE,
+        "federation.rounds=1",
         "--methods",
-        "ro-lora,as-lora:score=energy+server.denoise=kalman",
+        "ro-lora,as-lora:score=energy+gauge=none+server.denoise=kalman",
         "--seeds",
         "0,1",
     ]
@@ -95,7 +107,7 @@ def test_compare_is_resumable_and_writes_its_plots(lorica: Callable[..., str], t
     configs = {path.parent.name: load(path) for path in (tmp_path / "runs").glob("*/*/config.yaml")}
     assert {name: config.server.denoise for name, config in configs.items() if "seed0" in name} == {
         "ro-lora-seed0": "none",
-        "as-lora-score-energy-server.denoise-kalman-seed0": "kalman",
+        "as-lora-score-energy-gauge-none-server.denoise-kalman-seed0": "kalman",
     }
     folder = tmp_path / "runs/digits-as-lora-comparison"
     for name in ("comparison.html", "comparison.png", "final.png", "comparison.json", "comparison.md"):
@@ -227,8 +239,10 @@ def test_a_ctrl_c_that_python_drops_still_ends_the_run() -> None:
     assert signal.signal(signal.SIGINT, inherited) is signal.default_int_handler
 
 
-def test_ctrl_c_keeps_finished_rounds(tmp_path: Path) -> None:
-    arguments = [COMMAND, "run", *SMALL, "federation.rounds=500", "federation.evaluate_every=100"]
+@pytest.mark.integration
+def test_ctrl_c_keeps_finished_rounds(tmp_path: Path, some_digits: list[str]) -> None:
+    long = ["federation.rounds=500", "federation.evaluate_every=100"]
+    arguments = [COMMAND, "run", *SMALL, *some_digits, *CHOSEN_NOISE, *long]
     process = subprocess.Popen(
         arguments,
         cwd=tmp_path,

@@ -32,7 +32,6 @@ privacy: {unit: record, epsilon: 3.0, delta: 1.0e-5, clip_norm: 2.0, noise: secu
 """
     config = load(yaml.safe_load(text))
     assert config.method.options == {"score": "energy"}
-    assert config.privacy != "none"
     assert config.privacy.noise == "secure"
 
 
@@ -42,10 +41,62 @@ def test_the_resolved_file_reads_back_as_the_same_experiment(tmp_path: Path) -> 
     assert load(tmp_path / "c.yaml") == config
 
 
+@pytest.mark.parametrize(
+    ("section", "overrides", "noise", "clip_norm"),
+    [
+        ("none", [], "none", 2.0),
+        ({"noise": "none", "clip_norm": 1.0}, [], "none", 1.0),
+        ({"noise": "none", "clip_norm": None}, [], "none", None),
+        # A file's ε stays without meaning, also one that a run with noise could not have.
+        ({"noise": "none", "epsilon": 3.0, "noise_multiplier": 1.0}, [], "none", 2.0),
+        ({"epsilon": 3.0, "clip_norm": 0.5}, ["privacy=none"], "none", 0.5),
+        ({"epsilon": 3.0, "clip_norm": 0.5}, ["privacy.clip_norm=null", "privacy=none"], "none", None),
+        ({"epsilon": 3.0, "clip_norm": 0.5}, ["privacy.noise=none", "privacy.clip_norm=null"], "none", None),
+        ({"epsilon": 3.0, "noise_against": "sums"}, ["privacy=none"], "none", 2.0),
+        ({"epsilon": 3.0}, ["privacy={noise: none, clip_norm: 4}"], "none", 4.0),
+        ("none", ["privacy.clip_norm=1"], "none", 1.0),
+        # Whoever says on the command line that there is no noise means it.
+        ("none", ["privacy.epsilon=1", "privacy=none"], "none", 2.0),
+        ("none", ["privacy.noise=secure", "privacy.epsilon=8"], "secure", 2.0),
+    ],
+)
+def test_privacy_can_be_switched_off_with_any_clip(
+    section: Any, overrides: list[str], noise: str, clip_norm: float | None
+) -> None:
+    content = MINIMAL | {"privacy": section}
+    privacy = load(content, overrides).privacy
+    assert (privacy.noise, privacy.clip_norm, privacy.private) == (noise, clip_norm, noise != "none")
+    assert privacy.epsilon == (8.0 if privacy.private else None)
+    assert privacy.noise_against == "replies"
+    assert content["privacy"] == section
+    assert load(load(content, overrides).model_dump()).privacy == privacy
+
+
+@pytest.mark.parametrize(
+    ("section", "override", "message"),
+    [
+        ({}, "privacy.clip_norm=null", r"^privacy\.clip_norm = None: the noise is calibrated .* privacy\.noise=none"),
+        (
+            "none",
+            "privacy.epsilon=3",
+            r"^privacy\.epsilon = '3': the experiment .* Add privacy\.noise=secure",
+        ),
+        (
+            {"noise": "none"},
+            "privacy.noise_multiplier=1",
+            r"^privacy\.noise_multiplier = '1': the experiment has",
+        ),
+        ("none", "privacy.clip_norm=0", r"^privacy\.clip_norm = 0: .*greater than or equal"),
+    ],
+)
+def test_a_clip_or_an_epsilon_that_contradicts_the_noise_is_refused(section: Any, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(MINIMAL | {"privacy": section}, [override])
+
+
 def test_overrides_reach_any_depth_and_leave_the_source_alone() -> None:
     content = yaml.safe_load(yaml.safe_dump(MINIMAL))
     config = load(content, ["privacy.epsilon=1", "lora.target_modules=[q, v]", "optimizer.lr_a=null", "task.text=s"])
-    assert config.privacy != "none"
     assert config.privacy.epsilon == 1.0
     assert config.lora.target_modules == ["q", "v"]
     assert config.task.text == ["s"]
@@ -116,5 +167,4 @@ def test_every_setting_is_documented() -> None:
     config = load()
     assert isinstance(config, ExperimentConfig)
     assert config.model.base == "lorica:glyph-vit"
-    assert config.privacy != "none"
     assert config.privacy.epsilon == 3.0

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +31,11 @@ from lorica.owner.setup import ledger_path
 from lorica.privacy.accounting import Steps, epsilon
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import plan_run
+from lorica.reporting.html import write_report
 from lorica.run.result import Result
 from lorica.tasks import digits
 from lorica.tasks.classification import Classification
-from tests.killed import kill_run
+from tests.killed import kill_run, start_command
 
 Load = Callable[..., lorica.Experiment]
 SMALL = [
@@ -39,10 +43,12 @@ SMALL = [
     "federation.partition=iid",
     "federation.rounds=4",
     "federation.local_steps=1",
+    "federation.batch_size=16",
     "privacy.epsilon=null",
     "privacy.noise_multiplier=1.5",
     "privacy.noise=reproducible",
 ]
+pytestmark = pytest.mark.usefixtures("checked_once")
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +87,7 @@ def test_a_run_writes_everything(finished: Result) -> None:
     names = {path.name for path in finished.folder.iterdir()}
     wanted = {"config.yaml", "environment.json", "metrics.jsonl", "decisions.jsonl", "privacy.json", "checkpoint"}
     assert wanted | {"adapter", "partition.json"} <= names
-    assert {"report.html", "accuracy.png", "factors.png", "partition.png"} <= names
+    assert {"report.html", "accuracy.png", "factors.png", "choices.png", "partition.png"} <= names
     rounds = [json.loads(line) for line in (finished.folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rounds] == list(range(5))
     assert all(0 <= row["accuracy"] <= 1 for row in rounds)
@@ -102,7 +108,7 @@ def test_the_statement_is_what_the_ledger_says(finished: Result) -> None:
         assert row["steps"] == sum(release.steps for release in releases) == 4
         steps = Steps(row["sampling_rate"], row["noise_multiplier"], row["steps"])
         assert row["epsilon"] == pytest.approx(epsilon([steps], row["delta"]))
-        assert row["sampling_rate"] == 64 / row["records"]
+        assert row["sampling_rate"] == 16 / row["records"]
         assert row["epsilon"] <= row["epsilon_rdp"]
     assert finished.privacy["private_release"] is False
     assert "seed" in finished.privacy["not_covered"][0]
@@ -114,13 +120,19 @@ def _releases(result: Result) -> list[Any]:
 
 
 def test_bytes_are_those_of_the_tensors_that_travelled(finished: Result) -> None:
-    """4 layers × 2 sites of 96 × 96 at rank 4, one factor each, and the head: 10 × 96 + 10; fp32."""
-    factors, head = 8 * 96 * 4, 96 * 10 + 10
+    """4 layers × 2 sites of 96 × 96 at rank 4, one factor each, and the head: 10 × 96 + 10; fp32.
+
+    Down, a site that trains another factor than before has a new basis, so both of its factors travel.
+    """
+    factor, head = 96 * 4, 96 * 10 + 10
     for row in finished.metrics[1:]:
-        assert set(row["bytes_up"].values()) == {4 * (factors + head)}
-    assert set(finished.metrics[1]["bytes_down"].values()) == {4 * (2 * factors + head)}
-    for row in finished.metrics[2:]:
-        assert set(row["bytes_down"].values()) == {4 * (factors + head)}
+        assert set(row["bytes_up"].values()) == {4 * (8 * factor + head)}
+    assert set(finished.metrics[1]["bytes_down"].values()) == {4 * (16 * factor + head)}
+    decisions = (finished.folder / "decisions.jsonl").read_text().splitlines()
+    trained = [json.loads(line)["factors"] for line in decisions]
+    for row, before, now in zip(finished.metrics[2:], trained, trained[1:], strict=False):
+        turned = sum(before[site] != now[site] for site in now)
+        assert set(row["bytes_down"].values()) == {4 * ((8 + turned) * factor + head)}
 
 
 def test_the_adapter_loads_with_peft_and_gives_the_same_logits(finished: Result) -> None:
@@ -148,27 +160,43 @@ def test_running_again_reads_the_finished_run(finished: Result) -> None:
 
 @no_report
 @pytest.mark.parametrize(
-    ("call", "moment", "where"),
+    "moments",
     [
-        (4, "before", "charge"),
-        (4, "after", "attach"),
-        pytest.param(3, "after", "charge", marks=pytest.mark.integration),
-        pytest.param(2, "before", "checkpoint", marks=pytest.mark.integration),
+        # Of the charge. One test, since they share the process that the killed ones are forked from.
+        [(4, "before", "charge"), (4, "after", "attach")],
+        pytest.param([(3, "after", "charge"), (2, "before", "checkpoint")], marks=pytest.mark.integration),
     ],
 )
 def test_kill_9_in_a_round_then_resume_equals_an_uninterrupted_run(
-    tmp_path: Path, small: list[str], finished: Result, call: int, moment: str, where: str
+    tmp_path: Path, small: list[str], finished: Result, moments: list[tuple[int, str, str]]
 ) -> None:
-    overrides = [*small, *placed(tmp_path)]
-    kill_run(overrides, call, moment, where)
-    resumed = lorica.Experiment.load(overrides=overrides).run()
     whole = adapter_of(finished)
-    for name, value in adapter_of(resumed).items():
-        assert torch.equal(value, whole[name]), name
-    assert [row["accuracy"] for row in resumed.metrics] == [row["accuracy"] for row in finished.metrics]
-    for mine, theirs in zip(resumed.privacy["clients"], finished.privacy["clients"], strict=True):
-        # Never smaller; and, since stored replies answer repeated requests, not larger either.
-        assert mine["steps"] == theirs["steps"]
+    for call, moment, where in moments:
+        overrides = [*small, *placed(tmp_path / f"{moment}-{where}")]
+        kill_run(overrides, call, moment, where)
+        resumed = lorica.Experiment.load(overrides=overrides).run()
+        for name, value in adapter_of(resumed).items():
+            assert torch.equal(value, whole[name]), name
+        assert [row["accuracy"] for row in resumed.metrics] == [row["accuracy"] for row in finished.metrics]
+        for mine, theirs in zip(resumed.privacy["clients"], finished.privacy["clients"], strict=True):
+            # Never smaller; and, since stored replies answer repeated requests, not larger either.
+            assert mine["steps"] == theirs["steps"]
+
+
+def test_ctrl_c_ends_the_command_after_a_round(tmp_path: Path, small: list[str]) -> None:
+    """Here, since it is forked from the process that the killed runs are forked from."""
+    process = start_command(["run", *small, "federation.rounds=500", "federation.evaluate_every=100"], tmp_path)
+    checkpoints = tmp_path / "runs/digits-as-lora/checkpoint"
+    for _ in range(600):
+        if list(checkpoints.glob("round-*")):
+            break
+        time.sleep(0.1)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    assert process.exitcode == 130
+    assert "the same command resumes the run" in (tmp_path / "output").read_text()
+    assert list(checkpoints.glob("round-*"))
 
 
 @no_report
@@ -200,13 +228,29 @@ def test_methods_with_more_state_resume_from_kill_9_too(
 SHAPES = ("as-lora", "flora", "fed-sb", "fedsa-lora", "fedex-lora")
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=[] if name in SHAPES else pytest.mark.slow) for name in sorted(registry())]
-)
-def test_every_method_exports_what_it_was_evaluated_with(tmp_path: Path, experiment: Load, method: str) -> None:
+def often(*names: str) -> list[Any]:
+    """All methods; those not named are slow."""
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in sorted(registry())]
+
+
+@pytest.fixture(scope="session")
+def run_of(tmp_path_factory: pytest.TempPathFactory, experiment: Load) -> Callable[[str], Result]:
+    """Method -> its run of two rounds of two steps, without a report."""
+
+    @cache
+    def run(method: str) -> Result:
+        steps = ["federation.local_steps=2", "federation.rounds=2"]
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("lorica.run.rounds.write_report", lambda folder: None)
+            return experiment(tmp_path_factory.mktemp(method), f"method.name={method}", *steps).run()
+
+    return run
+
+
+@pytest.mark.parametrize("method", often(*SHAPES))
+def test_every_method_exports_what_it_was_evaluated_with(run_of: Callable[[str], Result], method: str) -> None:
     """The PEFT folder (of each client, where models are personal) gives the last round's metrics on the test set."""
-    steps = ["federation.local_steps=2", "federation.rounds=2"]
-    result = experiment(tmp_path, f"method.name={method}", *steps).run()
+    result = run_of(method)
     records = prepare_local(lorica.Experiment.load(result.folder / "config.yaml").config)[0].task.test
     folders = sorted(path.parent for path in result.adapter.rglob("adapter_config.json"))
     assert len(folders) == (2 if registry()[method].personal else 1)
@@ -222,7 +266,12 @@ def test_every_method_exports_what_it_was_evaluated_with(tmp_path: Path, experim
         assert len(set(result.metrics[-1]["client_scores"].values())) > 1
         with pytest.raises(UserError, match="it contains one adapter per client"):
             lorica.load_adapter(result.adapter)
-    page = (result.folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("method", often("fedsa-lora"))
+def test_every_method_has_a_report(run_of: Callable[[str], Result], method: str) -> None:
+    write_report(run_of(method).folder)
+    page = (run_of(method).folder / "report.html").read_text(encoding="utf-8")
     assert method in page
 
 
@@ -339,12 +388,13 @@ def test_a_folder_of_another_experiment_is_left_alone(finished: Result) -> None:
 
 @no_report
 def test_the_lifetime_limit_stops_a_run_before_it_starts(tmp_path: Path, experiment: Load) -> None:
-    spent = experiment(tmp_path, "privacy.noise=secure").run().epsilon
+    secure = ["privacy.noise=secure", "federation.rounds=2"]
+    spent = experiment(tmp_path, *secure).run().epsilon
     limit = f"privacy.max_lifetime_epsilon={spent * 1.2}"
     with pytest.raises(UserError, match=r"privacy\.max_lifetime_epsilon"):
-        experiment(tmp_path, "privacy.noise=secure", "name=second", limit).run()
+        experiment(tmp_path, *secure, "name=second", limit).run()
     assert not (tmp_path / "second").exists() or not (tmp_path / "second" / "metrics.jsonl").exists()
-    second = experiment(tmp_path, "privacy.noise=secure", "name=third").run()
+    second = experiment(tmp_path, *secure, "name=third").run()
     life = max(row["lifetime_epsilon"] for row in second.privacy["clients"])
     assert life > spent * 1.2
 
@@ -357,6 +407,33 @@ def test_without_privacy_a_run_says_so(tmp_path: Path, some_digits: list[str]) -
     assert result.privacy["private_release"] is False
     assert "without differential privacy" in result.privacy["not_covered"][0]
     assert "epsilon" not in result.metrics[-1]
+    # The clip norm of the embedded default stays.
+    assert {client["clip_norm"] for client in result.privacy["clients"]} == {1.0}
+    assert not {"epsilon", "delta", "noise_multiplier"} & result.privacy["clients"][0].keys()
+    assert "clipping" in result.privacy
+    assert "Gradients were clipped to norm 1." in (result.adapter / "README.md").read_text()
+    # A folder of a version in which `none` also removed the clip.
+    config = yaml.safe_load((result.folder / "config.yaml").read_text())
+    (result.folder / "config.yaml").write_text(yaml.safe_dump(config | {"privacy": "none"}))
+    with pytest.raises(UserError, match="contains another experiment, which differs in: privacy"):
+        lorica.Experiment.load(overrides=[*overrides, *some_digits, f"output={tmp_path}"]).run()
+
+
+@no_report
+def test_without_noise_the_clip_keeps_a_run_from_diverging(tmp_path: Path, some_digits: list[str]) -> None:
+    """Without a clip, the accuracy after two rounds is about that of guessing."""
+    overrides = ["privacy=none", "federation.weights=records", "federation.rounds=2", "federation.clients=2"]
+    overrides += ["federation.partition=iid", "federation.evaluate_every=2", *some_digits, f"output={tmp_path}"]
+    result = lorica.Experiment.load(overrides=overrides).run()
+    assert result.score > result.starting_score > 0.5
+
+
+@no_report
+@pytest.mark.slow
+def test_the_whole_embedded_default_learns_without_noise(tmp_path: Path) -> None:
+    overrides = ["privacy=none", "federation.weights=records", "federation.evaluate_every=20", f"output={tmp_path}"]
+    result = lorica.Experiment.load(overrides=overrides).run()
+    assert result.score > result.starting_score + 0.1
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,12 @@ def test_appending_to_a_full_disk_is_a_clear_error() -> None:
         append_line(Path("/dev/full"), "line")
 
 
+@pytest.mark.usefixtures("checked_once")
 def test_a_run_out_of_disk_ends_with_one_line_and_resumes(tmp_path: Path, some_digits: list[str]) -> None:
     """A limit on file size stands in for the disk: the ledger reaches it first."""
     command = ["run", f"output={tmp_path}", f"privacy.ledger={tmp_path}/ledger", *some_digits, "federation.rounds=3"]
     command += ["federation.clients=2", "federation.partition=iid", "federation.local_steps=1", "name=full"]
+    command += ["federation.batch_size=16", "privacy.epsilon=null", "privacy.noise_multiplier=1.0"]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, before[1]))
     try:

@@ -327,12 +327,17 @@ class _Rounds:
         )
         for line in test_set_lines(prepared.task):
             console.print(escape(line), highlight=False)
-        if config.privacy == "none":
-            console.print("[bold red]No differential privacy.[/bold red]")
+        if prepared.start is not None:
+            name, sha256 = escape(prepared.start["name"]), prepared.start["sha256"]
+            console.print(f"Starts from the adapter {name} (SHA-256 {sha256[:16]}…).")
+        if not config.privacy.private:
+            clip = config.privacy.clip_norm
+            clipping = "Gradients are not clipped." if clip is None else f"Gradients are clipped to norm C = {clip:g}."
+            console.print(f"[bold red]No differential privacy.[/bold red] {clipping}")
         else:
             level = PrivacyUnit.of(config.privacy).level
             console.print(
-                f"{level} DP: C = {config.privacy.clip_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
+                f"{level} DP: C = {config.privacy.largest_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
                 f"δ = {config.privacy.delta:g}, ledger {federation.engine.ledger}"
             )
             some = next(iter(federation.plans.values()))

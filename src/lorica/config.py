@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -61,7 +62,7 @@ class ModelConfig(Strict):
 
 
 class LoraSection(Strict):
-    """Passed to `peft.LoraConfig` under the same names; only `client_ranks` is Lorica's own."""
+    """Passed to `peft.LoraConfig` under the same names; only `client_ranks` and `start` are Lorica's own."""
 
     r: int = Field(8, ge=1, le=4096)
     """Rank of the factors."""
@@ -83,6 +84,11 @@ class LoraSection(Strict):
     """Ranks that differ between clients: a list with one rank per client, `halving` (r, r/2, r/4, … in turn) or
     `random` (uniform on 1 to r, from the public seed). A client holds the leading ranks of the global factors; all
     clients use the `γ` of rank `r`. Methods that need one rank refuse this key."""
+    start: str | None = None
+    """Folder of a **public** PEFT adapter to continue from: trained on public data, or released before. It must adapt
+    the same linear maps of the same base model with the same scale `γ` and, unless the method merges into the frozen
+    weights, the same rank. Its head is taken if it has the same labels and shape. See "Continue from an adapter" in
+    tasks.md."""
 
 
 class TaskConfig(Strict):
@@ -292,6 +298,9 @@ class OptimizerConfig(Strict):
     """Learning rate of the factors A, if different from `lr`."""
     lr_b: float | None = Field(None, gt=0, le=1e6)
     """Learning rate of the factors B, if different from `lr`. The head always uses `lr`."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rates over the rounds: `constant`, or falling from their full values in the first round towards zero
+    after the last one, along a line or half a cosine. Late, small steps average out the noise of early ones."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Momentum of SGD."""
     weight_decay: float = Field(0.0, ge=0, le=1e6)
@@ -373,11 +382,13 @@ class PrivacyConfig(Strict):
     accountant."""
     delta: float = Field(1e-5, ge=1e-12, lt=0.5)
     """It must be below 1/records; with `noise: reproducible`, a warning says when it is not."""
-    clip_norm: float = Field(2.0, ge=1e-6, le=1e9)
-    """`C`: maximum norm of one record's gradient over all tensors trained in a step."""
-    noise: Literal["secure", "reproducible"] = "secure"
+    noise: Literal["secure", "reproducible", "none"] = "secure"
     """`secure`: noise from the operating system's entropy. `reproducible`: noise from the seed, for research; such a
-    run is not a private release, and every report says so."""
+    run is not a private release, and every report says so. `none`: no differential privacy; `epsilon`,
+    `noise_multiplier`, `delta`, `noise_against` and `colluding` are ignored."""
+    clip_norm: float | None = Field(2.0, ge=1e-6, le=1e9)
+    """`C`: maximum norm of one record's gradient over all tensors trained in a step. It holds without noise too, so
+    that a comparison with and without noise compares nothing else; `null` switches it off, only with `noise: none`."""
     noise_against: Literal["replies", "sums"] = "replies"
     """What the noise protects a record in. `replies`: an owner's own noise suffices, whoever sees its replies. `sums`:
     the owners of a secure sum share the noise, so each adds less; the guarantee then holds against a server that sees
@@ -391,6 +402,33 @@ class PrivacyConfig(Strict):
     """The owner's limit for each record over all runs, in whichever file the record comes, with what other runs have
     reserved. A run that would exceed it is refused before it starts."""
 
+    @property
+    def private(self) -> bool:
+        """Whether clients add noise."""
+        return self.noise != "none"
+
+    @property
+    def largest_norm(self) -> float:
+        """`clip_norm`; infinite if nothing is clipped."""
+        return math.inf if self.clip_norm is None else self.clip_norm
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_noise_no_epsilon(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or content.get("noise") != "none":
+            return content
+        ignored = ("epsilon", "noise_multiplier", "delta", "noise_against", "colluding")
+        return {key: value for key, value in content.items() if key not in ignored} | {"epsilon": None}
+
+    @field_validator("clip_norm")
+    @classmethod
+    def _noise_needs_a_clip(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None and info.data.get("noise") != "none":
+            raise _mistake(
+                "the noise is calibrated to the clip norm", "set privacy.clip_norm=2.0, or privacy.noise=none"
+            )
+        return value
+
     @model_validator(mode="after")
     def _a_group_has_a_column(self) -> PrivacyConfig:
         if (self.unit == "group") != (self.group is not None):
@@ -399,7 +437,7 @@ class PrivacyConfig(Strict):
 
     @model_validator(mode="after")
     def _one_target(self) -> PrivacyConfig:
-        if (self.epsilon is None) == (self.noise_multiplier is None):
+        if self.private and (self.epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("set either epsilon or noise_multiplier, and set the other to null")
         return self
 
@@ -435,9 +473,15 @@ class ExperimentConfig(Strict):
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
     method: MethodConfig = MethodConfig()
-    privacy: PrivacyConfig | Literal["none"] = PrivacyConfig()
-    """A section, or `none` for a run without differential privacy."""
+    privacy: PrivacyConfig = PrivacyConfig()
+    """`privacy: none` is short for `privacy: {noise: none}`, a run without differential privacy that still clips. On
+    the command line, `privacy=none` keeps the file's `clip_norm`."""
     flower: FlowerConfig = FlowerConfig()
+
+    @field_validator("privacy", mode="before")
+    @classmethod
+    def _none_is_short(cls, value: Any) -> Any:
+        return {"noise": "none"} if value == "none" else value
 
     @property
     def folder(self) -> Path:
@@ -463,9 +507,13 @@ def load(source: str | Path | dict[str, Any] | None = None, overrides: list[str]
     ('ffa-lora', 3)
     """
     content = dict(source) if isinstance(source, dict) else read_yaml_file(Path(source or DEFAULT_CONFIG), "config")
+    if content.get("privacy") == "none":
+        content["privacy"] = {"noise": "none"}
     for override in overrides or []:
         _apply_override(content, override)
-    return validate(ExperimentConfig, content)
+    config = validate(ExperimentConfig, content)
+    _refuse_epsilon_without_noise(config, overrides or [])
+    return config
 
 
 def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> Model:
@@ -518,11 +566,24 @@ def _nearest_key(model: type[BaseModel], path: list[str]) -> str:
     return f"did you mean {nearest[0]!r}?" if nearest else f"choose one of: {', '.join(known)}"
 
 
+def _refuse_epsilon_without_noise(config: ExperimentConfig, overrides: list[str]) -> None:
+    """Where the file says that there is no noise, an override that only asks for an ε would have no effect."""
+    given = dict(override.split("=", 1) for override in overrides)
+    if config.privacy.private or given.keys() & {"privacy", "privacy.noise"}:
+        return
+    for key in ("privacy.epsilon", "privacy.noise_multiplier"):
+        if given.get(key, "null") != "null":
+            problem = "the experiment has no noise (privacy.noise: none)"
+            raise UserError(key, given[key], problem, "add privacy.noise=secure")
+
+
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError("override", override, "not of the form section.key=value", "write it as privacy.epsilon=3")
     value = read_yaml(text, key, text, "put the value in quotes")
+    if (key, value) == ("privacy", "none"):
+        key = "privacy.noise"
     section = content
     *parents, last = key.split(".")
     for parent in parents:

@@ -26,6 +26,7 @@ from lorica.privacy.gradients import per_example_gradients
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import plan_client
 from lorica.server.federation import Federation
+from lorica.testing.federation import UNCLIPPED
 from lorica.testing.models import LABELS
 from lorica.testing.records import TinyRecords
 from tests.models import FAMILIES, IMAGES, VISION, batch, one_at_a_time
@@ -48,7 +49,8 @@ def loaded(folder: Path, family: str, **settings: Any) -> AdaptedModel:
 
 def federation(model: AdaptedModel, family: str, folder: Path, privacy: Any, clients: int, steps: int) -> Federation:
     state = AdapterState(model.sites, model.read())
-    method = make_method(MethodConfig(name="as-lora"), model.sites)
+    # A gauge would change the factors that rest, too.
+    method = make_method(MethodConfig(name="as-lora", gauge="none"), model.sites)
     method.start(state, 0)
     plans = {number: plan_client(number, RECORDS, RECORDS, steps, privacy) for number in range(clients)}
     ledger = Ledger(folder / "ledger.sqlite")
@@ -67,7 +69,7 @@ def federation(model: AdaptedModel, family: str, folder: Path, privacy: Any, cli
         terms={number: plan.terms for number, plan in plans.items()},
         optimizer=optimizer,
         local_steps=steps,
-        rates=rates,
+        full_rates=rates,
         seed=0,
     )
     return Federation("run", method, server, LocalEngine(model, members), plans, [list(range(clients))], "uniform")
@@ -75,7 +77,7 @@ def federation(model: AdaptedModel, family: str, folder: Path, privacy: Any, cli
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_private_round(tmp_path: Path, family: str) -> None:
-    privacy = PrivacyConfig(epsilon=3.0, delta=1e-3, clip_norm=1.0, noise="reproducible")
+    privacy = PrivacyConfig(epsilon=None, noise_multiplier=1.0, delta=1e-3, clip_norm=1.0, noise="reproducible")
     model = loaded(tmp_path / "base", family)
     some = federation(model, family, tmp_path, privacy, 2, STEPS)
     before = dict(some.server.model.tensors)
@@ -94,7 +96,7 @@ def test_a_private_round(tmp_path: Path, family: str) -> None:
 def test_a_step_without_noise_is_gradient_descent(tmp_path: Path, family: str) -> None:
     """In training mode and in micro-batches of several lengths: `-η` times the mean of one-at-a-time gradients."""
     model = loaded(tmp_path / "base", family)
-    some = federation(model, family, tmp_path, "none", 1, 1)
+    some = federation(model, family, tmp_path, UNCLIPPED, 1, 1)
     before = dict(some.server.model.tensors)
     model.write(before)
     gradients = one_at_a_time(model, batch(family, RECORDS))
@@ -103,6 +105,27 @@ def test_a_step_without_noise_is_gradient_descent(tmp_path: Path, family: str) -
         if not torch.equal(value, before[name]):
             assert gradients[name].abs().max() > 0
             torch.testing.assert_close(value - before[name], -0.5 * gradients[name].mean(0), rtol=1e-3, atol=1e-6)
+
+
+def test_a_clip_without_noise_cuts_each_gradient_of_one_record(tmp_path: Path) -> None:
+    """`-η` times the mean of one-at-a-time gradients, each cut to norm C over all tensors that the step trains."""
+    model = loaded(tmp_path / "base", "bert")
+    one = federation(model, "bert", tmp_path / "a", UNCLIPPED, 1, 1)
+    before = dict(one.server.model.tensors)
+    one.round()
+    moved = [name for name, value in one.server.model.tensors.items() if not torch.equal(value, before[name])]
+    model.write(before)
+    gradients = one_at_a_time(model, batch("bert", RECORDS))
+    norms = torch.stack([gradients[name].double().flatten(1).square().sum(1) for name in moved]).sum(0).sqrt()
+    clip_norm = float(norms.sort().values[RECORDS // 2])
+    factors = (clip_norm / norms).clamp(max=1)
+    assert 1 < (factors < 0.999).sum() < RECORDS
+    some = federation(model, "bert", tmp_path / "b", PrivacyConfig(noise="none", clip_norm=clip_norm), 1, 1)
+    some.round()
+    for name in moved:
+        mean = torch.tensordot(factors, gradients[name].double(), 1) / RECORDS
+        change = some.server.model.tensors[name] - before[name]
+        torch.testing.assert_close(change.double(), -0.5 * mean, rtol=1e-3, atol=1e-6)
 
 
 def test_projecting_copied_positions_is_copying_projected_ones() -> None:

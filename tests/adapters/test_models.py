@@ -37,16 +37,15 @@ def checkpoint(folder: Path, family: str, without_head: bool = False) -> str:
     return str(folder)
 
 
-# Five shapes of head and attention in all combinations, the others in those that differ most.
+# Five shapes of head and attention in all combinations, the others in those that differ most, by turns.
 SHAPES = ("bert", "roberta", "vit", "gpt2", "llama")
 POLICIES = (["train", "freeze"], [True, False], [0, 3, 20])
 PAIRS = pairwise(SHAPES, *POLICIES)
 REST = [row for row in itertools.product(SHAPES, *POLICIES) if row not in PAIRS]
 EXTREMES = [
-    (family, *which)
-    for family in FAMILIES
-    for which in (("train", True, 0), ("freeze", False, 20))
-    if family not in SHAPES
+    pytest.param(family, *which, marks=pytest.mark.slow if (index + turn) % 2 else [])
+    for index, family in enumerate(family for family in FAMILIES if family not in SHAPES)
+    for turn, which in enumerate([("train", True, 0), ("freeze", False, 20)])
 ]
 
 

@@ -22,7 +22,7 @@ from lorica.config import ExperimentConfig
 from lorica.engines.flower.server import serve
 from lorica.errors import UserError
 from lorica.owner.node import Node, agreed
-from lorica.run.result import read_result
+from lorica.run.result import Result, read_result
 from lorica.server.federation import TooFewReplies
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
@@ -34,6 +34,7 @@ from tests.engines.test_flower_engine import assert_same, charged, grid, local
 def fresh_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     agreed.cache_clear()
     monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
+    monkeypatch.setattr("lorica.engines.flower.engine.POLL_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ class SlowNode(InProcessGrid):
 
 def test_an_answer_that_comes_too_late_is_charged_though_it_does_not_count(organisations: Organisations) -> None:
     nodes = SlowNode([organisations.node_config(client) for client in range(2)])
-    changes = ["flower.timeout=1", "federation.min_clients=1", "federation.rounds=3"]
+    changes = ["flower.timeout=0.2", "federation.min_clients=1", "federation.rounds=3"]
     result = serve(organisations.experiment("flower", *changes), nodes)
     assert [row["participants"] for row in result.metrics[1:]] == [[1], [0, 1], [0, 1]]
     assert charged(organisations, 0) == [(1, 2), (2, 2), (3, 2)]
@@ -79,8 +80,10 @@ class FullDisk(InProcessGrid):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_nothing_leaves_when_the_ledgers_disk_is_full(organisations: Organisations) -> None:
-    here = local(organisations, "local")
+def test_nothing_leaves_when_the_ledgers_disk_is_full(
+    organisations: Organisations, in_one_process: Callable[..., Result]
+) -> None:
+    here = in_one_process("method.name=as-lora")
     config = organisations.experiment("flower")
     nodes = FullDisk([organisations.node_config(client) for client in range(2)], 4096)
     with pytest.raises(TooFewReplies, match="client 0: no reply"):
@@ -93,10 +96,10 @@ def test_nothing_leaves_when_the_ledgers_disk_is_full(organisations: Organisatio
 
 
 def test_what_was_charged_is_not_lost_when_the_nodes_folder_is_on_a_full_disk(
-    organisations: Organisations, monkeypatch: pytest.MonkeyPatch
+    organisations: Organisations, monkeypatch: pytest.MonkeyPatch, in_one_process: Callable[..., Result]
 ) -> None:
     """The ledger has the reply, and gives it once there is room."""
-    here = local(organisations, "local")
+    here = in_one_process("method.name=as-lora")
     config = organisations.experiment("flower")
 
     def full(node: Node) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
 
 METHODS = sorted(registry())
+SHORT = ["federation.rounds=1", "federation.local_steps=1"]
 
 
 @pytest.fixture(autouse=True)
@@ -91,10 +93,12 @@ RARELY: list[tuple[str, list[str]]] = [
 @pytest.mark.parametrize(
     ("name", "pieces"), [*OFTEN, *(pytest.param(*variant, marks=pytest.mark.slow) for variant in RARELY)]
 )
-def test_both_engines_give_the_same_adapter(name: str, pieces: list[str], tmp_path: Path) -> None:
+def test_both_engines_give_the_same_adapter(
+    name: str, pieces: list[str], tmp_path: Path, in_one_process: Callable[..., Result]
+) -> None:
     """Local: one process with all files. Flower: a node for each file, which alone knows it."""
     organisations = Organisations(tmp_path)
-    here = local(organisations, "local", f"method.name={name}", *pieces)
+    here = in_one_process(f"method.name={name}", *pieces)
     there = serve(organisations.experiment("flower", f"method.name={name}", *pieces), grid(organisations))
     if registry()[name].personal:
         for client in range(2):
@@ -152,9 +156,11 @@ class KilledServer(InProcessGrid):
         pytest.param("fedsa-lora", 1, marks=pytest.mark.slow),
     ],
 )
-def test_a_server_that_died_resumes_without_charging_twice(name: str, last: int, tmp_path: Path) -> None:
+def test_a_server_that_died_resumes_without_charging_twice(
+    name: str, last: int, tmp_path: Path, in_one_process: Callable[..., Result]
+) -> None:
     organisations = Organisations(tmp_path)
-    here = local(organisations, "local", f"method.name={name}")
+    here = in_one_process(f"method.name={name}")
     config = organisations.experiment("flower", f"method.name={name}")
     configs = [organisations.node_config(client) for client in range(2)]
     with pytest.raises(Killed):
@@ -182,9 +188,11 @@ class ColdNodes(InProcessGrid):
 @pytest.mark.parametrize(
     "name", ["fedask", *(pytest.param(name, marks=pytest.mark.slow) for name in ("as-lora", "flora"))]
 )
-def test_nodes_need_no_memory_between_messages(name: str, tmp_path: Path) -> None:
+def test_nodes_need_no_memory_between_messages(
+    name: str, tmp_path: Path, in_one_process: Callable[..., Result]
+) -> None:
     organisations = Organisations(tmp_path)
-    here = local(organisations, "local", f"method.name={name}")
+    here = in_one_process(f"method.name={name}")
     cold = ColdNodes([organisations.node_config(client) for client in range(2)])
     assert_same(here.adapter, serve(organisations.experiment("flower", f"method.name={name}"), cold).adapter)
 
@@ -238,7 +246,7 @@ def test_a_node_that_comes_late_takes_part_from_the_next_round(tmp_path: Path) -
 def test_an_invitation_lives_as_long_as_the_server_waits_for_it(tmp_path: Path, wait: int, timeout: int) -> None:
     organisations = Organisations(tmp_path)
     nodes = grid(organisations)
-    serve(organisations.experiment("flower", f"flower.wait={wait}", f"flower.timeout={timeout}"), nodes)
+    serve(organisations.experiment("flower", *SHORT, f"flower.wait={wait}", f"flower.timeout={timeout}"), nodes)
     lives = {(message.metadata.message_type, message.metadata.ttl) for message in nodes.sent}
     assert lives == {("query", max(wait, timeout)), ("train", timeout)}
 
@@ -259,7 +267,7 @@ class RestartedNode(InProcessGrid):
 def test_a_lost_invitation_is_sent_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     organisations = Organisations(tmp_path)
     nodes = RestartedNode([organisations.node_config(client) for client in range(2)])
-    serve(organisations.experiment("flower", "flower.wait=60"), nodes)
+    serve(organisations.experiment("flower", *SHORT, "flower.wait=60"), nodes)
     assert nodes.lost == 2
     assert caplog.text.count("node 1 did not answer: Flower reports error 3") == 1
 
@@ -289,7 +297,7 @@ def test_a_second_node_with_the_same_number_is_not_taken_in(tmp_path: Path, capl
     impostor = {key: str(tmp_path / "impostor" / name) for key, name in (("data", "data.jsonl"),)}
     configs = [organisations.node_config(0), organisations.node_config(0, **impostor), organisations.node_config(1)]
     nodes = InProcessGrid(configs)
-    serve(organisations.experiment("flower"), nodes)
+    serve(organisations.experiment("flower", *SHORT), nodes)
     assert "node 2 was rejected: client 0 is on another node" in caplog.text
     trained = {message.metadata.dst_node_id for message in nodes.sent if message.metadata.message_type == "train"}
     assert trained == {1, 3}
@@ -367,7 +375,7 @@ def test_what_is_sent_is_what_the_nodes_may_know(tmp_path: Path) -> None:
     """No path of the server is in any message, and the labels are."""
     organisations = Organisations(tmp_path)
     nodes = grid(organisations)
-    serve(organisations.experiment("flower"), nodes)
+    serve(organisations.experiment("flower", *SHORT), nodes)
     for message in nodes.sent:
         experiment = json.loads(json.loads(str(message.content["lorica"]["invitation"]))["experiment"])
         assert experiment["task"]["labels"] == ["bad", "good"]

@@ -65,7 +65,7 @@ def experiment(*overrides: str) -> ExperimentConfig:
         "task": {"type": "image-classification", "train": "owner", "test": "lorica:digits/test"},
         "federation": {"clients": 3, "rounds": 3, "local_steps": 2, "batch_size": 8, "min_clients": 1},
         "privacy": {"epsilon": None, "noise_multiplier": 1.0, "delta": 1e-3},
-        "flower": {"wait": 0.05, "timeout": 5},
+        "flower": {"wait": 0.001, "timeout": 5},
     }
     return load(content, list(overrides))
 
@@ -228,7 +228,7 @@ def test_more_records_than_registered_are_not_taken_in(limit: str, joins: bool, 
         else:
             with pytest.raises(UserError, match=r"federation\.min_clients"):
                 some.join("run")
-    assert ("client 1 has 24 records" in caplog.text) != joins
+    assert ("client 1 declares 24 records, but the limit is" in caplog.text) != joins
 
 
 @pytest.mark.parametrize("weights", ["records", "noise"])
@@ -377,7 +377,7 @@ class LyingNode(InProcessGrid):
 
 def lying(tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], *overrides: str) -> Any:
     organisations = Organisations(tmp_path)
-    config = organisations.experiment("flower", "federation.min_clients=1", "flower.wait=0.1", *overrides)
+    config = organisations.experiment("flower", "federation.min_clients=1", "flower.wait=0.001", *overrides)
     nodes = LyingNode([organisations.node_config(client) for client in range(2)], change)
     return serve(config, nodes)
 

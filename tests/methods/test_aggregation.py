@@ -44,7 +44,7 @@ class Play:
             terms={client: Terms(0.1, 10, 1.0, 1.0 if private else 0.0) for client in WEIGHTS},
             optimizer=OptimizerConfig(lr=0.1),
             local_steps=2,
-            rates=dict.fromkeys(state.tensors, 0.1),
+            full_rates=dict.fromkeys(state.tensors, 0.1),
             seed=5,
             ranks=ranks or {},
         )

@@ -15,8 +15,10 @@ from lorica.config import OptimizerConfig
 from lorica.errors import UserError
 from lorica.methods.as_lora import ASLoRA
 from lorica.methods.exchange import Replies, Train
+from lorica.methods.gauge import SCALE, fix_gauge
 from lorica.methods.server import Server
 from lorica.privacy.mechanism import Terms
+from lorica.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lorica.testing.federation import run_rounds, tiny_federation
 from tests.methods.engines import Wrapped
 
@@ -26,10 +28,15 @@ SITES = [
     for name in ("q", "v")
 ]
 CLIENTS = (0, 1, 2)
+TERMS = Terms(0.1, 10, 1.0, 1.0)
 
 
 def make(
-    rounds: int = 40, head: bool = True, optimizer: OptimizerConfig | None = None, **options: Any
+    rounds: int = 40,
+    head: bool = True,
+    optimizer: OptimizerConfig | None = None,
+    privacy: Terms = TERMS,
+    **options: Any,
 ) -> tuple[ASLoRA, Server]:
     draws = torch.Generator().manual_seed(0)
     tensors = {}
@@ -42,10 +49,10 @@ def make(
     server = Server(
         model=AdapterState(SITES, tensors),
         rounds=rounds,
-        terms={client: Terms(0.1, 10, 1.0, 1.0) for client in CLIENTS},
+        terms=dict.fromkeys(CLIENTS, privacy),
         optimizer=optimizer or OptimizerConfig(lr=0.5),
         local_steps=4,
-        rates=dict.fromkeys(tensors, 0.5),
+        full_rates=dict.fromkeys(tensors, 0.5),
         seed=7,
     )
     return method, server
@@ -132,7 +139,7 @@ def test_thompson_is_the_normal_probability_and_keeps_its_floor() -> None:
 
 def test_gain_is_the_trapezoid_score_and_its_average() -> None:
     """Hand computation over three activations of one block: Q alone, then (Q + X)/2, then the EMA."""
-    method, server = make(rounds=100, ema=0.8)
+    method, server = make(rounds=100, ema=0.8, gauge="none")
     block = method.blocks["model.layers.0", "B"]
     draws = torch.Generator().manual_seed(1)
     rounds = [
@@ -157,6 +164,92 @@ def test_gain_is_the_trapezoid_score_and_its_average() -> None:
         updates = {c: {name: -2.0 * value for name, value in gradients[c].items()} for c in CLIENTS}
         method._score(server, Replies(updates, weights, {}), choice)
         assert block.gain == pytest.approx(float(expected[index]), rel=1e-5)
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_with_a_gauge_gain_is_the_score_of_dense_gradients(factor: str) -> None:
+    """Two activations in different bases, from gradients with respect to the weight: `(Q + X)/2` of their projections.
+
+    `γ G P s` has the energies of the factors' gradients, so all of it is computed from `γ s G P`, without a factor.
+    """
+    method, server = make(rounds=100, gauge="orthonormal")
+    group = method.groups["model.layers.0"]
+    draws = torch.Generator().manual_seed(2)
+    choice = dict.fromkeys(method.groups, "")
+    choice["model.layers.0"] = factor
+    projected = []
+    for index in range(2):
+        for site in SITES:
+            server.model.assign(
+                {site.a: torch.randn(2, 6, generator=draws), site.b: torch.randn(5, 2, generator=draws)}
+            )
+        fix_gauge(method.options, server.model, dict.fromkeys([site.name for site in SITES], factor))
+        updates: dict[int, dict[str, torch.Tensor]] = {client: {} for client in CLIENTS}
+        flat = {client: [] for client in CLIENTS}
+        for site in group:
+            b, a = server.model.tensors[site.b], server.model.tensors[site.a]
+            rows = (a if factor == "B" else b.T).double()
+            projector = torch.linalg.pinv(rows) @ rows
+            for client in CLIENTS:
+                dense = torch.randn(5, 6, generator=draws)
+                name, gradient = (site.b, dense @ a.T) if factor == "B" else (site.a, b.T @ dense)
+                updates[client][name] = -2.0 * gradient
+                kept = dense.double() @ projector if factor == "B" else projector @ dense.double()
+                flat[client].append(SCALE * kept.flatten())
+        projected.append(torch.stack([torch.cat(flat[client]) for client in CLIENTS]))
+        server.round = 10 * index + 1
+        method._score(server, Replies(updates, dict.fromkeys(CLIENTS, 1 / 3), {}), choice)
+        if index == 0:
+            q = float(((projected[0].sum(0) ** 2).sum() - (projected[0] ** 2).sum()) / 6)
+            assert method.blocks["model.layers.0", factor].gain == pytest.approx(2 * q, abs=1e-5)
+    x = float(projected[0].mean(0) @ projected[1].mean(0))
+    assert method.blocks["model.layers.0", factor].gain == pytest.approx(q + x, abs=1e-5)
+
+
+@pytest.mark.parametrize("gauge", ["orthonormal", "none"])
+def test_a_checkpoint_holds_all_that_later_scores_depend_on(gauge: str, tmp_path: Path) -> None:
+    """Through files, after each factor's second activation; then both play the same rounds."""
+
+    def gradients(seed: int) -> Any:
+        draws = torch.Generator().manual_seed(seed)
+        return lambda name, client: torch.randn({"A": (2, 6), "B": (5, 2)}.get(name[-1], (3, 5)), generator=draws)
+
+    def state(method: ASLoRA) -> dict[str, list[Any]]:
+        return {f"{key}": [block.gain, block.variance, block.energy] for key, block in method.blocks.items()}
+
+    method, server = make(gauge=gauge)
+    play(method, server, gradients(0), 5)
+    model = server.model
+    save_checkpoint(tmp_path, Checkpoint(5, dict(model.tensors), {}, method.state_dict(), {}))
+    found = load_checkpoint(tmp_path)
+    assert found is not None
+    other, again = make(gauge=gauge)
+    again.round = found.round
+    again.model.assign(found.adapter)
+    other.load_state_dict(found.method)
+    assert state(other) == state(method)
+    assert play(method, server, gradients(1), 6) == play(other, again, gradients(1), 6)
+    assert state(other) == state(method)
+    assert all(torch.equal(value, again.model.tensors[name]) for name, value in model.tensors.items())
+
+
+def test_signal_to_noise_is_recorded_for_each_choice_under_known_noise() -> None:
+    method, server = make(select="thompson")
+    play(method, server, constant(1.0, 1.0), 4)
+    assert method.decisions()["signal_to_noise"] == {}
+    for group in method.groups:
+        a, b = method.blocks[group, "A"], method.blocks[group, "B"]
+        a.gain, b.gain, a.variance, b.variance = 1.0, 2.5, 0.09, 0.16
+    play(method, server, constant(1.0, 1.0), 1)
+    assert method.decisions()["signal_to_noise"] == pytest.approx(dict.fromkeys(method.groups, 3.0))
+    unknown = (
+        make(optimizer=OptimizerConfig(name="adamw", lr=0.5)),
+        make(privacy=Terms(0.1, 10, 1.0, 0.0)),
+    )
+    for method, server in unknown:
+        play(method, server, constant(1.0, 1.0), 6)
+        assert method.decisions()["probability_a"].keys() == method.groups.keys()
+        assert method.decisions()["signal_to_noise"] == {}
 
 
 def test_choices_depend_on_uploads_and_public_numbers_alone(tmp_path: Path) -> None:

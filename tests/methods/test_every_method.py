@@ -21,16 +21,17 @@ TRAIN_BOTH = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+# The checks of one method follow one another, so that one process makes its recording.
 @pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("name", METHODS)
 def test_what_check_method_checks(name: str, check: str, recordings: Recordings) -> None:
     CHECKS[check](recordings(name))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("participants", [2, CLIENTS])
+@pytest.mark.parametrize("name", METHODS)
 def test_it_holds_with_all_clients_and_with_half_of_them(
     name: str, check: str, participants: int, recordings: Recordings
 ) -> None:

@@ -21,7 +21,7 @@ from lorica.methods.server import Server
 from lorica.privacy.mechanism import Terms
 from lorica.server.federation import Federation
 from lorica.testing.checks import ROUNDS, Recording
-from lorica.testing.federation import dense, tiny_federation
+from lorica.testing.federation import UNCLIPPED, dense, tiny_federation
 from tests.methods.conftest import Recordings
 
 
@@ -56,7 +56,7 @@ def test_methods_that_train_a_or_draw_it_anew_do_leave_it(name: str, recordings:
 
 def test_fedsvd_is_ffa_with_an_orthonormal_a(tmp_path: Path) -> None:
     """From a common orthonormal A₀, without noise, SGD and any rotation of the basis give the same model."""
-    full = {"privacy": "none", "clients": 1, "batch_size": 20}
+    full = {"privacy": UNCLIPPED, "clients": 1, "batch_size": 20}
     ffa = tiny_federation("ffa-lora", tmp_path / "a", options={"orthonormal_a": True}, **full)
     svd = tiny_federation("fedsvd", tmp_path / "b", **full)
     svd.server.model.assign({site.a: ffa.server.model.tensors[site.a] for site in svd.server.model.sites})
@@ -71,8 +71,8 @@ def test_fedsvd_is_ffa_with_an_orthonormal_a(tmp_path: Path) -> None:
 
 def errors(recording: Recording, round_number: int) -> list[float]:
     """Relative aggregation error `‖Σ w_k B_k A_k - B̄ Ā‖` of each site in one round, from what travelled."""
-    before, after = recording.adapters[round_number - 1 : round_number + 1]
     (exchange,) = recording.exchanges[round_number - 1]
+    before, after = recording.engine.models[exchange], recording.adapters[round_number]
     replies = recording.engine.replies[exchange]
     records = {client: recording.federation.plans[client].records for client in replies}
     found = []
@@ -238,7 +238,7 @@ def test_ranks_that_differ_are_what_clients_hold_train_and_send(tmp_path: Path) 
 
 def test_a_smaller_rank_has_the_gradient_of_its_leading_ranks_alone(tmp_path: Path) -> None:
     """Without noise: the client's update is that of a model whose other ranks are zero."""
-    some = tiny_federation("flex-lora", tmp_path, privacy="none", batch_size=20, steps=1, clients=1, ranks={0: 1})
+    some = tiny_federation("flex-lora", tmp_path, privacy=UNCLIPPED, batch_size=20, steps=1, clients=1, ranks={0: 1})
     model: AdapterState = some.server.model
     draws = torch.Generator().manual_seed(0)
     model.assign({name: torch.randn(value.shape, generator=draws) for name, value in model.tensors.items()})
@@ -246,7 +246,7 @@ def test_a_smaller_rank_has_the_gradient_of_its_leading_ranks_alone(tmp_path: Pa
     for site in model.sites:
         cut[site.a][1:] = 0
         cut[site.b][:, 1:] = 0
-    other = tiny_federation("fed-avg", tmp_path / "b", privacy="none", batch_size=20, steps=1, clients=1)
+    other = tiny_federation("fed-avg", tmp_path / "b", privacy=UNCLIPPED, batch_size=20, steps=1, clients=1)
     other.server.model.assign(cut)
     some.round()
     other.round()
@@ -263,7 +263,7 @@ def scaffold_server(clients: int) -> Server:
         terms={number: Terms(0.1, 10, 1.0, 0.0) for number in range(clients)},
         optimizer=OptimizerConfig(lr=0.2),
         local_steps=3,
-        rates={"x": 0.2},
+        full_rates={"x": 0.2},
         seed=0,
     )
 
@@ -273,14 +273,14 @@ def test_scaffold_tracked_by_the_server_is_the_papers_algorithm() -> None:
     clients, rate, steps = 4, 0.2, 3
     draws = torch.Generator().manual_seed(0)
     targets = torch.randn(clients, 5, generator=draws)
-    server, piece = scaffold_server(clients), Scaffold(clients)
+    server, component = scaffold_server(clients), Scaffold(clients)
     theta, own, common = torch.zeros(5), torch.zeros(clients, 5), torch.zeros(5)
     found = torch.zeros(5)
     for participants in ([0, 1, 2, 3], [1, 3], [0, 2], [0, 1, 2, 3]):
         changes, moves, updates = [], [], {}
         for k in participants:
             local, tracked = theta.clone(), found.clone()
-            correction = piece.corrections(k, ["x"]).get("x", torch.zeros(5))
+            correction = component.corrections(k, ["x"]).get("x", torch.zeros(5))
             for _ in range(steps):
                 local = local - rate * ((local - targets[k]) - own[k] + common)
                 tracked = tracked - rate * ((tracked - targets[k]) + correction)
@@ -292,10 +292,10 @@ def test_scaffold_tracked_by_the_server_is_the_papers_algorithm() -> None:
         theta = theta + torch.stack(moves).mean(0)
         common = common + len(participants) / clients * torch.stack(changes).mean(0)
         replies = Replies(updates, dict.fromkeys(participants, 1 / len(participants)))
-        piece.learn(replies.updates, replies.weights, server.rates, server.local_steps)
+        component.learn(replies.updates, replies.weights, server.rates, server.local_steps)
         found = found + replies.mean["x"]
         torch.testing.assert_close(found, theta)
-        torch.testing.assert_close(piece.tensors["all:x"], common)
+        torch.testing.assert_close(component.tensors["all:x"], common)
 
 
 def test_scaffold_removes_the_drift_of_different_clients(tmp_path: Path) -> None:
@@ -303,21 +303,21 @@ def test_scaffold_removes_the_drift_of_different_clients(tmp_path: Path) -> None
     curvature = torch.tensor([[1.0, 10.0], [10.0, 1.0]])
     targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     optimum = (curvature * targets).sum(0) / curvature.sum(0)
-    server = replace(scaffold_server(2), local_steps=10, rates={"x": 0.05})
+    server = replace(scaffold_server(2), local_steps=10, full_rates={"x": 0.05})
     results = []
-    for piece in (None, Scaffold(2)):
+    for component in (None, Scaffold(2)):
         theta = torch.zeros(2)
         for _ in range(300):
             updates = {}
             for k in range(2):
                 local = theta.clone()
-                correction = {} if piece is None else piece.corrections(k, ["x"])
+                correction = {} if component is None else component.corrections(k, ["x"])
                 for _ in range(10):
                     local = local - 0.05 * (curvature[k] * (local - targets[k]) + correction.get("x", torch.zeros(2)))
                 updates[k] = {"x": local - theta}
             replies = Replies(updates, {0: 0.5, 1: 0.5})
-            if piece is not None:
-                piece.learn(replies.updates, replies.weights, server.rates, server.local_steps)
+            if component is not None:
+                component.learn(replies.updates, replies.weights, server.rates, server.local_steps)
             theta = theta + replies.mean["x"]
         results.append(float((theta - optimum).norm()))
     assert results[1] < 1e-4 < 0.05 < results[0]

@@ -13,13 +13,18 @@ from lorica.server.federation import Federation, TooFewReplies
 from lorica.testing.federation import STEPS, Adapter, checkpoint_of, resume, run_rounds, tiny_federation
 from tests.methods.conftest import METHODS, REGISTRY, Histories, Recordings
 from tests.methods.engines import Losing, assert_same_adapter, assert_same_model
-from tests.methods.test_pieces import ACCEPTED, PIECE, sometimes_slow
+from tests.methods.test_components import ACCEPTED, COMPONENT, sometimes_slow
 
 SEVERAL_EXCHANGES = {"deer", "fedask"}
 REMEMBERING = {"client_ranks", "scaffold", "server_optimizer", "kalman", "average"}
 KINDS = {"as-lora", "deer", "fed-galore", "fedask", "fedsa-lora", "flora"}
 """One method of each kind: scores, two exchanges, a basis that turns, sketches, personal models, merging."""
-EACH = [pytest.param(name, marks=[] if name in KINDS else pytest.mark.slow) for name in METHODS]
+
+
+def often(*names: str) -> list[Any]:
+    """All methods; those not named are slow."""
+    assert set(names) < KINDS
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in METHODS]
 
 
 def losing(
@@ -30,7 +35,7 @@ def losing(
     return some
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", often("as-lora", "fedask", "fedsa-lora"))
 def test_a_round_without_a_client_is_the_round_that_never_had_it(
     name: str, tmp_path: Path, histories: Histories
 ) -> None:
@@ -43,7 +48,7 @@ def test_a_round_without_a_client_is_the_round_that_never_had_it(
     assert_same_model(some, histories(name, absent=(1,)).federation)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", often("deer", "fed-galore", "fedsa-lora", "flora"))
 def test_a_late_reply_changes_nothing_for_the_others(name: str, tmp_path: Path, histories: Histories) -> None:
     """The client did the work and was charged, and is sent everything again. A model of its own has moved with it."""
     some, other = losing(name, tmp_path, {(2, 1, 1)}, late=True), histories(name, absent=(1,))
@@ -102,11 +107,11 @@ def test_each_half_of_a_deer_round_is_the_mean_of_those_that_replied_to_it(tmp_p
             torch.testing.assert_close(some.server.model.tensors[name] - before[name], mean, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "piece"), sometimes_slow([pair for pair in ACCEPTED if pair[1] in REMEMBERING]))
-def test_pieces_remember_only_who_took_part(name: str, piece: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "component"), sometimes_slow([pair for pair in ACCEPTED if pair[1] in REMEMBERING]))
+def test_components_remember_only_who_took_part(name: str, component: str, tmp_path: Path) -> None:
     """With ranks that differ, only the client of the smallest one is left."""
-    gone = {0, 2} if piece == "client_ranks" else {1}
-    make = PIECE[piece][1]
+    gone = {0, 2} if component == "client_ranks" else {1}
+    make = COMPONENT[component][1]
     some = run_rounds(losing(name, tmp_path / "lost", {(2, 1, client) for client in gone}, **make()), 3)
     other = tiny_federation(REGISTRY[name], tmp_path / "absent", weighting="records", **make())
     other.schedule[1] = [client for client in other.schedule[1] if client not in gone]
@@ -116,7 +121,7 @@ def test_pieces_remember_only_who_took_part(name: str, piece: str, tmp_path: Pat
         assert torch.equal(value, other.server.evaluated[key]), key
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", often("fedask", "fedsa-lora", "flora"))
 def test_a_round_with_too_few_replies_stops_and_resumes_at_no_further_cost(
     name: str, tmp_path: Path, histories: Histories
 ) -> None:

@@ -1,8 +1,9 @@
-"""The server trusts no reply: honest ones pass with every method and piece, others are refused, named and logged."""
+"""The server trusts no reply: honest ones pass with every method and component, others are refused and logged."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorica.config import OptimizerConfig
+from lorica.config import OptimizerConfig, PrivacyConfig
 from lorica.errors import UserError
 from lorica.messages import Request, Training
 from lorica.server.federation import Federation
 from lorica.server.reply_checks import check_reply, expected_reply
-from lorica.testing.federation import Adapter, run_rounds, tiny_federation
+from lorica.testing.federation import UNCLIPPED, Adapter, run_rounds, tiny_federation
 from tests.methods.conftest import METHODS, Histories, Recordings
 from tests.methods.engines import (
     Change,
@@ -27,7 +28,7 @@ from tests.methods.engines import (
     checked,
     times,
 )
-from tests.methods.test_missing_replies import EACH, KINDS
+from tests.methods.test_missing_replies import KINDS, often
 
 
 class Tampering(Wrapped):
@@ -80,7 +81,7 @@ MALFORMED: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_malformed_replies_are_refused_with_their_reasons(name: str, recordings: Recordings) -> None:
-    """With and without noise: names, shapes and finite values do not depend on it."""
+    """With and without a clip: names, shapes and finite values do not depend on it."""
     some = recordings(name).federation
     client = some.schedule[0][0]
     for request, reply, private in checked(some, client):
@@ -88,7 +89,7 @@ def test_malformed_replies_are_refused_with_their_reasons(name: str, recordings:
             break
         expected = [private]
         if isinstance(request.work, Training):
-            quiet = replace(request, work=replace(request.work, terms=replace(request.work.terms, noise_multiplier=0)))
+            quiet = replace(request, work=replace(request.work, terms=replace(request.work.terms, clip_norm=math.inf)))
             expected.append(expected_reply(quiet, 20, some.server.model.tensors, some.server.seed, None))
         for each in expected:
             assert check_reply(reply, each) is None
@@ -101,7 +102,7 @@ def test_malformed_replies_are_refused_with_their_reasons(name: str, recordings:
 
 @pytest.mark.parametrize(
     ("name", "kind", "privacy"),
-    [("as-lora", "nan", {}), ("fedask", "extra", {}), ("fedsa-lora", "empty", {"privacy": "none"})],
+    [("as-lora", "nan", {}), ("fedask", "extra", {}), ("fedsa-lora", "empty", {"privacy": UNCLIPPED})],
 )
 def test_a_refused_reply_is_left_out_and_logged(
     name: str, kind: str, privacy: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -124,7 +125,7 @@ def test_replies_ten_times_too_large_are_refused(name: str, recordings: Recordin
     assert_honest_pass_and_large_do_not(recordings(name).federation, 30 if name == "fedask" else 10)
 
 
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("name", often("deer", "fedask", "fedsa-lora", "flora"))
 def test_a_round_with_a_refused_reply_is_as_if_the_client_had_not_been_there(
     name: str, tmp_path: Path, histories: Histories
 ) -> None:
@@ -140,9 +141,21 @@ def test_the_second_exchange_of_a_round_is_bounded_too(name: str, factor: float,
     assert some.round().missing == [1]
 
 
-def test_without_privacy_size_is_no_reason(tmp_path: Path) -> None:
-    some = tampered(tiny_federation("ffa-lora", tmp_path, privacy="none"), times(10))
+def test_without_a_clip_size_is_no_reason(tmp_path: Path) -> None:
+    some = tampered(tiny_federation("ffa-lora", tmp_path, privacy=UNCLIPPED), times(10))
     assert some.round().missing == []
+
+
+def huge(reply: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.full_like(value, 3e38) for name, value in reply.items()}
+
+
+@pytest.mark.parametrize("name", often("deer", "fedask", "fedsa-lora", "flora"))
+def test_a_clip_bounds_replies_without_noise_too(name: str, tmp_path: Path) -> None:
+    """Honest replies of two rounds pass, and one with values near the largest of fp32 does not."""
+    privacy = PrivacyConfig(noise="none", clip_norm=1.0)
+    some = tampered(tiny_federation(name, tmp_path, privacy=privacy), huge, 2)
+    assert [some.round().missing for _ in range(2)] == [[], [1]]
 
 
 @pytest.mark.parametrize("factor", [-1.0, 1e3])

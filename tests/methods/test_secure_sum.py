@@ -11,7 +11,7 @@ import lorica
 from lorica.config import load
 from lorica.errors import UserError
 from lorica.methods.base import make_method
-from lorica.methods.pieces import check_pieces
+from lorica.methods.components import check_components
 from lorica.secure_sum.setup import SummationError
 from lorica.testing.federation import tiny_federation
 from tests.methods.conftest import METHODS, REGISTRY
@@ -24,7 +24,7 @@ def test_methods_that_combine_single_replies_refuse_sums(name: str) -> None:
     config = load(overrides=[*SUMS, f"method.name={name}"])
     method = REGISTRY[name](REGISTRY[name].Options(), [])
     with pytest.raises(UserError, match=r"federation\.secure_sum"):
-        check_pieces(config, method)
+        check_components(config, method)
 
 
 @pytest.mark.parametrize(
@@ -33,14 +33,15 @@ def test_methods_that_combine_single_replies_refuse_sums(name: str) -> None:
         ("server.aggregate=median", r"server\.aggregate"),
         ("local.scaffold=true", r"local\.scaffold"),
         ("lora.client_ranks=halving", r"lora\.client_ranks"),
-        ("privacy=none", "privacy"),
+        ("privacy.clip_norm=null", r"privacy\.clip_norm"),
         ("federation.participation=0.5", r"federation\.participation"),
     ],
 )
-def test_pieces_that_look_at_single_replies_do_not_go_with_sums(override: str, key: str) -> None:
-    config = load(overrides=[*(SUMS[:2] if override == "privacy=none" else SUMS), override])
+def test_components_that_look_at_single_replies_do_not_go_with_sums(override: str, key: str) -> None:
+    noise = ["privacy=none"] if override == "privacy.clip_norm=null" else []
+    config = load(overrides=[*SUMS, *noise, override])
     with pytest.raises(UserError, match=f"^{key}"):
-        check_pieces(config, make_method(config.method, []))
+        check_components(config, make_method(config.method, []))
 
 
 @pytest.mark.parametrize(

@@ -38,9 +38,10 @@ def test_sampling_has_the_right_rate_and_independent_records(source: str) -> Non
     assert abs(np.mean(drawn[1:, 0] * drawn[:-1, 0]) - rate**2) < 5 * joint
 
 
+@pytest.mark.parametrize("draws", [5000, pytest.param(50_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("source", SOURCES)
-def test_noise_has_the_right_variance_in_every_coordinate(source: str) -> None:
-    randomness, deviation, draws = SOURCES[source](), 1.7, 20_000
+def test_noise_has_the_right_variance_in_every_coordinate(source: str, draws: int) -> None:
+    randomness, deviation = SOURCES[source](), 1.7
     noise = torch.stack([add_noise(torch.zeros(2, 3), deviation, randomness) for _ in range(draws)]).double()
     assert noise.mean(0).abs().max() < 5 * deviation / math.sqrt(draws)
     assert (noise.var(0) / deviation**2 - 1).abs().max() < 5 * math.sqrt(2 / draws)

@@ -29,11 +29,13 @@ def test_a_fixed_multiplier_gives_its_epsilon() -> None:
 
 
 def test_without_privacy_epsilon_is_infinite() -> None:
-    plan = plan_client(0, 100, 10, 5, "none")
-    assert plan.epsilon() == plan.epsilon_rdp() == math.inf
-    assert plan.noise == "none"
-    assert plan.terms.noise_std == 0.0
-    assert not plan.terms.private
+    for clip_norm, norm in ((2.0, 2.0), (None, math.inf)):
+        plan = plan_client(0, 100, 10, 5, PrivacyConfig(noise="none", clip_norm=clip_norm))
+        assert plan.epsilon() == plan.epsilon_rdp() == math.inf
+        assert plan.noise == "none"
+        assert plan.terms.noise_std == 0.0
+        assert plan.terms.clip_norm == norm
+        assert not plan.terms.private
 
 
 def test_a_delta_that_means_nothing_is_refused_unless_the_noise_protects_nothing_anyway() -> None:
@@ -41,9 +43,10 @@ def test_a_delta_that_means_nothing_is_refused_unless_the_noise_protects_nothing
         UserError, match=r"privacy\.delta = 0\.01: not below 1/100, .* records of client 3: .* Choose at most 1e-03"
     ):
         plan_client(3, 100, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.01))
-    assert not plan_client(3, 101, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.0099)).void_delta
-    assert plan_client(3, 100, 10, 5, PrivacyConfig(epsilon=2.0, delta=0.01, noise="reproducible")).void_delta
-    assert not plan_client(3, 100, 10, 5, "none").void_delta
+    chosen = {"epsilon": None, "noise_multiplier": 1.0}
+    assert not plan_client(3, 101, 10, 5, PrivacyConfig(**chosen, delta=0.0099)).void_delta
+    assert plan_client(3, 100, 10, 5, PrivacyConfig(**chosen, delta=0.01, noise="reproducible")).void_delta
+    assert not plan_client(3, 100, 10, 5, PrivacyConfig(noise="none")).void_delta
 
 
 def test_batches_above_the_records_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ FIXED = ["privacy.epsilon=null", "privacy.noise_multiplier=1.0"]
         (["task.type=language-modelling"], r"policy\.tasks: .* task\.type = 'language-modelling'"),
         (["federation.private_test=0.1"], r"policy\.metrics: .* \['loss', 'accuracy'\]; allowed are \[\]"),
         (["privacy.unit=group", "privacy.group=who"], r"policy\.unit: .* 'group' .* 'who'"),
+        (["privacy=none", "privacy.unit=group", "privacy.group=who"], r"policy\.unit: .* 'group' .* 'who'"),
     ],
 )
 def test_what_goes_beyond_the_policy_is_refused(overrides: list[str], message: str) -> None:
@@ -245,11 +247,12 @@ def release(**changes: Any) -> Release:
 def reference_epsilon(steps: list[Steps], delta: float) -> float:
     """dp-accounting's own accountant on its own grid, without a line of Lorica's."""
     accountant = pld.PLDAccountant(value_discretization_interval=5e-4)
+    counts: Counter[tuple[float, float]] = Counter()
     for step in steps:
-        if step.count == 0:
-            continue
-        gaussian = dp_accounting.GaussianDpEvent(step.noise_multiplier)
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(step.sampling_rate, gaussian), step.count)
+        counts[step.sampling_rate, step.noise_multiplier] += step.count
+    for (rate, sigma), count in counts.items():
+        if count:
+            accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigma)), count)
     return float(accountant.get_epsilon(delta))
 
 

@@ -21,7 +21,7 @@ from lorica.errors import UserError
 from lorica.local.step import LocalStep
 from lorica.messages import Request, decode_plan, encode_plan
 from lorica.methods.base import make_method
-from lorica.methods.pieces import check_pieces
+from lorica.methods.components import check_components
 from lorica.privacy.home import Home
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.mechanism import Terms
@@ -108,7 +108,7 @@ def federation(folder: Path, method: str = "ro-lora", **changes: Any) -> Federat
 def test_the_sum_has_the_noise_that_the_server_expects(weighting: str, tmp_path: Path) -> None:
     """Through masks and quantisation. The gradients are so small beside the noise that the step is almost all noise."""
     loud = SHARED.model_copy(update={"noise_multiplier": 40.0})
-    some = federation(tmp_path, privacy=loud, weighting=weighting, optimizer=OptimizerConfig(lr=0.5))
+    some = federation(tmp_path, "ffa-lora", privacy=loud, weighting=weighting, optimizer=OptimizerConfig(lr=0.5))
     before = dict(some.server.model.tensors)
     some.round()
     moved = torch.cat([(some.server.model.tensors[name] - before[name]).flatten() for name in before]).double()
@@ -139,7 +139,7 @@ def test_other_methods_refuse_shared_noise_with_the_reason(name: str) -> None:
     config = load(overrides=[*CONFIG, f"method.name={name}"])
     method = REGISTRY[name](REGISTRY[name].Options(), [])
     with pytest.raises(UserError, match=r"^privacy\.noise_against"):
-        check_pieces(config, method)
+        check_components(config, method)
 
 
 CONFIG = [
@@ -167,7 +167,7 @@ def test_what_makes_shared_noise_unsound_is_refused_by_both_sides(override: str,
     with pytest.raises(UserError, match=f"^{key}"):
         plan_run(config, 0, 1000)
     with pytest.raises(UserError, match=f"^{key}"):
-        check_pieces(config, make_method(config.method, []))
+        check_components(config, make_method(config.method, []))
 
 
 @pytest.fixture

@@ -27,8 +27,12 @@ def write_run(
     epsilon=3.0,
     bytes_up=49_152,
     bytes_down=98_304,
+    ratios=None,
 ):
-    """Write a run folder and return it. `factors(round, layer, site)` is the choice, `accuracies` the curve."""
+    """Write a run folder and return it. `factors(round, layer, site)` is the choice, `accuracies` the curve.
+
+    `ratios(round, layer)` is the choice's signal-to-noise ratio; None where nothing is recorded.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(f"{method} {seed}")
     private = noise != "none"
@@ -41,7 +45,7 @@ def write_run(
         "task": {"type": "image-classification", "train": "lorica:digits/train", "test": "lorica:digits/test"},
         "federation": {"clients": clients, "rounds": planned or rounds, "local_steps": 3, "batch_size": 64},
         "method": {"name": method},
-        "privacy": privacy_section if private else "none",
+        "privacy": privacy_section | ({} if private else {"epsilon": None}),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
     environment = {
@@ -79,6 +83,9 @@ def write_run(
                 key = f"vit.layers.{layer}.attention.{site}"
                 chosen[key] = factors(number, layer, site) if factors else choice
         decisions.append({"round": number, "factors": chosen})
+        if ratios:
+            found = {f"vit.layers.{layer}": ratios(number, layer) for layer in range(layers)}
+            decisions[-1]["signal_to_noise"] = {key: value for key, value in found.items() if value is not None}
     write_lines(folder / "metrics.jsonl", metrics)
     write_lines(folder / "decisions.jsonl", decisions)
 

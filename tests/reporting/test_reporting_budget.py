@@ -41,7 +41,9 @@ def release(**changes: Any) -> Release:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, some_digits: list[str]) -> tuple[Result, Path]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, some_digits: list[str], checked_once: None
+) -> tuple[Result, Path]:
     """Two runs on one partition of the digits, with held-out records; the second one's result, and the ledger."""
     folder = tmp_path_factory.mktemp("budget")
     ledger = folder / "ledger.sqlite"
@@ -57,7 +59,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, some_digits: list[str]) -
             *some_digits,
         ]
         own = [f"output={folder}", f"name={name}", f"federation.rounds={rounds}", f"privacy.ledger={ledger}"]
-        result = Experiment.load(None, [*small, *own]).run()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("lorica.run.rounds.write_report", lambda folder: None)
+            result = Experiment.load(None, [*small, *own]).run()
     return result, ledger
 
 

@@ -49,6 +49,27 @@ class Page(HTMLParser):
             self.text += data
 
 
+@pytest.fixture(scope="module")
+def drawings():
+    return {}
+
+
+@pytest.fixture
+def drawn_once(drawings, monkeypatch):
+    """The figures of one run, for tests of runs whose figures do not matter."""
+    draw = html._drawings
+
+    def once(figures):
+        if not drawings:
+            drawings.update(draw(figures))
+        return drawings
+
+    monkeypatch.setattr(html, "_drawings", once)
+    for name in ("accuracy", "factors", "clients") if drawings else ():
+        monkeypatch.setattr(html, f"{name}_figure", lambda run: None)
+    monkeypatch.setattr(html, "_png", lambda figure: b"")
+
+
 def check_self_contained(page):
     assert not {"script", "link", "img", "iframe", "object", "embed"} & set(page.tags)
     for name, value in page.attributes:
@@ -89,6 +110,7 @@ def test_a_report_says_what_was_reached_and_what_it_cost(make_run):
 
 
 @pytest.mark.parametrize(("noise", "private"), [("secure", True), ("reproducible", False), ("none", False)])
+@pytest.mark.usefixtures("drawn_once")
 def test_the_banner_appears_exactly_when_the_run_is_not_private(make_run, noise, private):
     page = Page(write_report(make_run(noise=noise)))
     assert (("class", "banner") in page.attributes) is not private
@@ -108,6 +130,21 @@ def test_a_run_without_privacy_file_is_reported_with_the_banner(make_run):
     assert not (folder / "factors.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("high", "said"), [(1, "below 1 in 4 of 5 rounds"), (2, "below 1 in 3 of 5 rounds"), (3, None)]
+)
+def test_a_report_says_when_choices_were_near_to_coin_flips(make_run, high, said):
+    """In so many of five rounds the ratio is 2; in the other ones it is 0.3."""
+    folder = make_run(rounds=7, ratios=lambda number, layer: None if number <= 2 else 2.0 if number > 7 - high else 0.3)
+    page = Page(write_report(folder))
+    text = " ".join(page.text.split())
+    assert page.tags.count("svg") == 4
+    assert Image.open(folder / "choices.png").width > 1000
+    assert "Certainty of the choices" in text
+    assert ("near to coin flips" in text) == (said is not None)
+    assert said is None or said in text
+
+
 def test_text_is_escaped(make_run, make_metrics, tmp_path):
     folder = make_run(name=EVIL, method=EVIL)
     privacy = json.loads((folder / "privacy.json").read_text())
@@ -125,11 +162,13 @@ def test_text_is_escaped(make_run, make_metrics, tmp_path):
     assert EVIL in page.text
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_an_unfinished_run_says_so(make_run):
     page = Page(write_report(make_run(rounds=3, planned=9)))
     assert "stopped after 3 of 9 rounds" in page.text
 
 
+@pytest.mark.usefixtures("drawn_once")
 def test_a_long_life_of_the_data_is_shown(make_run):
     folder = make_run()
     privacy = json.loads((folder / "privacy.json").read_text())
@@ -318,7 +357,14 @@ def hostile_card(make_run, words):
     privacy = json.loads((folder / "privacy.json").read_text())
     privacy |= {"unit": words, "assumptions": [words], "not_covered": [words]}
     (folder / "privacy.json").write_text(json.dumps(privacy))
+    started_from(folder, words)
     return model_card(read_run(folder), "load()")
+
+
+def started_from(folder, name):
+    environment = json.loads((folder / "environment.json").read_text())
+    environment["start"] = {"name": name, "sha256": "0" * 64}
+    (folder / "environment.json").write_text(json.dumps(environment))
 
 
 @pytest.mark.parametrize("words", HOSTILE)
@@ -332,11 +378,13 @@ def test_hostile_names_change_nothing_in_a_card_but_its_text(make_run, words):
 
 
 @pytest.mark.parametrize("words", HOSTILE)
+@pytest.mark.usefixtures("drawn_once")
 def test_hostile_names_of_models_stay_text_in_a_report(make_run, words):
     folder = make_run()
     config = yaml.safe_load((folder / "config.yaml").read_text())
     config["model"]["base"] = config["task"]["train"] = words
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    started_from(folder, words)
     page, other = Page(write_report(folder)), Page(write_report(make_run()))
     assert page.tags == other.tags
     assert not any(name.startswith("on") for name, _ in page.attributes)

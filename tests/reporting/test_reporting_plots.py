@@ -7,7 +7,14 @@ import pytest
 
 from lorica.errors import UserError
 from lorica.reporting.comparison import ComparedRun, summarise
-from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_figure, factors_figure, final_figure
+from lorica.reporting.plots import (
+    accuracy_figure,
+    choices_figure,
+    clients_figure,
+    comparison_figure,
+    factors_figure,
+    final_figure,
+)
 from lorica.reporting.run_folder import read_run
 from lorica.reporting.style import _FIXED_PLACES, looks, rounded_up, shortened, spread
 
@@ -63,6 +70,19 @@ def test_the_map_labels_the_shares(make_run):
     assert "75 %" in texts
 
 
+def test_the_certainty_of_the_choices_is_the_median_over_layers(make_run):
+    """The warm-up of two rounds records none, and the second layer has none in round 3."""
+
+    def ratios(number, layer):
+        return None if number <= 2 or (number, layer) == (3, 1) else [0.2, 4.0, 0.5][layer] * number
+
+    panel = choices_figure(read_run(make_run(rounds=5, layers=3, ratios=ratios))).axes[0]
+    np.testing.assert_allclose(lines(panel)["ratio"], [(3, 1.05), (4, 2.0), (5, 2.5)])
+    np.testing.assert_allclose(lines(panel)["one"][:, 1], 1.0)
+    assert panel.get_ylim()[0] == 0
+    assert panel.get_ylim()[1] > 2.5
+
+
 @pytest.mark.parametrize("clients", [1, 6, 200])
 def test_bars_are_the_clients_records_and_noise(make_run, clients):
     run = read_run(make_run(clients=clients))
@@ -80,6 +100,8 @@ def test_figures_that_have_nothing_to_draw_are_errors(make_run):
         clients_figure(run)
     with pytest.raises(UserError, match=r"decisions\.jsonl"):
         factors_figure(run)
+    with pytest.raises(UserError, match="no signal-to-noise ratios"):
+        choices_figure(run)
     (folder / "metrics.jsonl").write_text(json.dumps({"round": 1, "loss": 1.0}))
     with pytest.raises(UserError, match="no round was evaluated"):
         accuracy_figure(read_run(folder))

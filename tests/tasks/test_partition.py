@@ -72,7 +72,7 @@ def test_more_clients_than_records_is_an_error(kind):
 
 def test_draws_that_always_starve_a_client_are_an_error():
     with pytest.raises(UserError, match=r"100 draws .* 6 clients .*federation\.clients") as error:
-        partition(np.zeros(50), FederationConfig(clients=6, alpha=1e-9), 0)
+        partition(np.zeros(50), FederationConfig(clients=6, alpha=1e-3), 0)
     assert error.value.key == "federation.alpha"
 
 
@@ -151,8 +151,8 @@ def test_owners_of_the_data_become_clients(kind):
         ({"partition": "iid", "min_records": 2}, r"clients = 6: .* 6 training records, but each client needs 2"),
         ({"partition": "shards"}, r"federation\.shards_per_client = 2: 6 training records .* 12 shards"),
         (
-            {"partition": "quantity", "clients": 2, "min_records": 3, "alpha": 1e-9},
-            r"federation\.alpha = 1e-09: each of 100 draws left one of 2 clients with fewer than 3 records",
+            {"partition": "quantity", "clients": 2, "min_records": 3, "alpha": 1e-3},
+            r"federation\.alpha = 0\.001: each of 100 draws left one of 2 clients with fewer than 3 records",
         ),
     ],
 )

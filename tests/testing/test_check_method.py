@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from lorica.adapters.state import AdapterState
 from lorica.config import Strict
 from lorica.errors import UserError
 from lorica.methods.base import About, Method, Round, Server, Train
-from lorica.methods.pieces import OWN_AGGREGATION, SAME_RANKS
+from lorica.methods.components import OWN_AGGREGATION, SAME_RANKS
 from lorica.testing import check_method
 
 
@@ -39,6 +40,13 @@ class Inexact(Mine):
     def round(self, server: Server) -> Round:
         replies = yield Train("AB")
         server.step(replies)
+
+
+class Fresh(Mine):
+    """Starts with an A of its own, whatever the adapter was."""
+
+    def start(self, model: AdapterState, seed: int) -> None:
+        model.assign({site.a: torch.ones(site.rank, site.d_in) for site in self.sites})
 
 
 class Unsaved(Mine):
@@ -126,6 +134,7 @@ class Infinite(Mine):
 @pytest.mark.parametrize(
     ("method", "problem"),
     [
+        (Fresh, "start changes the product B A of bert"),
         (Inexact, "about.exact is set, and after round 1 the weight of bert"),
         (Unsaved, "resumed after round 2, it has another adapter"),
         (Unsavable, "state_dict gives what a checkpoint cannot hold"),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorica.adapters.base_model import BaseModel
-from lorica.adapters.names import Pair, factor_b, is_a, is_b, is_factor, is_middle, middle, site_of
+from lorica.adapters.names import FIXED, Pair, factor_b, is_a, is_b, is_factor, is_middle, middle, site_of
 from lorica.adapters.perturbation import weight_noise
 from lorica.adapters.shared_rows import separate_examples
 from lorica.adapters.sites import Site, layer_of
@@ -41,8 +41,11 @@ class AdaptedModel:
     Attributes:
         peft_model: the PEFT model, in evaluation mode between rounds.
         sites: the adapted linear maps, in the model's order.
+        head_path: path of the head's last linear map in the base model.
         objective: the training objective.
         tensors: name -> location in the model. Contains the head only if it is trained.
+        fixed: name -> module and parameter that are part of the adapter but not trained; empty unless the run starts
+            from an adapter, whose values then have to reach all clients.
         device: the device of the model.
     """
 
@@ -50,6 +53,7 @@ class AdaptedModel:
         self,
         peft_model: PeftModel,
         sites: list[Site],
+        head_path: str,
         head: nn.Linear | None,
         objective: Objective,
         device: torch.device,
@@ -57,8 +61,10 @@ class AdaptedModel:
         self.peft_model = peft_model
         self.objective = objective
         self.sites = sites
+        self.head_path = head_path
         self.device = device
         self.tensors: dict[str, TrainedTensor] = {}
+        self.fixed: dict[str, tuple[nn.Module, str]] = {}
         self._frozen: dict[str, Tensor] = {}
         self._merged: dict[str, Pair] = {}
         for site in sites:
@@ -71,17 +77,17 @@ class AdaptedModel:
                 self.tensors[HEAD_BIAS] = TrainedTensor(head, "bias")
 
     def read(self) -> dict[str, Tensor]:
-        """A copy of all trainable tensors, fp32, on the CPU."""
-        return {name: self._parameter(name).detach().cpu().clone() for name in self.tensors}
+        """A copy of all trainable and fixed tensors, fp32, on the CPU."""
+        return {name: self._parameter(name).detach().cpu().clone() for name in [*self.tensors, *self.fixed]}
 
     def write(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set trainable tensors in place; the model is never rebuilt.
+        """Set trainable and fixed tensors in place; the model is never rebuilt.
 
         Factors of a smaller rank fill the leading ranks; the other ranks are set to zero. `SITE.R` is given together
         with `SITE.B`, and their product replaces B: `W = W0 + γ (B R) A`.
 
         Raises:
-            KeyError: a name that is not a trainable tensor.
+            KeyError: a name that is not among these tensors.
         """
         with torch.no_grad():
             for name, value in tensors.items():
@@ -181,7 +187,7 @@ class AdaptedModel:
         return (weight.T if _is_transposed(layer) else weight) + site.scale * product
 
     def _parameter(self, name: str) -> Tensor:
-        module, kind, _ = self.tensors[name]
+        module, kind = self.fixed[name] if name in self.fixed else self.tensors[name][:2]
         parameter = getattr(module, kind)
         assert isinstance(parameter, Tensor)
         return parameter
@@ -215,7 +221,7 @@ def adapt(
             target_modules=_shortest_names(targets, base.model),
             modules_to_save=saved or None,
             fan_in_fan_out=isinstance(base.model.get_submodule(targets[0]), Conv1D),
-            **lora.model_dump(exclude={"target_modules", "client_ranks"}),
+            **lora.model_dump(exclude={"target_modules", "client_ranks", "start"}),
         )
         with warnings.catch_warnings():
             # PEFT 0.21 uses a property that transformers 5 has renamed.
@@ -254,7 +260,22 @@ def adapt(
         )
     head = _saved_module(peft_model, base.head) if config.head == "train" else None
     assert head is None or isinstance(head, nn.Linear)
-    return AdaptedModel(peft_model.to(device).eval(), sites, head, objective, device)
+    model = AdaptedModel(peft_model.to(device).eval(), sites, base.head, head, objective, device)
+    if lora.start is not None:
+        for name in saved:
+            module = _saved_module(peft_model, name)
+            if module is not head:
+                model.fixed |= _parameters(module, f"{FIXED}{name}.")
+    return model
+
+
+def _parameters(module: nn.Module, prefix: str) -> dict[str, tuple[nn.Module, str]]:
+    """Prefix and path of each parameter -> the module that has it, and its name there."""
+    found = {}
+    for path, _ in module.named_parameters():
+        parent, _, name = path.rpartition(".")
+        found[f"{prefix}{path}"] = (module.get_submodule(parent), name)
+    return found
 
 
 def _checkpoint_layers(model: nn.Module, base: str) -> None:

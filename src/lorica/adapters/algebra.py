@@ -99,6 +99,51 @@ def orthonormal(rows: int, columns: int, draws: np.random.Generator) -> Tensor:
     return unique.float()
 
 
+def with_orthonormal_rows(pair: Pair, scale: float) -> Pair:
+    """The same product `B A` with `scale` times orthonormal rows of A: `Aᵀ = Q R`, `A ← s Qᵀ`, `B ← B Rᵀ / s`.
+
+    R has a non-negative diagonal, so the factors do not depend on the signs that a library chooses. If A has dependent
+    rows, Q has arbitrary orthonormal columns in their place, and the columns of B for these are zero.
+
+    Raises:
+        ValueError: A has more rows than columns.
+
+    >>> with_orthonormal_rows((torch.tensor([[2.0]]), torch.tensor([[3.0, 4.0]])), scale=1.0)
+    (tensor([[10.]]), tensor([[0.6000, 0.8000]]))
+    """
+    a, b = with_orthonormal_columns((pair[1].T, pair[0].T), scale)
+    return b.T.contiguous(), a.T.contiguous()
+
+
+def with_orthonormal_columns(pair: Pair, scale: float) -> Pair:
+    """The same product `B A` with `scale` times orthonormal columns of B: `B = Q R`, `B ← s Q`, `A ← R A / s`.
+
+    As `with_orthonormal_rows`, with the factors' roles exchanged.
+
+    Raises:
+        ValueError: B has more columns than rows.
+    """
+    b, a = pair[0].double(), pair[1].double()
+    if b.shape[0] < b.shape[1]:
+        raise ValueError(f"{b.shape[1]} vectors of {b.shape[0]} numbers cannot be orthonormal")
+    q, r = torch.linalg.qr(b)
+    # Not `sign`: it is zero where the diagonal is zero, and Q has to stay orthonormal.
+    signs = torch.where(r.diagonal() < 0, -1.0, 1.0).to(r)
+    # LAPACK's Q is stored by columns.
+    return (scale * q * signs).contiguous().to(pair[0]), (signs[:, None] * r @ a / scale).to(pair[1])
+
+
+def inner(first: Pair, second: Pair) -> float:
+    """`⟨B₁ A₁, B₂ A₂⟩ = Σ (B₁ᵀ B₂) ∘ (A₁ A₂ᵀ)`, the inner product of two products, fp64.
+
+    >>> inner((torch.eye(2), torch.tensor([[1.0, 2.0], [0.0, 1.0]])), (torch.eye(2), torch.eye(2)))
+    2.0
+    """
+    b = first[0].double().T @ second[0].double()
+    a = first[1].double() @ second[1].double().T
+    return float((b * a).sum())
+
+
 def rotation_towards(a: Tensor, reference: Tensor) -> Tensor:
     """The orthogonal `R (r, r)` that minimises `‖Rᵀ A - A_ref‖_F`: `U Vᵀ` of `A A_refᵀ` (orthogonal Procrustes).
 

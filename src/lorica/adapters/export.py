@@ -14,7 +14,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lorica.adapters.adapted import AdaptedModel
-from lorica.adapters.base_files import resolve_base
+from lorica.adapters.base_files import base_identity, resolve_base
 from lorica.adapters.base_model import load_base
 from lorica.adapters.names import Pair
 from lorica.adapters.state import fold, stack_pairs
@@ -53,7 +53,7 @@ def export_adapter(model: AdaptedModel, merged: Mapping[str, Pair], folder: Path
     if merged:
         _raise_ranks(model, merged, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    description = asdict(export) | {"model": export.model.model_dump()}
+    description = asdict(export) | {"model": export.model.model_dump(), "base": base_identity(export.model.base)}
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 

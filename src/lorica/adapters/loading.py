@@ -35,7 +35,8 @@ def check_isolated(config: ExperimentConfig, model: AdaptedModel, records: Recor
     repeated if there are too few. The result depends on the model only.
     """
     draws = torch_stream(config.seed, "isolation")
-    model.write({name: 0.1 * torch.randn(value.shape, generator=draws) for name, value in model.read().items()})
+    drawn = {name: value for name, value in model.read().items() if name in model.tensors}
+    model.write({name: 0.1 * torch.randn(value.shape, generator=draws) for name, value in drawn.items()})
     wanted = min(max(2, config.federation.batch_size), MOST_EXAMPLES)
     indices = np.resize(np.arange(len(records)), wanted)
     passes = list(records.micro_batch_indices(indices, config.federation.pass_tokens(model.device.type)))

@@ -12,6 +12,8 @@ ENERGY = "energy:"
 """Prefix of a trained tensor's name: `‖ĝ‖²` of its last noisy gradient."""
 SKETCH = "sketch:"
 """Prefix of a site's name: a sketch of the client's product `B_k A_k`."""
+FIXED = "fixed."
+"""Prefix of the path of a tensor that is part of the adapter but not trained, such as that of a frozen new head."""
 _FACTORS = (".A", ".B")
 
 

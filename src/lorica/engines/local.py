@@ -144,9 +144,8 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
         UserError: names the key, the value and the remedy.
     """
     check_sources(config.task)
-    group = None if config.privacy == "none" else config.privacy.group
     tested = config.federation.private_test > 0
-    task = load_task(config.task, resolve_base(config.model.base), config.federation.by, group, tested)
+    task = load_task(config.task, resolve_base(config.model.base), config.federation.by, config.privacy.group, tested)
     task = replace(task, overlap=overlap(config.task, task))
     # The ledger identifies a data set by its records, whatever the unit of privacy.
     dataset = task.train.fingerprint()
@@ -159,14 +158,13 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
         plan.client: make_client(config, plan, records, private_test, ledger, dataset)
         for plan, (records, private_test) in zip(plans, parts, strict=True)
     }
-    limit = None if config.privacy == "none" else config.privacy.max_lifetime_epsilon
     prepared = replace(prepared, partition=_shown_partition(config, task, [records for records, _ in parts]))
-    return prepared, LocalEngine(prepared.model, clients, limit)
+    return prepared, LocalEngine(prepared.model, clients, config.privacy.max_lifetime_epsilon)
 
 
 def _shown_partition(config: ExperimentConfig, task: Task, parts: list[Records]) -> dict[str, Any] | None:
     """Label counts per client, for research runs only: a private release must not contain exact counts."""
-    if not task.has_classes or (config.privacy != "none" and config.privacy.noise == "secure"):
+    if not task.has_classes or config.privacy.noise == "secure":
         return None
     named = task.owners if config.federation.partition in ("column", "files") else None
     return label_counts(parts, task.label_names, None if named is None else named.names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -85,6 +86,20 @@ def make_optimizer(config: OptimizerConfig, rates: Mapping[str, float]) -> Sgd |
     if config.name == "adamw":
         return AdamW(rates, config.weight_decay)
     return Sgd(rates, config.momentum, config.weight_decay)
+
+
+def schedule_factor(schedule: str, round_number: int, rounds: int) -> float:
+    """What the learning rates of a round are multiplied by; above 0 in every round.
+
+    With the share `p = (t - 1) / T` of the rounds that are over: `linear` is `1 - p`, `cosine` is `(1 + cos πp) / 2`.
+
+    >>> [schedule_factor("linear", round_number, 4) for round_number in (1, 2, 3, 4)]
+    [1.0, 0.75, 0.5, 0.25]
+    """
+    over = (round_number - 1) / rounds
+    if schedule == "linear":
+        return 1 - over
+    return (1 + math.cos(math.pi * over)) / 2 if schedule == "cosine" else 1.0
 
 
 def learning_rates(config: OptimizerConfig, names: list[str]) -> dict[str, float]:

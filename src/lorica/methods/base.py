@@ -60,8 +60,8 @@ class Method(ABC):
     never a raw gradient.
 
     Attributes:
-        refuses: composable piece (`lorica.methods.pieces.PIECES`) -> why the method does not support it. A method that
-            supports different ranks leaves out `client_ranks` and yields `Train(ranks=server.ranks)`.
+        refuses: component (`lorica.methods.components.COMPONENTS`) -> why the method does not support it. A method
+            that supports different ranks leaves out `client_ranks` and yields `Train(ranks=server.ranks)`.
         personal: each client has its own model; these are evaluated and exported.
         merges: the method adds to the frozen weights (`AdapterState.merge`).
     """
@@ -87,7 +87,10 @@ class Method(ABC):
         """
 
     def start(self, model: AdapterState, seed: int) -> None:  # noqa: B027 - most methods keep PEFT's initialisation
-        """Change the initial adapter before the first round. The seed is public."""
+        """Change the initial adapter before the first round. The seed is public.
+
+        A run may start from another adapter (`lora.start`): if some `B` is not zero, keep the products `B A`.
+        """
 
     @abstractmethod
     def round(self, server: Server) -> Round:

@@ -9,8 +9,8 @@ from pydantic import Field
 from lorica.config import OptimizerConfig, Strict
 from lorica.errors import UserError
 from lorica.methods.base import About, Method
+from lorica.methods.components import SEVERAL_STEPS, SHAPED
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import SEVERAL_STEPS, SHAPED
 from lorica.methods.server import Server
 
 

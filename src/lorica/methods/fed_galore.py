@@ -12,8 +12,8 @@ from lorica.adapters.algebra import orthonormal
 from lorica.adapters.sites import Site
 from lorica.config import Strict
 from lorica.methods.base import About, Method
+from lorica.methods.components import MERGES, NEW_BASIS, SAME_RANKS
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import MERGES, NEW_BASIS, SAME_RANKS
 from lorica.methods.server import Server
 
 

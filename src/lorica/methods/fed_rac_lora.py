@@ -9,8 +9,8 @@ import torch
 from lorica.adapters.algebra import orthonormal
 from lorica.config import Strict
 from lorica.methods.base import About, Method
+from lorica.methods.components import MERGES, NEW_BASIS
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import MERGES, NEW_BASIS
 from lorica.methods.server import Server
 
 

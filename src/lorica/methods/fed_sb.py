@@ -6,11 +6,12 @@ import torch
 from pydantic import Field
 
 from lorica.adapters.algebra import orthonormal, product_svd
+from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState
 from lorica.config import Strict
 from lorica.methods.base import About, Method
+from lorica.methods.components import SAME_RANKS
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import SAME_RANKS
 from lorica.methods.server import Server
 from lorica.streams import numpy_stream
 
@@ -25,7 +26,8 @@ class FedSB(Method):
 
     LoRA-SB takes B and A from the singular vectors of a first gradient, which is private data. Here that gradient is
     noisy: in the first `warm_up` rounds B and A are trained in turn, under DP and exactly as in RoLoRA, and the SVD of
-    their product fixes the factors. `warm_up: 0` fixes random factors. Choose a larger rank than for other methods.
+    their product fixes the factors. `warm_up: 0` fixes random factors, or those of the adapter
+    that the run starts from. Choose a larger rank than for other methods.
     """
 
     name = "fed-sb"
@@ -44,7 +46,8 @@ class FedSB(Method):
 
     class Options(Strict):
         warm_up: int = Field(2, ge=0)
-        """Number of rounds that train B and A in turn to find the factors; 0 uses random factors."""
+        """Number of rounds that train B and A in turn to find the factors; 0 uses random factors, or those of
+        `lora.start`."""
 
     options: Options
 
@@ -55,6 +58,9 @@ class FedSB(Method):
         draws = numpy_stream(seed, "fed-sb")
         for site in self.sites:
             model.extend({site.r: torch.zeros(site.rank, site.rank)})
+            if bool(model.tensors[site.b].any()):
+                self._fix(model, site)
+                continue
             b, a = orthonormal(site.d_out, site.rank, draws), orthonormal(site.d_in, site.rank, draws).T.contiguous()
             model.assign({site.b: b, site.a: a})
 
@@ -67,6 +73,10 @@ class FedSB(Method):
         server.step(replies)
         if server.round == self.options.warm_up:
             for site in self.sites:
-                u, s, vt = product_svd((server.model.tensors[site.b], server.model.tensors[site.a]))
-                found = {site.b: u, site.r: s.diag(), site.a: vt}
-                server.model.assign({name: value.float().contiguous() for name, value in found.items()})
+                self._fix(server.model, site)
+
+    def _fix(self, model: AdapterState, site: Site) -> None:
+        """Fix the factors by the SVD of their product."""
+        u, s, vt = product_svd((model.tensors[site.b], model.tensors[site.a]))
+        found = {site.b: u, site.r: s.diag(), site.a: vt}
+        model.assign({name: value.float().contiguous() for name, value in found.items()})

@@ -8,8 +8,8 @@ from pydantic import Field
 from lorica.adapters.algebra import truncated
 from lorica.config import Strict
 from lorica.methods.base import About, Method
+from lorica.methods.components import NEW_BASIS, OWN_AGGREGATION
 from lorica.methods.exchange import Project, Round, Train
-from lorica.methods.pieces import NEW_BASIS, OWN_AGGREGATION
 from lorica.methods.server import Server
 
 

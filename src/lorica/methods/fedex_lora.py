@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lorica.adapters.algebra import stacked
 from lorica.methods.base import About, Method
+from lorica.methods.components import MERGES, OWN_AGGREGATION, SAME_RANKS, SINGLE_REPLIES
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import MERGES, OWN_AGGREGATION, SAME_RANKS, SINGLE_REPLIES
 from lorica.methods.server import Server
 
 

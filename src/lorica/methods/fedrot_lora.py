@@ -9,8 +9,8 @@ from torch import Tensor
 from lorica.adapters.algebra import rotation_towards, weighted_sum
 from lorica.config import Strict
 from lorica.methods.base import About, Method
+from lorica.methods.components import OWN_AGGREGATION, SAME_RANKS, SINGLE_REPLIES
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import OWN_AGGREGATION, SAME_RANKS, SINGLE_REPLIES
 from lorica.methods.server import Server, client_factors
 
 

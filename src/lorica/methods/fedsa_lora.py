@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lorica.methods.base import About, Method
+from lorica.methods.components import SAME_RANKS
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import SAME_RANKS
 from lorica.methods.server import Server
 
 

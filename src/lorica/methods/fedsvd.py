@@ -9,8 +9,8 @@ from pydantic import Field
 from lorica.adapters.algebra import truncated, truncated_dense
 from lorica.config import Strict
 from lorica.methods.base import About, Method
+from lorica.methods.components import NEW_BASIS, SAME_RANKS
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import NEW_BASIS, SAME_RANKS
 from lorica.methods.server import Server
 
 

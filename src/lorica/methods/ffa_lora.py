@@ -40,7 +40,10 @@ class FFALoRA(Method):
 
     def start(self, model: AdapterState, seed: int) -> None:
         if self.options.orthonormal_a:
-            model.assign({site.a: torch.linalg.qr(model.tensors[site.a].T).Q.T.contiguous() for site in self.sites})
+            for site in self.sites:
+                # A = Rᵀ Qᵀ, so B A = (B Rᵀ) Qᵀ.
+                q, r = torch.linalg.qr(model.tensors[site.a].T)
+                model.assign({site.a: q.T.contiguous(), site.b: model.tensors[site.b] @ r.T})
 
     def round(self, server: Server) -> Round:
         replies = yield Train("B")

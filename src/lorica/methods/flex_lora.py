@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lorica.adapters.algebra import stacked, truncated
 from lorica.methods.base import About, Method
+from lorica.methods.components import NEW_BASIS, OWN_AGGREGATION, SINGLE_REPLIES
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import NEW_BASIS, OWN_AGGREGATION, SINGLE_REPLIES
 from lorica.methods.server import Server, client_factors
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lorica.adapters.algebra import stacked
 from lorica.methods.base import About, Method
+from lorica.methods.components import MERGES, NEW_BASIS, OWN_AGGREGATION, SINGLE_REPLIES
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import MERGES, NEW_BASIS, OWN_AGGREGATION, SINGLE_REPLIES
 from lorica.methods.server import Server, client_factors
 
 

@@ -14,8 +14,8 @@ from lorica.adapters.names import Pair
 from lorica.adapters.sites import Site
 from lorica.config import Strict
 from lorica.methods.base import About, Method
+from lorica.methods.components import OWN_AGGREGATION, SINGLE_REPLIES
 from lorica.methods.exchange import Replies, Round, Train
-from lorica.methods.pieces import OWN_AGGREGATION, SINGLE_REPLIES
 from lorica.methods.server import Server, client_factors
 
 

@@ -12,8 +12,8 @@ from lorica.adapters.algebra import stacked
 from lorica.adapters.names import Pair
 from lorica.config import Strict
 from lorica.methods.base import About, Method
+from lorica.methods.components import OWN_AGGREGATION, SAME_RANKS, SINGLE_REPLIES
 from lorica.methods.exchange import Round, Train
-from lorica.methods.pieces import OWN_AGGREGATION, SAME_RANKS, SINGLE_REPLIES
 from lorica.methods.server import Server, client_factors
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from pydantic import BaseModel
+
+from lorica.adapters.sites import Site
 from lorica.adapters.state import Factors
+from lorica.config import OptimizerConfig
 from lorica.methods.base import About, Method
+from lorica.methods.components import SAME_RANKS
 from lorica.methods.exchange import Round, Train
+from lorica.methods.gauge import REFUSES, GaugeOptions, check_gauge, fix_gauge, refused_with
 from lorica.methods.server import Server, is_zero
 
 
@@ -13,7 +19,7 @@ class RandomLoRA(Method):
 
     Idea: an independent fair coin chooses the factor for each layer and round. Under DP noise AS-LoRA's released score
     is almost a coin flip, so this is the baseline that a score has to beat. A layer whose B is still zero trains B.
-    Travels: the active factors. Aggregation is exact.
+    Travels: the active factors up; with a gauge, both factors down where the choice changes. Aggregation is exact.
     DP: sound under the canonical step.
     """
 
@@ -22,10 +28,23 @@ class RandomLoRA(Method):
         paper="ablation of AS-LoRA",
         arxiv="2605.05769",
         trains="A or B per layer, at random",
-        sends="the active factor of each layer",
+        sends="the active factor of each layer up, A and B down",
         exact=True,
         privacy="sound; noise linear",
     )
+    refuses = REFUSES | SAME_RANKS
+
+    class Options(GaugeOptions):
+        pass
+
+    options: Options
+
+    def __init__(self, options: BaseModel, sites: list[Site]) -> None:
+        super().__init__(options, sites)
+        self.refuses = refused_with(self.options) | SAME_RANKS
+
+    def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:
+        check_gauge(self.options, self.sites)
 
     def round(self, server: Server) -> Round:
         coins = server.generator("random-lora")
@@ -34,5 +53,7 @@ class RandomLoRA(Method):
             layer: "A" if coins.random() < 0.5 and not is_zero(server, sites) else "B"
             for layer, sites in layers.items()
         }
-        replies = yield Train({site.name: choice[site.layer] for site in self.sites})
+        factors = {site.name: choice[site.layer] for site in self.sites}
+        fix_gauge(self.options, server.model, factors)
+        replies = yield Train(factors)
         server.step(replies)

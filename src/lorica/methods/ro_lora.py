@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from pydantic import BaseModel
+
+from lorica.adapters.sites import Site
+from lorica.adapters.state import Factors
+from lorica.config import OptimizerConfig
 from lorica.methods.base import About, Method
+from lorica.methods.components import SAME_RANKS
 from lorica.methods.exchange import Round, Train
+from lorica.methods.gauge import REFUSES, GaugeOptions, check_gauge, fix_gauge, refused_with
 from lorica.methods.server import Server
 
 
@@ -12,9 +19,12 @@ class RoLoRA(Method):
 
     Idea: train B in odd rounds and A in even rounds, in all layers. All clients share the other factor, so averaging is
     exact and A's subspace is learned too.
-    Travels: the active factor.
+    Travels: the active factor up; with a gauge, both factors down.
     DP: the paper has none; sound under the canonical step. Training starts with B, since A has no gradient while B is
     zero.
+
+    With `gauge: orthonormal`, which is not in the paper, the factor that rests is made orthonormal before each round.
+    `gauge: none` is the paper's algorithm.
     """
 
     name = "ro-lora"
@@ -22,11 +32,26 @@ class RoLoRA(Method):
         paper="RoLoRA",
         arxiv="2502.01755",
         trains="B, A, B, A… by round",
-        sends="the active factor",
+        sends="the active factor up, A and B down",
         exact=True,
         privacy="sound; noise linear",
     )
+    refuses = REFUSES | SAME_RANKS
+
+    class Options(GaugeOptions):
+        pass
+
+    options: Options
+
+    def __init__(self, options: BaseModel, sites: list[Site]) -> None:
+        super().__init__(options, sites)
+        self.refuses = refused_with(self.options) | SAME_RANKS
+
+    def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:
+        check_gauge(self.options, self.sites)
 
     def round(self, server: Server) -> Round:
-        replies = yield Train("B" if server.round % 2 else "A")
+        factors: dict[str, Factors] = {site.name: "B" if server.round % 2 else "A" for site in self.sites}
+        fix_gauge(self.options, server.model, factors)
+        replies = yield Train(factors)
         server.step(replies)

@@ -20,6 +20,7 @@ from lorica.aggregation.robust import Aggregate
 from lorica.aggregation.scaffold import Scaffold
 from lorica.aggregation.server_optimizers import ServerAverage, ServerOptimizer
 from lorica.config import OptimizerConfig
+from lorica.local.optimizers import schedule_factor
 from lorica.local.step import LocalStep
 from lorica.methods.exchange import Replies
 from lorica.privacy.mechanism import Terms
@@ -35,7 +36,7 @@ class Server:
         round, rounds: the current round, from 1, and the number of rounds.
         terms: client -> its DP terms.
         optimizer, local_steps: local optimiser and steps per round of the clients.
-        rates: tensor name -> learning rate.
+        full_rates: tensor name -> learning rate before `optimizer.schedule`.
         seed: public seed.
         local: configured transformations of the noisy gradient on the clients.
         ranks: client -> rank of its factors; empty if all clients use the full rank.
@@ -51,7 +52,7 @@ class Server:
     terms: Mapping[int, Terms]
     optimizer: OptimizerConfig
     local_steps: int
-    rates: Mapping[str, float]
+    full_rates: Mapping[str, float]
     seed: int
     round: int = 0
     local: LocalStep = field(default_factory=LocalStep)
@@ -61,6 +62,12 @@ class Server:
     denoise: Denoiser | None = None
     average: RoundAverage | None = None
     scaffold: Scaffold | None = None
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Tensor name -> learning rate in this round."""
+        factor = schedule_factor(self.optimizer.schedule, max(self.round, 1), self.rounds)
+        return {name: factor * rate for name, rate in self.full_rates.items()}
 
     @property
     def private(self) -> bool:
@@ -88,7 +95,7 @@ class Server:
         ...     terms={0: Terms(sampling_rate=0.1, batch_size=10, clip_norm=1.0, noise_multiplier=1.0)},
         ...     optimizer=OptimizerConfig(),
         ...     local_steps=1,
-        ...     rates={"head.bias": 0.1},
+        ...     full_rates={"head.bias": 0.1},
         ...     seed=0,
         ... )
         >>> server.step(Replies(updates={0: {"head.bias": torch.tensor([0.5])}}, weights={0: 1.0}))
@@ -111,21 +118,21 @@ class Server:
 
     def state_dict(self) -> dict[str, Any]:
         """State of the server-side components, for a checkpoint."""
-        return {name: piece.state_dict() for name, piece in self._pieces().items()}
+        return {name: component.state_dict() for name, component in self._components().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the output of `state_dict`."""
-        for name, piece in self._pieces().items():
-            piece.load_state_dict(state[name])
+        for name, component in self._components().items():
+            component.load_state_dict(state[name])
 
-    def _pieces(self) -> dict[str, Memory]:
-        pieces: dict[str, Memory | None] = {
+    def _components(self) -> dict[str, Memory]:
+        components: dict[str, Memory | None] = {
             "optimizer": self.optimize,
             "denoise": self.denoise,
             "average": self.average,
             "scaffold": self.scaffold,
         }
-        return {name: piece for name, piece in pieces.items() if piece is not None}
+        return {name: component for name, component in components.items() if component is not None}
 
     def finish_round(self) -> None:
         """Include the model after this round in the average over rounds."""

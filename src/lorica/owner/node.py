@@ -65,8 +65,8 @@ class Node:
         policy = self._policy()
         if policy is not None:
             policy.review_task(self._config, self._base)
-        group = None if self._config.privacy == "none" else self._config.privacy.group
-        task = load_training(self._config.task, base, group, tested=self._config.federation.private_test > 0)
+        tested = self._config.federation.private_test > 0
+        task = load_training(self._config.task, base, self._config.privacy.group, tested=tested)
         self._label_names = task.label_names
         ignored = without_label(task.train.labels) if task.label_names else 0
         if ignored:
@@ -272,6 +272,8 @@ class Node:
         export = Export(self._config.model, self._config.task.type, self._label_names, self._config.seed)
         kind, method = "Personal" if own else "Global", self._config.method.name
         card = f"# {self._config.name}\n\n{kind} LoRA adapter of run {run} (`{code(method)}`).\n"
+        if self._config.lora.start is not None:
+            card += f"\nStarted from the adapter `{code(self._config.lora.start)}`.\n"
         with replaced_folder(self._folder / "adapter") as target:
             export_adapter(self._model, work.merged, target, export, card)
         logger.info("the run has finished; its adapter is in %s", self._folder / "adapter")
@@ -305,14 +307,13 @@ def _own_config(settings: NodeSettings, invitation: Invitation) -> ExperimentCon
     task = {} if settings.data is None else {"train": settings.data}
     model = {} if settings.base is None else {"base": settings.base}
     model |= {} if settings.device is None else {"device": settings.device}
+    # Never write to a path that a server proposes, except in a simulation on one machine.
+    privacy = {} if settings.data is None else {"ledger": None}
     changes: dict[str, Any] = {
         "task": config.task.model_copy(update=task),
         "model": config.model.model_copy(update=model),
+        "privacy": config.privacy.model_copy(update=privacy),
     }
-    if config.privacy != "none":
-        # Never write to a path that a server proposes, except in a simulation on one machine.
-        own = {} if settings.data is None else {"ledger": None}
-        changes["privacy"] = config.privacy.model_copy(update=own)
     return config.model_copy(update=changes)
 
 

@@ -26,7 +26,7 @@ from lorica.tasks.records import Records, Task
 
 def by_privacy_unit(config: ExperimentConfig, task: Task) -> Task:
     """The task with its training records grouped by `privacy.group`, or unchanged if that is not set."""
-    if config.privacy == "none" or config.privacy.group is None:
+    if config.privacy.group is None:
         return task
     divided = config.federation.partition in ("column", "files")
     return by_group(task, config.privacy.group_records, divided, stream_seed(config.seed, "groups"))
@@ -81,11 +81,11 @@ def hold_out(config: ExperimentConfig, records: Records) -> tuple[Records, Recor
 
 def ledger_path(config: ExperimentConfig, dataset: str) -> Path:
     """`privacy.ledger`, or a file next to the training data, or in Lorica's home folder if the data is not local."""
-    if config.privacy != "none" and config.privacy.ledger is not None:
+    if config.privacy.ledger is not None:
         return Path(config.privacy.ledger).expanduser()
     train = first_source(config.task.train)
     # Without privacy there is no budget to record, so a read-only data folder is not an error.
-    if train.exists() and (config.privacy != "none" or os.access(train.absolute().parent, os.W_OK)):
+    if train.exists() and (config.privacy.private or os.access(train.absolute().parent, os.W_OK)):
         return ledger_beside(train)
     return home_folder() / "ledgers" / f"{dataset[:16]}.sqlite"
 

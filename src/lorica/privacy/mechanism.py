@@ -26,7 +26,7 @@ class Terms:
     Attributes:
         sampling_rate: `q`, the probability that a record enters a batch.
         batch_size: `b`, the expected batch size, by which the sum is divided.
-        clip_norm: `C`; `inf` without privacy.
+        clip_norm: `C`; `inf` if nothing is clipped, which only a run without privacy can have.
         noise_multiplier: `σ`; the noise on the sum has standard deviation `σC`. Zero without privacy.
     """
 

@@ -118,7 +118,7 @@ def plan_client(
     records: int,
     batch_size: int,
     max_steps: int,
-    privacy: PrivacyConfig | Literal["none"],
+    privacy: PrivacyConfig,
     min_clients: int | None = None,
 ) -> ClientPlan:
     """Compute one client's terms; the noise multiplier is calibrated to `max_steps` at the true sampling rate.
@@ -140,8 +140,8 @@ def plan_client(
             f"choose at most {records}, reduce the number of clients, or set federation.min_records to {batch_size}",
         )
     rate = batch_size / records
-    if privacy == "none":
-        terms = Terms(rate, batch_size, float("inf"), 0.0)
+    if not privacy.private:
+        terms = Terms(rate, batch_size, privacy.largest_norm, 0.0)
         return ClientPlan(client, records, terms, max_steps, None, "none")
     if privacy.noise == "secure" and privacy.delta >= 1 / records:
         raise UserError(
@@ -156,7 +156,7 @@ def plan_client(
     else:
         assert privacy.epsilon is not None
         noise_multiplier = calibrate(rate, max_steps, privacy.epsilon, privacy.delta) if max_steps else 1.0
-    terms = Terms(rate, batch_size, privacy.clip_norm, noise_multiplier)
+    terms = Terms(rate, batch_size, privacy.largest_norm, noise_multiplier)
     shared = None
     if privacy.noise_against == "sums":
         assert min_clients is not None

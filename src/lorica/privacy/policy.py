@@ -48,7 +48,8 @@ class Policy(Strict):
     min_noise_multiplier: float = Field(0.5, gt=0)
     """Minimum noise multiplier σ of a step."""
     max_clip_norm: float = Field(10.0, gt=0, allow_inf_nan=False)
-    """Maximum norm C to which one record's gradient is clipped."""
+    """Maximum norm C to which one record's gradient is clipped in a run with noise; without noise, a clip protects
+    nothing."""
     max_sampling_rate: float = Field(0.5, gt=0, le=1)
     """Maximum probability that a record is in a batch."""
     max_steps: int = Field(100_000, ge=1)
@@ -167,11 +168,10 @@ class Policy(Strict):
             UserError: the policy's own δ is not below 1/records.
         """
         privacy, rate = config.privacy, config.federation.batch_size / records
-        if privacy == "none":
-            self._review_terms(config, "none", rate, steps)
-            return
         self._review_terms(config, privacy.noise, rate, steps)
-        self._review_bounds(privacy.noise_multiplier, privacy.clip_norm)
+        if not privacy.private:
+            return
+        self._review_bounds(privacy.noise_multiplier, privacy.largest_norm)
         if privacy.noise == "secure" and self.delta >= 1 / records:
             problem = (
                 f"not below 1/{records}, one over the number of records: publishing one random record would satisfy it"
@@ -290,7 +290,7 @@ class Policy(Strict):
 
     def _review_unit(self, config: ExperimentConfig) -> None:
         privacy = config.privacy
-        if privacy == "none":
+        if not privacy.private and privacy.group is None:
             return
         if (privacy.unit, privacy.group) != (self.unit, self.group):
             proposed = f"privacy.unit = {privacy.unit!r} with privacy.group = {privacy.group!r}"
@@ -302,7 +302,7 @@ class Policy(Strict):
     def _review_sums(self, config: ExperimentConfig) -> None:
         """Check secure sums before the first one; `lorica.secure_sum.requirements` then checks each sum."""
         federation, privacy = config.federation, config.privacy
-        if shares_noise(config) and privacy != "none":
+        if shares_noise(config):
             if self.noise_against != "sums":
                 _refuse("noise_against", "privacy.noise_against = 'sums'", "only 'replies' is allowed")
             if privacy.colluding < self.min_colluding:

@@ -81,7 +81,7 @@ def summand_bound(terms: Terms, weight: float, rate: float, drift: float = 0.0) 
 
 def shares_noise(config: ExperimentConfig) -> bool:
     """Whether the owners share the noise."""
-    return config.privacy != "none" and config.privacy.noise_against == "sums"
+    return config.privacy.private and config.privacy.noise_against == "sums"
 
 
 def check_shared(config: ExperimentConfig) -> None:
@@ -91,7 +91,6 @@ def check_shared(config: ExperimentConfig) -> None:
         UserError: no secure sums, no minimum number of clients, more than one local step, an optimiser that is not
             linear, or a component that changes the noisy gradient.
     """
-    assert config.privacy != "none"
     federation, colluding = config.federation, config.privacy.colluding
     if not federation.secure_sum:
         raise UserError(

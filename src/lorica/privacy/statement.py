@@ -110,6 +110,7 @@ def privacy_statement(
     target_epsilon: float | None,
     unit: PrivacyUnit = RECORD,
     overlap: int = 0,
+    start: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """JSON-able statement of a run as far as the clients' ledgers have been charged.
 
@@ -120,9 +121,11 @@ def privacy_statement(
         accounts: client -> account.
         unit: the unit of privacy.
         overlap: number of training records that are also test records.
+        start: name and SHA-256 of the adapter that the run started from.
     """
     noise, shared = next(iter(plans.values())).noise, next(iter(plans.values())).shared
     noun = unit.noun
+    clipped = all(math.isfinite(plan.terms.clip_norm) for plan in plans.values())
     clients = []
     for client, plan in sorted(plans.items()):
         own = accounts[client]
@@ -135,10 +138,11 @@ def privacy_statement(
             "planned_steps": plan.max_steps,
             "releases": own.releases,
         }
+        if clipped:
+            row["clip_norm"] = plan.terms.clip_norm
         if plan.delta is not None:
             row |= {
                 "noise_multiplier": plan.noise_multiplier,
-                "clip_norm": plan.terms.clip_norm,
                 "delta": plan.delta,
                 "epsilon": plan.epsilon(own.steps),
                 "epsilon_rdp": plan.epsilon_rdp(own.steps),
@@ -164,14 +168,22 @@ def privacy_statement(
         "not_covered": [*([UNPROTECTED[noise]] if noise in UNPROTECTED else []), *NOT_COVERED],
         "ledger": ", ".join(sorted(ledgers)) or "with each owner",
     }
+    if clipped:
+        statement["clipping"] = f"flat: the gradient of each {noun} over all trained tensors together, norm at most C"
     if noise != "none":
         statement |= {
-            "clipping": f"flat: the gradient of each {noun} over all trained tensors together, norm at most C",
             "mechanism": SHARED_MECHANISM if shared is not None else MECHANISM,
             "accountant": f"{ACCOUNTANT} (pessimistic, grid {DISCRETIZATION:g}); cross-check by RDP",
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),
             "target_epsilon": target_epsilon,
         }
+    if start is not None:
+        statement["start"] = dict(start)
+        statement["not_covered"].append(
+            f"The adapter {start['name']} (SHA-256 {start['sha256']}) that the run started from: the guarantee covers "
+            "only what this run released. If that adapter was trained on any of these records, its ε and that of this "
+            "run add up, as the owners' ledgers count them."
+        )
     if overlap:
         statement["not_covered"].append(
             f"{overlap} training records that are also in a test set (task.test_overlap): the test results are "

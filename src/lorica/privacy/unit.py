@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 from lorica.config import PrivacyConfig
 
@@ -27,11 +26,9 @@ class PrivacyUnit:
     group_records: int = 1
 
     @classmethod
-    def of(cls, privacy: PrivacyConfig | Literal["none"]) -> PrivacyUnit:
+    def of(cls, privacy: PrivacyConfig) -> PrivacyUnit:
         """The unit of a configuration."""
-        if privacy == "none" or privacy.group is None:
-            return cls()
-        return cls(privacy.group, privacy.group_records)
+        return cls() if privacy.group is None else cls(privacy.group, privacy.group_records)
 
     @classmethod
     def parse(cls, text: str) -> PrivacyUnit:

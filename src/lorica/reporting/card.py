@@ -10,7 +10,7 @@ import yaml
 
 from lorica.markdown import code, fenced, inline
 from lorica.reporting.clients import GUARANTEE, client_rows
-from lorica.reporting.run_folder import Run, metric_name, not_private
+from lorica.reporting.run_folder import Run, clipping, metric_name, not_private
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -38,6 +38,8 @@ def model_card(run: Run, load_lines: str) -> str:
     warning = f"\n> **Not a private release: {inline(reason)}**\n" if reason else ""
     version = run.environment.get("lorica")
     trained_with = "Lorica" if version is None else f"Lorica {inline(version)}"
+    start = run.environment.get("start")
+    started = f"* Started from: adapter `{code(start['name'])}`, SHA-256 `{code(start['sha256'])}`\n" if start else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
@@ -46,7 +48,7 @@ def model_card(run: Run, load_lines: str) -> str:
 A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that never left its owners.
 
 * Method: `{code(run.method)}`
-* Test {inline(metric_name(run.metrics))}: {score_text(run)}
+{started}* Test {inline(metric_name(run.metrics))}: {score_text(run)}
 * Rounds: {rounds_text(run)}
 
 ## How to load it
@@ -61,7 +63,8 @@ A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that neve
 def _privacy(run: Run) -> str:
     privacy = run.privacy or {}
     if not _has_noise(run):
-        return f"**No privacy guarantee: {inline(not_private(run))}**\n"
+        clip = f" Gradients were {clipping(run)}." if privacy else ""
+        return f"**No privacy guarantee: {inline(not_private(run))}**{clip}\n"
     lines = [f"* {name}: {inline(privacy[key])}" for key, name in PRIVACY_TERMS if privacy.get(key)]
     headings, rows = client_rows(run.clients, GUARANTEE)
     table = markdown_table(headings, [[inline(cell) for cell in row] for row in rows])

@@ -15,15 +15,24 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lorica.files import write_atomically
+from lorica.reporting.choices import median_signal_to_noise, near_coin_flips
 from lorica.reporting.clients import client_rows
 from lorica.reporting.comparison import ComparedRun, summarise
 from lorica.reporting.drawing import Figure, rc_context
 from lorica.reporting.factors import factor_rows
 from lorica.reporting.partition import partition_figure
-from lorica.reporting.plots import accuracy_figure, clients_figure, comparison_figure, factors_figure, final_figure
+from lorica.reporting.plots import (
+    accuracy_figure,
+    choices_figure,
+    clients_figure,
+    comparison_figure,
+    factors_figure,
+    final_figure,
+)
 from lorica.reporting.run_folder import (
     Run,
     bytes_sent,
+    clipping,
     guarantee,
     metric_name,
     missing_text,
@@ -48,7 +57,10 @@ MOST_OPEN_ROWS = 25
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.html, accuracy.png, factors.png and partition.png to a run folder and return the path of the page.
+    """Write report.html and the figures accuracy, factors, choices and partition (.png) to a run folder.
+
+    Returns:
+        The path of the page.
 
     All figures are drawn before the first file is replaced, files are replaced atomically, and the page is written
     last, so a failure keeps the old page. Sections without data (evaluated rounds, decisions, label counts, clients)
@@ -63,6 +75,8 @@ def write_report(folder: str | Path) -> Path:
         figures["accuracy"] = accuracy_figure(run)
     if factor_rows(run):
         figures["factors"] = factors_figure(run)
+    if median_signal_to_noise(run):
+        figures["choices"] = choices_figure(run)
     if run.partition is not None:
         figures["partition"] = partition_figure(run)
     files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
@@ -145,6 +159,7 @@ def _drawings(figures: dict[str, Figure]) -> dict[str, Markup]:
 DESCRIPTIONS = {
     "accuracy": "Main metric on the test set per round, and the privacy spent",
     "factors": "Factors trained by each layer in each round",
+    "choices": "Signal-to-noise ratio of the choices of factors in each round",
     "partition": "Number of records per client and label",
     "clients": "Records and noise multiplier of each client",
     "comparison": "Main metric on the test set per round of each method",
@@ -185,6 +200,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "server_time": None if server is None else duration(server),
         "known": run.privacy is not None,
         "private": privacy.get("noise", "none") != "none",
+        "clipping": clipping(run),
         "terms": [(name, privacy[key]) for key, name in PRIVACY_TERMS if privacy.get(key)],
         "target": None if privacy.get("target_epsilon") is None else f"{privacy['target_epsilon']:g}",
         "client_headings": headings,
@@ -192,10 +208,11 @@ def _run_view(run: Run) -> dict[str, Any]:
         "open_clients": len(rows) <= MOST_OPEN_ROWS,
         "assumptions": privacy.get("assumptions") or [],
         "not_covered": privacy.get("not_covered") or [],
+        "coin_flips": near_coin_flips(run),
         "traffic": _traffic(run),
         "left_out": missing_text(run.metrics),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
-        "environment": run.environment,
+        "environment": {key: value for key, value in run.environment.items() if key != "start"},
     }
 
 
@@ -203,8 +220,10 @@ def _subtitle(run: Run) -> str:
     task = str(run.config.get("task", {}).get("type", "")).replace("-", " ")
     base = run.config.get("model", {}).get("base", "an unknown base model")
     clients = run.config.get("federation", {}).get("clients", len(run.clients))
+    start = run.environment.get("start")
     parts = [
         f"{run.method} on {base}",
+        f"started from the adapter {start['name']} (SHA-256 {start['sha256']})" if start else "",
         task,
         f"{clients} {'client' if clients == 1 else 'clients'}",
         f"seed {run.config.get('seed', 'unknown')}",

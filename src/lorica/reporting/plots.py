@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Any, ParamSpec
 
 from lorica.errors import UserError
+from lorica.reporting.choices import median_signal_to_noise
 from lorica.reporting.comparison import ComparedRun, by_method, summarise
 from lorica.reporting.drawing import Axes, Figure, MaxNLocator, Outline, PathPatch, Rectangle, rc_context
 from lorica.reporting.factors import factor_rounds, factor_rows
@@ -129,6 +130,32 @@ def factors_figure(run: Run) -> Figure:
                 _at_right(panel, offset, place, f"{100 * row.share(factor):.0f} %", INK, 0)
         _at_right(panel, 1.04, -0.5, "Share of rounds", MUTED, 17, va="bottom")
     _legend(figure, panel, [choice for choice in FACTOR_COLOURS if any(choice in row.choices for row in rows)])
+    return figure
+
+
+@_styled
+def choices_figure(run: Run) -> Figure:
+    """The median signal-to-noise ratio of the choices per round, with a line at 1.
+
+    Raises:
+        UserError: the run recorded no ratios.
+    """
+    found = median_signal_to_noise(run)
+    if not found:
+        problem = "decisions.jsonl has no signal-to-noise ratios"
+        raise UserError("run", str(run.folder), problem, "use a method with a score, such as as-lora, under DP")
+    rounds, ratios = [number for number, _ in found], [ratio for _, ratio in found]
+    figure, (panel,) = _panels([1.6], right=1.3)
+    look = looks([run.method])[run.method]
+    marker = "o" if len(rounds) <= MOST_MARKED_ROUNDS else None
+    panel.plot(rounds, ratios, color=look.colour, linewidth=1.6, marker=marker, markersize=3.5, label="ratio")
+    panel.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1, label="one")
+    panel.set_ylim(0, 1.15 * max(1, *ratios))
+    panel.yaxis.set_major_locator(MaxNLocator(4))
+    _name_axis(panel, "|gain of A − gain of B| / its standard deviation, median over choices", inset=TICK_ROOM)
+    ends = [(ratios[-1], f"{ratios[-1]:.2f}", look.text, "bold"), (1.0, "noise = signal", MUTED, "normal")]
+    _label_ends(panel, ends, [rounds[-1], run.rounds], run.rounds)
+    _round_axis([panel], run.rounds)
     return figure
 
 

@@ -185,6 +185,12 @@ def not_private(run: Run) -> str | None:
     return None
 
 
+def clipping(run: Run) -> str:
+    """ "clipped to norm 2" or "not clipped", for runs without noise, whose clip is no part of a guarantee."""
+    norms = {client["clip_norm"] for client in run.clients if client.get("clip_norm") is not None}
+    return f"clipped to norm {max(norms):g}" if norms else "not clipped"
+
+
 def _read_rounds(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file, sorted by round; empty if the file is missing."""
     if not path.is_file():

@@ -16,6 +16,7 @@ from lorica.reporting.factors import FactorRow, factor_rows
 from lorica.reporting.run_folder import (
     Run,
     bytes_sent,
+    clipping,
     guarantee,
     metric_name,
     missing_text,
@@ -178,8 +179,11 @@ def _summary_table(run: Run) -> Table:
     table.add_row("Run", Text(f"{run.name} ({run.method})", style="bold"))
     table.add_row(capital(metric_name(run.metrics)), score_text(run))
     table.add_row("Also", further_metrics(run) or "–")
+    start = run.environment.get("start")
+    if start:
+        table.add_row("Started from", Text(f"adapter {start['name']} (SHA-256 {start['sha256'][:16]}…)"))
     if spent is None:
-        table.add_row("Privacy", "unknown" if run.privacy is None else "no DP")
+        table.add_row("Privacy", "unknown" if run.privacy is None else f"no DP, gradients {clipping(run)}")
     else:
         lifetime = max((client.get("lifetime_epsilon") or 0 for client in run.clients), default=0)
         more = f"; ε = {rounded_up(lifetime)} over the lifetime of the data" if lifetime > spent[0] else ""

@@ -20,7 +20,7 @@ from lorica.errors import UserError
 from lorica.files import write_atomically
 
 KEPT = 2
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     os.replace(temporary, final)
     for old in _rounds(folder)[:-KEPT]:
         shutil.rmtree(old)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run with this folder of checkpoints resumes from one of them."""
+    return bool(_rounds(folder))
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:

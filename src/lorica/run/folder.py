@@ -51,12 +51,23 @@ def _experiment(content: dict[str, Any]) -> dict[str, Any]:
     return kept | {"federation": federation}
 
 
-def open_run(folder: Path, config: ExperimentConfig, device: str) -> str:
-    """Create or reopen the run folder, and return the id under which the ledger records the run."""
+def started_from(folder: Path) -> dict[str, str] | None:
+    """Name and SHA-256 of the adapter that a run started from; None for a new run, or one without such an adapter."""
+    path = folder / "environment.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("start") if path.is_file() else None
+    return None if found is None else dict(found)
+
+
+def open_run(folder: Path, config: ExperimentConfig, device: str, start: dict[str, str] | None) -> str:
+    """Create or reopen the run folder, and return the id under which the ledger records the run.
+
+    Args:
+        start: name and SHA-256 of the adapter that the run starts from.
+    """
     path = folder / "environment.json"
     if path.is_file():
         return str(json.loads(path.read_text(encoding="utf-8"))["run"])
-    environment = {
+    environment: dict[str, Any] = {
         "run": uuid.uuid4().hex,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -65,6 +76,7 @@ def open_run(folder: Path, config: ExperimentConfig, device: str) -> str:
         "threads": torch.get_num_threads(),
         "git": _git_revision(),
     } | {package: version(package) for package in ("lorica", "torch", "transformers", "peft", "dp-accounting")}
+    environment |= {} if start is None else {"start": start}
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
     write_atomically(path, json.dumps(environment, indent=2).encode())
     return str(environment["run"])

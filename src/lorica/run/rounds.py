@@ -45,7 +45,7 @@ def conduct(
         UserError: the run exceeds a client's budget, or too few clients take part.
     """
     config, folder = prepared.config, prepared.config.folder
-    run = open_run(folder, config, str(prepared.model.device))
+    run = open_run(folder, config, str(prepared.model.device), prepared.start)
     if prepared.partition is not None:
         write_atomically(folder / "partition.json", json.dumps(prepared.partition, ensure_ascii=False).encode())
     checkpoint = load_checkpoint(folder / "checkpoint")
@@ -72,7 +72,7 @@ def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoi
         terms={},
         optimizer=config.optimizer,
         local_steps=config.federation.local_steps,
-        rates=learning_rates(config.optimizer, list(prepared.state.tensors)),
+        full_rates=learning_rates(config.optimizer, list(prepared.state.tensors)),
         seed=config.seed,
         local=LocalStep(
             proximal=config.local.fedprox,
@@ -89,7 +89,7 @@ def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoi
     if checkpoint is not None:
         server.round = checkpoint.round
         server.model.assign(checkpoint.adapter)
-        server.model.merge(checkpoint.merged)
+        server.model.merged = dict(checkpoint.merged)
         server.load_state_dict(checkpoint.server)
         prepared.method.load_state_dict(checkpoint.method)
     return Federation(
@@ -192,9 +192,10 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
     statement = privacy_statement(
         federation.plans,
         federation.engine.accounts(federation.run),
-        None if config.privacy == "none" else config.privacy.epsilon,
+        config.privacy.epsilon,
         PrivacyUnit.of(config.privacy),
         prepared.task.overlap,
+        prepared.start,
     )
     write_atomically(folder / "privacy.json", json.dumps(statement, indent=2).encode())
     # If the personal models stay with their clients, export the tensors that all clients share.

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.loading import check_isolated, load_model
+from lorica.adapters.start import hash_of_start, read_start
 from lorica.adapters.state import AdapterState
 from lorica.aggregation.robust import check_aggregate
 from lorica.config import ExperimentConfig, FederationConfig
 from lorica.errors import UserError
 from lorica.methods.base import Method, make_method
-from lorica.methods.pieces import check_pieces
+from lorica.methods.components import check_components
+from lorica.run.checkpoint import has_checkpoint
+from lorica.run.folder import started_from
 from lorica.schedule import client_ranks, participation_schedule
 from lorica.tasks.records import Task
 
@@ -26,6 +30,7 @@ class Prepared:
         schedule: participants of each round; index 0 is round 1.
         ranks: client -> rank of its factors; empty if all clients use the full rank.
         partition: label counts of each simulated client (`partition.json`), if they may be shown.
+        start: name and SHA-256 of the adapter that the run starts from (`lora.start`); None for a new adapter.
     """
 
     config: ExperimentConfig
@@ -36,6 +41,7 @@ class Prepared:
     schedule: list[list[int]]
     ranks: dict[int, int]
     partition: dict[str, Any] | None = None
+    start: dict[str, str] | None = None
 
 
 def prepare(config: ExperimentConfig, task: Task) -> Prepared:
@@ -56,9 +62,9 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     fewest = _fewest_replies(federation, len(schedule[0]))
     # With a secure sum, the server sees one combined reply.
     method.check(config.optimizer, 1 if federation.secure_sum else fewest, federation.local_steps)
-    check_pieces(config, method)
+    check_components(config, method)
     check_aggregate(config.server, fewest)
-    if federation.weights == "noise" and config.privacy == "none":
+    if federation.weights == "noise" and not config.privacy.private:
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
     apart = config.engine == "flower" and config.flower.superlink is not None
     if apart and federation.weights != "uniform" and federation.max_records is None:
@@ -70,9 +76,32 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
             "set federation.max_records to the largest number of records of an owner, or to a list of registered "
             "numbers, or set federation.weights=uniform",
         )
+    start = _begin(config, task, model, state, method.merges)
     check_isolated(config, model, task.test)
     method.start(state, config.seed)
-    return Prepared(config, task, model, state, method, schedule, ranks)
+    return Prepared(config, task, model, state, method, schedule, ranks, start=start)
+
+
+def _begin(
+    config: ExperimentConfig, task: Task, model: AdaptedModel, state: AdapterState, merges: bool
+) -> dict[str, str] | None:
+    """Move a new adapter to `lora.start`. A run that resumes from a checkpoint can do without the folder."""
+    folder = config.lora.start
+    if folder is None:
+        return None
+    recorded = started_from(config.folder)
+    if recorded is not None and has_checkpoint(config.folder / "checkpoint") and not Path(folder).expanduser().exists():
+        return recorded
+    if recorded is not None and hash_of_start(folder) != recorded["sha256"]:
+        raise UserError(
+            "lora.start",
+            folder,
+            f"its weights have changed since the run {config.name} started from them",
+            "restore the folder, or choose another name",
+        )
+    start = read_start(config, model, task.label_names, merges)
+    start.apply(state, merges)
+    return {"name": start.name, "sha256": start.sha256}
 
 
 def _fewest_replies(federation: FederationConfig, participants: int) -> int:

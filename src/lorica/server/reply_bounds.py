@@ -77,7 +77,7 @@ def update_bounds(work: Training, records: int, model: Mapping[str, Tensor]) -> 
     """Bounds on `U = θ_E - θ_0` of every trained tensor, including those that stay with the client.
 
     Args:
-        work: with private terms; without privacy there are no bounds.
+        work: with a finite clip norm; without a clip there are no bounds. The noise may be zero.
         records: `n`.
         model: all global tensors.
     """

@@ -91,8 +91,8 @@ def expected_reply(
 ) -> Expected:
     """Requirements that every honest reply to a request meets.
 
-    Exactly the requested tensors, fp32 and finite; with privacy, also the bounds of `lorica.server.reply_bounds`. For
-    sketches:
+    Exactly the requested tensors, fp32 and finite; if gradients are clipped, also the bounds of
+    `lorica.server.reply_bounds`. For sketches:
     `‖B_k A_k Ω‖ ≤ ‖B_0 A_0 Ω‖ + ‖U_B‖ ‖A_0 Ω‖₂ + ‖B_k‖ ‖U_A‖ ‖Ω‖₂` and `‖A_kᵀ B_kᵀ Q‖ ≤ ‖A_k‖ ‖B_k‖ ‖Q‖₂`.
 
     Args:
@@ -105,7 +105,7 @@ def expected_reply(
         return _projection(request.work, reply_shapes(request, model), model, earlier)
     assert isinstance(request.work, Training)
     shapes = reply_shapes(request, model)
-    if not request.work.terms.private:
+    if math.isinf(request.work.terms.clip_norm):
         return Expected(shapes)
     return _training(request.work, shapes, records, model, seed, request.round)
 

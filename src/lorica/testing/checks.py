@@ -31,7 +31,7 @@ from lorica.adapters.names import (
     other_factor,
     site_of,
 )
-from lorica.adapters.state import leading
+from lorica.adapters.state import AdapterState, leading
 from lorica.config import PrivacyConfig
 from lorica.errors import UserError
 from lorica.local.sketches import sketch_matrix
@@ -48,6 +48,7 @@ from lorica.testing.federation import (
     DATASET,
     PRIVACY,
     RUN,
+    UNCLIPPED,
     Adapter,
     ClientModel,
     RecordingEngine,
@@ -109,7 +110,7 @@ class Recording:
                     Path(folder),
                     self.options,
                     clients=1,
-                    privacy="none",
+                    privacy=UNCLIPPED,
                     batch_size=ALONE,
                     rounds=ROUNDS,
                 )
@@ -131,6 +132,7 @@ def check_method(method: str | type[Method], options: Mapping[str, Any] | None =
     Four clients, of which three take part in a round, train a random BERT of two layers for three rounds of two steps.
     Takes about a second.
 
+    * A run that starts from another adapter (`lora.start`) starts with its products.
     * Names and shapes of the adapter's tensors stay, values are finite, and some site's weight moves.
     * A client sends exactly what it was asked for, and what nobody trains stays put.
     * A client starts from the server's adapter and changes nothing that it was not to train.
@@ -225,7 +227,7 @@ def moved_sites(recording: Recording) -> set[str]:
 
 def check_messages(recording: Recording) -> None:
     """A client sends exactly what it was asked for, and what nobody trains stays put."""
-    moves_by_mean = "server_optimizer" not in recording.kind.refuses and not recording.kind.personal
+    moves_by_mean = "server_optimizer" not in recording.federation.method.refuses and not recording.kind.personal
     for number, exchanges in enumerate(recording.exchanges, start=1):
         trained: set[str] = set()
         for index in exchanges:
@@ -238,7 +240,7 @@ def check_messages(recording: Recording) -> None:
             recording.require(
                 name in trained or not moves_by_mean or torch.equal(value, before[name]),
                 f"{name} moved in round {number}, and no client trained it; a method that changes such tensors itself "
-                "refuses server_optimizer (lorica.methods.pieces.NEW_BASIS)",
+                "refuses server_optimizer (lorica.methods.components.NEW_BASIS)",
             )
 
 
@@ -502,7 +504,7 @@ def check_sums(recording: Recording) -> None:
 
     Factors of a product are not compared: those of an SVD may turn.
     """
-    if "secure_sum" in recording.kind.refuses:
+    if "secure_sum" in recording.federation.method.refuses:
         return
     with TemporaryDirectory() as folder:
         some = _resumed(recording, Path(folder))
@@ -512,7 +514,7 @@ def check_sums(recording: Recording) -> None:
         except Exception as error:
             problem = (
                 f"fails under secure sums with {type(error).__name__}: {error}; a method that needs single replies "
-                "refuses secure_sum (lorica.methods.pieces.SINGLE_REPLIES)"
+                "refuses secure_sum (lorica.methods.components.SINGLE_REPLIES)"
             )
             raise AssertionError(f"{recording.kind.name}: {problem}") from error
     assert isinstance(some.engine, RecordingEngine)
@@ -525,7 +527,21 @@ def check_sums(recording: Recording) -> None:
         recording.require(close, f"under secure sums {name} is not what single replies give")
 
 
+def check_start(recording: Recording) -> None:
+    """A run that starts from another adapter (`lora.start`) starts with its products `B A`."""
+    method, sites = recording.federation.method, recording.federation.server.model.sites
+    draws = torch.Generator().manual_seed(0)
+    shapes = {name: value.shape for name, value in recording.adapters[0].tensors.items() if not is_middle(name)}
+    given = Adapter({name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}, {})
+    model = AdapterState(sites, given.tensors)
+    type(method)(method.options, sites).start(model, 0)
+    for site in sites:
+        kept = torch.allclose(dense(model, site), dense(given, site), rtol=0, atol=1e-4)
+        recording.require(kept, f"start changes the product B A of {site.name}, which lora.start gave")
+
+
 CHECKS: dict[str, Callable[[Recording], None]] = {
+    "start": check_start,
     "shapes": check_shapes,
     "messages": check_messages,
     "clients": check_clients,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ DATASET = "data"
 STEPS, LEARNING_RATE = 2, 0.5
 # A fixed noise multiplier: calibrating one takes a second, and nothing here depends on its value.
 PRIVACY = PrivacyConfig(epsilon=None, noise_multiplier=1.0, delta=1e-3, clip_norm=1.0, noise="reproducible")
+UNCLIPPED = PrivacyConfig(noise="none", clip_norm=None)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def tiny_federation(
     clients: int = 3,
     participants: int | None = None,
     seed: int = 0,
-    privacy: PrivacyConfig | Literal["none"] = PRIVACY,
+    privacy: PrivacyConfig = PRIVACY,
     batch_size: int = 8,
     rounds: int = 4,
     steps: int = STEPS,
@@ -162,7 +163,7 @@ def tiny_federation(
         terms={number: plan.terms for number, plan in plans.items()},
         optimizer=optimizer,
         local_steps=steps,
-        rates=learning_rates(optimizer, list(state.tensors)),
+        full_rates=learning_rates(optimizer, list(state.tensors)),
         seed=seed,
         **server,
     )

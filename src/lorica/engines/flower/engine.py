@@ -239,7 +239,7 @@ class FlowerEngine:
             return f"client {plan.client} agreed to a different plan before"
         if not 1 <= plan.records < LARGEST_COUNT:
             return f"it declares {plan.records} records"
-        if config.privacy != "none" and config.federation.batch_size <= config.privacy.delta * plan.records:
+        if config.privacy.private and config.federation.batch_size <= config.privacy.delta * plan.records:
             return f"with {plan.records} records its sampling rate is below privacy.delta = {config.privacy.delta:g}"
         try:
             own = plan_run(config, plan.client, plan.records)

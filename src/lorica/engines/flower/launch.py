@@ -73,8 +73,9 @@ def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:
         "output": str(Path(config.output).expanduser().absolute()),
         "task": task.model_copy(update={"train": train, "test": test}),
         "model": model.model_copy(update={"base": absolute(model.base)}),
+        "lora": config.lora.model_copy(update={"start": config.lora.start and absolute(config.lora.start)}),
     }
-    if config.privacy != "none" and config.privacy.ledger is not None:
+    if config.privacy.ledger is not None:
         ledger = str(Path(config.privacy.ledger).expanduser().absolute())
         changes["privacy"] = config.privacy.model_copy(update={"ledger": ledger})
     return config.model_copy(update=changes)

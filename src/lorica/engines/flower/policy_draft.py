@@ -36,9 +36,9 @@ def draft_policy(config: ExperimentConfig) -> str:
         lines.append("".join(f"# {line}\n" for line in comment.splitlines()) + f"{flow.strip()[1:-1]}\n")
 
     base = _hash(config.model.base)
-    epsilon = 8.0 if privacy == "none" or privacy.epsilon is None else privacy.epsilon
+    epsilon = 8.0 if privacy.epsilon is None else privacy.epsilon
     add("max_epsilon", float(epsilon), "For everything ever released from the data, all runs together.")
-    add("delta", 1e-5 if privacy == "none" else privacy.delta, "It must be below 1/records.")
+    add("delta", privacy.delta, "It must be below 1/records.")
     add(
         "base_models",
         [] if base is None else [base],
@@ -52,16 +52,15 @@ def draft_policy(config: ExperimentConfig) -> str:
     elif kind.labels == "classes":
         comment += "\nAdd the names of all labels, such as labels: ['no', 'yes'], so that no server can choose them."
     add("tasks", [task], comment)
-    if privacy == "none" or privacy.noise != "secure":
-        kind_of_noise = "none" if privacy == "none" else privacy.noise
-        add("noise", [kind_of_noise], "This kind of noise protects nothing: after such a run no ε holds for the data.")
-    if privacy != "none":
+    if privacy.noise != "secure":
+        add("noise", [privacy.noise], "This kind of noise protects nothing: after such a run no ε holds for the data.")
+    if privacy.private:
         add("max_clip_norm", privacy.clip_norm)
-        if privacy.unit == "group":
-            add("unit", "group")
-            add("group", privacy.group)
-            add("max_group_records", privacy.group_records)
-    add("min_noise_multiplier", 0.5 if privacy == "none" else min(0.5, privacy.noise_multiplier or 0.5))
+    if privacy.unit == "group":
+        add("unit", "group")
+        add("group", privacy.group)
+        add("max_group_records", privacy.group_records)
+    add("min_noise_multiplier", min(0.5, privacy.noise_multiplier or 0.5))
     add("max_sampling_rate", 0.5, "The largest probability that a record is in a batch; batch size / records is usual.")
     if federation.private_test:
         metrics = ["loss", *kind.metrics]
@@ -73,7 +72,7 @@ def draft_policy(config: ExperimentConfig) -> str:
             "# The identity key of every owner, as printed by `lorica flower keys DIR`, your own included:\n"
             '# members: {0: "ed25519:… clinic-a", 1: "ed25519:… clinic-b"}\n'
         )
-        if privacy != "none" and privacy.noise_against == "sums":
+        if privacy.noise_against == "sums":
             lines.append(
                 "# This experiment shares the noise among the owners. To allow it, list the members and remove the #:\n"
                 f"# noise_against: sums\n# min_colluding: {privacy.colluding}\n"

@@ -62,7 +62,7 @@ def serve(config: ExperimentConfig, grid: Grid) -> Result:
     base = resolve_base(config.model.base)
     task = load_tests(config.task, base)
     prepared = prepare(config, task)
-    engine = FlowerEngine(grid, for_nodes(config, task), base_identity(base), prepared.state)
+    engine = FlowerEngine(grid, for_nodes(config, task, prepared.start), base_identity(base), prepared.state)
 
     for line in test_set_lines(task):
         logger.info("%s", line)
@@ -73,11 +73,15 @@ def serve(config: ExperimentConfig, grid: Grid) -> Result:
     return conduct(prepared, engine, lambda prepared, federation, finished_rounds: None, report)
 
 
-def for_nodes(config: ExperimentConfig, task: Task) -> ExperimentConfig:
+def for_nodes(config: ExperimentConfig, task: Task, start: dict[str, str] | None = None) -> ExperimentConfig:
     """The experiment as sent to the nodes: without the server's paths, and with the labels that all nodes must use.
 
-    In a simulation the paths stay, because its clients divide `task.train` on the same machine.
+    In a simulation the paths stay, because its clients divide `task.train` on the same machine. Nodes do not read
+    `lora.start`, since the server sends them its tensors; in place of the folder they get its hash.
     """
+    if start is not None:
+        lora = config.lora.model_copy(update={"start": f"sha256:{start['sha256']}"})
+        config = config.model_copy(update={"lora": lora})
     known: dict[str, Any] = {"labels": task.label_names} if task.has_classes else {}
     if config.flower.superlink is None:
         return config.model_copy(update={"task": config.task.model_copy(update=known)})
@@ -85,9 +89,8 @@ def for_nodes(config: ExperimentConfig, task: Task) -> ExperimentConfig:
     changes: dict[str, Any] = {
         "task": config.task.model_copy(update=known | {"train": OWNER, "test": "server"}),
         "model": config.model.model_copy(update={"base": Path(base).name if Path(base).exists() else base}),
+        "privacy": config.privacy.model_copy(update={"ledger": None}),
     }
-    if config.privacy != "none":
-        changes["privacy"] = config.privacy.model_copy(update={"ledger": None})
     return config.model_copy(update=changes | {"output": "runs"})
 
 

@@ -1,4 +1,4 @@
-"""Server-side pieces against closed forms, reference code and simulation."""
+"""Server-side components against closed forms, reference code and simulation."""
 
 from __future__ import annotations
 
@@ -35,37 +35,37 @@ def test_fedavgm_in_every_round_is_sgd_with_momentum() -> None:
     """The mean update is the negative of a gradient: against `torch.optim.SGD`."""
     theta = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
     reference = torch.optim.SGD([theta], lr=0.7, momentum=0.9)
-    piece, found = FedAvgM(0.7, 0.9), torch.zeros(3, 4, dtype=torch.float64)
+    component, found = FedAvgM(0.7, 0.9), torch.zeros(3, 4, dtype=torch.float64)
     for number, mean in enumerate(series(6), start=1):
         theta.grad = -mean
         reference.step()
-        found = found + piece.step({"x": mean}, {}, number)["x"]
+        found = found + component.step({"x": mean}, {}, number)["x"]
         torch.testing.assert_close(found, theta.detach())
 
 
 def test_momentum_fades_by_the_rounds_that_a_factor_rested() -> None:
-    piece, (first, second) = FedAvgM(1.0, 0.5), series(2)
-    piece.step({"x": first}, {}, 1)
-    torch.testing.assert_close(piece.step({"x": second}, {}, 4)["x"], 0.5**3 * first + second)
+    component, (first, second) = FedAvgM(1.0, 0.5), series(2)
+    component.step({"x": first}, {}, 1)
+    torch.testing.assert_close(component.step({"x": second}, {}, 4)["x"], 0.5**3 * first + second)
 
 
 def test_fedadam_without_noise_is_the_papers_algorithm() -> None:
-    piece = FedAdam(0.1, 0.9, 0.99, 1e-3)
+    component = FedAdam(0.1, 0.9, 0.99, 1e-3)
     first = second = torch.zeros(3, 4, dtype=torch.float64)
     for number, mean in enumerate(series(5), start=1):
         first, second = 0.9 * first + 0.1 * mean, 0.99 * second + 0.01 * mean**2
         expected = 0.1 * first / (second.sqrt() + 1e-3)
-        torch.testing.assert_close(piece.step({"x": mean}, {"x": 0.0}, number)["x"], expected)
+        torch.testing.assert_close(component.step({"x": mean}, {"x": 0.0}, number)["x"], expected)
 
 
 def test_fedadam_takes_the_noise_floor_off_so_that_the_second_moment_is_the_signals() -> None:
     draws = torch.Generator().manual_seed(0)
     signal, variance = torch.tensor([0.0, 0.5, 2.0]).double().repeat(2000, 1), 1.7
-    piece = FedAdam(1.0, 0.0, 0.999, 1e-3)
+    component = FedAdam(1.0, 0.0, 0.999, 1e-3)
     for number in range(1, 4000):
         noisy = signal + math.sqrt(variance) * torch.randn(signal.shape, generator=draws).double()
-        piece.step({"x": noisy}, {"x": variance}, number)
-    found = piece.tensors["second:x"].mean(0) / (1 - 0.999**3999)
+        component.step({"x": noisy}, {"x": variance}, number)
+    found = component.tensors["second:x"].mean(0) / (1 - 0.999**3999)
     torch.testing.assert_close(found, signal[0].square(), rtol=0.02, atol=0.02)
 
 
@@ -110,14 +110,14 @@ def test_shrinkage_leaves_what_has_no_noise() -> None:
 
 def test_kalman_gain_is_the_textbooks() -> None:
     """With its own learned drift taken as given, each step is the scalar Kalman recursion."""
-    piece = KalmanFilter()
+    component = KalmanFilter()
     draws = torch.Generator().manual_seed(0)
     signal = torch.randn(400, generator=draws).double()
     estimate = uncertainty = None
     for number in range(1, 12):
         mean = signal + 0.8 * torch.randn(400, generator=draws).double()
-        drift = piece.numbers["x"][1] if number > 1 else 0.0
-        found = piece.step({"x": mean}, {"x": 0.64}, number)["x"]
+        drift = component.numbers["x"][1] if number > 1 else 0.0
+        found = component.step({"x": mean}, {"x": 0.64}, number)["x"]
         if estimate is None:
             estimate, uncertainty = torch.zeros_like(mean), max(0.0, float(mean.square().mean()) - 0.64)
         else:
@@ -129,10 +129,10 @@ def test_kalman_gain_is_the_textbooks() -> None:
 
 def test_kalman_filter_averages_a_steady_signal_and_silences_noise() -> None:
     draws = torch.Generator().manual_seed(1)
-    signal, piece, quiet = torch.randn(2000, generator=draws).double(), KalmanFilter(), KalmanFilter()
+    signal, component, quiet = torch.randn(2000, generator=draws).double(), KalmanFilter(), KalmanFilter()
     for number in range(1, 40):
         noise = 1.5 * torch.randn(2000, generator=draws).double()
-        found = piece.step({"x": signal + noise}, {"x": 2.25}, number)["x"]
+        found = component.step({"x": signal + noise}, {"x": 2.25}, number)["x"]
         silent = quiet.step({"x": noise}, {"x": 2.25}, number)["x"]
     assert (found - signal).square().mean() < 0.15 * 2.25
     assert silent.square().mean() < 0.1 * 2.25
@@ -140,11 +140,13 @@ def test_kalman_filter_averages_a_steady_signal_and_silences_noise() -> None:
 
 def test_kalman_filter_follows_a_signal_that_moves() -> None:
     draws = torch.Generator().manual_seed(2)
-    signal, piece = torch.zeros(3000).double(), KalmanFilter()
+    signal, component = torch.zeros(3000).double(), KalmanFilter()
     errors = []
     for number in range(1, 80):
         signal = signal + torch.randn(3000, generator=draws).double()
-        found = piece.step({"x": signal + 1.0 * torch.randn(3000, generator=draws).double()}, {"x": 1.0}, number)["x"]
+        found = component.step({"x": signal + 1.0 * torch.randn(3000, generator=draws).double()}, {"x": 1.0}, number)[
+            "x"
+        ]
         errors.append(float((found - signal).square().mean()))
     # Steady state of q = v = 1: p (1 - κ) = 0.618.
     assert np.mean(errors[40:]) == pytest.approx(0.618, rel=0.1)
@@ -156,12 +158,12 @@ def test_kalman_filter_without_noise_is_transparent() -> None:
 
 
 def test_average_over_rounds_is_the_weighted_mean() -> None:
-    piece, values = RoundAverage(0.8), series(7)
+    component, values = RoundAverage(0.8), series(7)
     for value in values:
-        piece.update({"x": value})
+        component.update({"x": value})
     weights = np.array([0.8 ** (6 - index) for index in range(7)])
     expected = sum(w * v for w, v in zip(weights / weights.sum(), values, strict=True))
-    torch.testing.assert_close(piece.tensors["x"], expected)
+    torch.testing.assert_close(component.tensors["x"], expected)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -180,12 +182,12 @@ def test_noise_variance_of_a_mean_update_is_the_simulated_one(momentum: float) -
     assert float(total.var()) == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("piece", [FedAvgM(0.5, 0.9), FedAdam(0.1, 0.9, 0.99, 1e-3), KalmanFilter()])
-def test_what_a_piece_remembers_survives_json(piece: FedAvgM | FedAdam | KalmanFilter) -> None:
+@pytest.mark.parametrize("component", [FedAvgM(0.5, 0.9), FedAdam(0.1, 0.9, 0.99, 1e-3), KalmanFilter()])
+def test_what_a_component_remembers_survives_json(component: FedAvgM | FedAdam | KalmanFilter) -> None:
     values = series(6)
     for number in (1, 2, 3):
-        piece.step({"x": values[number]}, {"x": 0.1}, number)
-    numbers, tensors = json.loads(json.dumps(piece.numbers)), {k: v.clone() for k, v in piece.tensors.items()}
-    expected = piece.step({"x": values[5]}, {"x": 0.1}, 5)["x"]
-    piece.numbers, piece.tensors = numbers, tensors
-    assert torch.equal(piece.step({"x": values[5]}, {"x": 0.1}, 5)["x"], expected)
+        component.step({"x": values[number]}, {"x": 0.1}, number)
+    numbers, tensors = json.loads(json.dumps(component.numbers)), {k: v.clone() for k, v in component.tensors.items()}
+    expected = component.step({"x": values[5]}, {"x": 0.1}, 5)["x"]
+    component.numbers, component.tensors = numbers, tensors
+    assert torch.equal(component.step({"x": values[5]}, {"x": 0.1}, 5)["x"], expected)

@@ -1,4 +1,4 @@
-"""Pieces that compose with methods. Unsupported combinations are refused before the run, with the reason."""
+"""What can be combined with methods. Unsupported combinations are refused before the run, with the reason."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from lorica.errors import UserError
 from lorica.methods.base import Method
 from lorica.privacy.shared_noise import check_shared, shares_noise
 
-PIECES = {
+COMPONENTS = {
     "client_ranks": ("lora.client_ranks", "ranks that differ between clients"),
     "fedprox": ("local.fedprox", "the proximal term of FedProx"),
     "scaffold": ("local.scaffold", "control variates"),
@@ -22,7 +22,7 @@ PIECES = {
     "kalman": ("server.denoise", "a Kalman filter on the mean update"),
     "average": ("server.average", "averaging of the model over rounds"),
 }
-"""Piece -> its configuration key and description."""
+"""Component -> its configuration key and description."""
 
 _ONE_RANK = "its aggregation requires the same rank for all clients"
 _SHAPED_NOISE = "its local steps change the noise, so the noise variance of an update is not known"
@@ -48,19 +48,19 @@ NEW_BASIS: dict[str, str] = dict.fromkeys(("server_optimizer", "kalman", "scaffo
 MERGES: dict[str, str] = {"average": _MERGES}
 
 
-def check_pieces(config: ExperimentConfig, method: Method) -> None:
-    """Refuse pieces that do not fit the method, or each other.
+def check_components(config: ExperimentConfig, method: Method) -> None:
+    """Refuse components that do not fit the method, or each other.
 
     Raises:
         UserError: names the key, its value, the reason and the remedy.
     """
-    for piece, value in chosen_pieces(config).items():
-        if piece in method.refuses:
-            key, what = PIECES[piece]
+    for component, value in chosen_components(config).items():
+        if component in method.refuses:
+            key, what = COMPONENTS[component]
             raise UserError(
                 key,
                 value,
-                f"{method.name} does not support {what}: {method.refuses[piece]}",
+                f"{method.name} does not support {what}: {method.refuses[component]}",
                 f"remove {key}, or choose another method",
             )
     if config.model.precision in ("int8", "nf4") and (method.merges or config.local.flat_lora):
@@ -138,7 +138,12 @@ def _check_secure_sum(config: ExperimentConfig) -> None:
             bool(config.lora.client_ranks),
             "all replies must have the same shapes",
         ),
-        ("privacy", "none", config.privacy == "none", "the bound on the summed values requires a clip norm"),
+        (
+            "privacy.clip_norm",
+            None,
+            config.privacy.clip_norm is None,
+            "the bound on the summed values requires a clip norm",
+        ),
         (
             "federation.participation",
             federation.participation,
@@ -156,8 +161,8 @@ def _check_secure_sum(config: ExperimentConfig) -> None:
             )
 
 
-def chosen_pieces(config: ExperimentConfig) -> dict[str, object]:
-    """Piece -> its configured value, for the pieces in use."""
+def chosen_components(config: ExperimentConfig) -> dict[str, object]:
+    """Component -> its configured value, for the components in use."""
     values: dict[str, object] = {
         "client_ranks": config.lora.client_ranks,
         "fedprox": config.local.fedprox or None,
@@ -172,4 +177,4 @@ def chosen_pieces(config: ExperimentConfig) -> dict[str, object]:
         config.server.denoise: config.server.denoise,
         "average": config.server.average or None,
     }
-    return {piece: value for piece, value in values.items() if piece in PIECES and value is not None}
+    return {component: value for component, value in values.items() if component in COMPONENTS and value is not None}

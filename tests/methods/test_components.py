@@ -1,4 +1,4 @@
-"""Composable pieces: each runs and resumes with each method that takes it, and is refused with its reason elsewhere."""
+"""Components: each runs and resumes with each method that takes it, and is refused with its reason elsewhere."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.local.step import LocalStep
 from lorica.methods.base import make_method
-from lorica.methods.pieces import PIECES, check_pieces, chosen_pieces
+from lorica.methods.components import COMPONENTS, check_components, chosen_components
 from lorica.testing.checks import CLIENTS, PARTICIPANTS, ROUNDS
 from lorica.testing.federation import PRIVACY, Adapter, checkpoint_of, resume, run_rounds, tiny_federation
 from tests.methods.conftest import METHODS, REGISTRY, Recordings
 from tests.methods.engines import assert_honest_pass_and_large_do_not, assert_same_model
 
 SHARED = PRIVACY.model_copy(update={"noise_against": "sums"})
-PIECE: dict[str, tuple[list[str], Any]] = {
+COMPONENT: dict[str, tuple[list[str], Any]] = {
     "client_ranks": (["lora.client_ranks=[4, 2, 1, 4, 2, 1]"], lambda: {"ranks": {0: 2, 1: 1, 2: 2}}),
     "fedprox": (["local.fedprox=0.1"], lambda: {"local": LocalStep(proximal=0.1)}),
     "scaffold": (["local.scaffold=true"], lambda: {"scaffold": Scaffold(CLIENTS)}),
@@ -52,19 +52,20 @@ PIECE: dict[str, tuple[list[str], Any]] = {
     "average": (["server.average=0.9"], lambda: {"average": RoundAverage(0.9)}),
 }
 ACCEPTED = [
-    (name, piece)
+    (name, component)
     for name in METHODS
-    for piece in PIECES
-    if piece not in REGISTRY[name].refuses and not (piece == "shared_noise" and "secure_sum" in REGISTRY[name].refuses)
+    for component in COMPONENTS
+    if component not in REGISTRY[name].refuses
+    and not (component == "shared_noise" and "secure_sum" in REGISTRY[name].refuses)
 ]
-REFUSED = [(name, piece) for name in METHODS for piece in PIECES if piece in REGISTRY[name].refuses]
+REFUSED = [(name, component) for name in METHODS for component in COMPONENTS if component in REGISTRY[name].refuses]
 
 
 OFTEN = {
     pairs[index % len(pairs)]
-    for index, pairs in enumerate([[pair for pair in ACCEPTED if pair[1] == piece] for piece in PIECES])
+    for index, pairs in enumerate([[pair for pair in ACCEPTED if pair[1] == component] for component in COMPONENTS])
 }
-"""One pair for each piece, spread over the methods: they run in the default tests, the other ones are slow."""
+"""One pair for each component, spread over the methods: they run in the default tests, the other ones are slow."""
 
 
 def sometimes_slow(pairs: list[tuple[str, str]]) -> list[Any]:
@@ -78,29 +79,29 @@ def config(name: str, *overrides: str) -> ExperimentConfig:
 
 
 def check(some: ExperimentConfig) -> None:
-    check_pieces(some, make_method(some.method, []))
+    check_components(some, make_method(some.method, []))
 
 
-def test_every_piece_is_known_by_its_key() -> None:
-    assert PIECE.keys() == PIECES.keys()
-    for piece, (overrides, _) in PIECE.items():
+def test_every_component_is_known_by_its_key() -> None:
+    assert COMPONENT.keys() == COMPONENTS.keys()
+    for component, (overrides, _) in COMPONENT.items():
         # Noise is shared in secure sums only.
-        needed = ["secure_sum"] if piece == "shared_noise" else []
-        assert list(chosen_pieces(config("ffa-lora", *overrides))) == [*needed, piece]
-        assert overrides[0].startswith(PIECES[piece][0])
-    assert chosen_pieces(config("ffa-lora")) == {}
-    assert all(piece in PIECES for method in REGISTRY.values() for piece in method.refuses)
+        needed = ["secure_sum"] if component == "shared_noise" else []
+        assert list(chosen_components(config("ffa-lora", *overrides))) == [*needed, component]
+        assert overrides[0].startswith(COMPONENTS[component][0])
+    assert chosen_components(config("ffa-lora")) == {}
+    assert all(component in COMPONENTS for method in REGISTRY.values() for component in method.refuses)
 
 
-@pytest.mark.parametrize(("name", "piece"), sometimes_slow(ACCEPTED))
-def test_an_accepted_piece_changes_the_run_and_resumes(
-    name: str, piece: str, tmp_path: Path, recordings: Recordings
+@pytest.mark.parametrize(("name", "component"), sometimes_slow(ACCEPTED))
+def test_an_accepted_component_changes_the_run_and_resumes(
+    name: str, component: str, tmp_path: Path, recordings: Recordings
 ) -> None:
-    overrides, make = PIECE[piece]
+    overrides, make = COMPONENT[component]
     check(config(name, *overrides))
     settings = {"clients": CLIENTS, "participants": PARTICIPANTS, "rounds": ROUNDS, "weighting": "records"}
     plain = recordings(name).adapters[3]
-    if (name, piece) == ("deer", "fedprox"):
+    if (name, component) == ("deer", "fedprox"):
         # A single step is taken at the round's start, where FedProx does not pull; half of DEeR's four is two.
         settings["steps"] = 4
         plain = Adapter.of(run_rounds(tiny_federation("deer", tmp_path / "plain", **settings)).server.model)
@@ -118,17 +119,17 @@ def test_an_accepted_piece_changes_the_run_and_resumes(
     rest = run_rounds(resume(tiny_federation(REGISTRY[name], tmp_path / "half", **settings), checkpoint), 1)
     assert_same_model(whole, rest)
     assert all(torch.equal(value, rest.server.evaluated[key]) for key, value in other.items())
-    if piece in ("scaled_gd", "fedprox", "scaffold"):
+    if component in ("scaled_gd", "fedprox", "scaffold"):
         assert_honest_pass_and_large_do_not(whole, 100)
 
 
-@pytest.mark.parametrize(("name", "piece"), REFUSED)
-def test_a_refused_piece_is_named_with_its_reason(name: str, piece: str) -> None:
+@pytest.mark.parametrize(("name", "component"), REFUSED)
+def test_a_refused_component_is_named_with_its_reason(name: str, component: str) -> None:
     kind = REGISTRY[name]
     with pytest.raises(UserError) as error:
-        check_pieces(config("ffa-lora", *PIECE[piece][0]), kind(kind.Options(), []))
-    assert PIECES[piece][0] in str(error.value)
-    assert REGISTRY[name].refuses[piece] in str(error.value)
+        check_components(config("ffa-lora", *COMPONENT[component][0]), kind(kind.Options(), []))
+    assert COMPONENTS[component][0] in str(error.value)
+    assert REGISTRY[name].refuses[component] in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +149,7 @@ def test_a_refused_piece_is_named_with_its_reason(name: str, piece: str) -> None
         (["server.aggregate=median", "local.scaffold=true"], "local.scaffold"),
     ],
 )
-def test_pieces_that_do_not_fit_each_other_are_refused(overrides: list[str], named: str) -> None:
+def test_components_that_do_not_fit_each_other_are_refused(overrides: list[str], named: str) -> None:
     with pytest.raises(UserError, match=named.replace(".", r"\.")):
         check(config("ffa-lora", *overrides))
 
@@ -173,17 +174,17 @@ def test_fedadam_runs_and_resumes(tmp_path: Path) -> None:
     def make() -> dict[str, Any]:
         return {"optimize": FedAdam(0.01, 0.9, 0.99, 1e-3)}
 
-    whole = run_rounds(tiny_federation("ro-lora", tmp_path / "whole", **make()), 2)
+    whole = run_rounds(tiny_federation("ro-lora", tmp_path / "whole", {"gauge": "none"}, **make()), 2)
     checkpoint = deepcopy(checkpoint_of(whole))
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     run_rounds(whole, 2)
-    rest = resume(tiny_federation("ro-lora", tmp_path / "half", **make()), checkpoint)
+    rest = resume(tiny_federation("ro-lora", tmp_path / "half", {"gauge": "none"}, **make()), checkpoint)
     assert_same_model(whole, run_rounds(rest, 2))
 
 
 def test_server_momentum_keeps_one_factor_rounds_exact(tmp_path: Path) -> None:
     """The idle factor does not move on stale momentum."""
-    some = tiny_federation("ro-lora", tmp_path, optimize=FedAvgM(1.0, 0.9))
+    some = tiny_federation("ro-lora", tmp_path, {"gauge": "none"}, optimize=FedAvgM(1.0, 0.9))
     for _ in range(4):
         before = dict(some.server.model.tensors)
         some.round()
