@@ -123,8 +123,10 @@ def label_numbers(source: Source, column: str) -> np.ndarray:
     if source.private:
         return np.where(finite, numbers, np.float32(np.nan))
     if not finite.all():
+        index = int(np.argmin(finite))
+        what = "number" if is_text(values.type) and np.isnan(numbers[index]) else "finite number"
         raise source.error(
-            f"record {int(np.argmin(finite))} (counted from 0) has no finite number in column {column!r}",
+            f"record {index} (counted from 0) has no {what} in column {column!r}",
             f"correct or remove the record (there are {int((~finite).sum())} of them)",
         )
     if len(numbers) > 1 and (numbers == -1).all():
