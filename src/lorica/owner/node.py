@@ -267,7 +267,7 @@ class Node:
             self._keep_result(request.run, work)
 
     def _keep_result(self, run: str, work: Delivery) -> None:
-        own = self._client.personal(run) if work.personal else {}
+        own = self._client.personal(run, self._config.federation.rounds) if work.personal else {}
         self._model.write(dict(work.model) | own)
         export = Export(self._config.model, self._config.task.type, self._label_names, self._config.seed)
         kind, method = "Personal" if own else "Global", self._config.method.name

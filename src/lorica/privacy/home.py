@@ -63,6 +63,12 @@ class Home:
                 if "own_noise_multiplier" not in {row[1] for row in connection.execute("PRAGMA table_info(exposures)")}:
                     connection.execute("ALTER TABLE exposures ADD COLUMN own_noise_multiplier REAL")
 
+    def key(self) -> bytes:
+        """The secret key of this account, for digests that others must not be able to guess."""
+        with self._reading() as connection:
+            (key,) = connection.execute("SELECT key FROM record_key").fetchone()
+        return bytes(key)
+
     def head(self, ledger: str) -> Head | None:
         """The last known head of the ledger with this id; None if unknown."""
         with self._reading() as connection:

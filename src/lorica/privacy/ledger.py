@@ -37,6 +37,10 @@ from lorica.tensors import decode, encode
 __all__ = ["Charge", "Earlier", "Ledger", "Release"]
 
 
+KEPT_ROUNDS = 2
+"""Number of rounds whose replies are kept, and of checkpoints that a server keeps."""
+
+
 class Ledger:
     """All releases of a data set over its lifetime.
 
@@ -116,8 +120,9 @@ class Ledger:
     def attach(self, charge: Charge, reply: bytes, kept: Mapping[str, Released] | None = None) -> bytes:
         """Store the reply of a charged release, sync it to disk, and return the reply that may leave.
 
-        If another process stored a reply first, that one is returned. The seed is erased, and stored replies of the
-        client's earlier rounds in this run are deleted: the server no longer needs them.
+        If another process stored a reply first, that one is returned. The seed is erased, and replies to the client in
+        this run are deleted unless they belong to the last `KEPT_ROUNDS` rounds: the server may go back to the last but
+        one of its checkpoints, and ask for these again.
 
         Args:
             kept: noisy tensors that stay with the owner and are needed for its later replies in this run.
@@ -134,9 +139,13 @@ class Ledger:
             run, client, number, stored = connection.execute(
                 "SELECT run, client, round, reply FROM releases WHERE id = ?", (charge.row,)
             ).fetchone()
+            over = (run, client, number - KEPT_ROUNDS)
+            connection.execute("UPDATE releases SET reply = NULL WHERE run = ? AND client = ? AND round <= ?", over)
+            # What the client kept last in these rounds is still its own, if it took no part in later ones.
             connection.execute(
-                "UPDATE releases SET reply = NULL, kept = NULL WHERE run = ? AND client = ? AND round < ?",
-                (run, client, number),
+                "UPDATE releases SET kept = NULL WHERE run = ? AND client = ? AND round < "
+                "(SELECT MAX(round) FROM releases WHERE run = ? AND client = ? AND round <= ? AND kept IS NOT NULL)",
+                (run, client, *over),
             )
             return bytes(stored)
 
@@ -149,12 +158,13 @@ class Ledger:
             ).fetchone()
         return row[0] if row else None
 
-    def kept(self, run: str, client: int) -> dict[str, Released]:
-        """The tensors that the client kept from its latest release in this run; empty if none."""
+    def kept(self, run: str, client: int, round_number: int) -> dict[str, Released]:
+        """The tensors that the client kept from its latest release in this run up to a round; empty if none."""
         with self._reading() as connection:
             row = connection.execute(
-                "SELECT kept FROM releases WHERE run = ? AND client = ? AND kept IS NOT NULL ORDER BY id DESC LIMIT 1",
-                (run, client),
+                "SELECT kept FROM releases WHERE run = ? AND client = ? AND round <= ? AND kept IS NOT NULL "
+                "ORDER BY id DESC LIMIT 1",
+                (run, client, round_number),
             ).fetchone()
         # They are released: `attach` accepts nothing else.
         return {name: _release(value) for name, value in (decode(row[0]) if row else {}).items()}
@@ -169,6 +179,12 @@ class Ledger:
         with self._reading() as connection:
             query = "SELECT COALESCE(MAX(round), 0) FROM releases WHERE run = ? AND client = ?"
             return int(connection.execute(query, (run, client)).fetchone()[0])
+
+    def datasets(self, run: str, client: int) -> set[str]:
+        """The data sets that a client's releases in a run are about: one, unless the data have changed."""
+        with self._reading() as connection:
+            query = "SELECT DISTINCT dataset FROM releases WHERE run = ? AND client = ?"
+            return {str(row[0]) for row in connection.execute(query, (run, client))}
 
     def releases(self, dataset: str | None = None) -> list[Release]:
         """All releases of a data set (default: of all data sets in the file), oldest first."""
