@@ -110,6 +110,8 @@ def load_adapter(folder: str | Path) -> nn.Module:
             raise UserError("adapter", str(folder), f"has no {name}", "give the adapter folder of a finished run")
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if description.get("sha256", {}).get(WEIGHTS) not in (None, _sha256(path.parent / WEIGHTS)):
+            raise ValueError(f"{WEIGHTS} does not match its checksum in {DESCRIPTION}")
         config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
         for_peft = json.loads((path.parent / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         # PEFT imports the module named in `megatron_core`.

@@ -135,8 +135,8 @@ class Client:
             raise UserError(
                 "task.train",
                 str(self.ledger.path),
-                f"the data have changed since run {run:.8} started, as this ledger shows",
-                "restore the earlier data, or start a new run for the changed data",
+                f"the training data have changed since run {run:.8} started, as this ledger shows",
+                "restore the earlier data, or set name to a new run for the changed data",
             )
 
     def reserve(self, run: str, allow: Callable[[list[Release]], None]) -> None:

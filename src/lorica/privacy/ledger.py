@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -133,11 +134,12 @@ class Ledger:
         state = None if kept is None else encode({name: value.tensor for name, value in kept.items()})
         with self._errors(), database.transaction(self.path) as connection:
             connection.execute(
-                "UPDATE releases SET reply = ?, kept = ?, seed = NULL WHERE id = ? AND reply IS NULL",
-                (reply, state, charge.row),
+                "UPDATE releases SET reply = ?, reply_sha256 = ?, kept = ?, kept_sha256 = ?, seed = NULL "
+                "WHERE id = ? AND reply IS NULL",
+                (reply, _sha256(reply), state, _sha256(state), charge.row),
             )
-            run, client, number, stored = connection.execute(
-                "SELECT run, client, round, reply FROM releases WHERE id = ?", (charge.row,)
+            run, client, number, *stored = connection.execute(
+                "SELECT run, client, round, reply, reply_sha256 FROM releases WHERE id = ?", (charge.row,)
             ).fetchone()
             over = (run, client, number - KEPT_ROUNDS)
             connection.execute("UPDATE releases SET reply = NULL WHERE run = ? AND client = ? AND round <= ?", over)
@@ -147,27 +149,29 @@ class Ledger:
                 "(SELECT MAX(round) FROM releases WHERE run = ? AND client = ? AND round <= ? AND kept IS NOT NULL)",
                 (run, client, *over),
             )
-            return bytes(stored)
+            return _whole(*stored)
 
     def recall(self, run: str, client: int, request: str) -> bytes | None:
         """The stored reply to an earlier request, or None."""
         with self._reading() as connection:
             row = connection.execute(
-                "SELECT reply FROM releases WHERE run = ? AND client = ? AND request = ? AND reply IS NOT NULL",
+                "SELECT reply, reply_sha256 FROM releases "
+                "WHERE run = ? AND client = ? AND request = ? AND reply IS NOT NULL",
                 (run, client, request),
             ).fetchone()
-        return row[0] if row else None
+            return _whole(*row) if row else None
 
     def kept(self, run: str, client: int, round_number: int) -> dict[str, Released]:
         """The tensors that the client kept from its latest release in this run up to a round; empty if none."""
         with self._reading() as connection:
             row = connection.execute(
-                "SELECT kept FROM releases WHERE run = ? AND client = ? AND round <= ? AND kept IS NOT NULL "
-                "ORDER BY id DESC LIMIT 1",
+                "SELECT kept, kept_sha256 FROM releases WHERE run = ? AND client = ? AND round <= ? "
+                "AND kept IS NOT NULL ORDER BY id DESC LIMIT 1",
                 (run, client, round_number),
             ).fetchone()
+            state = decode(_whole(*row)) if row else {}
         # They are released: `attach` accepts nothing else.
-        return {name: _release(value) for name, value in (decode(row[0]) if row else {}).items()}
+        return {name: _release(value) for name, value in state.items()}
 
     def steps(self, run: str, client: int) -> int:
         """Number of steps charged to a client in a run."""
@@ -310,13 +314,48 @@ class Ledger:
                 "restore the newest copy of the file, or if it is lost, accept the loss with "
                 f"lorica budget {self.path} --accept",
             ) from None
-        except (sqlite3.Error, OSError) as error:
+        except _DamagedReply as problem:
             raise UserError(
                 "privacy.ledger",
                 str(self.path),
-                f"the ledger cannot be used ({error})",
-                "make the file and its folder writable, or set privacy.ledger=PATH to another file",
+                f"the ledger is damaged ({problem})",
+                "restore the newest copy of the file, or set name to a new run",
+            ) from None
+        except (sqlite3.Error, ValueError) as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise self._unusable(error) from error
+            raise UserError(
+                "privacy.ledger",
+                str(self.path),
+                f"the ledger is damaged ({error})",
+                "restore the newest copy of the file; if there is none, move the file away and accept the loss with "
+                f"lorica budget {self.path} --accept",
             ) from error
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            "privacy.ledger",
+            str(self.path),
+            f"the ledger cannot be used ({error})",
+            "make the file and its folder writable, or set privacy.ledger=PATH to another file",
+        )
+
+
+class _DamagedReply(Exception):
+    """A stored reply is not what was stored."""
+
+
+def _sha256(content: bytes | None) -> bytes | None:
+    return None if content is None else hashlib.sha256(content).digest()
+
+
+def _whole(content: bytes, checksum: bytes | None) -> bytes:
+    """The stored bytes, checked. Earlier versions of Lorica stored no checksum."""
+    if checksum is not None and checksum != _sha256(content):
+        raise _DamagedReply("a stored reply does not match its checksum")
+    return bytes(content)
 
 
 @dataclass(frozen=True)

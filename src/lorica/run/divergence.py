@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lorica.adapters.names import Pair
 from lorica.errors import UserError
+
+GROWTH = 100
+"""A finite loss that has grown by this factor is worth a warning."""
+logger = logging.getLogger(__name__)
 
 
 class Diverged(UserError):
@@ -49,3 +55,17 @@ def check_metrics(rate: float, round_number: int, metrics: Mapping[str, float]) 
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise Diverged(rate, round_number, f"the {name} on the test set is {value}")
+
+
+def warn_of_growth(rounds: Sequence[Mapping[str, Any]]) -> None:
+    """Warn if the loss on the test set is far above that of the initial model.
+
+    Args:
+        rounds: the metrics of all rounds.
+    """
+    losses = [row["loss"] for row in rounds if row.get("loss") is not None]
+    if losses and losses[-1] > GROWTH * max(losses[0], 1.0):
+        logger.warning(
+            "the run is diverging: the loss on the test set grew from %.3g to %.3g. Lower optimizer.lr",
+            *(losses[0], losses[-1]),
+        )

@@ -16,6 +16,7 @@ import torch
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.files import INCOMPLETE, remove_incomplete, write_atomically
+from lorica.reporting.checksums import remedy
 from lorica.run.data import check_fingerprints, write_fingerprints
 from lorica.run.lock import LOCK
 from lorica.strict_yaml import read_yaml_file
@@ -59,12 +60,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, problem: str) -> UserError:
-    return UserError(
-        path.name,
-        str(path),
-        f"the file is damaged ({problem})",
-        f"restore it from a copy, or delete {path.parent} and start the run again; what it has released stays charged",
-    )
+    return UserError(path.name, str(path), f"the file is damaged ({problem})", remedy(path.name))
 
 
 def _experiment(content: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorica.adapters.export import check_exported
 from lorica.config import ExperimentConfig
+from lorica.reporting.checksums import files_are_whole
 from lorica.reporting.html import report_is_missing, write_report
 from lorica.reporting.run_folder import read_run
 from lorica.run.folder import claim_folder
@@ -61,7 +62,7 @@ def finished_result(config: ExperimentConfig) -> Result | None:
     """
     folder = config.folder
     claim_folder(folder, config)
-    if not (folder / "adapter").is_dir() or not (folder / "privacy.json").is_file():
+    if not files_are_whole(folder) or not (folder / "adapter").is_dir():
         return None
     check_exported(folder / "adapter")
     result = read_result(folder)

@@ -22,10 +22,11 @@ from lorica.methods.server import Server
 from lorica.privacy.statement import privacy_statement
 from lorica.privacy.unit import PrivacyUnit
 from lorica.reporting.card import model_card
+from lorica.reporting.checksums import CHECKSUMS, write_checksums
 from lorica.reporting.html import write_report
 from lorica.reporting.run_folder import read_run
 from lorica.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from lorica.run.divergence import check_finite, check_metrics
+from lorica.run.divergence import check_finite, check_metrics, warn_of_growth
 from lorica.run.folder import keep_rounds, open_run
 from lorica.run.result import Result, read_result
 from lorica.run.setup import Prepared
@@ -54,6 +55,7 @@ def conduct(
     """
     config, folder = prepared.config, prepared.config.folder
     run = open_run(folder, config, str(prepared.model.device), data)
+    (folder / CHECKSUMS).unlink(missing_ok=True)
     if prepared.partition is not None:
         write_atomically(folder / "partition.json", json.dumps(prepared.partition, ensure_ascii=False).encode())
     checkpoint = load_checkpoint(folder / "checkpoint")
@@ -68,8 +70,10 @@ def conduct(
         append_line(folder / "metrics.jsonl", to_json(metrics))
         on_round(metrics)
     if finished == config.federation.rounds:
-        # The run ended after its last round, and joining reserved its budget again.
-        federation.deliver(final=True)
+        # The run was stopped after its last round, and joining has reserved its budget again: deliver once more.
+        metrics = {"round": finished} | _evaluate(prepared, federation)
+        if not (folder / "metrics.jsonl").is_file():
+            append_line(folder / "metrics.jsonl", to_json(metrics))
     while federation.server.round < config.federation.rounds:
         on_round(_one_round(prepared, federation))
     return _finish(prepared, federation)
@@ -168,11 +172,21 @@ def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
 def _evaluate(prepared: Prepared, federation: Federation) -> dict[str, Any]:
     """Metrics on the public test set, of the global model or of each client's own model and their mean.
 
-    Personal models of clients outside this process are not evaluated.
+    Personal models of clients outside this process are not evaluated. The model is then delivered to the clients, if
+    they test it privately or if it is the final one.
+
+    Raises:
+        Diverged: a metric is not finite.
     """
-    config, model, server = prepared.config, prepared.model, federation.server
-    if config.federation.private_test or server.round == server.rounds:
+    metrics, server = _metrics(prepared, federation), federation.server
+    # After the server's own test: a model that has diverged is not delivered.
+    if prepared.config.federation.private_test or server.round == server.rounds:
         federation.deliver(final=server.round == server.rounds)
+    return metrics
+
+
+def _metrics(prepared: Prepared, federation: Federation) -> dict[str, Any]:
+    config, model, server = prepared.config, prepared.model, federation.server
     models = _models(prepared, federation)
     if not models:
         return {}
@@ -211,9 +225,9 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
         PrivacyUnit.of(config.privacy),
         prepared.task.overlap,
     )
-    write_atomically(folder / "privacy.json", to_json(statement, indent=2).encode())
-    # A report that was written in the middle of the run must not count as that of the finished run.
+    # `lorica report` may have been called in the middle of the run.
     (folder / "report.html").unlink(missing_ok=True)
+    write_atomically(folder / "privacy.json", to_json(statement, indent=2).encode())
     # If the personal models stay with their clients, export the tensors that all clients share.
     models = _models(prepared, federation) or {"": federation.server.evaluated}
     export = Export(config.model, config.task.type, prepared.task.label_names, config.seed)
@@ -223,5 +237,8 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
             path = f"adapter/{name}".rstrip("/")
             card = model_card(read_run(folder), f'import lorica\n\nmodel = lorica.load_adapter("{path}")')
             export_adapter(prepared.model, federation.server.model.merged, target / name, export, card)
+    write_checksums(folder)
     write_report(folder)
-    return read_result(folder)
+    result = read_result(folder)
+    warn_of_growth(result.metrics)
+    return result
