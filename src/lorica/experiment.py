@@ -9,6 +9,8 @@ from typing import Any
 from lorica.config import ExperimentConfig, load
 from lorica.engines.local import prepare_local
 from lorica.errors import UserError
+from lorica.run.data import fingerprints
+from lorica.run.lock import locked
 from lorica.run.result import Result, finished_result, read_result
 from lorica.run.rounds import OnStart, conduct
 
@@ -49,22 +51,27 @@ class Experiment:
             on_round: called with the metrics of each round, starting with those of the initial model (round 0).
 
         Raises:
-            UserError: the configuration or the data are invalid. Raised before any budget is spent.
+            UserError: the configuration or the data are invalid, or another process is at the same run; raised before
+                any budget is spent. Or the run diverges; the rounds before are kept.
         """
         if self.config.engine == "flower":
             return _launched(self.config)
-        finished = finished_result(self.config)
-        if finished is not None:
-            return finished
-        prepared, engine = prepare_local(self.config)
-        return conduct(prepared, engine, on_start, on_round)
+        with locked(self.config.folder):
+            finished = finished_result(self.config)
+            if finished is not None:
+                return finished
+            data = fingerprints(self.config.task)
+            prepared, engine = prepare_local(self.config)
+            return conduct(prepared, engine, data, on_start, on_round)
 
 
 def _launched(config: ExperimentConfig) -> Result:
     from lorica.engines.flower.launch import launch, with_absolute_paths
 
     config = with_absolute_paths(config)
-    finished = finished_result(config)
+    # The lock is not held for the run itself: the ServerApp, another process, takes it.
+    with locked(config.folder):
+        finished = finished_result(config)
     if finished is not None:
         return finished
     launch(config)

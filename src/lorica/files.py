@@ -1,13 +1,19 @@
 """Atomic and durable writes, and the folders where Lorica keeps its own files."""
 
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from lorica.errors import UserError
+
+INCOMPLETE = ".incomplete"
+"""Ending of hidden files and folders that are not renamed yet; a killed process leaves them behind."""
 
 
 def home_folder() -> Path:
@@ -28,7 +34,7 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(INCOMPLETE, f".{path.name}.", path.parent)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
@@ -106,11 +112,65 @@ def append_line(path: Path, line: str, private: bool = False) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder to write to. It replaces `folder` when the context ends without an error."""
-    temporary = folder.with_name(f".{folder.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
+    """An empty folder to write to. Synced, it replaces `folder` when the context ends without an error.
+
+    Raises:
+        UserError: the disk is full, or the folder is not writable.
+    """
+    temporary = folder.with_name(f".{folder.name}{INCOMPLETE}")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync_folder(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise UserError(
+            "file",
+            str(folder),
+            f"cannot be written ({error.strerror})",
+            "free disk space or choose another output folder",
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync a folder and all files in it, so that after a power failure a renamed folder is not empty."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Sync a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Delete what killed processes left in a folder before they could rename it."""
+    for path in folder.glob(f".*{INCOMPLETE}"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """JSON with null for infinity and NaN, which JSON does not have.
+
+    >>> to_json({"loss": math.nan})
+    '{"loss": null}'
+    """
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -79,6 +79,6 @@ def assert_same_model(one: Federation, other: Federation) -> None:
     """The adapters, and what clients keep, bit for bit."""
     assert_same_adapter(Adapter.of(one.server.model), Adapter.of(other.server.model))
     for number, client in one.engine.clients.items():
-        mine, theirs = client.personal("run"), other.engine.clients[number].personal("run")
+        mine, theirs = (each.personal("run", one.server.round) for each in (client, other.engine.clients[number]))
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(value, theirs[key]) for key, value in mine.items())

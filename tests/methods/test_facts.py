@@ -206,7 +206,7 @@ def test_fedsa_clients_keep_their_own_b_and_head_over_rounds(tmp_path: Path) -> 
     for _ in range(4):
         some.round()
         for number in some.schedule[some.server.round - 1]:
-            now = some.engine.clients[number].personal("run")
+            now = some.engine.clients[number].personal("run", some.server.round)
             assert set(now) == {*first, "head.weight", "head.bias"}
             assert all(not torch.equal(now[key], kept.get(number, {}).get(key, torch.zeros(()))) for key in now)
             kept[number] = now

@@ -41,7 +41,7 @@ def test_what_is_charged_is_there_for_another_process(tmp_path: Path) -> None:
     assert again.steps("one", 1) == again.steps("two", 0) == 0
 
 
-def test_a_repeated_request_gets_the_stored_reply_until_the_next_round(tmp_path: Path) -> None:
+def test_a_repeated_request_gets_the_stored_reply_until_the_round_after_the_next(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
     assert ledger.recall("one", 0, "first") is None
     write(ledger, RELEASE, b"reply")
@@ -49,9 +49,12 @@ def test_a_repeated_request_gets_the_stored_reply_until_the_next_round(tmp_path:
     for other in (("two", 0, "first"), ("one", 1, "first"), ("one", 0, "second")):
         assert ledger.recall(*other) is None
     write(ledger, replace(RELEASE, round=2, request="second"), b"next")
+    assert ledger.recall("one", 0, "first") == b"reply"
+    assert ledger.recall("one", 0, "second") == b"next"
+    write(ledger, replace(RELEASE, round=3, request="third"), b"last")
     assert ledger.recall("one", 0, "first") is None
     assert ledger.recall("one", 0, "second") == b"next"
-    assert ledger.steps("one", 0) == 10
+    assert ledger.steps("one", 0) == 15
 
 
 def test_the_same_attempt_is_charged_once_and_has_the_same_seed(tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_of_two_processes_in_the_same_attempt_one_answers(tmp_path: Path) -> Non
     one, other = ledger.charge(RELEASE), ledger.charge(RELEASE)
     assert ledger.attach(one, b"first", {"x": _release(torch.ones(1))}) == b"first"
     assert ledger.attach(other, b"rounded otherwise", {"x": _release(torch.zeros(1))}) == b"first"
-    assert ledger.kept("one", 0)["x"].tensor.item() == 1.0
+    assert ledger.kept("one", 0, 9)["x"].tensor.item() == 1.0
 
 
 @pytest.mark.parametrize(
@@ -157,16 +160,22 @@ def test_a_full_disk_refuses_the_charge_and_keeps_what_was_charged(
 
 
 def test_what_stays_with_the_owner_is_kept_with_its_release(tmp_path: Path) -> None:
-    """Until the client's next round; a release without anything new to keep leaves it alone."""
+    """A release without anything new to keep leaves it alone. What was kept up to an earlier round is still there."""
     ledger = Ledger(tmp_path / "l.sqlite")
-    assert ledger.kept("one", 0) == {}
+    assert ledger.kept("one", 0, 1) == {}
     write(ledger, RELEASE, b"reply", {"x.B": _release(torch.tensor([1.0, 2.0]))})
     write(ledger, replace(RELEASE, steps=0, request="projection"), b"sketch")
     again = Ledger(tmp_path / "l.sqlite")
-    assert torch.equal(again.kept("one", 0)["x.B"].tensor, torch.tensor([1.0, 2.0]))
-    assert again.kept("one", 1) == again.kept("two", 0) == {}
-    write(again, replace(RELEASE, round=2, request="next"), b"reply", {"x.B": _release(torch.tensor([3.0]))})
-    assert again.kept("one", 0)["x.B"].tensor.item() == 3.0
+    assert torch.equal(again.kept("one", 0, 1)["x.B"].tensor, torch.tensor([1.0, 2.0]))
+    assert again.kept("one", 1, 9) == again.kept("two", 0, 9) == {}
+    for number in (5, 6, 7):
+        tensor = torch.tensor([float(number)])
+        write(again, replace(RELEASE, round=number, request=f"in {number}"), b"reply", {"x.B": _release(tensor)})
+        # A server that goes back to its last checkpoint but one evaluates what was kept before it.
+        for earlier in (number - 1, number):
+            assert again.kept("one", 0, earlier)["x.B"].tensor.numel() == (2 if earlier == 4 else 1)
+    assert [again.kept("one", 0, number)["x.B"].tensor[0].item() for number in (5, 6, 7)] == [5.0, 6.0, 7.0]
+    assert again.kept("one", 0, 4) == {}
     with pytest.raises(AttributeError):
         write(again, replace(RELEASE, round=3), b"reply", {"raw": torch.zeros(1)})  # type: ignore[dict-item]
 
@@ -190,7 +199,7 @@ def test_a_ledger_of_an_earlier_version_is_used_on(tmp_path: Path) -> None:
     assert ledger.releases("data") == [RELEASE]
     write(ledger, replace(RELEASE, round=2, request="second"), b"next", {"x": _release(torch.ones(1))})
     assert ledger.steps("one", 0) == 10
-    assert set(ledger.kept("one", 0)) == {"x"}
+    assert set(ledger.kept("one", 0, 9)) == {"x"}
     # Its rows are a chain from now on.
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE releases SET steps = 1 WHERE id = 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -53,8 +54,41 @@ def export_adapter(model: AdaptedModel, merged: Mapping[str, Pair], folder: Path
     if merged:
         _raise_ranks(model, merged, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    description = asdict(export) | {"model": export.model.model_dump(), "base": base_identity(export.model.base)}
+    sums = {name: _sha256(folder / name) for name in (WEIGHTS, ADAPTER_CONFIG)}
+    description = asdict(export) | {
+        "model": export.model.model_dump(),
+        "base": base_identity(export.model.base),
+        "sha256": sums,
+    }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
+
+
+def check_exported(folder: Path) -> None:
+    """Check that the adapter of a finished run, or the adapters of its clients, are as they were exported.
+
+    Raises:
+        UserError: a file is missing, damaged or changed; the remedy writes the adapter again.
+    """
+    places = sorted(folder.glob("client-*")) or [folder]
+    for place in places:
+        try:
+            # Earlier versions of Lorica wrote no checksums.
+            sums = json.loads((place / DESCRIPTION).read_bytes()).get("sha256", {})
+            wrong = next((name for name, found in sums.items() if _sha256(place / name) != found), None)
+        except (OSError, ValueError, AttributeError):
+            wrong = DESCRIPTION
+        if wrong is not None:
+            raise UserError(
+                "adapter",
+                str(place / wrong),
+                "the file is missing or damaged, or was changed after the run",
+                f"delete {folder} and run again to export the adapter again",
+            )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_adapter(folder: str | Path) -> nn.Module:
@@ -80,6 +114,8 @@ def load_adapter(folder: str | Path) -> nn.Module:
             raise UserError("adapter", str(folder), f"has no {name}", "give the adapter folder of a finished run")
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if description.get("sha256", {}).get(WEIGHTS) not in (None, _sha256(path.parent / WEIGHTS)):
+            raise ValueError(f"{WEIGHTS} does not match its checksum in {DESCRIPTION}")
         config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
         for_peft = json.loads((path.parent / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         # PEFT imports the module named in `megatron_core`.

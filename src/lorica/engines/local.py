@@ -13,13 +13,14 @@ from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import resolve_base
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.messages import Projection, Request
+from lorica.messages import Projection, Request, Training
 from lorica.owner.client import Client
 from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.lifetime import history
-from lorica.privacy.plan import ClientPlan, plan_run
+from lorica.privacy.plan import ClientPlan, Refused, plan_run
 from lorica.privacy.statement import Account, account
+from lorica.run.divergence import check_finite
 from lorica.run.setup import Prepared, prepare
 from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.requirements import Requirements
@@ -59,11 +60,13 @@ class LocalEngine:
         """All clients. Their ledgers reserve the budget of the whole run.
 
         Raises:
-            UserError: the run would exceed an owner's limit, reservations of other runs included.
+            UserError: the run would exceed an owner's limit, reservations of other runs included, or it started with
+                other records.
         """
         if run not in self._reserved:
             try:
                 for client in self.clients.values():
+                    client.check_records(run)
                     client.reserve(run, lambda _, client=client: self._check_lifetime(client, run))  # type: ignore[misc]
             except UserError:
                 for client in self.clients.values():
@@ -74,9 +77,28 @@ class LocalEngine:
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         """Each client's reply to its request, computed in the order of client ids."""
-        return {
-            number: decode(self.clients[number].reply_to(self._model, requests[number])) for number in sorted(requests)
-        }
+        return {number: self._reply(number, requests[number]) for number in sorted(requests)}
+
+    def _reply(self, number: int, request: Request, agreement: Agreement | None = None) -> dict[str, Tensor]:
+        """One client's reply.
+
+        Raises:
+            UserError: the client refuses, its ledger is damaged, or the reply is not finite.
+        """
+        client = self.clients[number]
+        try:
+            content = client.reply_to(self._model, request, agreement)
+        except Refused as refusal:
+            raise UserError(
+                "privacy.ledger",
+                str(client.ledger.path),
+                f"the ledger does not allow this run to go on ({refusal})",
+                "set name to a new run; what this one has released stays charged",
+            ) from refusal
+        reply = decode(content)
+        if isinstance(request.work, Training):
+            check_finite(request.work.optimizer.lr, request.round, reply, {})
+        return reply
 
     def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:
         """Sum the replies with the same protocol as in a federation across machines."""
@@ -95,7 +117,7 @@ class LocalEngine:
     def _run_stage(self, number: int, request: Request, question: str) -> bytes:
         def given(agreement: Agreement) -> Input:
             derived = isinstance(request.work, Projection)
-            return Input(decode(self.clients[number].reply_to(self._model, request, agreement)), derived)
+            return Input(self._reply(number, request, agreement), derived)
 
         shared = self.clients[number].plan.shared
         required = Requirements(request.run, number)
@@ -112,15 +134,18 @@ class LocalEngine:
             for number, client in self.clients.items()
         }
 
-    def personal(self, run: str) -> dict[int, dict[str, Tensor]]:
-        """Each client's personal tensors (`Client.personal`)."""
-        return {number: client.personal(run) for number, client in self.clients.items()}
+    def personal(self, run: str, round_number: int) -> dict[int, dict[str, Tensor]]:
+        """Each client's personal tensors after a round (`Client.personal`)."""
+        return {number: client.personal(run, round_number) for number, client in self.clients.items()}
 
     def _check_lifetime(self, client: Client, run: str) -> None:
         plan, limit = client.plan, self.max_lifetime_epsilon
         if limit is None or plan.noise != "secure" or plan.delta is None:
             return
         remaining = plan.steps(plan.max_steps - client.ledger.steps(run, client.number))
+        if remaining.count == 0:
+            # All of it is released: only the run's last files may be missing.
+            return
         found = history(client.ledger, client.dataset, client.records.fingerprint())
         life = found.above(limit, plan.delta, (run, client.number), remaining, client.unit)
         if life is None:

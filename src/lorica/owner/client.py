@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from torch import Tensor
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.names import ENERGY, SKETCH, Pair, is_factor
 from lorica.adapters.state import leading, stack_pairs
-from lorica.files import append_line
+from lorica.errors import UserError
+from lorica.files import append_line, to_json
 from lorica.local.optimizers import make_optimizer
 from lorica.local.perturbation import strength
 from lorica.local.sketches import project, sketch
@@ -89,8 +89,6 @@ class Client:
                 self.ledger.end(request.run, self.number)
             self._test_privately(model, request, request.work)
             return Reply(self.number, {}).encode()
-        if request.round < self.ledger.last_round(request.run, self.number):
-            raise Refused(f"client {self.number}: round {request.round} is over, and its releases are not repeated")
         self._receive(request)
         if self.plan.shared is not None:
             check_shared_noise(self.plan, request, self.held, agreement)
@@ -98,7 +96,9 @@ class Client:
         stored = self.ledger.recall(request.run, self.number, digest)
         if stored is not None:
             return stored
-        own = self.ledger.kept(request.run, self.number)
+        if request.round < self.ledger.last_round(request.run, self.number):
+            raise Refused(f"client {self.number}: round {request.round} is over, and its releases are not repeated")
+        own = self.ledger.kept(request.run, self.number, request.round)
         if isinstance(request.work, Projection):
             own = self._sketched(request, own)
         release = Release(
@@ -124,6 +124,20 @@ class Client:
         else:
             released, kept = project(request.work.bases, self.held, own), None
         return self.ledger.attach(charge, Reply(self.number, released).encode(), kept)
+
+    def check_records(self, run: str) -> None:
+        """Refuse to go on with a run that started with other records.
+
+        Raises:
+            UserError: the ledger has releases of this run about another data set.
+        """
+        if self.ledger.datasets(run, self.number) - {self.dataset}:
+            raise UserError(
+                "task.train",
+                str(self.ledger.path),
+                f"the training data have changed since run {run:.8} started, as this ledger shows",
+                "restore the earlier data, or set name to a new run for the changed data",
+            )
 
     def reserve(self, run: str, allow: Callable[[list[Release]], None]) -> None:
         """Reserve the budget of a whole run, unless `allow` raises. The end of the run releases the rest.
@@ -163,9 +177,9 @@ class Client:
             return None
         return request.work.terms.noise_multiplier
 
-    def personal(self, run: str) -> dict[str, Tensor]:
-        """The noisy tensors that this client trained and did not send: its personal part of the model."""
-        return {name: released.tensor for name, released in self.ledger.kept(run, self.number).items()}
+    def personal(self, run: str, round_number: int) -> dict[str, Tensor]:
+        """The noisy tensors that this client trained and did not send: its personal part of the model after a round."""
+        return {name: released.tensor for name, released in self.ledger.kept(run, self.number, round_number).items()}
 
     def _allow(self, earlier: Earlier, request: Request) -> None:
         """Refuse steps that exceed the policy or the plan. Work without steps costs nothing and is not checked."""
@@ -203,13 +217,13 @@ class Client:
         if self.private_test is None:
             return
         model.merge(work.merged)
-        model.write(dict(work.model) | (self.personal(request.run) if work.personal else {}))
+        model.write(dict(work.model) | (self.personal(request.run, request.round) if work.personal else {}))
         with evaluating(model.peft_model):
             metrics = model.objective.evaluate(
                 model.peft_model, self.private_test, self.micro_batch_tokens, model.device
             )
         line = {"run": request.run, "client": self.number, "round": request.round} | metrics
-        append_line(private_metrics_path(self.ledger.path), json.dumps(line), private=True)
+        append_line(private_metrics_path(self.ledger.path), to_json(line), private=True)
 
     def _train(
         self, model: AdaptedModel, request: Request, work: Training, own: Mapping[str, Released], seed: bytes | None

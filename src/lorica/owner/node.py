@@ -88,6 +88,7 @@ class Node:
         self._identity = _identity(settings, self._config, policy)
         self._client = make_client(self._config, self.plan, records, private_test, ledger, dataset)
         self._check_pinned()
+        self._client.check_records(invitation.run)
         self._review()
         self._warn_of_sums(policy)
         write_atomically(self._invitation_path, invitation.encode().encode(), mode=0o600)
@@ -240,10 +241,14 @@ class Node:
     def _restore(self) -> None:
         path = self._folder / "adapter.safetensors"
         if path.is_file():
-            tensors = decode(path.read_bytes())
-            self._client.sequence = int(tensors.pop("sequence"))
-            self._client.held = under("held:", tensors)
-            self._client.merged = pairs_under("merged.B:", "merged.A:", tensors)
+            try:
+                tensors = decode(path.read_bytes())
+                self._client.sequence = int(tensors.pop("sequence"))
+                self._client.held = under("held:", tensors)
+                self._client.merged = pairs_under("merged.B:", "merged.A:", tensors)
+            except (ValueError, LookupError, RuntimeError) as error:
+                remedy = "delete it; the server then sends the whole adapter again"
+                raise UserError("node", str(path), f"the file is damaged ({error})", remedy) from error
 
     def _save(self) -> None:
         """Save the state that the next request builds on: this process may exit after one message."""
@@ -267,7 +272,7 @@ class Node:
             self._keep_result(request.run, work)
 
     def _keep_result(self, run: str, work: Delivery) -> None:
-        own = self._client.personal(run) if work.personal else {}
+        own = self._client.personal(run, self._config.federation.rounds) if work.personal else {}
         self._model.write(dict(work.model) | own)
         export = Export(self._config.model, self._config.task.type, self._label_names, self._config.seed)
         kind, method = "Personal" if own else "Global", self._config.method.name

@@ -13,10 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import lru_cache, reduce
 from importlib.metadata import version
+from pathlib import Path
 
 import dp_accounting
 import numpy as np
@@ -136,8 +138,9 @@ def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: fl
     key = [sampling_rate, steps, target_epsilon, delta, DISCRETIZATION, CALIBRATION_TOLERANCE, LEAST_NOISE, ACCOUNTANT]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     path = cache_folder() / "noise-multipliers" / f"{name}.json"
-    if path.is_file():
-        return float(json.loads(path.read_text())["noise_multiplier"])
+    known = _stored(path)
+    if known is not None:
+        return known
 
     def excess(sigma: float) -> float:
         return epsilon([Steps(sampling_rate, sigma, steps)], delta) - target_epsilon
@@ -149,8 +152,26 @@ def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: fl
     while excess(noise_multiplier) > 0:
         noise_multiplier += CALIBRATION_TOLERANCE
     record = asdict(Steps(sampling_rate, noise_multiplier, steps)) | {"epsilon": target_epsilon, "delta": delta}
+    record["crc32"] = _checksum(path, noise_multiplier)
     write_atomically(path, json.dumps(record).encode())
     return noise_multiplier
+
+
+def _checksum(path: Path, noise_multiplier: float) -> int:
+    """The name of the file stands for the terms."""
+    return zlib.crc32(f"{path.stem} {noise_multiplier!r}".encode())
+
+
+def _stored(path: Path) -> float | None:
+    """A noise multiplier from the cache; None if there is none, or if its file is damaged."""
+    try:
+        record = json.loads(path.read_bytes())
+        known = float(record["noise_multiplier"])
+        if record["crc32"] == _checksum(path, known):
+            return known
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    return None
 
 
 def _bracket(excess: Callable[[float], float], target_epsilon: float, guess: float) -> tuple[float, float]:

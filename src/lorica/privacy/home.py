@@ -63,6 +63,12 @@ class Home:
                 if "own_noise_multiplier" not in {row[1] for row in connection.execute("PRAGMA table_info(exposures)")}:
                     connection.execute("ALTER TABLE exposures ADD COLUMN own_noise_multiplier REAL")
 
+    def key(self) -> bytes:
+        """The secret key of this account, for digests that others must not be able to guess."""
+        with self._reading() as connection:
+            (key,) = connection.execute("SELECT key FROM record_key").fetchone()
+        return bytes(key)
+
     def head(self, ledger: str) -> Head | None:
         """The last known head of the ledger with this id; None if unknown."""
         with self._reading() as connection:
@@ -135,13 +141,27 @@ class Home:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.DatabaseError, ValueError) as error:
+            # SQLite's operational errors, such as those of a full disk, are no damage.
+            if isinstance(error, sqlite3.OperationalError):
+                raise self._unusable(error) from error
             raise UserError(
                 "LORICA_HOME",
                 str(self.path),
-                f"the index of all ledgers cannot be used ({error})",
-                "make the file and its folder writable, or set the environment variable LORICA_HOME to another folder",
+                f"the index of all ledgers is damaged ({error})",
+                "restore it from a copy; if there is none, delete it, and it is written again from the ledgers as they "
+                "are used (what was released from lost ledgers is then forgotten)",
             ) from error
+        except (sqlite3.Error, OSError) as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            "LORICA_HOME",
+            str(self.path),
+            f"the index of all ledgers cannot be used ({error})",
+            "make the file and its folder writable, or set the environment variable LORICA_HOME to another folder",
+        )
 
 
 def _place(path: Path) -> str:

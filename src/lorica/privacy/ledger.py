@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,10 @@ from lorica.privacy.released import Released, _release
 from lorica.tensors import decode, encode
 
 __all__ = ["Charge", "Earlier", "Ledger", "Release"]
+
+
+KEPT_ROUNDS = 2
+"""Number of rounds whose replies are kept, and of checkpoints that a server keeps."""
 
 
 class Ledger:
@@ -116,8 +121,9 @@ class Ledger:
     def attach(self, charge: Charge, reply: bytes, kept: Mapping[str, Released] | None = None) -> bytes:
         """Store the reply of a charged release, sync it to disk, and return the reply that may leave.
 
-        If another process stored a reply first, that one is returned. The seed is erased, and stored replies of the
-        client's earlier rounds in this run are deleted: the server no longer needs them.
+        If another process stored a reply first, that one is returned. The seed is erased, and replies to the client in
+        this run are deleted unless they belong to the last `KEPT_ROUNDS` rounds: the server may go back to the last but
+        one of its checkpoints, and ask for these again.
 
         Args:
             kept: noisy tensors that stay with the owner and are needed for its later replies in this run.
@@ -128,36 +134,44 @@ class Ledger:
         state = None if kept is None else encode({name: value.tensor for name, value in kept.items()})
         with self._errors(), database.transaction(self.path) as connection:
             connection.execute(
-                "UPDATE releases SET reply = ?, kept = ?, seed = NULL WHERE id = ? AND reply IS NULL",
-                (reply, state, charge.row),
+                "UPDATE releases SET reply = ?, reply_sha256 = ?, kept = ?, kept_sha256 = ?, seed = NULL "
+                "WHERE id = ? AND reply IS NULL",
+                (reply, _sha256(reply), state, _sha256(state), charge.row),
             )
-            run, client, number, stored = connection.execute(
-                "SELECT run, client, round, reply FROM releases WHERE id = ?", (charge.row,)
+            run, client, number, *stored = connection.execute(
+                "SELECT run, client, round, reply, reply_sha256 FROM releases WHERE id = ?", (charge.row,)
             ).fetchone()
+            over = (run, client, number - KEPT_ROUNDS)
+            connection.execute("UPDATE releases SET reply = NULL WHERE run = ? AND client = ? AND round <= ?", over)
+            # What the client kept last in these rounds is still its own, if it took no part in later ones.
             connection.execute(
-                "UPDATE releases SET reply = NULL, kept = NULL WHERE run = ? AND client = ? AND round < ?",
-                (run, client, number),
+                "UPDATE releases SET kept = NULL WHERE run = ? AND client = ? AND round < "
+                "(SELECT MAX(round) FROM releases WHERE run = ? AND client = ? AND round <= ? AND kept IS NOT NULL)",
+                (run, client, *over),
             )
-            return bytes(stored)
+            return _whole(*stored)
 
     def recall(self, run: str, client: int, request: str) -> bytes | None:
         """The stored reply to an earlier request, or None."""
         with self._reading() as connection:
             row = connection.execute(
-                "SELECT reply FROM releases WHERE run = ? AND client = ? AND request = ? AND reply IS NOT NULL",
+                "SELECT reply, reply_sha256 FROM releases "
+                "WHERE run = ? AND client = ? AND request = ? AND reply IS NOT NULL",
                 (run, client, request),
             ).fetchone()
-        return row[0] if row else None
+            return _whole(*row) if row else None
 
-    def kept(self, run: str, client: int) -> dict[str, Released]:
-        """The tensors that the client kept from its latest release in this run; empty if none."""
+    def kept(self, run: str, client: int, round_number: int) -> dict[str, Released]:
+        """The tensors that the client kept from its latest release in this run up to a round; empty if none."""
         with self._reading() as connection:
             row = connection.execute(
-                "SELECT kept FROM releases WHERE run = ? AND client = ? AND kept IS NOT NULL ORDER BY id DESC LIMIT 1",
-                (run, client),
+                "SELECT kept, kept_sha256 FROM releases WHERE run = ? AND client = ? AND round <= ? "
+                "AND kept IS NOT NULL ORDER BY id DESC LIMIT 1",
+                (run, client, round_number),
             ).fetchone()
+            state = decode(_whole(*row)) if row else {}
         # They are released: `attach` accepts nothing else.
-        return {name: _release(value) for name, value in (decode(row[0]) if row else {}).items()}
+        return {name: _release(value) for name, value in state.items()}
 
     def steps(self, run: str, client: int) -> int:
         """Number of steps charged to a client in a run."""
@@ -169,6 +183,12 @@ class Ledger:
         with self._reading() as connection:
             query = "SELECT COALESCE(MAX(round), 0) FROM releases WHERE run = ? AND client = ?"
             return int(connection.execute(query, (run, client)).fetchone()[0])
+
+    def datasets(self, run: str, client: int) -> set[str]:
+        """The data sets that a client's releases in a run are about: one, unless the data have changed."""
+        with self._reading() as connection:
+            query = "SELECT DISTINCT dataset FROM releases WHERE run = ? AND client = ?"
+            return {str(row[0]) for row in connection.execute(query, (run, client))}
 
     def releases(self, dataset: str | None = None) -> list[Release]:
         """All releases of a data set (default: of all data sets in the file), oldest first."""
@@ -294,13 +314,48 @@ class Ledger:
                 "restore the newest copy of the file, or if it is lost, accept the loss with "
                 f"lorica budget {self.path} --accept",
             ) from None
-        except (sqlite3.Error, OSError) as error:
+        except _DamagedReply as problem:
             raise UserError(
                 "privacy.ledger",
                 str(self.path),
-                f"the ledger cannot be used ({error})",
-                "make the file and its folder writable, or set privacy.ledger=PATH to another file",
+                f"the ledger is damaged ({problem})",
+                "restore the newest copy of the file, or set name to a new run",
+            ) from None
+        except (sqlite3.Error, ValueError) as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise self._unusable(error) from error
+            raise UserError(
+                "privacy.ledger",
+                str(self.path),
+                f"the ledger is damaged ({error})",
+                "restore the newest copy of the file; if there is none, move the file away and accept the loss with "
+                f"lorica budget {self.path} --accept",
             ) from error
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(
+            "privacy.ledger",
+            str(self.path),
+            f"the ledger cannot be used ({error})",
+            "make the file and its folder writable, or set privacy.ledger=PATH to another file",
+        )
+
+
+class _DamagedReply(Exception):
+    """A stored reply is not what was stored."""
+
+
+def _sha256(content: bytes | None) -> bytes | None:
+    return None if content is None else hashlib.sha256(content).digest()
+
+
+def _whole(content: bytes, checksum: bytes | None) -> bytes:
+    """The stored bytes, checked. Earlier versions of Lorica stored no checksum."""
+    if checksum is not None and checksum != _sha256(content):
+        raise _DamagedReply("a stored reply does not match its checksum")
+    return bytes(content)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ _SCHEMA = (
         dataset TEXT NOT NULL, owner TEXT NOT NULL, run TEXT NOT NULL, client INTEGER NOT NULL, round INTEGER NOT NULL,
         sampling_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, steps INTEGER NOT NULL,
         noise TEXT NOT NULL, request TEXT NOT NULL, reply BLOB, kept BLOB, unit TEXT NOT NULL DEFAULT 'record',
-        seed BLOB, chain TEXT, own_noise_multiplier REAL
+        seed BLOB, chain TEXT, own_noise_multiplier REAL, reply_sha256 BLOB, kept_sha256 BLOB
     )
     """,
     "CREATE TABLE IF NOT EXISTS ledger (identity TEXT NOT NULL)",
@@ -44,6 +44,8 @@ _ADDED = {
         "seed": "BLOB",
         "chain": "TEXT",
         "own_noise_multiplier": "REAL",
+        "reply_sha256": "BLOB",
+        "kept_sha256": "BLOB",
     },
     "reservations": {"own_noise_multiplier": "REAL"},
 }

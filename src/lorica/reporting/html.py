@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
-import json
-import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lorica.files import write_atomically
+from lorica.files import to_json, write_atomically
 from lorica.reporting.choices import median_signal_to_noise, near_coin_flips
 from lorica.reporting.clients import client_rows
 from lorica.reporting.comparison import ComparedRun, summarise
@@ -70,15 +69,7 @@ def write_report(folder: str | Path) -> Path:
         UserError: as `read_run`, or the folder is not writable.
     """
     run = read_run(folder)
-    figures: dict[str, Figure] = {}
-    if any(score_of(row) is not None for row in run.metrics):
-        figures["accuracy"] = accuracy_figure(run)
-    if factor_rows(run):
-        figures["factors"] = factors_figure(run)
-    if median_signal_to_noise(run):
-        figures["choices"] = choices_figure(run)
-    if run.partition is not None:
-        figures["partition"] = partition_figure(run)
+    figures: dict[str, Figure] = {name: draw(run) for name, draw in _plots(run).items()}
     files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
     if run.clients:
         figures["clients"] = clients_figure(run)
@@ -86,6 +77,26 @@ def write_report(folder: str | Path) -> Path:
     for name, content in (files | {"report.html": page.encode()}).items():
         write_atomically(run.folder / name, content)
     return run.folder / "report.html"
+
+
+def report_is_missing(folder: Path) -> bool:
+    """Whether report.html or one of the plots that belong to it is missing in the folder of a finished run."""
+    names = ["report.html", *(f"{name}.png" for name in _plots(read_run(folder)))]
+    return not all((folder / name).is_file() and (folder / name).stat().st_size for name in names)
+
+
+def _plots(run: Run) -> dict[str, Callable[[Run], Figure]]:
+    """Name of each plot that is also a file -> the function that draws it."""
+    plots: dict[str, Callable[[Run], Figure]] = {}
+    if any(score_of(row) is not None for row in run.metrics):
+        plots["accuracy"] = accuracy_figure
+    if factor_rows(run):
+        plots["factors"] = factors_figure
+    if median_signal_to_noise(run):
+        plots["choices"] = choices_figure
+    if run.partition is not None:
+        plots["partition"] = partition_figure
+    return plots
 
 
 def write_comparison(folder: str | Path, results: list[ComparedRun]) -> Path:
@@ -119,7 +130,7 @@ def write_comparison(folder: str | Path, results: list[ComparedRun]) -> Path:
     content = {"methods": [asdict(summary) for summary in summaries], "not_private_runs": len(public)}
     files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
     files["comparison.md"] = comparison_markdown(results).encode()
-    files["comparison.json"] = (json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n").encode()
+    files["comparison.json"] = (to_json(content, indent=2, ensure_ascii=False) + "\n").encode()
     for name, text in (files | {"comparison.html": page.encode()}).items():
         write_atomically(folder / name, text)
     return folder / "comparison.html"
@@ -260,12 +271,3 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=PNG_DPI)
     return buffer.getvalue()
-
-
-def _finite(value: Any) -> Any:
-    """The value with null for infinity and NaN, which are not valid JSON."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

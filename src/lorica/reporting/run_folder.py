@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.errors import UserError
+from lorica.reporting.checksums import files_are_whole, remedy
 from lorica.strict_yaml import read_yaml_file
 
 METRIC_NAMES = {"f1": "F1", "matthews": "Matthews correlation", "pearson": "Pearson correlation"}
@@ -82,6 +83,7 @@ def read_run(folder: str | Path) -> Run:
                 f"not a run folder: {name} is missing",
                 "give the folder of a run, such as runs/NAME",
             )
+    files_are_whole(folder)
     metrics = _read_rounds(folder / "metrics.jsonl")
     if not metrics or metrics[-1]["round"] < 1:
         raise UserError("run", str(folder), "no round is finished", "resume the run until it has finished a round")
@@ -201,7 +203,7 @@ def _read_rounds(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             rows[int(row["round"])] = row
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
             if number < len(lines):
                 raise UserError(
                     path.name,
@@ -217,8 +219,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise UserError(path.name, str(path), f"not valid JSON ({error})", "correct the file") from None
-    if content is not None and not isinstance(content, dict):
-        raise UserError(path.name, str(path), "not a JSON object", "correct the file")
+    except (ValueError, RecursionError) as error:
+        problem = f"the file is damaged: not valid JSON ({error})"
+        raise UserError(path.name, str(path), problem, remedy(path.name)) from None
+    if not isinstance(content, dict):
+        problem = "the file is damaged: not a JSON object"
+        raise UserError(path.name, str(path), problem, remedy(path.name))
     return content

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lorica.adapters.names import Pair, flat_pairs, pairs_under, under
 from lorica.errors import UserError
-from lorica.files import write_atomically
+from lorica.files import INCOMPLETE, sync, write_atomically
+from lorica.privacy.ledger import KEPT_ROUNDS
 
-KEPT = 2
 VERSION = 4
 
 
@@ -42,7 +42,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write `folder/round-NNNNNN` and delete all but the last two checkpoints.
+    """Write `folder/round-NNNNNN` and delete all but the last `KEPT_ROUNDS` checkpoints.
 
     Raises:
         UserError: the disk is full or the folder is not writable; earlier checkpoints are kept.
@@ -59,18 +59,23 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "round": checkpoint.round,
         "method": method,
         "server": server,
-        "sha256": hashlib.sha256(content).hexdigest(),
     }
-    final = folder / f"round-{checkpoint.round:06d}"
-    temporary = folder / f".{final.name}.incomplete"
+    state["sha256"] = _checksum(state, content)
+    final = folder / _name(checkpoint.round)
+    temporary = folder / f".{final.name}{INCOMPLETE}"
     shutil.rmtree(temporary, ignore_errors=True)
     write_atomically(temporary / "state.safetensors", content)
     write_atomically(temporary / "state.json", json.dumps(state).encode())
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    for old in _rounds(folder)[:-KEPT]:
-        shutil.rmtree(old)
+    try:
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        sync(folder)
+        for old in _rounds(folder)[:-KEPT_ROUNDS]:
+            shutil.rmtree(old)
+    except OSError as error:
+        problem = f"cannot be written ({error.strerror})"
+        raise UserError("file", str(final), problem, "free disk space or choose another output folder") from error
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -82,8 +87,9 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The latest checkpoint, or None if there is none.
 
     Raises:
-        UserError: it is damaged (the remedy names the folder to delete, so that the run resumes from the checkpoint
-            before it), or another version of Lorica wrote it.
+        UserError: it is damaged, or another version of Lorica wrote it. The remedy for a damaged one is to delete it:
+            the run resumes from the checkpoint before it, or from the start, and the clients repeat their replies. They
+            keep those of `KEPT_ROUNDS` rounds, so of older ones no start remains.
     """
     rounds = _rounds(folder)
     if not rounds:
@@ -99,8 +105,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
                 f"has format {state['version']}, but this version of Lorica reads format {VERSION}",
                 "finish the run with the version of Lorica that started it, or start a new run with another name",
             )
-        if hashlib.sha256(content).hexdigest() != state["sha256"]:
-            raise ValueError("state.safetensors does not match its checksum")
+        if state.pop("sha256") != _checksum(state, content) or latest.name != _name(state["round"]):
+            raise ValueError("its files do not match their checksum")
         tensors = safetensors.torch.load(content)
         return Checkpoint(
             round=state["round"],
@@ -109,17 +115,28 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             method=_join_tensors(state["method"], under("method/", tensors)),
             server=_join_tensors(state["server"], under("server/", tensors)),
         )
-    except (OSError, ValueError, LookupError, TypeError, RecursionError, safetensors.SafetensorError) as error:
-        raise UserError(
-            "checkpoint",
-            str(latest),
-            f"is damaged ({error})",
-            f"delete {latest} and run again to resume from the previous checkpoint",
-        ) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+        remedy = f"delete {latest} and run again to resume from the previous checkpoint"
+        if len(rounds) == 1 and latest.name == _name(1):
+            remedy = f"delete {latest} and run again; the clients repeat the replies that they have stored"
+        elif len(rounds) == 1:
+            remedy = f"there is no other checkpoint: restore {latest} from a copy, or set name to a new run"
+        raise UserError("checkpoint", str(latest), f"is damaged ({error})", remedy) from error
 
 
 def _rounds(folder: Path) -> list[Path]:
     return sorted(folder.glob("round-*"))
+
+
+def _name(round_number: int) -> str:
+    return f"round-{round_number:06d}"
+
+
+def _checksum(state: Mapping[str, Any], tensors: bytes) -> str:
+    """SHA-256 (hexadecimal) of a checkpoint's two files, without the checksum itself."""
+    content = hashlib.sha256(json.dumps(state).encode())
+    content.update(tensors)
+    return content.hexdigest()
 
 
 def _split_tensors(state: Mapping[str, Any], path: str = "") -> tuple[dict[str, Any], dict[str, Tensor]]:

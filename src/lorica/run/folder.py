@@ -15,24 +15,28 @@ import torch
 
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.files import write_atomically
+from lorica.files import INCOMPLETE, remove_incomplete, write_atomically
+from lorica.reporting.checksums import remedy
+from lorica.run.data import check_fingerprints, write_fingerprints
+from lorica.run.lock import LOCK
 from lorica.strict_yaml import read_yaml_file
 
 
 def claim_folder(folder: Path, config: ExperimentConfig) -> None:
-    """Check that the run folder is empty or contains the same experiment.
+    """Check that the run folder is empty, or contains the same experiment on the same data.
 
     Raises:
-        UserError: the folder contains another experiment, or was not written by Lorica.
+        UserError: the folder contains another experiment, was not written by Lorica or is damaged, or the data have
+            changed since the run started.
     """
     path = folder / "config.yaml"
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(file.name == LOCK or file.name.endswith(INCOMPLETE) for file in folder.iterdir()):
         return
     if not path.is_file():
         raise UserError(
             "name", config.name, f"{folder} exists and is not a run folder", "choose another name or output"
         )
-    found = _experiment(read_yaml_file(path, "name"))
+    found = _experiment(_read_config(path))
     wanted = _experiment(config.model_dump(mode="json"))
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:
@@ -42,6 +46,21 @@ def claim_folder(folder: Path, config: ExperimentConfig) -> None:
             f"{folder} contains another experiment, which differs in: {', '.join(different)}",
             f"choose another name, or delete {folder}",
         )
+    check_fingerprints(folder, config.task)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = read_yaml_file(path, "name")
+    except UserError as error:
+        raise _damaged(path, error.problem) from error
+    if not isinstance(content, dict) or not content:
+        raise _damaged(path, "it contains no experiment")
+    return content
+
+
+def _damaged(path: Path, problem: str) -> UserError:
+    return UserError(path.name, str(path), f"the file is damaged ({problem})", remedy(path.name))
 
 
 def _experiment(content: dict[str, Any]) -> dict[str, Any]:
@@ -52,21 +71,44 @@ def _experiment(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def started_from(folder: Path) -> dict[str, str] | None:
-    """Name and SHA-256 of the adapter that a run started from; None for a new run, or one without such an adapter."""
-    path = folder / "environment.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("start") if path.is_file() else None
-    return None if found is None else dict(found)
+    """Name and SHA-256 of the adapter that a run started from; None for a new run, or one without such an adapter.
 
-
-def open_run(folder: Path, config: ExperimentConfig, device: str, start: dict[str, str] | None) -> str:
-    """Create or reopen the run folder, and return the id under which the ledger records the run.
-
-    Args:
-        start: name and SHA-256 of the adapter that the run starts from.
+    Raises:
+        UserError: environment.json is damaged.
     """
     path = folder / "environment.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("start")
+        return None if found is None else dict(found)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise _damaged(path, str(error)) from error
+
+
+def open_run(
+    folder: Path, config: ExperimentConfig, device: str, data: dict[str, str], start: dict[str, str] | None
+) -> str:
+    """Create or reopen the run folder, and return the id under which the ledger records the run.
+
+    environment.json is written last: a run that was killed before that starts anew.
+
+    Args:
+        data: fingerprints of the data (`lorica.run.data`), taken before they were read.
+        start: name and SHA-256 of the adapter that the run starts from.
+
+    Raises:
+        UserError: environment.json is damaged, or missing although rounds are finished.
+    """
+    path = folder / "environment.json"
+    remove_incomplete(folder)
     if path.is_file():
-        return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise _damaged(path, str(error)) from error
+    if any((folder / "checkpoint").glob("round-*")):
+        raise _damaged(path, "it is missing, and with it the id under which the ledger has charged the finished rounds")
     environment: dict[str, Any] = {
         "run": uuid.uuid4().hex,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -78,25 +120,49 @@ def open_run(folder: Path, config: ExperimentConfig, device: str, start: dict[st
     } | {package: version(package) for package in ("lorica", "torch", "transformers", "peft", "dp-accounting")}
     environment |= {} if start is None else {"start": start}
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
+    write_fingerprints(folder, data)
     write_atomically(path, json.dumps(environment, indent=2).encode())
     return str(environment["run"])
 
 
-def keep_rounds(path: Path, last: int) -> None:
-    """Drop the lines of rounds after `last`; those rounds will be repeated."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _round_of(line) <= last]
-        if kept != lines:
-            write_atomically(path, "".join(line + "\n" for line in kept).encode())
+def keep_rounds(path: Path, first: int, last: int) -> None:
+    """Drop the lines of rounds after `last`; those rounds will be repeated.
+
+    A file that is missing stays missing: it may have been deleted because it was damaged.
+
+    Args:
+        first: the round of the first line; a later one if the file was deleted in between.
+
+    Raises:
+        UserError: a line of an earlier round is damaged or missing.
+    """
+    if not path.is_file():
+        return
+    content = path.read_bytes()
+    lines = content.splitlines()
+    numbers = [_round_of(line) for line in lines]
+    # A crash can leave an incomplete last line, and lines of a round without a checkpoint.
+    while numbers and (numbers[-1] is None or numbers[-1] > last):
+        numbers.pop()
+    start = numbers[0] if numbers else first
+    if start is None or numbers != list(range(start, last + 1)):
+        raise UserError(
+            path.name,
+            str(path),
+            f"the file is damaged: it does not contain rounds {first} to {last}",
+            f"restore it from a copy, or delete it; the run then goes on, and its report begins with round {last + 1}",
+        )
+    kept = b"".join(line + b"\n" for line in lines[: len(numbers)])
+    if kept != content:
+        write_atomically(path, kept)
 
 
-def _round_of(line: str) -> float:
+def _round_of(line: bytes) -> int | None:
+    """The round of a line; None if it is damaged."""
     try:
-        return float(json.loads(line)["round"])
-    except ValueError:
-        # A crash can leave an incomplete last line.
-        return float("inf")
+        return int(json.loads(line)["round"])
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
 
 
 def _git_revision() -> str | None:

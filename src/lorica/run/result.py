@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorica.adapters.export import check_exported
 from lorica.config import ExperimentConfig
+from lorica.reporting.checksums import files_are_whole
+from lorica.reporting.html import report_is_missing, write_report
 from lorica.reporting.run_folder import read_run
 from lorica.run.folder import claim_folder
 
@@ -51,11 +54,18 @@ def read_result(folder: Path) -> Result:
 def finished_result(config: ExperimentConfig) -> Result | None:
     """The result of this experiment if its run has already finished, else None.
 
+    A report that is missing, because the run was killed before it was written, is written. Call it under the lock of
+    the run folder (`lorica.run.lock`).
+
     Raises:
-        UserError: the run folder contains another experiment.
+        UserError: the run folder contains another experiment, is damaged, or the data have changed.
     """
     folder = config.folder
     claim_folder(folder, config)
-    if (folder / "adapter").is_dir() and (folder / "privacy.json").is_file():
-        return read_result(folder)
-    return None
+    if not files_are_whole(folder) or not (folder / "adapter").is_dir():
+        return None
+    check_exported(folder / "adapter")
+    result = read_result(folder)
+    if report_is_missing(folder):
+        write_report(folder)
+    return result

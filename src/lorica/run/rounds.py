@@ -15,16 +15,18 @@ from lorica.aggregation.denoising import make_denoiser
 from lorica.aggregation.robust import make_aggregate
 from lorica.aggregation.scaffold import Scaffold
 from lorica.aggregation.server_optimizers import make_server_optimizer
-from lorica.files import append_line, replaced_folder, write_atomically
+from lorica.files import append_line, replaced_folder, to_json, write_atomically
 from lorica.local.optimizers import learning_rates
 from lorica.local.step import LocalStep
 from lorica.methods.server import Server
 from lorica.privacy.statement import privacy_statement
 from lorica.privacy.unit import PrivacyUnit
 from lorica.reporting.card import model_card
+from lorica.reporting.checksums import CHECKSUMS, write_checksums
 from lorica.reporting.html import write_report
 from lorica.reporting.run_folder import read_run
 from lorica.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from lorica.run.divergence import check_finite, check_metrics, warn_of_growth
 from lorica.run.folder import keep_rounds, open_run
 from lorica.run.result import Result, read_result
 from lorica.run.setup import Prepared
@@ -36,29 +38,42 @@ OnStart = Callable[[Prepared, Federation, int], None]
 def conduct(
     prepared: Prepared,
     engine: Engine,
+    data: dict[str, str],
     on_start: OnStart,
     on_round: Callable[[dict[str, Any]], None],
 ) -> Result:
     """Run the remaining rounds over an engine and write everything to the run folder.
 
+    Call it under the lock of the run folder (`lorica.run.lock`).
+
+    Args:
+        data: fingerprints of the data (`lorica.run.data`), taken before they were read.
+
     Raises:
-        UserError: the run exceeds a client's budget, or too few clients take part.
+        UserError: the run exceeds a client's budget, too few clients take part, the run diverges, or a file of the run
+            folder is damaged.
     """
     config, folder = prepared.config, prepared.config.folder
-    run = open_run(folder, config, str(prepared.model.device), prepared.start)
+    run = open_run(folder, config, str(prepared.model.device), data, prepared.start)
+    (folder / CHECKSUMS).unlink(missing_ok=True)
     if prepared.partition is not None:
         write_atomically(folder / "partition.json", json.dumps(prepared.partition, ensure_ascii=False).encode())
     checkpoint = load_checkpoint(folder / "checkpoint")
     federation = _assemble(prepared, engine, run, checkpoint)
+    finished = federation.server.round
+    keep_rounds(folder / "metrics.jsonl", 0, -1 if checkpoint is None else finished)
+    keep_rounds(folder / "decisions.jsonl", 1, finished)
     federation.join()
-    on_start(prepared, federation, federation.server.round)
-    keep_rounds(folder / "metrics.jsonl", federation.server.round)
-    keep_rounds(folder / "decisions.jsonl", federation.server.round)
+    on_start(prepared, federation, finished)
     if checkpoint is None:
-        keep_rounds(folder / "metrics.jsonl", -1)
         metrics = {"round": 0} | _evaluate(prepared, federation)
-        append_line(folder / "metrics.jsonl", json.dumps(metrics))
+        append_line(folder / "metrics.jsonl", to_json(metrics))
         on_round(metrics)
+    if finished == config.federation.rounds:
+        # The run was stopped after its last round, and joining has reserved its budget again: deliver once more.
+        metrics = {"round": finished} | _evaluate(prepared, federation)
+        if not (folder / "metrics.jsonl").is_file():
+            append_line(folder / "metrics.jsonl", to_json(metrics))
     while federation.server.round < config.federation.rounds:
         on_round(_one_round(prepared, federation))
     return _finish(prepared, federation)
@@ -110,6 +125,9 @@ def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
     started = time.perf_counter()
     traffic = federation.round()
     server = federation.server
+    rate = prepared.config.optimizer.lr
+    check_finite(rate, server.round, server.model.tensors, server.model.merged)
+    check_finite(rate, server.round, server.evaluated, {})
     metrics: dict[str, Any] = {"round": server.round}
     last = server.round == server.rounds
     if last or server.round % prepared.config.federation.evaluate_every == 0:
@@ -136,8 +154,8 @@ def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
         "bytes_down": traffic.bytes_down,
     }
     decisions = {"round": server.round, "factors": traffic.factors} | prepared.method.decisions()
-    append_line(folder / "decisions.jsonl", json.dumps(decisions))
-    append_line(folder / "metrics.jsonl", json.dumps(metrics))
+    append_line(folder / "decisions.jsonl", to_json(decisions))
+    append_line(folder / "metrics.jsonl", to_json(metrics))
     save_checkpoint(
         folder / "checkpoint",
         Checkpoint(
@@ -154,11 +172,21 @@ def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
 def _evaluate(prepared: Prepared, federation: Federation) -> dict[str, Any]:
     """Metrics on the public test set, of the global model or of each client's own model and their mean.
 
-    Personal models of clients outside this process are not evaluated.
+    Personal models of clients outside this process are not evaluated. The model is then delivered to the clients, if
+    they test it privately or if it is the final one.
+
+    Raises:
+        Diverged: a metric is not finite.
     """
-    config, model, server = prepared.config, prepared.model, federation.server
-    if config.federation.private_test or server.round == server.rounds:
+    metrics, server = _metrics(prepared, federation), federation.server
+    # After the server's own test: a model that has diverged is not delivered.
+    if prepared.config.federation.private_test or server.round == server.rounds:
         federation.deliver(final=server.round == server.rounds)
+    return metrics
+
+
+def _metrics(prepared: Prepared, federation: Federation) -> dict[str, Any]:
+    config, model, server = prepared.config, prepared.model, federation.server
     models = _models(prepared, federation)
     if not models:
         return {}
@@ -171,6 +199,7 @@ def _evaluate(prepared: Prepared, federation: Federation) -> dict[str, Any]:
             prepared.task.evaluate(model.peft_model, config.federation.pass_tokens(model.device.type), model.device)
         )
     mean = {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}
+    check_metrics(config.optimizer.lr, server.round, mean)
     own = {"client_scores": {number: metrics[main] for number, metrics in enumerate(found)}}
     return mean | {"metric": main, "score": mean[main]} | (own if prepared.method.personal else {})
 
@@ -183,7 +212,7 @@ def _models(prepared: Prepared, federation: Federation) -> dict[str, dict[str, T
     tensors = federation.server.evaluated
     if not prepared.method.personal:
         return {"": tensors}
-    personal = federation.engine.personal(federation.run)
+    personal = federation.engine.personal(federation.run, federation.server.round)
     return {f"client-{number}": tensors | dict(own) for number, own in personal.items()}
 
 
@@ -197,7 +226,9 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
         prepared.task.overlap,
         prepared.start,
     )
-    write_atomically(folder / "privacy.json", json.dumps(statement, indent=2).encode())
+    # `lorica report` may have been called in the middle of the run.
+    (folder / "report.html").unlink(missing_ok=True)
+    write_atomically(folder / "privacy.json", to_json(statement, indent=2).encode())
     # If the personal models stay with their clients, export the tensors that all clients share.
     models = _models(prepared, federation) or {"": federation.server.evaluated}
     export = Export(config.model, config.task.type, prepared.task.label_names, config.seed)
@@ -207,5 +238,8 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
             path = f"adapter/{name}".rstrip("/")
             card = model_card(read_run(folder), f'import lorica\n\nmodel = lorica.load_adapter("{path}")')
             export_adapter(prepared.model, federation.server.model.merged, target / name, export, card)
+    write_checksums(folder)
     write_report(folder)
-    return read_result(folder)
+    result = read_result(folder)
+    warn_of_growth(result.metrics)
+    return result

@@ -59,8 +59,8 @@ class Engine(Protocol):
     def accounts(self, run: str) -> Mapping[int, Account]:
         """Client -> the steps and releases charged to it in this run."""
 
-    def personal(self, run: str) -> Mapping[int, Mapping[str, Tensor]]:
-        """Client -> tensors of its personal model (`Method.personal`), for the clients in this process."""
+    def personal(self, run: str, round_number: int) -> Mapping[int, Mapping[str, Tensor]]:
+        """Client -> tensors of its personal model after a round (`Method.personal`), for clients in this process."""
 
 
 @dataclass

@@ -399,7 +399,7 @@ def check_resume(recording: Recording) -> None:
             f"resumed after round {STOP}, it has another adapter after the next one; state_dict and load_state_dict "
             "carry what its rounds depend on",
         )
-        own, other = (each.engine.personal(RUN) for each in (recording.federation, some))
+        own, other = (each.engine.personal(RUN, each.server.round) for each in (recording.federation, some))
     same = all(_same(own[client], other[client]) for client in own)
     recording.require(same, "resumed, clients end with other tensors of their own")
 

@@ -116,7 +116,7 @@ class FlowerEngine:
             if client in self._accounts
         }
 
-    def personal(self, run: str) -> dict[int, dict[str, Tensor]]:
+    def personal(self, run: str, round_number: int) -> dict[int, dict[str, Tensor]]:
         """Empty: personal tensors stay with the owners."""
         return {}
 

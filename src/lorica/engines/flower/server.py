@@ -15,6 +15,8 @@ from lorica.config import ExperimentConfig, load
 from lorica.engines.flower.engine import FlowerEngine
 from lorica.errors import UserError
 from lorica.messages import OWNER
+from lorica.run.data import fingerprints
+from lorica.run.lock import locked
 from lorica.run.result import Result, finished_result
 from lorica.run.rounds import conduct
 from lorica.run.setup import prepare
@@ -53,9 +55,15 @@ def serve(config: ExperimentConfig, grid: Grid) -> Result:
     Raises:
         UserError: names the key, the value and the remedy.
     """
+    with locked(config.folder):
+        return _serve(config, grid)
+
+
+def _serve(config: ExperimentConfig, grid: Grid) -> Result:
     finished = finished_result(config)
     if finished is not None:
         return finished
+    data = fingerprints(config.task)
     if config.flower.superlink is None:
         # A simulation: the training data are here too.
         check_sources(config.task)
@@ -70,7 +78,7 @@ def serve(config: ExperimentConfig, grid: Grid) -> Result:
     def report(metrics: dict[str, Any]) -> None:
         logger.info("%s", progress(metrics, engine))
 
-    return conduct(prepared, engine, lambda prepared, federation, finished_rounds: None, report)
+    return conduct(prepared, engine, data, lambda prepared, federation, finished_rounds: None, report)
 
 
 def for_nodes(config: ExperimentConfig, task: Task, start: dict[str, str] | None = None) -> ExperimentConfig:

@@ -1,0 +1,111 @@
+"""Whether the data of a run are still those that it started with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+
+from lorica.config import TaskConfig
+from lorica.errors import UserError
+from lorica.files import write_atomically
+from lorica.privacy.home import Home
+from lorica.tasks.owners import source_names
+
+DATA = "data.json"
+_CHUNK = 2**20
+
+
+def fingerprints(task: TaskConfig) -> dict[str, str]:
+    """Key of the configuration -> fingerprint of its local files; sources that are no local files have none.
+
+    A fingerprint is keyed BLAKE2b (RFC 7693) of the files' contents and names. Without the key, which is secret and
+    stays in Lorica's home folder, nobody can test a guess of the private data against it.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    tests = task.test if isinstance(task.test, dict) else {"": task.test}
+    sources = {"task.train": source_names(task.train)}
+    sources |= {f"task.test.{name}".rstrip("."): [test] for name, test in tests.items()}
+    found, secret = {}, Home().key()
+    for key, names in sources.items():
+        paths = [Path(name).expanduser() for name in names]
+        if all(path.exists() for path in paths):
+            found[key] = _fingerprint(key, paths, secret)
+    return found
+
+
+def write_fingerprints(folder: Path, found: dict[str, str]) -> None:
+    """Store the fingerprints of a run that starts."""
+    content = {"key": _key_name(Home().key()), "files": found}
+    write_atomically(folder / DATA, json.dumps(content, indent=2).encode())
+
+
+def check_fingerprints(folder: Path, task: TaskConfig) -> None:
+    """Refuse to go on, or to show a result, if the data have changed since the run started.
+
+    Sources that cannot be compared are not checked: those that are gone, and all of them if Lorica's home folder is
+    not the one in which the run started.
+
+    Raises:
+        UserError: names the source that has changed, or `data.json` is damaged.
+    """
+    path = folder / DATA
+    if not path.is_file():
+        return
+    try:
+        stored = json.loads(path.read_bytes())
+        key, files = stored["key"], dict(stored["files"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            DATA,
+            str(path),
+            "the file is damaged",
+            "delete it if you know that the data have not changed since the run started, or start a new run with "
+            "another name",
+        ) from None
+    if key != _key_name(Home().key()):
+        return
+    for name, now in fingerprints(task).items():
+        if name in files and files[name] != now:
+            section, _, test = name.removeprefix("task.").partition(".")
+            source = getattr(task, section)
+            raise UserError(
+                name,
+                source[test] if test else source,
+                f"these data have changed since run {folder.name} started",
+                "set name to a new run for the changed data, or restore the earlier data",
+            )
+
+
+def _fingerprint(key: str, paths: list[Path], secret: bytes) -> str:
+    content = blake2b(key=secret)
+    try:
+        for path in paths:
+            for file, name in _files(path):
+                own = blake2b(key=secret)
+                with file.open("rb") as opened:
+                    while chunk := opened.read(_CHUNK):
+                        own.update(chunk)
+                content.update(json.dumps([name, own.hexdigest()]).encode())
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise UserError(key, str(error.filename), problem, "make the file readable") from error
+    return content.hexdigest()
+
+
+def _files(source: Path) -> Iterator[tuple[Path, str]]:
+    """The files of a source and their names in it; a file that is a source may be moved or renamed."""
+    if source.is_file():
+        yield source, ""
+        return
+    for file in sorted(source.rglob("*")):
+        name = file.relative_to(source)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            yield file, name.as_posix()
+
+
+def _key_name(key: bytes) -> str:
+    return blake2b(b"name of the key", key=key, digest_size=8).hexdigest()
