@@ -309,7 +309,7 @@ class _Rounds:
     def start(self, prepared: Prepared, federation: Federation, finished: int) -> None:
         from lorica.privacy.unit import PrivacyUnit
         from lorica.reporting.style import rounded_up
-        from lorica.tasks.label_counts import test_set_lines
+        from lorica.tasks.label_counts import public_counts
 
         self.started = True
         self._progress.start()
@@ -325,7 +325,7 @@ class _Rounds:
             f"LoRA of rank {config.lora.r} on {len(prepared.model.sites)} linear maps ({', '.join(modules)}) in "
             f"{len({site.layer for site in prepared.model.sites})} layers; head: {config.model.head}"
         )
-        for line in test_set_lines(prepared.task):
+        for line in public_counts(prepared.task):
             console.print(escape(line), highlight=False)
         if prepared.start is not None:
             name, sha256 = escape(prepared.start["name"]), prepared.start["sha256"]

@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
-from lorica.tasks.label_counts import test_set_lines as lines_of_test_sets
+from lorica.tasks.label_counts import public_counts
 from lorica.tasks.loading import load_task, load_training
 from tests.tasks.conftest import WORDS
 
@@ -150,7 +150,7 @@ def check(kind: Callable[[Path], dict[str, Any]], seeds: range, folder: Path, ba
         except UserError as error:
             str(error).encode()
         else:
-            lines_of_test_sets(task)
+            public_counts(task)
             loaded += 1
         assert time.perf_counter() - started < LONGEST_SECONDS, (kind.__name__, seed)
     return loaded

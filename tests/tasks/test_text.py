@@ -9,6 +9,7 @@ from pyarrow import parquet
 
 from lorica.config import TaskConfig
 from lorica.errors import UserError
+from lorica.tasks.label_counts import public_counts
 from lorica.tasks.loading import load_task
 from tests.tasks.conftest import WORDS, write_tokenizer
 
@@ -24,7 +25,7 @@ def ids(text: str) -> list[int]:
 def make_task(write_csv, text_base):
     def make(content=CONTENT, base=text_base, **keys):
         path = write_csv("data.csv", content)
-        return load_task(TaskConfig(type="text-classification", train=path, test=path, **keys), base)
+        return load_task(TaskConfig(**{"type": "text-classification", "train": path, "test": path} | keys), base)
 
     return make
 
@@ -158,3 +159,14 @@ def test_batches_of_sst2_equal_the_tokenizers_own_padding(shared_data, minilm):
     batch = records.batch(rows)
     assert set(batch.inputs) == set(expected)
     assert all(torch.equal(batch.inputs[name], expected[name]) for name in expected)
+
+
+def test_a_run_says_its_labels_and_the_counts_of_its_test_sets(make_task, write_csv):
+    content = "text,label\na,[b]\nb,x\nc,x\n"
+    assert public_counts(make_task(content)) == ["Labels: [b], x", "Test set: 3 records: [b] 1, x 2"]
+    numbers = make_task("text,label\na,-0.5\nb,2\n", type="text-regression")
+    assert public_counts(numbers) == ["Test set: 2 records, numbers from -0.5 to 2"]
+    many = "text,label\n" + "".join(f"a,{label}\n" for label in range(15)) + "a,odd \n"
+    first, second = public_counts(make_task(many))
+    assert first.endswith("and 4 more")
+    assert second.startswith("Test set: 16 records: 0 1, 1 1, 10 1,")

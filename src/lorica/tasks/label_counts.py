@@ -34,7 +34,7 @@ def label_counts(parts: Sequence[Records], label_names: list[str], owner_names: 
     return {"simulation": True, "labels": label_names, "clients": clients}
 
 
-def test_set_lines(task: Task) -> list[str]:
+def public_counts(task: Task) -> list[str]:
     """What a run says about its labels and its public test sets when it starts; nothing about training records."""
     lines = [f"Labels: {_listed(list(map(_short, task.label_names)))}"] if task.has_classes else []
     for name, records in task.tests.items():

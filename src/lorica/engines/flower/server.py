@@ -20,7 +20,7 @@ from lorica.run.lock import locked
 from lorica.run.result import Result, finished_result
 from lorica.run.rounds import conduct
 from lorica.run.setup import prepare
-from lorica.tasks.label_counts import test_set_lines
+from lorica.tasks.label_counts import public_counts
 from lorica.tasks.loading import load_tests
 from lorica.tasks.overlap import check_sources
 from lorica.tasks.records import Task
@@ -72,7 +72,7 @@ def _serve(config: ExperimentConfig, grid: Grid) -> Result:
     prepared = prepare(config, task)
     engine = FlowerEngine(grid, for_nodes(config, task, prepared.start), base_identity(base), prepared.state)
 
-    for line in test_set_lines(task):
+    for line in public_counts(task):
         logger.info("%s", line)
 
     def report(metrics: dict[str, Any]) -> None:
