@@ -121,7 +121,6 @@ def test_only_secure_noise_that_is_marked_private_is_a_private_release(make_run)
         ({"private_release": False, "noise": "none"}, "without differential privacy"),
         ({"private_release": False, "noise": "secure"}, "private_release: false"),
         ({"private_release": True}, "unknown kind"),
-        (None, "no privacy.json"),
     ]:
         (folder / "privacy.json").write_text(json.dumps(content))
         assert reason in not_private(read_run(folder))

@@ -59,7 +59,7 @@ def refused(path: Path, content: bytes | str | None = None, **keys) -> str:
         ("text,label\ngood,a\nbad\n", "line 3 has 1 cells, but the header has 2"),
         ("text;label\ngood;a\n", "its cells are separated by semicolons"),
         ("text\tlabel\ngood\ta\n", "its cells are separated by tabs"),
-        (gzip.compress(b"text,label\n"), "it is compressed with gzip"),
+        (gzip.compress(b"text,label\n", mtime=0), "it is compressed with gzip"),
         (b"PK\x03\x04...", "a spreadsheet"),
         (LATIN.encode("latin-1"), "line 3 is not encoded in UTF-8"),
         (LATIN.encode("utf-16"), "it is encoded in UTF-16"),
