@@ -283,7 +283,7 @@ def test_members_that_were_told_different_noise_get_no_sum(tmp_path: Path, caplo
         return bytes(run_stage(number, request, question))
 
     engine._run_stage = lie
-    with pytest.raises(Refused, match="colluding = 0"):
+    with pytest.raises(UserError, match="colluding = 0"):
         some.round()
     assert any(asked)
     assert "client 0 refuses" in caplog.text
