@@ -61,15 +61,33 @@ def _run(environment: dict[str, str], overrides: list[str], call: int, moment: s
     lorica.Experiment.load(overrides=overrides).run()
 
 
+def kill_run_at(overrides: Sequence[str], function: str, call: int) -> bool:
+    """Start a run in another process, which dies before its `call`-th `os.replace`, `os.fsync` or `os.mkdir`.
+
+    Returns:
+        False if the run ended before that.
+    """
+    process = _started(_run_until, list(overrides), function, call)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def _run_until(environment: dict[str, str], overrides: list[str], function: str, call: int) -> None:
+    os.environ.update(environment)
+    setattr(os, function, _dying(getattr(os, function), call, "before"))
+    lorica.Experiment.load(overrides=overrides).run()
+
+
 def _dying(function: Callable[..., Any], call: int, moment: str) -> Callable[..., Any]:
     calls = 0
 
-    def wrapped(*arguments: Any) -> Any:
+    def wrapped(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
         if (calls, moment) == (call, "before"):
             os.kill(os.getpid(), signal.SIGKILL)
-        found = function(*arguments)
+        found = function(*arguments, **options)
         if (calls, moment) == (call, "after"):
             os.kill(os.getpid(), signal.SIGKILL)
         return found

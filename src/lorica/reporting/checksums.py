@@ -10,7 +10,15 @@ from lorica.errors import UserError
 from lorica.files import write_atomically
 
 CHECKSUMS = "checksums.json"
-COVERED = ("config.yaml", "environment.json", "metrics.jsonl", "decisions.jsonl", "privacy.json", "partition.json")
+COVERED = (
+    "config.yaml",
+    "environment.json",
+    "data.json",
+    "metrics.jsonl",
+    "decisions.jsonl",
+    "privacy.json",
+    "partition.json",
+)
 
 
 def write_checksums(folder: Path) -> None:

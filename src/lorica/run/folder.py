@@ -101,7 +101,8 @@ def open_run(
         UserError: environment.json is damaged, or missing although rounds are finished.
     """
     path = folder / "environment.json"
-    remove_incomplete(folder)
+    for place in (folder, folder / "checkpoint"):
+        remove_incomplete(place)
     if path.is_file():
         try:
             return str(json.loads(path.read_text(encoding="utf-8"))["run"])

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorica.adapters.export import check_exported
 from lorica.config import ExperimentConfig
+from lorica.files import remove_incomplete
 from lorica.reporting.checksums import files_are_whole
 from lorica.reporting.html import report_is_missing, write_report
 from lorica.reporting.run_folder import read_run
@@ -61,11 +62,13 @@ def finished_result(config: ExperimentConfig) -> Result | None:
         UserError: the run folder contains another experiment, is damaged, or the data have changed.
     """
     folder = config.folder
+    whole = files_are_whole(folder)
     claim_folder(folder, config)
-    if not files_are_whole(folder) or not (folder / "adapter").is_dir():
+    if not whole or not (folder / "adapter").is_dir():
         return None
     check_exported(folder / "adapter")
     result = read_result(folder)
+    remove_incomplete(folder)
     if report_is_missing(folder):
         write_report(folder)
     return result
