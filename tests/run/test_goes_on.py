@@ -181,7 +181,9 @@ def test_damage_of_a_finished_run_is_one_error_that_names_the_file(finished: lor
         path = folder / name
         content = path.read_bytes()
         damage(path, how)
-        with pytest.raises(UserError, match=path.name):
+        # A wrong checksum cannot be told from a wrong file.
+        named = r"\.jsonl? = .*damaged" if name == "checksums.json" else path.name
+        with pytest.raises(UserError, match=named):
             finished.run()
         path.write_bytes(content)
     assert finished.run().metrics
