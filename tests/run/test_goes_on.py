@@ -114,6 +114,7 @@ def test_the_lock_leaves_nothing_behind_and_readers_need_none(tmp_path: Path, fi
 MOMENTS = [(name, call) for name, most in (("replace", 24), ("fsync", 39), ("mkdir", 44)) for call in range(1, most)]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("function", "call"),
     [("replace", 21), *(pytest.param(*one, marks=pytest.mark.slow) for one in MOMENTS)],
@@ -202,6 +203,7 @@ def test_the_remedies_for_a_damaged_finished_run_work(finished: lorica.Experimen
     assert_as_uninterrupted(finished.run(), original)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("without_report")
 def test_each_damaged_checkpoint_can_be_deleted_as_advised_even_in_the_next_round(
     tmp_path: Path, some_digits: list[str], whole: Result
