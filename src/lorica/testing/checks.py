@@ -541,7 +541,6 @@ def check_start(recording: Recording) -> None:
 
 
 CHECKS: dict[str, Callable[[Recording], None]] = {
-    "start": check_start,
     "shapes": check_shapes,
     "messages": check_messages,
     "clients": check_clients,
@@ -552,6 +551,7 @@ CHECKS: dict[str, Callable[[Recording], None]] = {
     "exactness": check_exactness,
     "centralised": check_centralised,
     "sums": check_sums,
+    "start": check_start,
 }
 """What `check_method` checks, one by one."""
 
