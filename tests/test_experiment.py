@@ -415,6 +415,7 @@ def test_without_privacy_a_run_says_so(tmp_path: Path, some_digits: list[str]) -
     # A folder of a version in which `none` also removed the clip.
     config = yaml.safe_load((result.folder / "config.yaml").read_text())
     (result.folder / "config.yaml").write_text(yaml.safe_dump(config | {"privacy": "none"}))
+    (result.folder / "checksums.json").unlink()
     with pytest.raises(UserError, match="contains another experiment, which differs in: privacy"):
         lorica.Experiment.load(overrides=[*overrides, *some_digits, f"output={tmp_path}"]).run()
 

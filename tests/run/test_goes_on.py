@@ -265,7 +265,7 @@ def test_changed_data_are_named_and_files_that_are_gone_are_not(tmp_path: Path) 
     test.write_text("text,label\nc,d\n")
     task = TaskConfig(type="text-classification", train=str(train), test={"one": str(test)})
     found = fingerprints(task)
-    write_fingerprints(tmp_path, found)
+    write_fingerprints(tmp_path, "run", found)
     check_fingerprints(tmp_path, task)
     for path, key in ((train, r"task\.train"), (test, r"task\.test\.one")):
         content = path.read_text()
@@ -282,7 +282,7 @@ def test_a_fingerprint_cannot_be_guessed_without_the_home(tmp_path: Path, monkey
     train.write_text("text,label\na,b\n")
     task = TaskConfig(type="text-classification", train=str(train), test="lorica:digits/test")
     first = fingerprints(task)
-    write_fingerprints(tmp_path, first)
+    write_fingerprints(tmp_path, "run", first)
     monkeypatch.setenv("LORICA_HOME", str(tmp_path / "another"))
     assert fingerprints(task) != first
     # Nothing can be compared with another key.
@@ -304,6 +304,16 @@ def test_a_stopped_run_does_not_go_on_with_other_records(
     parquet.write_table(table.slice(0, table.num_rows - 1), tmp_path / "train.parquet")
     with pytest.raises(UserError, match=r"task\.train.*have changed since run"):
         experiment.run()
+    place = experiment.config.folder / "environment.json"
+    environment = place.read_text()
+    # Under another id, the ledger would seem to have charged nothing.
+    place.write_text(json.dumps(json.loads(environment) | {"run": "another"}))
+    (experiment.config.folder / "data.json").rename(tmp_path / "data.json")
+    stored = json.loads((tmp_path / "data.json").read_text())
+    (experiment.config.folder / "data.json").write_text(json.dumps(stored | {"files": {}}))
+    with pytest.raises(UserError, match=r"environment\.json.*id of its run"):
+        experiment.run()
+    place.write_text(environment)
     # The ledger knows it too.
     (experiment.config.folder / "data.json").unlink()
     with pytest.raises(UserError, match=r"training data have changed since run"):

@@ -37,10 +37,19 @@ def fingerprints(task: TaskConfig) -> dict[str, str]:
     return found
 
 
-def write_fingerprints(folder: Path, found: dict[str, str]) -> None:
-    """Store the fingerprints of a run that starts."""
-    content = {"key": _key_name(Home().key()), "files": found}
+def write_fingerprints(folder: Path, run: str, found: dict[str, str]) -> None:
+    """Store the fingerprints of a run that starts, with its id."""
+    content = {"run": run, "key": _key_name(Home().key()), "files": found}
     write_atomically(folder / DATA, json.dumps(content, indent=2).encode())
+
+
+def belongs_to(folder: Path, run: str) -> bool:
+    """Whether the fingerprints were stored for the run with this id; true if none are stored.
+
+    Call it after `check_fingerprints`.
+    """
+    path = folder / DATA
+    return not path.is_file() or json.loads(path.read_bytes()).get("run") == run
 
 
 def check_fingerprints(folder: Path, task: TaskConfig) -> None:

@@ -17,7 +17,7 @@ from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.files import INCOMPLETE, remove_incomplete, write_atomically
 from lorica.reporting.checksums import remedy
-from lorica.run.data import check_fingerprints, write_fingerprints
+from lorica.run.data import DATA, belongs_to, check_fingerprints, write_fingerprints
 from lorica.run.lock import LOCK
 from lorica.strict_yaml import read_yaml_file
 
@@ -105,9 +105,12 @@ def open_run(
         remove_incomplete(place)
     if path.is_file():
         try:
-            return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+            run = str(json.loads(path.read_text(encoding="utf-8"))["run"])
         except (ValueError, KeyError, TypeError) as error:
             raise _damaged(path, str(error)) from error
+        if not belongs_to(folder, run):
+            raise _damaged(path, f"the id of its run is not that in {DATA}")
+        return run
     if any((folder / "checkpoint").glob("round-*")):
         raise _damaged(path, "it is missing, and with it the id under which the ledger has charged the finished rounds")
     environment: dict[str, Any] = {
@@ -121,7 +124,7 @@ def open_run(
     } | {package: version(package) for package in ("lorica", "torch", "transformers", "peft", "dp-accounting")}
     environment |= {} if start is None else {"start": start}
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
-    write_fingerprints(folder, data)
+    write_fingerprints(folder, str(environment["run"]), data)
     write_atomically(path, json.dumps(environment, indent=2).encode())
     return str(environment["run"])
 
