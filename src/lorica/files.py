@@ -1,5 +1,6 @@
 """Atomic and durable writes, and the folders where Lorica keeps its own files."""
 
+import hashlib
 import json
 import math
 import os
@@ -26,13 +27,37 @@ def cache_folder() -> Path:
     return home_folder() / "cache"
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a file, as `sha256sum` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def write_errors(path: Path) -> Iterator[None]:
+    """Turn an `OSError` into the `UserError` that says what cannot be written.
+
+    Raises:
+        UserError: the disk is full, or the folder is not writable.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            "file",
+            str(path),
+            f"cannot be written ({error.strerror})",
+            "free disk space or choose another output folder",
+        ) from error
+
+
 def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write to a temporary file, sync it and rename it: after a crash, the file has the old or the new content.
 
     Raises:
         UserError: the disk is full, or the folder is not writable.
     """
-    try:
+    with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(INCOMPLETE, f".{path.name}.", path.parent)
         try:
@@ -45,13 +70,6 @@ def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise UserError(
-            "file",
-            str(path),
-            f"cannot be written ({error.strerror})",
-            "free disk space or choose another output folder",
-        ) from error
 
 
 def create_private(path: Path) -> None:
@@ -94,20 +112,13 @@ def append_line(path: Path, line: str, private: bool = False) -> None:
     Raises:
         UserError: the disk is full, or the file is not writable.
     """
-    try:
+    with write_errors(path):
         if private:
             create_private(path)
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(
-            "file",
-            str(path),
-            f"cannot be written ({error.strerror})",
-            "free disk space or choose another output folder",
-        ) from error
 
 
 @contextmanager
@@ -118,7 +129,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         UserError: the disk is full, or the folder is not writable.
     """
     temporary = folder.with_name(f".{folder.name}{INCOMPLETE}")
-    try:
+    with write_errors(folder):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
@@ -126,13 +137,6 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(temporary, folder)
-    except OSError as error:
-        raise UserError(
-            "file",
-            str(folder),
-            f"cannot be written ({error.strerror})",
-            "free disk space or choose another output folder",
-        ) from error
 
 
 def sync_folder(folder: Path) -> None:

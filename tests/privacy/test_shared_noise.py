@@ -26,7 +26,7 @@ from lorica.privacy.home import Home
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.plan import ClientPlan, Refused, plan_client, plan_run
-from lorica.privacy.shared_noise import summand_bound
+from lorica.privacy.shared_noise import summand_limits
 from lorica.privacy.statement import Account, privacy_statement
 from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.quantisation import dequantise, quantise
@@ -325,7 +325,7 @@ def test_words_are_as_long_as_the_noise_needs(asked: tuple[Federation, dict[int,
 def test_rounding_to_the_grid_adds_only_a_uniform_error() -> None:
     """The sum of rounded summands against that of the exact ones, whose noise it hides: means and variances."""
     terms = Terms(0.1, 16, 1.0, 1.0)
-    bound = summand_bound(terms, 0.25, 0.5)
+    bound, _ = summand_limits(terms, 0.25, {"x": 0.5}, 0.0, {"x": torch.zeros(1)})
     s = 0.25 * 0.5 * terms.noise_std
     draw = torch.Generator().manual_seed(0)
     setup = Setup("x", 4, 3, 32, bound)

@@ -53,22 +53,23 @@ def organisations(tmp_path_factory: pytest.TempPathFactory) -> Organisations:
     return Organisations(tmp_path_factory.mktemp("organisations"), noise=["none", "reproducible"])
 
 
-@pytest.fixture(scope="module")
-def earlier(organisations: Organisations) -> Result:
-    """A finished run with a trained head, whose factors are all non-zero."""
-    config = organisations.experiment("earlier", "method.name=fed-avg", "optimizer.lr=2", *LOCAL, *NOISE)
+def finished(organisations: Organisations, name: str, method: str) -> Result:
+    config = organisations.experiment(name, f"method.name={method}", "optimizer.lr=2", *LOCAL, *NOISE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lorica.run.rounds.write_report", lambda folder: None)
         return lorica.Experiment(config).run()
+
+
+@pytest.fixture(scope="module")
+def earlier(organisations: Organisations) -> Result:
+    """A finished run with a trained head, whose factors are all non-zero."""
+    return finished(organisations, "earlier", "fed-avg")
 
 
 @pytest.fixture(scope="module")
 def stacked(organisations: Organisations) -> Result:
     """A finished run of a method that merges: its export has the ranks of all rounds."""
-    config = organisations.experiment("stacked", "method.name=fed-rac-lora", "optimizer.lr=2", *LOCAL, *NOISE)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorica.run.rounds.write_report", lambda folder: None)
-        return lorica.Experiment(config).run()
+    return finished(organisations, "stacked", "fed-rac-lora")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lorica.errors import UserError
+from lorica.files import sha256_of
 
 EMBEDDED = "lorica:"
 # Files that transformers never reads to load a PyTorch model: a new README or weights for another framework do not
@@ -61,7 +62,7 @@ def hash_of_base(base: str | Path) -> str:
     try:
         # Hashing releases the GIL, so shards are hashed in parallel.
         with ThreadPoolExecutor() as pool:
-            contents = list(pool.map(_hash_of_file, files))
+            contents = list(pool.map(sha256_of, files))
     except OSError as error:
         problem = f"{error.filename} cannot be read ({error.strerror})"
         raise UserError("model.base", str(base), problem, "download the model again") from None
@@ -77,8 +78,3 @@ def base_identity(base: str) -> str:
 def _counts(path: Path) -> bool:
     other = path.name.startswith(".") or path.name in OTHER_NAMES or path.suffix.lower() in OTHER_SUFFIXES
     return not other and not path.is_dir()
-
-
-def _hash_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from lorica.adapters.names import Pair
 from lorica.adapters.state import fold, stack_pairs
 from lorica.config import ModelConfig
 from lorica.errors import UserError
+from lorica.files import sha256_of
 from lorica.pretrained import damaged_file
 
 DESCRIPTION = "lorica.json"
@@ -54,7 +54,7 @@ def export_adapter(model: AdaptedModel, merged: Mapping[str, Pair], folder: Path
     if merged:
         _raise_ranks(model, merged, folder)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    sums = {name: _sha256(folder / name) for name in (WEIGHTS, ADAPTER_CONFIG)}
+    sums = {name: sha256_of(folder / name) for name in (WEIGHTS, ADAPTER_CONFIG)}
     description = asdict(export) | {
         "model": export.model.model_dump(),
         "base": base_identity(export.model.base),
@@ -74,7 +74,7 @@ def check_exported(folder: Path) -> None:
         try:
             # Earlier versions of Lorica wrote no checksums.
             sums = json.loads((place / DESCRIPTION).read_bytes()).get("sha256", {})
-            wrong = next((name for name, found in sums.items() if _sha256(place / name) != found), None)
+            wrong = next((name for name, found in sums.items() if sha256_of(place / name) != found), None)
         except (OSError, ValueError, AttributeError):
             wrong = DESCRIPTION
         if wrong is not None:
@@ -84,11 +84,6 @@ def check_exported(folder: Path) -> None:
                 "the file is missing or damaged, or was changed after the run",
                 f"delete {folder} and run again to export the adapter again",
             )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_adapter(folder: str | Path) -> nn.Module:
@@ -114,7 +109,7 @@ def load_adapter(folder: str | Path) -> nn.Module:
             raise UserError("adapter", str(folder), f"has no {name}", "give the adapter folder of a finished run")
     try:
         description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if description.get("sha256", {}).get(WEIGHTS) not in (None, _sha256(path.parent / WEIGHTS)):
+        if description.get("sha256", {}).get(WEIGHTS) not in (None, sha256_of(path.parent / WEIGHTS)):
             raise ValueError(f"{WEIGHTS} does not match its checksum in {DESCRIPTION}")
         config = ModelConfig.model_validate(description["model"] | {"precision": "fp32"})
         for_peft = json.loads((path.parent / ADAPTER_CONFIG).read_text(encoding="utf-8"))

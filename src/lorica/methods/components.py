@@ -74,8 +74,7 @@ def check_components(config: ExperimentConfig, method: Method) -> None:
         _check_robust(config)
     if config.federation.secure_sum:
         _check_secure_sum(config)
-    if shares_noise(config):
-        check_shared(config)
+    check_shared(config)
     sgd = config.optimizer.name == "sgd"
     known_noise = config.server.denoise != "none" or config.server.optimizer == "fedadam"
     shaping = {"local.scaled_gd": config.local.scaled_gd, "local.scaffold": config.local.scaffold}

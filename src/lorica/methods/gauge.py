@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from lorica.adapters.algebra import with_orthonormal_columns, with_orthonormal_rows
 from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState, Factors
-from lorica.config import Strict
+from lorica.config import OptimizerConfig, Strict
 from lorica.errors import UserError
-from lorica.methods.components import NEW_BASIS
+from lorica.methods.base import Method
+from lorica.methods.components import NEW_BASIS, SAME_RANKS
 
 SCALE = 3**-0.5
 """`s`. PEFT's initial A has singular values near it: its entries have variance `1/(3 d_in)`."""
@@ -43,6 +45,24 @@ class GaugeOptions(Strict):
 def refused_with(options: GaugeOptions) -> dict[str, str]:
     """Components that a method does not support with its gauge, with the reason."""
     return REFUSES if options.gauge == "orthonormal" else {}
+
+
+class GaugedMethod(Method):
+    """A method that trains one factor of each product in a round, at the same rank for all clients."""
+
+    refuses = REFUSES | SAME_RANKS
+
+    class Options(GaugeOptions):
+        """The gauge alone."""
+
+    options: Options
+
+    def __init__(self, options: BaseModel, sites: list[Site]) -> None:
+        super().__init__(options, sites)
+        self.refuses = refused_with(self.options) | SAME_RANKS
+
+    def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:
+        check_gauge(self.options, self.sites)
 
 
 def check_gauge(options: GaugeOptions, sites: list[Site]) -> None:

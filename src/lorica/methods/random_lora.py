@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel
-
-from lorica.adapters.sites import Site
 from lorica.adapters.state import Factors
-from lorica.config import OptimizerConfig
-from lorica.methods.base import About, Method
-from lorica.methods.components import SAME_RANKS
+from lorica.methods.base import About
 from lorica.methods.exchange import Round, Train
-from lorica.methods.gauge import REFUSES, GaugeOptions, check_gauge, fix_gauge, refused_with
+from lorica.methods.gauge import GaugedMethod, fix_gauge
 from lorica.methods.server import Server, is_zero
 
 
-class RandomLoRA(Method):
+class RandomLoRA(GaugedMethod):
     """AS-LoRA without its score: an ablation.
 
     Idea: an independent fair coin chooses the factor for each layer and round. Under DP noise AS-LoRA's released score
@@ -32,19 +27,6 @@ class RandomLoRA(Method):
         exact=True,
         privacy="sound; noise linear",
     )
-    refuses = REFUSES | SAME_RANKS
-
-    class Options(GaugeOptions):
-        pass
-
-    options: Options
-
-    def __init__(self, options: BaseModel, sites: list[Site]) -> None:
-        super().__init__(options, sites)
-        self.refuses = refused_with(self.options) | SAME_RANKS
-
-    def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:
-        check_gauge(self.options, self.sites)
 
     def round(self, server: Server) -> Round:
         coins = server.generator("random-lora")

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel
-
-from lorica.adapters.sites import Site
 from lorica.adapters.state import Factors
-from lorica.config import OptimizerConfig
-from lorica.methods.base import About, Method
-from lorica.methods.components import SAME_RANKS
+from lorica.methods.base import About
 from lorica.methods.exchange import Round, Train
-from lorica.methods.gauge import REFUSES, GaugeOptions, check_gauge, fix_gauge, refused_with
+from lorica.methods.gauge import GaugedMethod, fix_gauge
 from lorica.methods.server import Server
 
 
-class RoLoRA(Method):
+class RoLoRA(GaugedMethod):
     """RoLoRA (Chen et al., NeurIPS 2025, arXiv 2502.01755; workshop version 2409.02346).
 
     Idea: train B in odd rounds and A in even rounds, in all layers. All clients share the other factor, so averaging is
@@ -36,19 +31,6 @@ class RoLoRA(Method):
         exact=True,
         privacy="sound; noise linear",
     )
-    refuses = REFUSES | SAME_RANKS
-
-    class Options(GaugeOptions):
-        pass
-
-    options: Options
-
-    def __init__(self, options: BaseModel, sites: list[Site]) -> None:
-        super().__init__(options, sites)
-        self.refuses = refused_with(self.options) | SAME_RANKS
-
-    def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:
-        check_gauge(self.options, self.sites)
 
     def round(self, server: Server) -> Round:
         factors: dict[str, Factors] = {site.name: "B" if server.round % 2 else "A" for site in self.sites}

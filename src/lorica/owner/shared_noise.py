@@ -9,7 +9,7 @@ from torch import Tensor
 from lorica.local.step import LocalStep
 from lorica.messages import Request, Training
 from lorica.privacy.plan import ClientPlan, Refused
-from lorica.privacy.shared_noise import GRID, own_noise_std, summand_bound
+from lorica.privacy.shared_noise import own_noise_std, summand_limits
 from lorica.secure_sum.agreement import Agreement
 
 # Relative tolerance for rounding of noise multipliers and weights.
@@ -50,11 +50,10 @@ def check_shared_noise(
         raise _refused(plan, f"the noise in the sum is {noise.std:.4g}, but its records need {needed:.4g}")
     if work.terms.noise_std < own * (1 - ROUNDING):
         raise _refused(plan, f"its own noise would be {work.terms.noise_std:.4g}, but its part is {own:.4g}")
-    rates = [work.rates[name] for name in work.trained]
-    drift = work.optimizer.weight_decay * max(float(held[name].abs().max()) for name in work.trained)
-    if agreement.setup.bound < summand_bound(work.terms, weight, max(rates), drift) * (1 - ROUNDING):
+    largest, grid = summand_limits(work.terms, weight, work.rates, work.optimizer.weight_decay, held)
+    if agreement.setup.bound < largest * (1 - ROUNDING):
         raise _refused(plan, "the bound on its summand is so small that clipping would not be rare")
-    if agreement.setup.step > weight * min(rates) * work.terms.noise_std / GRID:
+    if agreement.setup.step > grid:
         raise _refused(plan, "the words of the sum are too short for its noise")
 
 

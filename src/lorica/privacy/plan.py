@@ -10,7 +10,7 @@ from lorica.config import ExperimentConfig, PrivacyConfig
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, calibrate, epsilon, epsilon_rdp
 from lorica.privacy.mechanism import Terms
-from lorica.privacy.shared_noise import SharedNoise, check_shared, shares_noise
+from lorica.privacy.shared_noise import SharedNoise, check_shared
 from lorica.schedule import participation_schedule
 
 
@@ -178,8 +178,7 @@ def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
         UserError: more records than `federation.max_records`, or fewer than a batch; noise that cannot be shared.
     """
     federation = config.federation
-    if shares_noise(config):
-        check_shared(config)
+    check_shared(config)
     most = federation.most_records(client)
     if most is not None and records > most:
         raise UserError(

@@ -25,6 +25,7 @@ share discrete noise between all clients.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,8 @@ from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lorica.privacy.mechanism import Terms
 
 GRID = 16
@@ -69,14 +72,22 @@ def own_noise_std(noise_in_sum: float, weight: float, min_clients: int, colludin
     return noise_in_sum / (weight * math.sqrt(min_clients - colluding))
 
 
-def summand_bound(terms: Terms, weight: float, rate: float, drift: float = 0.0) -> float:
-    """`w η (C/q + 10 s + drift)`: bound on each coordinate of one member's summand, for a batch of any size.
+def summand_limits(
+    terms: Terms, weight: float, rates: Mapping[str, float], weight_decay: float, adapter: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """What one member's summand requires of the sum.
 
     Args:
-        rate: the largest learning rate `η`.
-        drift: bound on what is added to the gradient beside the noise, such as weight decay.
+        rates: learning rate `η` of each trained tensor.
+        adapter: all global tensors `θ`.
+
+    Returns:
+        `w max η (C/q + 10 s + λ max |θ|)`, which no coordinate exceeds for a batch of any size, and
+        `w min η s / 16`, the coarsest grid.
     """
-    return weight * rate * (terms.clip_norm / terms.sampling_rate + TAIL * terms.noise_std + drift)
+    drift = weight_decay * max(float(adapter[name].abs().max()) for name in rates)
+    largest = terms.clip_norm / terms.sampling_rate + TAIL * terms.noise_std + drift
+    return weight * max(rates.values()) * largest, weight * min(rates.values()) * terms.noise_std / GRID
 
 
 def shares_noise(config: ExperimentConfig) -> bool:
@@ -85,12 +96,14 @@ def shares_noise(config: ExperimentConfig) -> bool:
 
 
 def check_shared(config: ExperimentConfig) -> None:
-    """Check that the noise of an experiment can be shared.
+    """Check that the noise of an experiment can be shared, if it is to be.
 
     Raises:
         UserError: no secure sums, no minimum number of clients, more than one local step, an optimiser that is not
             linear, or a component that changes the noisy gradient.
     """
+    if not shares_noise(config):
+        return
     federation, colluding = config.federation, config.privacy.colluding
     if not federation.secure_sum:
         raise UserError(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
 from lorica.errors import UserError
-from lorica.files import write_atomically
+from lorica.files import sha256_of, write_atomically
 
 CHECKSUMS = "checksums.json"
 COVERED = (
@@ -23,7 +22,7 @@ COVERED = (
 
 def write_checksums(folder: Path) -> None:
     """Write `checksums.json`: file -> SHA-256 (hexadecimal)."""
-    sums = {name: _sha256(folder / name) for name in COVERED if (folder / name).is_file()}
+    sums = {name: sha256_of(folder / name) for name in COVERED if (folder / name).is_file()}
     write_atomically(folder / CHECKSUMS, json.dumps(sums, indent=2).encode())
 
 
@@ -43,7 +42,7 @@ def files_are_whole(folder: Path) -> bool:
             CHECKSUMS, str(path), "the file is damaged", "delete it and run again, and it is written again"
         ) from None
     for name, expected in sums.items():
-        if (folder / name).is_file() and _sha256(folder / name) != expected:
+        if (folder / name).is_file() and sha256_of(folder / name) != expected:
             raise UserError(
                 name, str(folder / name), "the file is damaged, or was changed after the run had finished", remedy(name)
             )
@@ -57,8 +56,3 @@ def remedy(name: str) -> str:
     if name in ("metrics.jsonl", "decisions.jsonl"):
         return "restore it from a copy, or delete it and run again; the report then lacks the rounds before"
     return "delete it and run again, and it is written again"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

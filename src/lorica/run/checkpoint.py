@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lorica.adapters.names import Pair, flat_pairs, pairs_under, under
 from lorica.errors import UserError
-from lorica.files import INCOMPLETE, sync, write_atomically
+from lorica.files import INCOMPLETE, sync, write_atomically, write_errors
 from lorica.privacy.ledger import KEPT_ROUNDS
 
 VERSION = 4
@@ -66,16 +66,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     write_atomically(temporary / "state.safetensors", content)
     write_atomically(temporary / "state.json", json.dumps(state).encode())
-    try:
+    with write_errors(final):
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
         sync(folder)
         for old in _rounds(folder)[:-KEPT_ROUNDS]:
             shutil.rmtree(old)
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror})"
-        raise UserError("file", str(final), problem, "free disk space or choose another output folder") from error
 
 
 def has_checkpoint(folder: Path) -> bool:

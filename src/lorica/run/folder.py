@@ -21,6 +21,8 @@ from lorica.run.data import DATA, belongs_to, check_fingerprints, write_fingerpr
 from lorica.run.lock import LOCK
 from lorica.strict_yaml import read_yaml_file
 
+ENVIRONMENT = "environment.json"
+
 
 def claim_folder(folder: Path, config: ExperimentConfig) -> None:
     """Check that the run folder is empty, or contains the same experiment on the same data.
@@ -76,13 +78,20 @@ def started_from(folder: Path) -> dict[str, str] | None:
     Raises:
         UserError: environment.json is damaged.
     """
-    path = folder / "environment.json"
+    found = (_environment(folder) or {}).get("start")
+    if found is not None and not isinstance(found, dict):
+        raise _damaged(folder / ENVIRONMENT, "it names no adapter as its start")
+    return found
+
+
+def _environment(folder: Path) -> dict[str, Any] | None:
+    """The content of environment.json; None if there is none."""
+    path = folder / ENVIRONMENT
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("start")
-        return None if found is None else dict(found)
-    except (ValueError, AttributeError, TypeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise _damaged(path, str(error)) from error
 
 
@@ -100,14 +109,14 @@ def open_run(
     Raises:
         UserError: environment.json is damaged, or missing although rounds are finished.
     """
-    path = folder / "environment.json"
+    path = folder / ENVIRONMENT
     for place in (folder, folder / "checkpoint"):
         remove_incomplete(place)
-    if path.is_file():
-        try:
-            run = str(json.loads(path.read_text(encoding="utf-8"))["run"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise _damaged(path, str(error)) from error
+    found = _environment(folder)
+    if found is not None:
+        if "run" not in found:
+            raise _damaged(path, "it has no id of a run")
+        run = str(found["run"])
         if not belongs_to(folder, run):
             raise _damaged(path, f"the id of its run is not that in {DATA}")
         return run

@@ -11,7 +11,7 @@ from lorica.errors import UserError
 from lorica.messages import Request, Training
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.plan import ClientPlan
-from lorica.privacy.shared_noise import GRID, own_noise_std, summand_bound
+from lorica.privacy.shared_noise import own_noise_std, summand_limits
 from lorica.secure_sum.agreement import AgreedNoise
 from lorica.secure_sum.setup import Setup
 
@@ -67,21 +67,19 @@ def shared_setup(
     Raises:
         UserError: not even words of 64 bits are long enough.
     """
-    bounds, grids = [], []
+    limits = []
     for client, request in requests.items():
         work = request.work
         assert isinstance(work, Training)
-        rates = [work.rates[name] for name in work.trained]
-        drift = work.optimizer.weight_decay * max(float(adapter[name].abs().max()) for name in work.trained)
-        bounds.append(summand_bound(work.terms, weights[client], max(rates), drift))
-        grids.append(weights[client] * min(rates) * work.terms.noise_std / GRID)
+        limits.append(summand_limits(work.terms, weights[client], work.rates, work.optimizer.weight_decay, adapter))
+    bound, grid = max(limit for limit, _ in limits), min(limit for _, limit in limits)
     for bits in (32, 64):
-        setup = replace(setup, bits=bits, bound=max(bounds))
-        if setup.step <= min(grids):
+        setup = replace(setup, bits=bits, bound=bound)
+        if setup.step <= grid:
             return setup
     raise UserError(
         "privacy.noise_against",
         "sums",
-        f"even numbers of 64 bits are spaced by {setup.step:.3g} in the sum, but its noise needs {min(grids):.3g}",
+        f"even numbers of 64 bits are spaced by {setup.step:.3g} in the sum, but its noise needs {grid:.3g}",
         "make learning rates and client weights less unequal, or set privacy.noise_against=replies",
     )
