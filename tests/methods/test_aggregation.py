@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from lorica.adapters.sites import Site
@@ -376,45 +377,88 @@ def test_fed_sb_averages_the_product_through_r_alone(warm_up: int) -> None:
 
 @pytest.mark.parametrize("alignment", [0.0, 0.5, 1.0])
 def test_fedrot_lora_rotates_without_changing_a_clients_product(alignment: float) -> None:
+    """Towards B in odd rounds and towards A in even ones, by rotations of three dimensions as SciPy finds them."""
     play = Play("fedrot-lora", alignment=alignment)
-    before = play.round()
-    for site in SITES:
-        expected = {site.a: torch.zeros(3, site.d_in).double(), site.b: torch.zeros(site.d_out, 3).double()}
-        for client, own in play.clients.items():
-            b, a = own[site.b].double(), own[site.a].double()
-            u, _, vt = np.linalg.svd((a @ before[site.a].double().T).numpy())
-            u, _, vt = np.linalg.svd((1 - alignment) * np.eye(3) + alignment * u @ vt)
-            rotation = torch.from_numpy(u @ vt)
-            close((b @ rotation) @ (rotation.T @ a), b @ a)
-            expected[site.a] += WEIGHTS[client] * rotation.T @ a
-            expected[site.b] += WEIGHTS[client] * b @ rotation
-        close(play.server.model.tensors[site.a], expected[site.a])
-        close(play.server.model.tensors[site.b], expected[site.b])
-    play.assert_head_averaged()
+    for number in (1, 2):
+        before = play.round()
+        for site in SITES:
+            expected = {site.a: torch.zeros(3, site.d_in).double(), site.b: torch.zeros(site.d_out, 3).double()}
+            for client, own in play.clients.items():
+                b, a = own[site.b].double(), own[site.a].double()
+                mine, reference = (b, before[site.b]) if number == 1 else (a.T, before[site.a].T)
+                full = Rotation.align_vectors(reference.numpy(), mine.numpy())[0].as_matrix().T
+                u, _, vt = np.linalg.svd((1 - alignment) * np.eye(3) + alignment * full)
+                rotation = torch.from_numpy(u @ vt)
+                assert torch.linalg.det(rotation) > 0
+                close((b @ rotation) @ (rotation.T @ a), b @ a)
+                expected[site.a] += WEIGHTS[client] * rotation.T @ a
+                expected[site.b] += WEIGHTS[client] * b @ rotation
+            close(play.server.model.tensors[site.a], expected[site.a])
+            close(play.server.model.tensors[site.b], expected[site.b])
+        play.assert_head_averaged()
 
 
-def test_fedrot_lora_undoes_rotations_where_fedavg_destroys_the_product() -> None:
+def test_fedrot_lora_does_not_rotate_while_b_is_zero() -> None:
+    """Not even towards A: the rotation would be that of noise."""
+    for number in (1, 2):
+        play = Play("fedrot-lora", alignment=1.0)
+        play.server.round = number - 1
+        play.server.model.assign({site.b: torch.zeros(site.d_out, 3) for site in SITES})
+        play.round()
+        for site in SITES:
+            close(play.server.model.tensors[site.a], play.mean(site.a))
+            close(play.server.model.tensors[site.b], play.mean(site.b))
+
+
+def turned(play: Play, bases: dict[int, Tensor]) -> Replies:
+    """Replies of clients whose factors are the global ones in other bases."""
+    tensors, updates = play.server.model.tensors, {}
+    for client, q in bases.items():
+        updates[client] = {HEAD: torch.zeros(4, 5)}
+        for site in SITES:
+            updates[client] |= {site.b: tensors[site.b] @ q - tensors[site.b]}
+            updates[client] |= {site.a: q.T @ tensors[site.a] - tensors[site.a]}
+    return Replies(updates, WEIGHTS)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_fedrot_lora_undoes_rotations_where_fedavg_destroys_the_product(number: int) -> None:
     """Clients with one product in different bases: the rotated mean is exact."""
     play = Play("fedrot-lora", alignment=1.0)
-    play.server.round = 1
+    play.server.round = number
     steps = play.method.round(play.server)
     next(steps)
     tensors = dict(play.server.model.tensors)
-    updates = {}
-    for client in WEIGHTS:
-        updates[client] = {HEAD: torch.zeros(4, 5)}
-        for site in SITES:
-            q = torch.linalg.qr(play.random(3, 3)).Q
-            updates[client] |= {site.b: tensors[site.b] @ q - tensors[site.b]}
-            updates[client] |= {site.a: q.T @ tensors[site.a] - tensors[site.a]}
-    replies = Replies(updates, WEIGHTS)
+    draws = np.random.default_rng(0)
+    replies = turned(
+        play, {client: torch.from_numpy(Rotation.random(rng=draws).as_matrix()).float() for client in WEIGHTS}
+    )
     for site in SITES:
         mean = [tensors[name] + replies.mean[name] for name in (site.b, site.a)]
         assert (mean[0] @ mean[1] - tensors[site.b] @ tensors[site.a]).norm() > 0.5
     with pytest.raises(StopIteration):
         steps.send(replies)
     for site in SITES:
-        close(play.product(site), tensors[site.b] @ tensors[site.a])
+        close(play.server.model.tensors[site.a], tensors[site.a])
+        close(play.server.model.tensors[site.b], tensors[site.b])
+
+
+def test_fedrot_lora_does_not_undo_a_reflection() -> None:
+    """The nearest rotation of a reflected basis leaves one direction turned round, the one that weighs least."""
+    play = Play("fedrot-lora", alignment=1.0)
+    play.server.round = 2
+    steps = play.method.round(play.server)
+    next(steps)
+    tensors = dict(play.server.model.tensors)
+    mirror = torch.diag(torch.tensor([1.0, 1.0, -1.0]))
+    with pytest.raises(StopIteration):
+        steps.send(turned(play, dict.fromkeys(WEIGHTS, mirror)))
+    for site in SITES:
+        close(play.product(site), tensors[site.b].double() @ tensors[site.a].double())
+        a = tensors[site.a].double()
+        _, axes = torch.linalg.eigh(a @ a.T)
+        weakest = axes[:, 0]
+        close(play.server.model.tensors[site.a], a - 2 * torch.outer(weakest, weakest @ a))
 
 
 def test_deer_averages_b_and_then_a() -> None:
