@@ -78,8 +78,9 @@ The methods solve these problems in different ways.
   trains a small matrix between them.
 * **Alternate.** Train B while A is shared, then A while B is shared. Aggregation is exact each time, and both factors
   learn. `ro-lora` alternates by round and `deer` by half-round; `random-lora` chooses at random for each layer, and
-  `as-lora` by a score for each layer. `la-lora` alternates by local step, so no step multiplies two noises; but by the
-  end of a round both factors have moved, so averaging them is inexact again.
+  `as-lora` by a score for each layer. `lora-a2` alternates by round and trains only the ranks with the largest
+  updates. `la-lora` alternates by local step, so no step multiplies two noises; but by the end of a round both factors
+  have moved, so averaging them is inexact again.
 * **Re-factorise.** Form the mean product and factorise it again by an SVD. `fedsvd` does so after training B alone,
   `flex-lora` after training both factors, with truncation to rank `r`, and `fedask` from two sketches of each client's
   product.
@@ -202,7 +203,7 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
 
 def _linked(text: str) -> str:
     """Names of methods as links to their sections."""
-    return re.sub(r"`([a-z-]+)`", lambda found: _link(found[1]) if found[1] in registry() else found[0], text)
+    return re.sub(r"`([a-z0-9-]+)`", lambda found: _link(found[1]) if found[1] in registry() else found[0], text)
 
 
 def _link(name: str) -> str:

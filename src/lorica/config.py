@@ -83,8 +83,9 @@ class LoraSection(Strict):
     the base weights are not offered: they leak, or make the base differ between nodes."""
     client_ranks: list[int] | Literal["halving", "random"] | None = None
     """Ranks that differ between clients: a list with one rank per client, `halving` (r, r/2, r/4, … in turn) or
-    `random` (uniform on 1 to r, from the public seed). A client holds the leading ranks of the global factors; all
-    clients use the `γ` of rank `r`. Methods that need one rank refuse this key."""
+    `random` (uniform on 1 to r, from the public seed). A client holds the leading ranks of the global factors (in
+    `lora-a2`, it trains so many ranks of each map on average); all clients use the `γ` of rank `r`. Methods that need
+    one rank refuse this key."""
     start: str | None = None
     """Folder of a **public** PEFT adapter to continue from: trained on public data, or released before. It must adapt
     the same linear maps of the same base model with the same scale `γ` and, unless the method merges into the frozen

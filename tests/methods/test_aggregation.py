@@ -10,6 +10,7 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from lorica.adapters.names import is_a, is_factor, site_of
 from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState, leading
 from lorica.config import MethodConfig, OptimizerConfig
@@ -80,6 +81,10 @@ class Play:
             rank = asked.ranks.get(client)
             start = {name: leading(name, value, rank) for name, value in self.server.model.tensors.items()}
             updates[client] = {name: 0.3 * self.random(*start[name].shape) for name in trained}
+            if client in asked.slices:
+                for name in filter(is_factor, trained):
+                    rest = set(range(SITES[0].rank)) - set(asked.slices[client].get(site_of(name), ()))
+                    updates[client][name].index_fill_(0 if is_a(name) else 1, torch.tensor(sorted(rest)).long(), 0.0)
             self.clients[client] = start | {name: start[name] + update for name, update in updates[client].items()}
             own = self.clients[client]
             if asked.sketch_columns is not None:
@@ -459,6 +464,81 @@ def test_fedrot_lora_does_not_undo_a_reflection() -> None:
         _, axes = torch.linalg.eigh(a @ a.T)
         weakest = axes[:, 0]
         close(play.server.model.tensors[site.a], a - 2 * torch.outer(weakest, weakest @ a))
+
+
+@pytest.mark.parametrize("ranks", [{}, RANKS])
+def test_lora_a2_is_the_mean_product_of_the_trained_ranks(ranks: dict[int, int]) -> None:
+    play = Play("lora-a2", ranks, budget=0.5)
+    for number in range(1, 7):
+        play.server.round = number
+        steps = play.method.round(play.server)
+        asked = next(steps)
+        before = dict(play.server.model.tensors)
+        for client, slices in asked.slices.items():
+            assert sum(map(len, slices.values())) == (2 * ranks[client] if ranks else 3)
+        with pytest.raises(StopIteration):
+            steps.send(play.reply(asked))
+        for site in SITES:
+            close(play.product(site), play.mean_product(site))
+            active = site.b if number % 2 else site.a
+            moved = (play.server.model.tensors[active] - before[active]).any(0 if number % 2 else 1)
+            trained = {rank for slices in asked.slices.values() for rank in slices.get(site.name, ())}
+            assert set(moved.nonzero().flatten().tolist()) == trained
+        play.assert_head_averaged()
+
+
+def test_lora_a2_ranks_pairs_by_the_size_of_their_change_of_the_weight() -> None:
+    """`‖Δb_i a_i‖_F` of the outer products, over all maps; the noise's share is subtracted."""
+    play, found = Play("lora-a2", private=False, budget=1.0), {}
+    before = play.round()
+    after = dict(play.server.model.tensors)
+    for site in SITES:
+        for rank in range(3):
+            change = (after[site.b] - before[site.b])[:, rank]
+            found[site.name, rank] = float(torch.outer(change, before[site.a][rank]).norm())
+    half = Play("lora-a2", private=False, budget=0.5)
+    half.method.load_state_dict(play.method.state_dict())
+    half.server.round = 3
+    best = sorted(found, key=lambda pair: -found[pair])[:3]
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, rank in sorted(best):
+        expected[name] = (*expected.get(name, ()), rank)
+    assert next(half.method.round(half.server)).slices[0] == expected
+    noisy = Play("lora-a2", budget=1.0)
+    noisy.round()
+    for site in SITES:
+        # Two steps at rate 0.1 with noise of 0.1, averaged over the clients.
+        variance = 0.1**2 * 2 * 0.1**2 * sum(weight**2 for weight in WEIGHTS.values())
+        noise = site.d_out * variance / 0.1**2
+        energies = (after[site.b] - before[site.b]).double().square().sum(0) / 0.1**2
+        close(noisy.method.state_dict()["B"][site.name], energies - noise)
+
+
+def test_lora_a2_tries_every_pair_and_trains_no_row_whose_column_is_zero() -> None:
+    play = Play("lora-a2", budget=0.2)
+    play.server.model.assign({site.b: torch.zeros(site.d_out, 3) for site in SITES})
+    seen: dict[str, set[tuple[str, int]]] = {"A": set(), "B": set()}
+    for number in range(1, 15):
+        play.server.round = number
+        steps = play.method.round(play.server)
+        asked = next(steps)
+        trained = {(site, rank) for site, ranks in asked.slices[0].items() for rank in ranks}
+        assert len(trained) == 1
+        if number % 2 == 0:
+            assert trained <= seen["B"]
+        seen["B" if number % 2 else "A"] |= trained
+        with pytest.raises(StopIteration):
+            steps.send(play.reply(asked))
+    assert len(seen["B"]) == len(seen["A"]) == 6
+
+
+def test_lora_a2_with_the_whole_budget_is_ro_lora() -> None:
+    one, other = Play("lora-a2", budget=1.0), Play("ro-lora", gauge="none")
+    for _ in range(4):
+        one.round()
+        other.round()
+        for name, value in one.server.model.tensors.items():
+            assert torch.equal(value, other.server.model.tensors[name])
 
 
 def test_deer_averages_b_and_then_a() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.names import ENERGY, SKETCH, Pair, is_factor
-from lorica.adapters.state import leading, stack_pairs
+from lorica.adapters.state import leading, stack_pairs, with_ranks
 from lorica.errors import UserError
 from lorica.files import append_line, to_json
 from lorica.local.optimizers import make_optimizer
@@ -234,13 +234,14 @@ class Client:
         adapter = {name: leading(name, value, work.rank).to(model.device) for name, value in adapter.items()}
         model.merge(self.merged)
         model.write(adapter)
-        start = {name: adapter[name] for name in work.trained}
-        places = {name: model.trained(name, work.rank, adapter) for name in work.trained}
+        parts = {name: work.part(name, value) for name, value in adapter.items()}
+        start = {name: parts[name] for name in work.trained}
+        places = {name: model.trained(name, work.ranks(name), adapter) for name in work.trained}
         optimizer = make_optimizer(work.optimizer, work.rates)
         randomness = self._reproducible(request) if seed is None else SecureRandomness(seed)
         updates: dict[str, Released] = {}
         gradients: dict[str, Released] = {}
-        values = adapter
+        values = parts
         model.peft_model.train()
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(randomness.dropout_seed())
@@ -260,8 +261,8 @@ class Client:
                 shaped = transform_gradients(gradients, values, start, work.corrections, work.local)
                 for name, increment in optimizer.step(shaped, values).items():
                     updates[name] = post_process(torch.add, updates[name], increment) if name in updates else increment
-                values = adapter | {name: start[name] + update.tensor for name, update in updates.items()}
-                model.write(values)
+                values = parts | {name: start[name] + update.tensor for name, update in updates.items()}
+                model.write(adapter | _whole(work, adapter, {name: values[name] for name in updates}))
         model.peft_model.eval()
         moved = {name: _after(start[name], update, personal.get(name)) for name, update in updates.items()}
         released = {name: update for name, update in updates.items() if name not in work.personal}
@@ -299,6 +300,15 @@ def _sketched_in(round_number: int) -> str:
 def private_metrics_path(ledger: Path) -> Path:
     """The file with the results of private tests, next to the ledger."""
     return ledger.with_name(f"{ledger.name.removesuffix('.sqlite').removesuffix('.ledger')}.private-metrics.jsonl")
+
+
+def _whole(work: Training, adapter: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trained tensors with the ranks that rest."""
+    whole = {}
+    for name, part in parts.items():
+        ranks = work.ranks(name)
+        whole[name] = part if ranks is None else with_ranks(name, adapter[name], ranks, part)
+    return whole
 
 
 def _after(start: Tensor, update: Released, before: Released | None) -> Released:

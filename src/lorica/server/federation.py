@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from lorica.adapters.names import ENERGY, SKETCH, Pair, under
-from lorica.adapters.state import AdapterState, Factors, leading
+from lorica.adapters.names import ENERGY, SKETCH, Pair, is_factor, site_of, under
+from lorica.adapters.state import AdapterState, Factors, leading, with_ranks
 from lorica.errors import UserError
 from lorica.messages import Delivery, Projection, Request, Training, size
 from lorica.methods.base import Method
@@ -178,6 +179,8 @@ class Federation:
                 started = time.perf_counter()
                 released = self._accept_replies(requests, arrived, expected, traffic)
                 replies = replace(_replies(released, self._weights(traffic)), aggregate=self.server.aggregate)
+            if isinstance(asked, Train) and asked.slices:
+                replies = self._whole(replies, asked)
             if isinstance(asked, Train):
                 traffic.factors = _union(traffic.factors, _per_site(asked, self.server))
             if isinstance(asked, Train) and self.server.scaffold is not None:
@@ -189,6 +192,26 @@ class Federation:
         self.server.finish_round()
         traffic.server_seconds += time.perf_counter() - started
         return traffic
+
+    def _whole(self, replies: Replies, train: Train) -> Replies:
+        """The replies with updates of whole factors: zero at the ranks that a client did not train."""
+        factors = [name for name in self.server.model.trained(train.factors) if is_factor(name)]
+
+        def whole(updates: Mapping[str, Tensor], slices: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+            zeros = {name: torch.zeros_like(self.server.model.tensors[name]) for name in factors}
+            return dict(updates) | {
+                name: with_ranks(name, zero, slices[site_of(name)], updates[name]) if name in updates else zero
+                for name, zero in zeros.items()
+            }
+
+        if replies.means is not None:
+            # A sum has members of one shape only.
+            return replace(replies, means=whole(replies.means, next(iter(train.slices.values()))))
+        updates = {
+            client: whole(sent, train.slices[client]) if client in train.slices else sent
+            for client, sent in replies.updates.items()
+        }
+        return replace(replies, updates=updates)
 
     def _weights(self, traffic: Traffic) -> dict[int, float]:
         return client_weights(self.weighting, [self.plans[client] for client in traffic.participants])
@@ -300,6 +323,8 @@ class Federation:
             if isinstance(work, Training):
                 corrections = {} if scaffold is None else scaffold.corrections(client, work.trained)
                 work = replace(work, terms=server.terms[client], rank=rank, corrections=corrections)
+                if isinstance(asked, Train) and client in asked.slices:
+                    work = _sliced(work, asked.slices[client])
             tensors = self._changed(sent, rank)
             restart, increments = self._new_increments(sent)
             requests[client] = Request(
@@ -345,6 +370,12 @@ class Federation:
         have = {} if restart else sent.merged
         sent.epoch, sent.merged = model.epoch, {name: pair[0].shape[1] for name, pair in model.merged.items()}
         return restart, new_ranks(model, have)
+
+
+def _sliced(work: Training, slices: Mapping[str, tuple[int, ...]]) -> Training:
+    """The same work for these ranks alone."""
+    trained = tuple(name for name in work.trained if not is_factor(name) or site_of(name) in slices)
+    return replace(work, trained=trained, rates={name: work.rates[name] for name in trained}, slices=slices)
 
 
 def new_ranks(model: AdapterState, have: Mapping[str, int]) -> dict[str, Pair]:
