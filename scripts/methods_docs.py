@@ -82,8 +82,8 @@ The methods solve these problems in different ways.
   updates. `la-lora` alternates by local step, so no step multiplies two noises; but by the end of a round both factors
   have moved, so averaging them is inexact again.
 * **Re-factorise.** Form the mean product and factorise it again by an SVD. `fedsvd` does so after training B alone,
-  `flex-lora` after training both factors, with truncation to rank `r`, and `fedask` from two sketches of each client's
-  product.
+  `flex-lora` after training both factors, with truncation to rank `r`, `consensus-avg` after a projection onto the
+  directions that clients share, and `fedask` from two sketches of each client's product.
 * **Align or correct.** Average both factors, but reduce the error. `fedrot-lora` first rotates the clients' factors
   into one basis, `lora-fair` corrects B afterwards, and `het-lora` averages factors of different ranks, weighted by the
   size of their products. `fed-avg` does neither and is the baseline.

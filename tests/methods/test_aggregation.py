@@ -16,6 +16,7 @@ from lorica.adapters.state import AdapterState, leading
 from lorica.config import MethodConfig, OptimizerConfig
 from lorica.local.sketches import sketch_matrix
 from lorica.methods.base import Method, make_method
+from lorica.methods.consensus_avg import consensus
 from lorica.methods.exchange import Project, Replies, Train
 from lorica.methods.lora_fair import descend
 from lorica.methods.server import Server
@@ -194,6 +195,86 @@ def test_flex_lora_redistributes_the_truncated_svd_of_the_mean(ranks: dict[int, 
                 b, a = (leading(name, play.server.model.tensors[name], rank) for name in (site.b, site.a))
                 close(b @ a, best(mean, rank))
         play.assert_head_averaged()
+
+
+def agreed(play: Play, site: Site, rank: int) -> Tensor:
+    """The leading eigenvectors of the mean projector, dense."""
+    mean = torch.zeros(site.d_out, site.d_out).double()
+    for client, weight in WEIGHTS.items():
+        own = {name: value.double() for name, value in play.clients[client].items()}
+        product = own[site.b] @ own[site.a]
+        mean += weight * product @ torch.linalg.pinv(product, rtol=1e-6)
+    return torch.linalg.eigh(mean).eigenvectors[:, -rank:]
+
+
+@pytest.mark.parametrize("ranks", [{}, RANKS])
+def test_consensus_avg_is_the_mean_product_in_the_agreed_subspace(ranks: dict[int, int]) -> None:
+    play = Play("consensus-avg", ranks)
+    for _ in range(2):
+        play.round()
+        for site in SITES:
+            mean, subspace = play.mean_product(site), agreed(play, site, 3)
+            expected = subspace @ subspace.T @ mean
+            close(play.product(site), expected)
+            assert (mean - expected).norm() >= (mean - best(mean, 3)).norm() - 1e-6
+            for rank in (1, 2):
+                b, a = (leading(name, play.server.model.tensors[name], rank) for name in (site.b, site.a))
+                close(b @ a, best(expected, rank))
+        play.assert_head_averaged()
+
+
+def test_consensus_avg_does_not_depend_on_the_clients_bases() -> None:
+    """And it is exact for clients that share the column space."""
+    play, other = Play("consensus-avg"), Play("consensus-avg")
+    for each in (play, other):
+        each.server.round = 1
+    steps, again = play.method.round(play.server), other.method.round(other.server)
+    next(steps)
+    next(again)
+    start, changes, turned_changes, mean = dict(play.server.model.tensors), {}, {}, 0
+    for client, weight in WEIGHTS.items():
+        changes[client], turned_changes[client] = {HEAD: torch.zeros(4, 5)}, {HEAD: torch.zeros(4, 5)}
+        for site in SITES:
+            mix, basis = play.random(3, 3), torch.linalg.qr(play.random(3, 3)).Q @ torch.diag(torch.tensor([0.5, 1, 2]))
+            b, a = start[site.b] @ mix, play.random(3, site.d_in)
+            changes[client] |= {site.b: b - start[site.b], site.a: a - start[site.a]}
+            turned_changes[client] |= {
+                site.b: b @ basis - start[site.b],
+                site.a: torch.linalg.inv(basis) @ a - start[site.a],
+            }
+        mean = mean + weight * (b @ a).double()
+    for generator, updates in ((steps, changes), (again, turned_changes)):
+        with pytest.raises(StopIteration):
+            generator.send(Replies(updates, WEIGHTS))
+    for site in SITES:
+        close(play.product(site), other.product(site))
+    close(play.product(SITES[-1]), mean)
+
+
+def test_consensus_avg_of_zeros_leaves_factors_that_can_be_trained() -> None:
+    play = Play("consensus-avg")
+    play.server.round = 1
+    steps = play.method.round(play.server)
+    next(steps)
+    zeros = {site.b: -play.server.model.tensors[site.b] for site in SITES} | {HEAD: torch.zeros(4, 5)}
+    with pytest.raises(StopIteration):
+        steps.send(Replies(dict.fromkeys(WEIGHTS, zeros), WEIGHTS))
+    for site in SITES:
+        assert not play.product(site).any()
+        assert play.server.model.tensors[site.a].any(1).all()
+
+
+def test_consensus_avg_keeps_what_clients_share_where_energy_keeps_one_loud_client() -> None:
+    columns, rows = torch.eye(6), torch.eye(5)
+    loud = (100 * columns[:, 3:4], rows[3:4])
+    pairs = [(columns[:, :1], rows[:1]), (columns[:, :1], rows[:1]), loud]
+    found = consensus(pairs, [0.3, 0.3, 0.4], 1)
+    close(found.abs(), columns[:, :1])
+    mean = sum(weight * b @ a for weight, (b, a) in zip([0.3, 0.3, 0.4], pairs, strict=True))
+    close(torch.linalg.svd(mean).U[:, :1].abs(), columns[:, 3:4])
+    nothing = (torch.zeros(6, 1), rows[:1])
+    assert consensus([nothing, pairs[0]], [0.9, 0.1], 2).shape == (6, 1)
+    assert consensus([nothing, nothing], [0.5, 0.5], 2).shape == (6, 0)
 
 
 @pytest.mark.parametrize("ranks", [{}, RANKS])
