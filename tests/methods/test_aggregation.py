@@ -39,7 +39,8 @@ class Play:
         for site in SITES:
             tensors |= {site.a: self.random(site.rank, site.d_in), site.b: self.random(site.d_out, site.rank)}
         self.method: Method = make_method(MethodConfig(name=name, **options), SITES)
-        state = AdapterState(SITES, tensors)
+        self.weights = {site.name: self.random(site.d_out, site.d_in) for site in SITES}
+        state = AdapterState(SITES, tensors, lambda site: self.weights[site.name])
         self.method.start(state, 5)
         self.server = Server(
             model=state,
@@ -291,6 +292,45 @@ def test_flora_merges_the_mean_product_and_starts_anew(ranks: dict[int, int]) ->
             assert not torch.equal(fresh, before[site.a])
             assert fresh.abs().max() <= 1 / np.sqrt(site.d_in)
         play.assert_head_averaged()
+
+
+def test_frlora_merges_the_change_of_the_averaged_product_and_starts_anew() -> None:
+    play = Play("frlora")
+    total, principal = {}, {}
+    for site in SITES:
+        weight = play.weights[site.name].double()
+        principal[site.name] = best(weight, 3) / site.scale
+        close(play.product(site), principal[site.name])
+        b, a = (play.server.model.tensors[name].double() for name in (site.b, site.a))
+        close(b.T @ b, a @ a.T)
+        # The start keeps the product that the adapter had.
+        draws = Play("fed-avg").server.model.tensors
+        total[site.name] = draws[site.b].double() @ draws[site.a].double()
+        close(play.merged(site) + play.product(site), total[site.name])
+    for _ in range(3):
+        before = play.round()
+        for site in SITES:
+            total[site.name] = total[site.name] + play.mean(site.b) @ play.mean(site.a) - principal[site.name]
+            close(play.merged(site) + play.product(site), total[site.name])
+            for name in (site.a, site.b):
+                assert torch.equal(play.server.model.tensors[name], before[name])
+        play.assert_head_averaged()
+    assert torch.linalg.matrix_rank(play.merged(SITES[0])) > 3
+
+
+def test_frlora_of_one_client_has_that_clients_weight() -> None:
+    """And the rest of the weight beside the principal factors has none of their directions."""
+    play = Play("frlora")
+    play.server.round = 1
+    steps = play.method.round(play.server)
+    next(steps)
+    start = {site.name: play.merged(site) for site in SITES}
+    updates = {name: play.random(*value.shape) for name, value in play.server.model.tensors.items()}
+    with pytest.raises(StopIteration):
+        steps.send(Replies({0: updates}, {0: 1.0}))
+    for site in SITES:
+        b, a = ((play.server.model.tensors[name] + updates[name]).double() for name in (site.b, site.a))
+        close(play.merged(site) + play.product(site), start[site.name] + b @ a)
 
 
 def test_fedex_lora_is_the_mean_product_with_the_residual_merged() -> None:

@@ -110,6 +110,12 @@ class AdaptedModel:
             if not _same_pair(self._merged.get(site.name), merged.get(site.name)):
                 self._set_frozen(site, merged.get(site.name))
 
+    def frozen_weight(self, site: Site) -> Tensor:
+        """The weight of a site without its factors and without what was merged, `(d_out, d_in)`, fp32, on the CPU."""
+        layer = self._layer(site)
+        weight = self._frozen.get(site.name, _writable_weight(layer)).detach().float().cpu()
+        return weight.T if _is_transposed(layer) else weight
+
     def trained(self, name: str, ranks: Sequence[int] | None, tensors: Mapping[str, Tensor]) -> TrainedTensor:
         """The location of a tensor to train, and the view of its gradient that is trained.
 

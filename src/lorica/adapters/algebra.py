@@ -86,6 +86,19 @@ def truncated(pair: Pair, rank: int, balanced: bool = False) -> Pair:
     return _split(*product_svd(pair), rank, balanced, pair[0])
 
 
+def principal(weight: Tensor, rank: int) -> Pair:
+    """`(B, A)` of the best rank-`rank` approximation of a matrix, `U_r S_r^½` and `S_r^½ V_rᵀ`, by a dense SVD in fp64.
+
+    >>> b, a = principal(torch.diag(torch.tensor([1.0, 4.0])), rank=1)
+    >>> (b @ a).abs(), b.abs()
+    (tensor([[0., 0.],
+            [0., 4.]]), tensor([[0.],
+            [2.]]))
+    """
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    return _split(u, s, vt, rank, True, weight)
+
+
 def truncated_dense(pair: Pair, rank: int) -> Pair:
     """As `truncated`, through a dense SVD in the inputs' precision: slower, to compare the cost."""
     u, s, vt = torch.linalg.svd(pair[0] @ pair[1], full_matrices=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -37,12 +37,20 @@ class AdapterState:
             [1., 1., 1.]])
     """
 
-    def __init__(self, sites: list[Site], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, sites: list[Site], tensors: Mapping[str, Tensor], frozen_weight: Callable[[Site], Tensor] | None = None
+    ) -> None:
         self.sites = sites
+        self._frozen_weight = frozen_weight
         self.tensors = dict(tensors)
         self.versions = dict.fromkeys(self.tensors, 0)
         self.merged: dict[str, Pair] = {}
         self.epoch = 0
+
+    def frozen_weight(self, site: Site) -> Tensor:
+        """The public frozen weight `W0` of a site, without what was merged, `(d_out, d_in)`, fp32."""
+        assert self._frozen_weight is not None, "this adapter has no base model"
+        return self._frozen_weight(site)
 
     @property
     def head(self) -> list[str]:

@@ -54,7 +54,7 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
         UserError: names the key, the value and the remedy.
     """
     model = load_model(config, task)
-    state = AdapterState(model.sites, model.read())
+    state = AdapterState(model.sites, model.read(), model.frozen_weight)
     method = make_method(config.method, model.sites)
     federation = config.federation
     schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)

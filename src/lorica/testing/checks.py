@@ -543,7 +543,7 @@ def check_start(recording: Recording) -> None:
     draws = torch.Generator().manual_seed(0)
     shapes = {name: value.shape for name, value in recording.adapters[0].tensors.items() if not is_middle(name)}
     given = Adapter({name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}, {})
-    model = AdapterState(sites, given.tensors)
+    model = AdapterState(sites, given.tensors, recording.federation.server.model.frozen_weight)
     type(method)(method.options, sites).start(model, 0)
     for site in sites:
         kept = torch.allclose(dense(model, site), dense(given, site), rtol=0, atol=1e-4)
