@@ -118,17 +118,17 @@ The gauge is Lorica's, not that of the papers: `method.gauge: none` is the paper
 ## Two methods that are not here
 
 The Sketched Gaussian Mechanism on Matrix (SGMM, OpenReview 4xzpNtnowK) sends a random sketch `S U` of an update `U`
-with `‖U‖ ≤ C`, plus noise, and claims that the noise may shrink as `1/√b` for a sketch of b rows. That holds only for an
-observer who does not know S. But the server has to know S to undo the sketch, and so does every client, since all of
-them use one seed. Given S, this is the Gaussian mechanism with sensitivity `C ‖S‖₂`, and a Gaussian S has
-`‖S‖₂ ≈ 1 + √(d/b)`: the noise that is needed does not shrink, it grows. A sketch of an update that is already private
-costs nothing, as in `fedask`.
+with `‖U‖ ≤ C`, plus noise, and claims that the noise may shrink as `1/√b` for a sketch of b rows. That holds only for
+an observer who does not know S. But the server has to know S to undo the sketch, and so does every client, since all
+of them use one seed. Given S, this is the Gaussian mechanism with sensitivity `C ‖S‖₂`. A Gaussian S has
+`‖S‖₂ ≈ 1 + √(d/b)`, so it needs more noise, not less. A sketch of an update that is already private costs nothing, as
+in `fedask`.
 
-FedRand (arXiv 2503.07216) draws for each map whether a client sends A or B, and lets the other one stay with the client,
-so that the server never sees a whole model. This is not DP. The factor that is sent was trained beside the one that
-stays, so it depends on that too. The draws are no secret from an observer who knows the seed, and the factors sent in
-two consecutive rounds together show the model. With noise on everything that is trained, the guarantee is that of the
-noise, and hiding factors adds nothing to it.
+FedRand (arXiv 2503.07216) draws for each map whether a client sends A or B, and lets the other one stay with the
+client, so that the server never sees a whole model. This is not DP. The factor that is sent was trained beside the
+one that stays, so it depends on that too. The draws are no secret from an observer who knows the seed, and the
+factors sent in two consecutive rounds together show the model. With noise on everything that is trained, the
+guarantee is that of the noise, and hiding factors adds nothing to it.
 """
 
 COLUMNS = """Aggregation is `exact` if the new global model is the weighted mean of the clients' models at every adapted
