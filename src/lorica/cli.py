@@ -317,9 +317,12 @@ class _Rounds:
         modules = sorted({site.name.rsplit(".", 1)[-1] for site in prepared.model.sites})
         noise = [plan.noise_multiplier for plan in federation.plans.values()]
         sizes = [plan.records for plan in federation.plans.values()]
+        who = f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} records"
+        if config.privacy.unit == "client":
+            who = f"{config.federation.clients} clients, on average {config.federation.participants} in a round"
         console.print(
-            f"[bold]{config.name}[/bold]: {config.method.name}, {len(sizes)} clients with {min(sizes)} to {max(sizes)} "
-            f"records, {config.federation.rounds} rounds of {config.federation.local_steps} steps"
+            f"[bold]{config.name}[/bold]: {config.method.name}, {who}, "
+            f"{config.federation.rounds} rounds of {config.federation.local_steps} steps"
         )
         console.print(
             f"LoRA of rank {config.lora.r} on {len(prepared.model.sites)} linear maps ({', '.join(modules)}) in "

@@ -226,7 +226,8 @@ class FederationConfig(Strict):
     batch_size: int = Field(128, ge=1, lt=2**31)
     """Expected size of a Poisson batch: the sampling rate is batch_size / records."""
     participation: float = Field(1.0, gt=0, le=1)
-    """Fraction of the clients in each round, in balanced rotation drawn from the public seed."""
+    """Fraction of the clients in each round, in balanced rotation drawn from the public seed. With
+    `privacy.unit: client`, the probability with which each client takes part, drawn in secret."""
     min_clients: int | None = Field(None, ge=1, le=100_000)
     """Minimum number of replies for a round to continue when clients fail, are late or send invalid replies. By default
     all participants of a round must reply; otherwise the run stops, and can be resumed at that round."""
@@ -369,9 +370,12 @@ class MethodConfig(BaseModel):
 class PrivacyConfig(Strict):
     """The guarantee that each owner gets."""
 
-    unit: Literal["record", "group"] = "record"
-    """What is protected: one record of one client, or all records of one group, such as a patient or a user. The
-    guarantee compares the run with one in which these contribute zero; the number of records or groups is public."""
+    unit: Literal["record", "group", "client"] = "record"
+    """What is protected: one record of one client, all records of one group, such as a patient or a user, or everything
+    of one client. The guarantee compares the run with one in which these contribute zero; the number of records, groups
+    or clients is public. With `client`, the server is trusted: each client takes part in a round with the probability
+    `federation.participation`, its whole update is clipped, and the noise is added to the sum of the updates. Only on
+    one machine, and useful with some hundred clients in a round."""
     group: str | None = None
     """For `unit: group`: the column with the group of each record. A group is sampled, clipped and counted as one."""
     group_records: int = Field(8, ge=1, le=1_000_000)
@@ -389,8 +393,9 @@ class PrivacyConfig(Strict):
     run is not a private release, and every report says so. `none`: no differential privacy; `epsilon`,
     `noise_multiplier`, `delta`, `noise_against` and `colluding` are ignored."""
     clip_norm: float | None = Field(2.0, ge=1e-6, le=1e9)
-    """`C`: maximum norm of one record's gradient over all tensors trained in a step. It holds without noise too, so
-    that a comparison with and without noise compares nothing else; `null` switches it off, only with `noise: none`."""
+    """`C`: maximum norm of one record's gradient over all tensors trained in a step, or with `unit: client` of one
+    client's update in a round. It holds without noise too, so that a comparison with and without noise compares nothing
+    else; `null` switches it off, only with `noise: none`."""
     noise_against: Literal["replies", "sums"] = "replies"
     """What the noise protects a record in. `replies`: an owner's own noise suffices, whoever sees its replies. `sums`:
     the owners of a secure sum share the noise, so each adds less; the guarantee then holds against a server that sees

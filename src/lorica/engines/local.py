@@ -15,7 +15,7 @@ from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.messages import Projection, Request, Training
 from lorica.owner.client import Client
-from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client
+from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, make_cohort
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.lifetime import history
 from lorica.privacy.plan import ClientPlan, Refused, plan_run
@@ -176,6 +176,13 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
     dataset = task.train.fingerprint()
     task = by_privacy_unit(config, task)
     prepared = prepare(config, task)
+    if config.privacy.unit == "client":
+        ledger = Ledger(ledger_path(config, dataset))
+        return prepared, LocalEngine(
+            prepared.model,
+            {0: make_cohort(config, task.train, divide(config, task), ledger, dataset)},
+            config.privacy.max_lifetime_epsilon,
+        )
     parts = [hold_out(config, part) for part in divide(config, task)]
     plans = [plan_run(config, client, len(records)) for client, (records, _) in enumerate(parts)]
     ledger = Ledger(ledger_path(config, dataset))

@@ -233,12 +233,37 @@ class Client:
         adapter = self.held | {name: released.tensor for name, released in personal.items()}
         adapter = {name: leading(name, value, work.rank).to(model.device) for name, value in adapter.items()}
         model.merge(self.merged)
+        randomness = self._reproducible(request) if seed is None else SecureRandomness(seed)
+        updates, gradients = self._steps(model, request, work, adapter, self.records, randomness)
+        moved = {
+            name: _after(work.part(name, adapter[name]), update, personal.get(name)) for name, update in updates.items()
+        }
+        released = {name: update for name, update in updates.items() if name not in work.personal}
+        kept = {name: value for name, value in moved.items() if name in work.personal}
+        if work.sketch_columns is not None:
+            sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
+            # The prefix separates these factors from those of other rounds and from other tensors kept at the client.
+            kept |= {f"{_sketched_in(request.round)}{name}": moved[name] for name in moved if is_factor(name)}
+            released = {name: value for name, value in released.items() if not is_factor(name)} | sketches
+        if work.last_step_energy:
+            released |= {f"{ENERGY}{name}": post_process(_energy, gradient) for name, gradient in gradients.items()}
+        return released, kept or None
+
+    def _steps(
+        self,
+        model: AdaptedModel,
+        request: Request,
+        work: Training,
+        adapter: dict[str, Tensor],
+        records: Records,
+        randomness: Randomness,
+    ) -> tuple[dict[str, Released], dict[str, Released]]:
+        """The updates after all steps from an adapter, and the noisy gradients of the last one."""
         model.write(adapter)
         parts = {name: work.part(name, value) for name, value in adapter.items()}
         start = {name: parts[name] for name in work.trained}
         places = {name: model.trained(name, work.ranks(name), adapter) for name in work.trained}
         optimizer = make_optimizer(work.optimizer, work.rates)
-        randomness = self._reproducible(request) if seed is None else SecureRandomness(seed)
         updates: dict[str, Released] = {}
         gradients: dict[str, Released] = {}
         values = parts
@@ -253,7 +278,7 @@ class Client:
                         model.peft_model,
                         model.losses,
                         active,
-                        self.records,
+                        records,
                         work.terms,
                         randomness,
                         self.micro_batch_tokens,
@@ -264,17 +289,7 @@ class Client:
                 values = parts | {name: start[name] + update.tensor for name, update in updates.items()}
                 model.write(adapter | _whole(work, adapter, {name: values[name] for name in updates}))
         model.peft_model.eval()
-        moved = {name: _after(start[name], update, personal.get(name)) for name, update in updates.items()}
-        released = {name: update for name, update in updates.items() if name not in work.personal}
-        kept = {name: value for name, value in moved.items() if name in work.personal}
-        if work.sketch_columns is not None:
-            sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
-            # The prefix separates these factors from those of other rounds and from other tensors kept at the client.
-            kept |= {f"{_sketched_in(request.round)}{name}": moved[name] for name in moved if is_factor(name)}
-            released = {name: value for name, value in released.items() if not is_factor(name)} | sketches
-        if work.last_step_energy:
-            released |= {f"{ENERGY}{name}": post_process(_energy, gradient) for name, gradient in gradients.items()}
-        return released, kept or None
+        return updates, gradients
 
     @contextmanager
     def _perturbed(self, model: AdaptedModel, request: Request, work: Training, step: int) -> Iterator[None]:

@@ -11,6 +11,7 @@ from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, calibrate, epsilon, epsilon_rdp
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.shared_noise import SharedNoise, check_shared
+from lorica.privacy.unit import PrivacyUnit
 from lorica.schedule import participation_schedule
 
 
@@ -143,12 +144,13 @@ def plan_client(
     if not privacy.private:
         terms = Terms(rate, batch_size, privacy.largest_norm, 0.0)
         return ClientPlan(client, records, terms, max_steps, None, "none")
+    noun = PrivacyUnit.of(privacy).noun
+    of = "" if noun == "client" else f" of client {client}"
     if privacy.noise == "secure" and privacy.delta >= 1 / records:
         raise UserError(
             "privacy.delta",
             privacy.delta,
-            f"not below 1/{records}, one over the number of records of client {client}: publishing one random record "
-            "would satisfy it",
+            f"not below 1/{records}, one over the number of {noun}s{of}: publishing one random {noun} would satisfy it",
             f"choose at most {0.1 / records:.0e}",
         )
     if privacy.noise_multiplier is not None:
@@ -189,6 +191,18 @@ def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
         )
     steps = planned_steps(config, client)
     return plan_client(client, records, federation.batch_size, steps, config.privacy, federation.min_clients)
+
+
+def plan_cohort(config: ExperimentConfig) -> ClientPlan:
+    """The plan of a run with `privacy.unit: client`: all clients as one owner whose records are clients.
+
+    Each round is one step with `q = K₀/N`, where `K₀` is the expected number of the N clients in a round.
+
+    Raises:
+        UserError: as `plan_client`.
+    """
+    federation = config.federation
+    return plan_client(0, federation.clients, federation.participants, federation.rounds, config.privacy)
 
 
 def planned_steps(config: ExperimentConfig, client: int) -> int:

@@ -10,7 +10,7 @@ import yaml
 
 from lorica.markdown import code, fenced, inline
 from lorica.reporting.clients import GUARANTEE, client_rows
-from lorica.reporting.run_folder import Run, clipping, metric_name, not_private
+from lorica.reporting.run_folder import Run, client_level, clipping, metric_name, not_private
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -40,12 +40,13 @@ def model_card(run: Run, load_lines: str) -> str:
     trained_with = "Lorica" if version is None else f"Lorica {inline(version)}"
     start = run.environment.get("start")
     started = f"* Started from: adapter `{code(start['name'])}`, SHA-256 `{code(start['sha256'])}`\n" if start else ""
+    where = " in a simulation with a trusted server" if client_level(run) else " on data that never left its owners"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
 
 # {inline(run.name)}
 {warning}
-A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that never left its owners.
+A LoRA adapter for `{code(base)}`, trained with {trained_with}{where}.
 
 * Method: `{code(run.method)}`
 {started}* Test {inline(metric_name(run.metrics))}: {score_text(run)}
@@ -70,7 +71,9 @@ def _privacy(run: Run) -> str:
     table = markdown_table(headings, [[inline(cell) for cell in row] for row in rows])
     return "\n".join(
         [
-            "Each client has its own guarantee, for its own records.",
+            "All clients have the same guarantee, for everything that a client has."
+            if client_level(run)
+            else "Each client has its own guarantee, for its own records.",
             "",
             *lines,
             "",

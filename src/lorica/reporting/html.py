@@ -31,6 +31,7 @@ from lorica.reporting.plots import (
 from lorica.reporting.run_folder import (
     Run,
     bytes_sent,
+    client_level,
     clipping,
     guarantee,
     metric_name,
@@ -71,7 +72,7 @@ def write_report(folder: str | Path) -> Path:
     run = read_run(folder)
     figures: dict[str, Figure] = {name: draw(run) for name, draw in _plots(run).items()}
     files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
-    if run.clients:
+    if run.clients and not client_level(run):
         figures["clients"] = clients_figure(run)
     page = _render("report.html.j2", _run_view(run) | {"figures": _drawings(figures)})
     for name, content in (files | {"report.html": page.encode()}).items():
@@ -214,6 +215,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "clipping": clipping(run),
         "terms": [(name, privacy[key]) for key, name in PRIVACY_TERMS if privacy.get(key)],
         "target": None if privacy.get("target_epsilon") is None else f"{privacy['target_epsilon']:g}",
+        "together": client_level(run),
         "client_headings": headings,
         "client_rows": rows,
         "open_clients": len(rows) <= MOST_OPEN_ROWS,

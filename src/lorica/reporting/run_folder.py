@@ -187,6 +187,11 @@ def not_private(run: Run) -> str | None:
     return None
 
 
+def client_level(run: Run) -> bool:
+    """Whether the unit of privacy is a client, so that all clients have one guarantee."""
+    return (run.privacy or {}).get("unit") == "client"
+
+
 def clipping(run: Run) -> str:
     """ "clipped to norm 2" or "not clipped", for runs without noise, whose clip is no part of a guarantee."""
     norms = {client["clip_norm"] for client in run.clients if client.get("clip_norm") is not None}

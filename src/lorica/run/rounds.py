@@ -29,7 +29,7 @@ from lorica.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lorica.run.divergence import check_finite, check_metrics, warn_of_growth
 from lorica.run.folder import keep_rounds, open_run
 from lorica.run.result import Result, read_result
-from lorica.run.setup import Prepared
+from lorica.run.setup import Prepared, server_steps
 from lorica.server.federation import Engine, Federation
 
 OnStart = Callable[[Prepared, Federation, int], None]
@@ -81,19 +81,16 @@ def conduct(
 
 def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoint | None) -> Federation:
     config = prepared.config
+    optimizer, local_steps = server_steps(config)
     server = Server(
         model=prepared.state,
         rounds=config.federation.rounds,
         terms={},
-        optimizer=config.optimizer,
-        local_steps=config.federation.local_steps,
-        full_rates=learning_rates(config.optimizer, list(prepared.state.tensors)),
+        optimizer=optimizer,
+        local_steps=local_steps,
+        full_rates=learning_rates(optimizer, list(prepared.state.tensors)),
         seed=config.seed,
-        local=LocalStep(
-            proximal=config.local.fedprox,
-            damping=config.local.damping if config.local.scaled_gd else None,
-            perturbation=config.local.flat_lora,
-        ),
+        local=LocalStep() if config.privacy.unit == "client" else LocalStep.of(config.local),
         ranks=prepared.ranks,
         aggregate=make_aggregate(config.server),
         optimize=make_server_optimizer(config.server),
@@ -145,14 +142,15 @@ def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
         if federation.plans[number].shared is not None
     ]
     metrics |= {"epsilon_own_noise": max(own)} if own else {}
-    metrics |= {
-        "seconds": time.perf_counter() - started,
-        "server_seconds": traffic.server_seconds,
-        "participants": traffic.participants,
-        "missing": traffic.missing,
-        "bytes_up": traffic.bytes_up,
-        "bytes_down": traffic.bytes_down,
-    }
+    metrics |= {"seconds": time.perf_counter() - started, "server_seconds": traffic.server_seconds}
+    if prepared.config.privacy.unit != "client":
+        # The guarantee of client-level DP counts on it that nobody knows who took part.
+        metrics |= {
+            "participants": traffic.participants,
+            "missing": traffic.missing,
+            "bytes_up": traffic.bytes_up,
+            "bytes_down": traffic.bytes_down,
+        }
     decisions = {"round": server.round, "factors": traffic.factors} | prepared.method.decisions()
     append_line(folder / "decisions.jsonl", to_json(decisions))
     append_line(folder / "metrics.jsonl", to_json(metrics))

@@ -11,7 +11,7 @@ from lorica.adapters.loading import check_isolated, load_model
 from lorica.adapters.start import hash_of_start, read_start
 from lorica.adapters.state import AdapterState
 from lorica.aggregation.robust import check_aggregate
-from lorica.config import ExperimentConfig, FederationConfig
+from lorica.config import ExperimentConfig, FederationConfig, OptimizerConfig
 from lorica.errors import UserError
 from lorica.methods.base import Method, make_method
 from lorica.methods.components import check_components
@@ -57,11 +57,16 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     state = AdapterState(model.sites, model.read(), model.frozen_weight)
     method = make_method(config.method, model.sites)
     federation = config.federation
-    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
+    if config.privacy.unit == "client":
+        # The clients are one owner to the server, which samples them in secret.
+        schedule = [[0]] * federation.rounds
+    else:
+        schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
     ranks = _client_ranks(config)
     fewest = _fewest_replies(federation, len(schedule[0]))
     # With a secure sum, the server sees one combined reply.
-    method.check(config.optimizer, 1 if federation.secure_sum else fewest, federation.local_steps)
+    optimizer, local_steps = server_steps(config)
+    method.check(optimizer, 1 if federation.secure_sum else fewest, local_steps)
     check_components(config, method)
     check_aggregate(config.server, fewest)
     if federation.weights == "noise" and not config.privacy.private:
@@ -80,6 +85,16 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     check_isolated(config, model, task.test)
     method.start(state, config.seed)
     return Prepared(config, task, model, state, method, schedule, ranks, start=start)
+
+
+def server_steps(config: ExperimentConfig) -> tuple[OptimizerConfig, int]:
+    """Optimiser and number of local steps as the server sees them.
+
+    With `privacy.unit: client` the mean update itself is released: one step of rate 1.
+    """
+    if config.privacy.unit == "client":
+        return OptimizerConfig(lr=1.0), 1
+    return config.optimizer, config.federation.local_steps
 
 
 def _begin(
