@@ -84,6 +84,7 @@ The methods solve these problems in different ways.
 * **Re-factorise.** Form the mean product and factorise it again by an SVD. `fedsvd` does so after training B alone,
   `flex-lora` after training both factors, with truncation to rank `r`, `consensus-avg` after a projection onto the
   directions that clients share, and `fedask` from two sketches of each client's product.
+  So does `fed-power`, where a trusted server noises the sketches (`privacy.unit: client`).
 * **Align or correct.** Average both factors, but reduce the error. `fedrot-lora` first rotates the clients' factors
   into one basis, `lora-fair` corrects B afterwards, and `het-lora` averages factors of different ranks, weighted by the
   size of their products. `fed-avg` does neither and is the baseline.

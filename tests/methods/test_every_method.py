@@ -17,7 +17,17 @@ from lorica.testing.federation import DATASET, RUN, run_rounds, tiny_federation
 from tests.methods.conftest import METHODS, REGISTRY, Recordings
 
 TRAIN_BOTH = {
-    *("consensus-avg", "fed-avg", "fedex-lora", "fedrot-lora", "fedsa-lora", "flex-lora", "flora", "frlora"),
+    *(
+        "consensus-avg",
+        "fed-avg",
+        "fed-power",
+        "fedex-lora",
+        "fedrot-lora",
+        "fedsa-lora",
+        "flex-lora",
+        "flora",
+        "frlora",
+    ),
     *("het-lora", "la-lora", "lora-fair"),
 }
 

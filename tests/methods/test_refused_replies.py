@@ -122,7 +122,7 @@ def test_a_refused_reply_is_left_out_and_logged(
 @pytest.mark.parametrize("name", METHODS)
 def test_replies_ten_times_too_large_are_refused(name: str, recordings: Recordings) -> None:
     """Under plain SGD, in every round and exchange. A second sketch has two factors to hide behind."""
-    assert_honest_pass_and_large_do_not(recordings(name).federation, 30 if name == "fedask" else 10)
+    assert_honest_pass_and_large_do_not(recordings(name).federation, 30 if name in ("fed-power", "fedask") else 10)
 
 
 @pytest.mark.parametrize("name", often("deer", "fedask", "fedsa-lora", "flora"))

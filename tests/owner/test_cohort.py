@@ -56,7 +56,7 @@ def cohort_federation(
     state = AdapterState(model.sites, model.read())
     made = make_method(MethodConfig(name=method, **options), model.sites)
     made.start(state, 0)
-    plan = plan_client(0, len(members), expected, rounds, privacy)
+    plan = plan_client(0, len(members), expected, rounds * made.client_level, privacy)
     everything = TinyRecords.texts(10)
     ledger = tiny_ledger(folder)
     cohort = Cohort(
@@ -84,7 +84,19 @@ def cohort_federation(
         seed=0,
     )
     engine = RecordingEngine(model, {0: cohort}, server)
-    return Federation(RUN, made, server, engine, {0: plan}, [[0]] * rounds, "uniform")
+    return Federation(RUN, made, server, engine, {0: plan}, [[0]] * rounds, "uniform", trusted=True)
+
+
+def ordinary(folder: Path, members: list[Records], method: str) -> Federation:
+    """An ordinary federation of these clients of 20 records, without noise and clip."""
+    some = tiny_federation(
+        method, folder, privacy=UNCLIPPED, batch_size=20, rounds=3, optimizer=OptimizerConfig(lr=0.5)
+    )
+    for number, client in some.engine.clients.items():
+        client.records = members[number]
+        client.plan = replace(client.plan, records=20, terms=Terms(1.0, 20, math.inf, 0.0))
+    some.plans = {number: client.plan for number, client in some.engine.clients.items()}
+    return some
 
 
 def randomness(seed: int = 0) -> ReproducibleRandomness:
@@ -140,28 +152,64 @@ def test_without_noise_and_clip_it_is_federated_averaging_of_all_clients(method:
     members: list[Records] = [TinyRecords.texts(20, number) for number in range(3)]
     bare = UNCLIPPED.model_copy(update={"unit": "client"})
     one = run_rounds(cohort_federation(tmp_path / "one", members, bare, 3, method))
-    sizes = tiny_federation(
-        method, tmp_path / "other", privacy=UNCLIPPED, batch_size=20, rounds=3, optimizer=OptimizerConfig(lr=0.5)
-    )
-    for number, client in sizes.engine.clients.items():
-        client.records, client.plan = (
-            members[number],
-            replace(client.plan, records=20, terms=Terms(1.0, 20, math.inf, 0.0)),
-        )
-    sizes.plans = {number: client.plan for number, client in sizes.engine.clients.items()}
-    sizes.server.terms = {number: plan.terms for number, plan in sizes.plans.items()}
-    other = run_rounds(sizes)
+    other = run_rounds(ordinary(tmp_path / "other", members, method))
     for name, value in one.server.model.tensors.items():
         torch.testing.assert_close(value, other.server.model.tensors[name], rtol=1e-4, atol=1e-6)
     assert any(dense(one.server.model, site).any() for site in one.server.model.sites)
 
 
-def test_another_clients_records_move_a_release_by_at_most_the_clip(tmp_path: Path) -> None:
+@pytest.mark.parametrize("clip", [None, 0.02])
+def test_fed_power_finds_the_mean_of_clipped_products(clip: float | None, tmp_path: Path) -> None:
+    """With as many columns as the maps have, nothing is lost but in the truncation."""
+    members: list[Records] = [TinyRecords.texts(20, number) for number in range(3)]
+    bare = UNCLIPPED.model_copy(update={"unit": "client", "clip_norm": clip})
+    one = cohort_federation(tmp_path / "one", members, bare, 3, "fed-power", oversampling=14)
+    one.round()
+    other = ordinary(tmp_path / "other", members, "fed-avg")
+    other.round()
+    (ends,), (replies,) = other.engine.ends, other.engine.replies
+    sites = one.server.model.sites
+    products = {
+        client: {site.name: end.tensors[site.b].double() @ end.tensors[site.a].double() for site in sites}
+        for client, end in ends.items()
+    }
+    head = {
+        client: torch.cat([reply["head.weight"].flatten(), reply["head.bias"]]) for client, reply in replies.items()
+    }
+    norms = {
+        client: math.sqrt(sum(float(value.square().sum()) for value in [*own.values(), head[client].double()]))
+        for client, own in products.items()
+    }
+    scales = {client: 1.0 if clip is None else min(1.0, clip / norm) for client, norm in norms.items()}
+    assert clip is None or max(scales.values()) < 0.9
+    for site in sites:
+        mean = sum(scales[client] * own[site.name] for client, own in products.items()) / 3
+        u, s, vt = torch.linalg.svd(mean)
+        best = (u[:, :2] * s[:2]) @ vt[:2]
+        assert (dense(one.server.model, site) - best).norm() <= 1e-4 * best.norm()
+
+
+def test_fed_power_takes_two_steps_a_round(tmp_path: Path) -> None:
+    members: list[Records] = [TinyRecords.texts(3, number) for number in range(6)]
+    some = run_rounds(cohort_federation(tmp_path, members, NOISY, 3, "fed-power"))
+    rows = tiny_ledger(tmp_path).releases("data")
+    assert [(row.round, row.steps) for row in rows] == [(1, 1), (1, 1), (2, 1), (2, 1), (3, 1), (3, 1)]
+    assert sum(row.steps for row in rows) == some.plans[0].max_steps
+    first, second = some.engine.replies[0][0], some.engine.replies[1][0]
+    assert first.keys() == {"head.weight", "head.bias", *(f"sketch:{site.name}" for site in some.server.model.sites)}
+    assert second.keys() == {f"sketch:{site.name}" for site in some.server.model.sites}
+
+
+@pytest.mark.parametrize("method", ["fed-avg", "fed-power"])
+def test_another_clients_records_move_a_release_by_at_most_the_clip(method: str, tmp_path: Path) -> None:
     """The same seed, so the same sample and noise; the releases of the first round are compared."""
     members: list[Records] = [TinyRecords.texts(4, number) for number in range(8)]
     changed = [*members[:3], TinyRecords.texts(4, 77), *members[4:]]
     privacy = NOISY.model_copy(update={"noise_multiplier": 1e-3})
-    runs = [cohort_federation(tmp_path / str(place), some, privacy, 8) for place, some in enumerate((members, changed))]
+    runs = [
+        cohort_federation(tmp_path / str(place), some, privacy, 8, method)
+        for place, some in enumerate((members, changed))
+    ]
     for some in runs:
         some.round()
     one, other = (some.engine.replies[0][0] for some in runs)

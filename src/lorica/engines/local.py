@@ -180,7 +180,7 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
         ledger = Ledger(ledger_path(config, dataset))
         return prepared, LocalEngine(
             prepared.model,
-            {0: make_cohort(config, task.train, divide(config, task), ledger, dataset)},
+            {0: make_cohort(config, task.train, divide(config, task), ledger, dataset, prepared.method.client_level)},
             config.privacy.max_lifetime_epsilon,
         )
     parts = [hold_out(config, part) for part in divide(config, task)]

@@ -28,7 +28,7 @@ class FedAvg(Method):
         privacy="sound; noise quadratic",
     )
 
-    client_level = True
+    client_level = 1
 
     def round(self, server: Server) -> Round:
         replies = yield Train("AB")

@@ -32,7 +32,7 @@ class FFALoRA(Method):
         privacy="sound; noise linear",
     )
 
-    client_level = True
+    client_level = 1
 
     class Options(Strict):
         orthonormal_a: bool = False

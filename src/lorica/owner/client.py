@@ -110,7 +110,7 @@ class Client:
             sampling_rate=self.plan.terms.sampling_rate,
             noise_multiplier=self.plan.noise_multiplier,
             clip_norm=self.plan.terms.clip_norm,
-            steps=request.work.steps if isinstance(request.work, Training) else 0,
+            steps=self._steps_of(request),
             noise=self.plan.noise,
             request=digest,
             unit=self.unit,
@@ -122,8 +122,17 @@ class Client:
         if isinstance(request.work, Training):
             released, kept = self._train(model, request, request.work, own, charge.seed)
         else:
-            released, kept = project(request.work.bases, self.held, own), None
+            released, kept = self._project(model, request, request.work, own, charge.seed), None
         return self.ledger.attach(charge, Reply(self.number, released).encode(), kept)
+
+    def _steps_of(self, request: Request) -> int:
+        """Noisy steps of a request. A projection is a function of earlier releases."""
+        return request.work.steps if isinstance(request.work, Training) else 0
+
+    def _project(
+        self, model: AdaptedModel, request: Request, work: Projection, own: Mapping[str, Released], seed: bytes | None
+    ) -> dict[str, Released]:
+        return project(work.bases, self.held, own)
 
     def check_records(self, run: str) -> None:
         """Refuse to go on with a run that started with other records.

@@ -119,7 +119,7 @@ def make_client(
 
 
 def make_cohort(
-    config: ExperimentConfig, records: Records, members: list[Records], ledger: Ledger, dataset: str
+    config: ExperimentConfig, records: Records, members: list[Records], ledger: Ledger, dataset: str, exchanges: int
 ) -> Cohort:
     """All clients of a simulation as one owner (`privacy.unit: client`).
 
@@ -127,11 +127,12 @@ def make_cohort(
         records: the records of all clients together.
         members: the records of each client.
         dataset: fingerprint of the whole data set.
+        exchanges: of a round (`Method.client_level`).
     """
     return Cohort(
         number=0,
         records=records,
-        plan=plan_cohort(config),
+        plan=plan_cohort(config, exchanges),
         ledger=ledger,
         dataset=dataset,
         unit=CLIENT,

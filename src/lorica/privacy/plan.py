@@ -193,16 +193,20 @@ def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
     return plan_client(client, records, federation.batch_size, steps, config.privacy, federation.min_clients)
 
 
-def plan_cohort(config: ExperimentConfig) -> ClientPlan:
+def plan_cohort(config: ExperimentConfig, exchanges: int = 1) -> ClientPlan:
     """The plan of a run with `privacy.unit: client`: all clients as one owner whose records are clients.
 
-    Each round is one step with `q = K₀/N`, where `K₀` is the expected number of the N clients in a round.
+    Each exchange is one step with `q = K₀/N`, where `K₀` is the expected number of the N clients in it.
+
+    Args:
+        exchanges: of a round, each of which has its own sample of clients.
 
     Raises:
         UserError: as `plan_client`.
     """
     federation = config.federation
-    return plan_client(0, federation.clients, federation.participants, federation.rounds, config.privacy)
+    steps = federation.rounds * exchanges
+    return plan_client(0, federation.clients, federation.participants, steps, config.privacy)
 
 
 def planned_steps(config: ExperimentConfig, client: int) -> int:

@@ -114,6 +114,7 @@ def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoi
         weighting=config.federation.weights,
         min_clients=config.federation.min_clients,
         secure_sum=config.federation.secure_sum,
+        trusted=config.privacy.unit == "client",
     )
 
 
@@ -129,8 +130,9 @@ def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
     last = server.round == server.rounds
     if last or server.round % prepared.config.federation.evaluate_every == 0:
         metrics |= _evaluate(prepared, federation)
+    exchanges = prepared.method.client_level if prepared.config.privacy.unit == "client" else 1
     spent = {
-        number: server.local_steps * sum(number in who for who in prepared.schedule[: server.round])
+        number: exchanges * server.local_steps * sum(number in who for who in prepared.schedule[: server.round])
         for number, plan in federation.plans.items()
         if plan.delta is not None
     }
