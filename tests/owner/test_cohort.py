@@ -117,7 +117,7 @@ def test_the_mean_update_is_that_of_clipped_updates_over_the_expected_number() -
     given = [
         {name: size * value for name, value in one.items()} for one, size in zip(updates(6), range(6), strict=True)
     ]
-    found = noisy_mean_update(given, SHAPES, Terms(0.5, 4, 3.0, 0.0), randomness())
+    found = noisy_mean_update(given.__getitem__, 6, SHAPES, Terms(1.0, 4, 3.0, 0.0), randomness())
     flat = [torch.cat([one["a"].flatten(), one["b"]]).double() for one in given]
     clipped = [one * min(1.0, 3.0 / max(float(one.norm()), 1e-9)) for one in flat]
     assert [float(one.norm()) > 3 for one in flat] == [False, *[True] * 5]
@@ -130,16 +130,32 @@ def test_the_mean_update_is_that_of_clipped_updates_over_the_expected_number() -
 @pytest.mark.parametrize("left_out", range(5))
 def test_one_client_moves_the_mean_by_at_most_the_clip_over_the_expected_number(left_out: int) -> None:
     """The number in the sample does not appear, which would move all other terms too."""
-    terms, given = Terms(0.5, 4, 0.7, 0.0), updates(5, 100.0)
+    terms, given = Terms(1.0, 4, 0.7, 0.0), updates(5, 100.0)
     others = [one for number, one in enumerate(given) if number != left_out]
-    whole, rest = (noisy_mean_update(some, SHAPES, terms, randomness()) for some in (given, others))
+    whole, rest = (
+        noisy_mean_update(some.__getitem__, len(some), SHAPES, terms, randomness()) for some in (given, others)
+    )
     moved = torch.cat([(whole[name].tensor - rest[name].tensor).flatten() for name in SHAPES])
     assert 0.17 < moved.norm() <= 0.7 / 4
 
 
+def test_each_client_is_in_the_sample_with_the_stated_probability() -> None:
+    one, shapes = {"a": torch.ones(1)}, {"a": torch.Size([1])}
+    sizes = [
+        4 * float(noisy_mean_update(lambda _: one, 10, shapes, Terms(0.3, 4, 5.0, 0.0), randomness(seed))["a"].tensor)
+        for seed in range(2000)
+    ]
+    mean, variance = 3.0, 10 * 0.3 * 0.7
+    assert abs(sum(sizes) / 2000 - mean) < 5 * math.sqrt(variance / 2000)
+    assert abs(float(torch.tensor(sizes).var()) - variance) < 0.4
+
+
 def test_an_empty_sample_is_noise_of_the_stated_size() -> None:
     terms = Terms(0.5, 4, 0.7, 3.0)
-    draws = [noisy_mean_update([], SHAPES, terms, randomness(seed))["a"].tensor for seed in range(2000)]
+    draws = [
+        noisy_mean_update(updates(0).__getitem__, 0, SHAPES, terms, randomness(seed))["a"].tensor
+        for seed in range(2000)
+    ]
     noise = torch.stack(draws).double()
     deviation = 3.0 * 0.7 / 4
     assert noise.mean(0).abs().max() < 5 * deviation / math.sqrt(2000)

@@ -23,7 +23,7 @@ from lorica.local.step import LocalStep
 from lorica.messages import Projection, Request, Training
 from lorica.owner.client import Client, SentAndKept
 from lorica.privacy.ledger import Earlier
-from lorica.privacy.mechanism import Terms, noisy_mean_update, poisson_sample
+from lorica.privacy.mechanism import Terms, noisy_mean_update
 from lorica.privacy.randomness import Randomness, SecureRandomness
 from lorica.privacy.released import Released, post_process
 from lorica.secure_sum.agreement import Agreement
@@ -109,13 +109,12 @@ class Cohort(Client):
         randomness = self._reproducible(request) if seed is None else SecureRandomness(seed)
         adapter = {name: value.to(model.device) for name, value in self.held.items()}
         model.merge(self.merged)
-        sample = poisson_sample(len(self.members), work.terms.sampling_rate, randomness)
-        updates = (
-            part(self._update(model, request, work, adapter, self.members[number], randomness))
-            for number in sample.tolist()
-        )
+
+        def update_of(number: int) -> Mapping[str, Tensor]:
+            return part(self._update(model, request, work, adapter, self.members[number], randomness))
+
         shapes = {name: value.shape for name, value in part({n: 0 * self.held[n] for n in work.trained}).items()}
-        return noisy_mean_update(updates, shapes, work.terms, randomness)
+        return noisy_mean_update(update_of, len(self.members), shapes, work.terms, randomness)
 
     def _changes(self, update: Mapping[str, Tensor]) -> dict[str, Pair]:
         """Site -> `c_k (B_k A_k - B A)` as `[c_k B_k, -c_k B] [A_k; A]`, fp64.

@@ -6,7 +6,7 @@ For client-level DP, the same with clients and their updates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,7 +111,8 @@ def noisy_gradient(
 
 
 def noisy_mean_update(
-    updates: Iterable[Mapping[str, Tensor]],
+    update_of: Callable[[int], Mapping[str, Tensor]],
+    clients: int,
     shapes: Mapping[str, torch.Size],
     terms: Terms,
     randomness: Randomness,
@@ -123,7 +124,8 @@ def noisy_mean_update(
     McMahan et al., arXiv 1710.06963, with flat clipping and the estimator of fixed denominator.
 
     Args:
-        updates: of the clients in the sample; no client may see another one's update.
+        update_of: number of a client -> its update, which depends on no other client's data.
+        clients: number of clients, of whom each is in the sample with probability `q`.
         shapes: name -> shape of each tensor. An empty sample has the sum zero.
         terms: with `K₀` as the batch size.
 
@@ -131,8 +133,9 @@ def noisy_mean_update(
         name -> released mean update, fp32.
     """
     total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
-    for update in updates:
-        for name, value in clipped_sum({name: each[None] for name, each in update.items()}, terms.clip_norm).items():
+    for number in poisson_sample(clients, terms.sampling_rate, randomness).tolist():
+        update = {name: value[None] for name, value in update_of(number).items()}
+        for name, value in clipped_sum(update, terms.clip_norm).items():
             total[name] += value.cpu()
     return _released(total, terms, randomness)
 
