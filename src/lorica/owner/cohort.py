@@ -36,9 +36,11 @@ Part = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 class Cohort(Client):
     """All clients of a federation and the server that they trust; `records` are those of all clients together.
 
-    A request for one step of rate 1 gets the released mean update: each client enters the round with the probability
+    A request for one step of rate 1 gets the released mean update: each client enters the sample with the probability
     `q`, trains without noise from the global adapter, and its whole update is clipped to norm C. Who takes part is as
-    secret as the noise. The ledger has one row a round, with the unit `client`.
+    secret as the noise. A request for sketches, or for a projection, gets those of the mean product, from a sample of
+    its own: of `B A + (1/K₀) Σ c_k (B_k A_k - B A)`, with noise on the sketch of the sum. Each request is a step, and a
+    row of the ledger with the unit `client`.
 
     Attributes:
         members: records of each client.
@@ -80,9 +82,10 @@ class Cohort(Client):
             matrices[site.name] = torch.linalg.qr(omega).Q
 
         def sketched(update: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            found = {name: value for name, value in update.items() if not is_factor(name)}
-            for name, (b, a) in self._changes(update).items():
-                found[f"{SKETCH}{name}"] = (b @ (a @ matrices[name].double())).float()
+            scale, changes = self._changes(update)
+            found = {name: scale * value for name, value in update.items() if not is_factor(name)}
+            for name, (b, a) in changes.items():
+                found[f"{SKETCH}{name}"] = scale * (b @ (a @ matrices[name].double())).float()
             return found
 
         released = self._mean(model, request, work, seed, sketched)
@@ -94,9 +97,10 @@ class Cohort(Client):
         assert self.asked is not None
 
         def projected(update: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            scale, changes = self._changes(update)
             return {
-                f"{SKETCH}{name}": (a.T @ (b.T @ work.bases[name].double())).float()
-                for name, (b, a) in self._changes(update).items()
+                f"{SKETCH}{name}": scale * (a.T @ (b.T @ work.bases[name].double())).float()
+                for name, (b, a) in changes.items()
             }
 
         released = self._mean(model, request, self.asked, seed, projected)
@@ -116,8 +120,8 @@ class Cohort(Client):
         shapes = {name: value.shape for name, value in part({n: 0 * self.held[n] for n in work.trained}).items()}
         return noisy_mean_update(update_of, len(self.members), shapes, work.terms, randomness)
 
-    def _changes(self, update: Mapping[str, Tensor]) -> dict[str, Pair]:
-        """Site -> `c_k (B_k A_k - B A)` as `[c_k B_k, -c_k B] [A_k; A]`, fp64.
+    def _changes(self, update: Mapping[str, Tensor]) -> tuple[float, dict[str, Pair]]:
+        """`c_k`, and site -> `B_k A_k - B A` as `[B_k, -B] [A_k; A]`, fp64.
 
         `c_k = min(1, C/n)`, with the norm n of all changes of products and of the head together.
         """
@@ -130,7 +134,7 @@ class Cohort(Client):
         squares = sum(max(inner(pair, pair), 0.0) for pair in pairs.values())
         squares += sum(float(value.double().square().sum()) for name, value in update.items() if not is_factor(name))
         scale = min(1.0, self.plan.terms.clip_norm / math.sqrt(squares)) if squares else 1.0
-        return {site: (scale * b, a) for site, (b, a) in pairs.items()}
+        return scale, pairs
 
     def _with_products(
         self, released: Mapping[str, Released], function: Callable[[Tensor, Tensor, str], Tensor]
