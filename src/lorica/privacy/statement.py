@@ -23,7 +23,7 @@ ASSUMPTIONS = [
 CLIENT_ASSUMPTIONS = [
     "The server is trusted: it sees each client's update, and adds the noise to their sum.",
     "The number of clients, the expected number in a round, and learning rates are public.",
-    "Which clients take part in a round is known to the server only.",
+    "Which clients take part in a step is known to the server only.",
     "Clients hold disjoint records; how a simulation divides them is fixed before training.",
     "A client's records affect its own update only.",
 ]
@@ -118,7 +118,7 @@ def relation(unit: PrivacyUnit) -> str:
 def sampler(unit: PrivacyUnit) -> str:
     """How the sample of a step is drawn, in words."""
     if unit == CLIENT:
-        return "Poisson: each client enters each round independently with probability q = expected clients / clients"
+        return "Poisson: each client enters each step independently with probability q = expected clients / clients"
     noun = unit.noun
     return f"Poisson: each {noun} enters each batch independently with probability q = batch size / {noun}s"
 
@@ -126,7 +126,7 @@ def sampler(unit: PrivacyUnit) -> str:
 def clipped(unit: PrivacyUnit) -> str:
     """What is clipped, in words."""
     if unit == CLIENT:
-        return "flat: the update of each client over all trained tensors together, norm at most C"
+        return "flat: the whole update of each client, norm at most C"
     return f"flat: the gradient of each {unit.noun} over all trained tensors together, norm at most C"
 
 
