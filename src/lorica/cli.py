@@ -25,7 +25,9 @@ import lorica
 from lorica.errors import UserError
 
 if TYPE_CHECKING:
+    from lorica.benchmark.suite import Suite
     from lorica.config import ExperimentConfig
+    from lorica.reporting.benchmark import BenchmarkRun
     from lorica.run.setup import Prepared
     from lorica.server.federation import Federation
 
@@ -115,6 +117,33 @@ def compare(
             )
         console.print(comparison_table(results))
         console.print(f"Comparison: {page}")
+
+
+@app.command()
+def benchmark(
+    suite: Annotated[Path, typer.Argument(help="Suite (YAML file): settings, methods, learning rates, seeds.")],
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of runs at once, each in a process of its own.")] = 1,
+    settings: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Run only settings whose name contains TEXT.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing; write table, plots and page from what is finished.")
+    ] = False,
+) -> None:
+    """Tune methods alike and compare them over settings and seeds. The same command resumes an interrupted benchmark."""
+    with _errors("Finished runs are kept; the same command continues."):
+        from lorica.benchmark.results import read_results
+        from lorica.benchmark.suite import load_suite
+
+        loaded = load_suite(suite, overrides, settings)
+        if report_only:
+            results = read_results(loaded.folder)
+        else:
+            from lorica.benchmark.runner import run_suite, worker_processes
+
+            with _Runs(loaded) as runs, worker_processes(jobs) as executor:
+                results = run_suite(loaded, executor, jobs, runs.show)
 
 
 @app.command()
@@ -376,9 +405,53 @@ class _Rounds:
             raise KeyboardInterrupt
 
 
+class _Runs:
+    """Shows a benchmark: a line per run, and a progress bar with the best method so far in the current setting."""
+
+    def __init__(self, suite: Suite) -> None:
+        self._suite = suite
+        # The speed is that of the last hour: a run may take minutes.
+        self._progress = Progress(
+            TextColumn("runs"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            speed_estimate_period=3600,
+        )
+
+    def __enter__(self) -> _Runs:
+        from lorica.benchmark.results import read_results
+
+        for cells in self._suite.settings.values():
+            for cell in cells:
+                if cell.refusal is not None:
+                    console.print(f"Left out: {cell.method} with {cell.setting}. {cell.refusal}", markup=False)
+        finished = self._suite.finished(read_results(self._suite.folder))
+        self._task = self._progress.add_task("", total=self._suite.count(), completed=finished)
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, run: BenchmarkRun, results: dict[str, BenchmarkRun]) -> None:
+        score = "diverged" if run.score is None else f"{100 * run.score:.1f} %"
+        where = f"{run.setting}; {run.method}, rate {run.rate:g}, seed {run.seed} ({run.purpose})"
+        console.print(f"{where}: {score}, {run.seconds:.0f} s", markup=False, highlight=False)
+        best = self._suite.best(run.setting, results)
+        text = "" if best is None else f"best so far: {best[0]}, {100 * best[1]:.1f} %"
+        self._progress.update(self._task, completed=self._suite.finished(results), description=escape(text))
+
+
 @contextmanager
-def _errors() -> Iterator[None]:
-    """Print a `UserError` as one line; Ctrl-C keeps the finished rounds."""
+def _errors(kept: str = "Finished rounds are kept; the same command resumes the run.") -> Iterator[None]:
+    """Print a `UserError` as one line; Ctrl-C keeps what is finished.
+
+    Args:
+        kept: what to say about that.
+    """
     try:
         yield
     except UserError as error:
@@ -386,7 +459,7 @@ def _errors() -> Iterator[None]:
         console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        console.print("Stopped. Finished rounds are kept; the same command resumes the run.")
+        console.print(f"Stopped. {kept}")
         raise typer.Exit(130) from None
 
 

@@ -1,0 +1,283 @@
+"""A suite: the file that says what a benchmark runs, and the runs that follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import statistics
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from lorica.config import DEFAULT_CONFIG, ExperimentConfig, Strict, load, validate
+from lorica.errors import UserError
+from lorica.methods.base import find_method, make_method
+from lorica.reporting.benchmark import BenchmarkRun, Purpose, best_rate
+from lorica.run.setup import check_method
+from lorica.run.variants import parse_variant
+from lorica.strict_yaml import read_yaml_file
+
+Rate = float
+SET_BY_SUITE = {"optimizer.lr": "rates", "seed": "seeds and tuning_seeds", "name": "name", "privacy.ledger": "name"}
+"""Key of an experiment -> the key of the suite that takes its place."""
+
+
+class Sweep(Strict):
+    """Methods, and the settings in which all of them run."""
+
+    settings: dict[str, dict[str, list[str]]] = Field(min_length=1)
+    """Axis -> name of a value -> overrides. Every combination of the axes' values is a setting, named by its values."""
+    methods: dict[str, str] = Field(min_length=1)
+    """Name in tables -> method with options, as for `lorica compare --methods`."""
+
+
+class SuiteConfig(Strict):
+    """The content of a suite file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the folder of the results."""
+    experiment: str | None = None
+    """The experiment that all runs start from, relative to the suite file; by default the embedded digits."""
+    overrides: list[str] = []
+    """`section.key=value` for all runs."""
+    rates: list[float] = Field(min_length=1)
+    """Learning rates, the same for every method."""
+    tuning_seeds: list[int] = Field(min_length=1)
+    """Seeds on which the rate is chosen."""
+    seeds: list[int] = Field(min_length=1)
+    """Seeds of the results; none of them is a tuning seed."""
+    reference: str
+    """The method that the others are compared with, by its name in tables."""
+    sweeps: list[Sweep] = Field(min_length=1)
+    """In order of priority."""
+
+    @field_validator("rates", "tuning_seeds", "seeds")
+    @classmethod
+    def _each_once(cls, values: list[float]) -> list[float]:
+        if len(set(values)) < len(values):
+            raise ValueError("a value appears twice")
+        if min(values) < 0:
+            raise ValueError("a value is negative")
+        return values
+
+    @field_validator("seeds")
+    @classmethod
+    def _not_tuned_on(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
+        both = sorted(set(seeds) & set(info.data.get("tuning_seeds", [])))
+        if both:
+            raise ValueError(f"{both[0]} is also a tuning seed")
+        return seeds
+
+    @field_validator("sweeps")
+    @classmethod
+    def _with_the_reference(cls, sweeps: list[Sweep], info: ValidationInfo) -> list[Sweep]:
+        reference = info.data.get("reference")
+        if any(reference not in sweep.methods for sweep in sweeps):
+            raise ValueError(f"every sweep needs the reference method, {reference!r}")
+        return sweeps
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a benchmark.
+
+    Attributes:
+        digest: identifies the run, whatever its setting and method are called (`digest_of`).
+    """
+
+    setting: str
+    method: str
+    purpose: Purpose
+    rate: float
+    seed: int
+    config: ExperimentConfig
+    digest: str
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One method in one setting.
+
+    Attributes:
+        config: the experiment, at whatever rate and seed.
+        refusal: why the method cannot run in this setting; None if it can.
+    """
+
+    setting: str
+    method: str
+    config: ExperimentConfig
+    refusal: str | None
+    rates: list[float]
+    tuning_seeds: list[int]
+    seeds: list[int]
+
+    @cached_property
+    def tuning(self) -> dict[Rate, list[PlannedRun]]:
+        """Rate -> its run on each tuning seed."""
+        return {rate: [self._run(rate, seed, "tuning") for seed in self.tuning_seeds] for rate in self.rates}
+
+    @cached_property
+    def results(self) -> dict[Rate, list[PlannedRun]]:
+        """Rate -> its run on each seed of the results, if it turns out to be the best rate."""
+        return {rate: [self._run(rate, seed, "result") for seed in self.seeds] for rate in self.rates}
+
+    def tuned(self, finished: Mapping[str, BenchmarkRun]) -> dict[Rate, list[BenchmarkRun]]:
+        """Rate -> its finished tuning runs."""
+        return {
+            rate: [finished[run.digest] for run in runs if run.digest in finished] for rate, runs in self.tuning.items()
+        }
+
+    def best_rate(self, finished: Mapping[str, BenchmarkRun]) -> Rate | None:
+        """The best rate on the tuning seeds; None before all tuning runs are finished, or if all of them diverged.
+
+        Args:
+            finished: digest -> finished run.
+        """
+        tuned = self.tuned(finished)
+        if any(len(runs) < len(self.tuning_seeds) for runs in tuned.values()):
+            return None
+        return best_rate({rate: [run.score for run in runs] for rate, runs in tuned.items()})
+
+    def _run(self, rate: Rate, seed: int, purpose: Purpose) -> PlannedRun:
+        optimizer = self.config.optimizer.model_copy(update={"lr": rate})
+        config = self.config.model_copy(update={"seed": seed, "optimizer": optimizer})
+        return PlannedRun(self.setting, self.method, purpose, rate, seed, config, digest_of(config))
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A suite with all its settings.
+
+    Attributes:
+        path: the suite file.
+        overrides: those of the command line, for all runs.
+        settings: name of a setting -> its cells, both in order of priority.
+    """
+
+    path: Path
+    config: SuiteConfig
+    overrides: list[str]
+    folder: Path
+    settings: dict[str, list[Cell]]
+
+    def cells(self) -> Iterator[Cell]:
+        """All cells that can run."""
+        return (cell for cells in self.settings.values() for cell in cells if cell.refusal is None)
+
+    def count(self) -> int:
+        """Number of all runs."""
+        config = self.config
+        return sum(1 for _ in self.cells()) * (len(config.rates) * len(config.tuning_seeds) + len(config.seeds))
+
+    def finished(self, results: Mapping[str, BenchmarkRun]) -> int:
+        """Number of runs that are finished."""
+        tuned = sum(run.digest in results for cell in self.cells() for runs in cell.tuning.values() for run in runs)
+        best = [(cell, cell.best_rate(results)) for cell in self.cells()]
+        return tuned + sum(
+            run.digest in results for cell, rate in best if rate is not None for run in cell.results[rate]
+        )
+
+    def best(self, setting: str, results: Mapping[str, BenchmarkRun]) -> tuple[str, float] | None:
+        """The method with the highest mean score in a setting so far, and that score; None before the first result."""
+        means = {}
+        for cell in self.settings[setting]:
+            rate = None if cell.refusal else cell.best_rate(results)
+            runs = [] if rate is None else [results[run.digest] for run in cell.results[rate] if run.digest in results]
+            scores = [run.score for run in runs if run.score is not None]
+            if scores:
+                means[cell.method] = statistics.fmean(scores)
+        best = max(means, key=means.__getitem__, default=None)
+        return None if best is None else (best, means[best])
+
+    def due(self, results: Mapping[str, BenchmarkRun]) -> Iterator[PlannedRun]:
+        """The runs that can be started now, in order: settings one after another, tuned first, then seed by seed.
+
+        Partial results then compare all methods, over fewer seeds.
+
+        Args:
+            results: digest -> finished run.
+        """
+        for cells in self.settings.values():
+            able = [cell for cell in cells if cell.refusal is None]
+            for cell in able:
+                for runs in zip(*cell.tuning.values(), strict=True):
+                    yield from (run for run in runs if run.digest not in results)
+            best = [(cell, rate) for cell in able if (rate := cell.best_rate(results)) is not None]
+            for place in range(len(self.config.seeds)):
+                found = (cell.results[rate][place] for cell, rate in best)
+                yield from (run for run in found if run.digest not in results)
+
+
+def load_suite(path: Path, overrides: list[str] | None = None, settings: str | None = None) -> Suite:
+    """Read a suite file and check every experiment in it.
+
+    Args:
+        overrides: `section.key=value` for all runs, such as `model.base=FOLDER` or `output=FOLDER`.
+        settings: only settings whose name contains this text.
+
+    Raises:
+        UserError: names the key, the value and the remedy.
+    """
+    overrides = overrides or []
+    config = validate(SuiteConfig, read_yaml_file(path, "suite"))
+    source = DEFAULT_CONFIG if config.experiment is None else path.expanduser().parent / config.experiment
+    base = [*config.overrides, *overrides]
+    found: dict[str, list[Cell]] = {}
+    for sweep in config.sweeps:
+        for values in itertools.product(*(axis.items() for axis in sweep.settings.values())):
+            name = ", ".join(value for value, _ in values)
+            if name in found:
+                raise UserError("sweeps.settings", name, "two settings have this name", "rename a value of one of them")
+            own = [override for _, chosen in values for override in chosen]
+            experiment = _experiment(source, [*base, *own], config.name)
+            found[name] = [_cell(config, experiment, name, *method) for method in sweep.methods.items()]
+    chosen = {name: cells for name, cells in found.items() if settings is None or settings in name}
+    if not chosen:
+        raise UserError("--settings", settings, "no such setting", f"choose a part of one of: {'; '.join(found)}")
+    folder = Path(load(source, base).output).expanduser() / config.name
+    return Suite(path, config, overrides, folder, chosen)
+
+
+def digest_of(config: ExperimentConfig) -> str:
+    """What identifies a run: 16 hexadecimal digits of the SHA-256 of its configuration.
+
+    Left out are its name, its folders, and keys with their default value, so that a key that a later version of Lorica
+    adds changes no digest.
+    """
+    content = config.model_dump(
+        mode="json", exclude_defaults=True, exclude={"name": True, "output": True, "privacy": {"ledger"}}
+    )
+    _, options = find_method(config.method)
+    content["method"] = options.model_dump(mode="json", exclude_defaults=True) | {"name": config.method.name}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _experiment(source: Path, overrides: list[str], name: str) -> ExperimentConfig:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if key in SET_BY_SUITE:
+            problem = f"every run of a suite has its own {key}"
+            raise UserError(key, override, problem, f"remove it, and set {SET_BY_SUITE[key]} of the suite")
+    config = load(source, overrides)
+    if config.engine != "local":
+        raise UserError("engine", config.engine, "a benchmark runs in processes of its own", "set engine=local")
+    if config.privacy.noise == "secure":
+        problem = "a benchmark is research on public data: its runs must be repeatable, and would use up any budget"
+        raise UserError("privacy.noise", "secure", problem, "add privacy.noise=reproducible to the suite's overrides")
+    # One thread, however many runs share the machine: the result of a run must not depend on it.
+    model = config.model.model_copy(update={"threads": config.model.threads or 1})
+    return config.model_copy(update={"name": name, "model": model})
+
+
+def _cell(suite: SuiteConfig, experiment: ExperimentConfig, setting: str, name: str, method: str) -> Cell:
+    config = parse_variant(method, experiment).config
+    refusal = None
+    try:
+        check_method(config, make_method(config.method, []))
+    except UserError as error:
+        refusal = str(error)
+    return Cell(setting, name, config, refusal, suite.rates, suite.tuning_seeds, suite.seeds)
