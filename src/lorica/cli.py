@@ -131,19 +131,23 @@ def benchmark(
         bool, typer.Option("--report-only", help="Run nothing; write table, plots and page from what is finished.")
     ] = False,
 ) -> None:
-    """Tune methods alike and compare them over settings and seeds. The same command resumes an interrupted benchmark."""
+    """Tune methods alike and compare them over settings and seeds. Run it again to resume it."""
     with _errors("Finished runs are kept; the same command continues."):
         from lorica.benchmark.results import read_results
         from lorica.benchmark.suite import load_suite
 
-        loaded = load_suite(suite, overrides, settings)
-        if report_only:
-            results = read_results(loaded.folder)
-        else:
+        whole = load_suite(suite, overrides)
+        chosen = whole if settings is None else whole.only(settings)
+        if not report_only:
             from lorica.benchmark.runner import run_suite, worker_processes
 
-            with _Runs(loaded) as runs, worker_processes(jobs) as executor:
-                results = run_suite(loaded, executor, jobs, runs.show)
+            with _Runs(chosen) as runs, worker_processes(jobs) as executor:
+                run_suite(chosen, executor, jobs, runs.show)
+        from lorica.reporting.html import write_benchmark
+
+        results = read_results(whole.folder)
+        page = write_benchmark(whole.folder, whole.with_results(results))
+        console.print(f"Benchmark: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -424,12 +428,12 @@ class _Runs:
     def __enter__(self) -> _Runs:
         from lorica.benchmark.results import read_results
 
-        for cells in self._suite.settings.values():
-            for cell in cells:
-                if cell.refusal is not None:
-                    console.print(f"Left out: {cell.method} with {cell.setting}. {cell.refusal}", markup=False)
-        finished = self._suite.finished(read_results(self._suite.folder))
-        self._task = self._progress.add_task("", total=self._suite.count(), completed=finished)
+        found = self._suite.with_results(read_results(self._suite.folder))
+        for entry in found.entries:
+            if entry.refusal is not None:
+                text = f"Left out: {entry.method} with {entry.setting}. {entry.refusal}"
+                console.print(text, markup=False, soft_wrap=True)
+        self._task = self._progress.add_task("", total=found.planned, completed=found.finished)
         self._progress.start()
         return self
 
@@ -437,12 +441,15 @@ class _Runs:
         self._progress.stop()
 
     def show(self, run: BenchmarkRun, results: dict[str, BenchmarkRun]) -> None:
+        from lorica.reporting.benchmark import leader
+
         score = "diverged" if run.score is None else f"{100 * run.score:.1f} %"
         where = f"{run.setting}; {run.method}, rate {run.rate:g}, seed {run.seed} ({run.purpose})"
-        console.print(f"{where}: {score}, {run.seconds:.0f} s", markup=False, highlight=False)
-        best = self._suite.best(run.setting, results)
-        text = "" if best is None else f"best so far: {best[0]}, {100 * best[1]:.1f} %"
-        self._progress.update(self._task, completed=self._suite.finished(results), description=escape(text))
+        console.print(f"{where}: {score}, {run.seconds:.0f} s", markup=False, highlight=False, soft_wrap=True)
+        found = self._suite.with_results(results)
+        best = leader(found.by_setting()[run.setting])
+        text = "" if best is None else f"best so far: {best.method}, {100 * (best.mean or 0):.1f} %"
+        self._progress.update(self._task, completed=found.finished, description=escape(text))
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
-from pathlib import Path
 
 from lorica.benchmark.results import add_result, drop_partial_line, read_results
 from lorica.benchmark.suite import PlannedRun, Suite

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import statistics
+import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from lorica.config import DEFAULT_CONFIG, ExperimentConfig, Strict, load, validate
 from lorica.errors import UserError
 from lorica.methods.base import find_method, make_method
-from lorica.reporting.benchmark import BenchmarkRun, Purpose, best_rate
+from lorica.reporting.benchmark import Benchmark, BenchmarkRun, Entry, Purpose, best_rate
 from lorica.run.setup import check_method
 from lorica.run.variants import parse_variant
 from lorica.strict_yaml import read_yaml_file
@@ -42,7 +42,7 @@ class SuiteConfig(Strict):
     """Names the folder of the results."""
     experiment: str | None = None
     """The experiment that all runs start from, relative to the suite file; by default the embedded digits."""
-    overrides: list[str] = []
+    overrides: list[str] = Field(default_factory=list)
     """`section.key=value` for all runs."""
     rates: list[float] = Field(min_length=1)
     """Learning rates, the same for every method."""
@@ -103,11 +103,13 @@ class Cell:
     """One method in one setting.
 
     Attributes:
+        group: the setting's name without its ε.
         config: the experiment, at whatever rate and seed.
         refusal: why the method cannot run in this setting; None if it can.
     """
 
     setting: str
+    group: str
     method: str
     config: ExperimentConfig
     refusal: str | None
@@ -125,22 +127,31 @@ class Cell:
         """Rate -> its run on each seed of the results, if it turns out to be the best rate."""
         return {rate: [self._run(rate, seed, "result") for seed in self.seeds] for rate in self.rates}
 
-    def tuned(self, finished: Mapping[str, BenchmarkRun]) -> dict[Rate, list[BenchmarkRun]]:
-        """Rate -> its finished tuning runs."""
-        return {
-            rate: [finished[run.digest] for run in runs if run.digest in finished] for rate, runs in self.tuning.items()
-        }
-
-    def best_rate(self, finished: Mapping[str, BenchmarkRun]) -> Rate | None:
-        """The best rate on the tuning seeds; None before all tuning runs are finished, or if all of them diverged.
+    def entry(self, finished: Mapping[str, BenchmarkRun]) -> Entry:
+        """What is finished of this cell.
 
         Args:
             finished: digest -> finished run.
         """
-        tuned = self.tuned(finished)
-        if any(len(runs) < len(self.tuning_seeds) for runs in tuned.values()):
-            return None
-        return best_rate({rate: [run.score for run in runs] for rate, runs in tuned.items()})
+        tuning = {
+            rate: [finished[run.digest] for run in runs if run.digest in finished] for rate, runs in self.tuning.items()
+        }
+        rate = None
+        if all(len(runs) == len(self.tuning_seeds) for runs in tuning.values()):
+            rate = best_rate({rate: [run.score for run in runs] for rate, runs in tuning.items()})
+        results = [] if rate is None else [run for run in self.results[rate] if run.digest in finished]
+        return Entry(
+            setting=self.setting,
+            group=self.group,
+            method=self.method,
+            target=self.config.privacy.epsilon,
+            refusal=self.refusal,
+            rate=rate,
+            tuning=tuning,
+            results=[finished[run.digest] for run in results],
+            planned_tuning=len(self.rates) * len(self.tuning_seeds),
+            planned_results=len(self.seeds),
+        )
 
     def _run(self, rate: Rate, seed: int, purpose: Purpose) -> PlannedRun:
         optimizer = self.config.optimizer.model_copy(update={"lr": rate})
@@ -150,48 +161,47 @@ class Cell:
 
 @dataclass(frozen=True)
 class Suite:
-    """A suite with all its settings.
+    """A suite with all its cells.
 
     Attributes:
-        path: the suite file.
+        path, text: the suite file and its content.
         overrides: those of the command line, for all runs.
+        folder: where the results are.
         settings: name of a setting -> its cells, both in order of priority.
     """
 
     path: Path
+    text: str
     config: SuiteConfig
     overrides: list[str]
     folder: Path
     settings: dict[str, list[Cell]]
 
-    def cells(self) -> Iterator[Cell]:
-        """All cells that can run."""
-        return (cell for cells in self.settings.values() for cell in cells if cell.refusal is None)
+    def only(self, text: str) -> Suite:
+        """The suite with the settings whose name contains the text.
 
-    def count(self) -> int:
-        """Number of all runs."""
-        config = self.config
-        return sum(1 for _ in self.cells()) * (len(config.rates) * len(config.tuning_seeds) + len(config.seeds))
+        Raises:
+            UserError: there are none.
+        """
+        chosen = {name: cells for name, cells in self.settings.items() if text in name}
+        if not chosen:
+            remedy = f"choose a part of one of: {'; '.join(self.settings)}"
+            raise UserError("--settings", text, "no setting has this in its name", remedy)
+        return replace(self, settings=chosen)
 
-    def finished(self, results: Mapping[str, BenchmarkRun]) -> int:
-        """Number of runs that are finished."""
-        tuned = sum(run.digest in results for cell in self.cells() for runs in cell.tuning.values() for run in runs)
-        best = [(cell, cell.best_rate(results)) for cell in self.cells()]
-        return tuned + sum(
-            run.digest in results for cell, rate in best if rate is not None for run in cell.results[rate]
+    def with_results(self, results: Mapping[str, BenchmarkRun]) -> Benchmark:
+        """The suite with its results.
+
+        Args:
+            results: digest -> finished run.
+        """
+        return Benchmark(
+            name=self.config.name,
+            reference=self.config.reference,
+            entries=[cell.entry(results) for cells in self.settings.values() for cell in cells],
+            command=shlex.join(["lorica", "benchmark", str(self.path), *self.overrides]),
+            suite=self.text,
         )
-
-    def best(self, setting: str, results: Mapping[str, BenchmarkRun]) -> tuple[str, float] | None:
-        """The method with the highest mean score in a setting so far, and that score; None before the first result."""
-        means = {}
-        for cell in self.settings[setting]:
-            rate = None if cell.refusal else cell.best_rate(results)
-            runs = [] if rate is None else [results[run.digest] for run in cell.results[rate] if run.digest in results]
-            scores = [run.score for run in runs if run.score is not None]
-            if scores:
-                means[cell.method] = statistics.fmean(scores)
-        best = max(means, key=means.__getitem__, default=None)
-        return None if best is None else (best, means[best])
 
     def due(self, results: Mapping[str, BenchmarkRun]) -> Iterator[PlannedRun]:
         """The runs that can be started now, in order: settings one after another, tuned first, then seed by seed.
@@ -206,18 +216,17 @@ class Suite:
             for cell in able:
                 for runs in zip(*cell.tuning.values(), strict=True):
                     yield from (run for run in runs if run.digest not in results)
-            best = [(cell, rate) for cell in able if (rate := cell.best_rate(results)) is not None]
+            best = [(cell, rate) for cell in able if (rate := cell.entry(results).rate) is not None]
             for place in range(len(self.config.seeds)):
                 found = (cell.results[rate][place] for cell, rate in best)
                 yield from (run for run in found if run.digest not in results)
 
 
-def load_suite(path: Path, overrides: list[str] | None = None, settings: str | None = None) -> Suite:
+def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
     """Read a suite file and check every experiment in it.
 
     Args:
         overrides: `section.key=value` for all runs, such as `model.base=FOLDER` or `output=FOLDER`.
-        settings: only settings whose name contains this text.
 
     Raises:
         UserError: names the key, the value and the remedy.
@@ -234,12 +243,10 @@ def load_suite(path: Path, overrides: list[str] | None = None, settings: str | N
                 raise UserError("sweeps.settings", name, "two settings have this name", "rename a value of one of them")
             own = [override for _, chosen in values for override in chosen]
             experiment = _experiment(source, [*base, *own], config.name)
-            found[name] = [_cell(config, experiment, name, *method) for method in sweep.methods.items()]
-    chosen = {name: cells for name, cells in found.items() if settings is None or settings in name}
-    if not chosen:
-        raise UserError("--settings", settings, "no such setting", f"choose a part of one of: {'; '.join(found)}")
+            group = ", ".join(value for value, chosen in values if not _is_epsilon(chosen))
+            found[name] = [_cell(config, experiment, (name, group), *method) for method in sweep.methods.items()]
     folder = Path(load(source, base).output).expanduser() / config.name
-    return Suite(path, config, overrides, folder, chosen)
+    return Suite(path, path.expanduser().read_text(encoding="utf-8-sig"), config, overrides, folder, found)
 
 
 def digest_of(config: ExperimentConfig) -> str:
@@ -273,11 +280,16 @@ def _experiment(source: Path, overrides: list[str], name: str) -> ExperimentConf
     return config.model_copy(update={"name": name, "model": model})
 
 
-def _cell(suite: SuiteConfig, experiment: ExperimentConfig, setting: str, name: str, method: str) -> Cell:
+def _is_epsilon(overrides: list[str]) -> bool:
+    """Whether overrides set ε and nothing else."""
+    return bool(overrides) and all(override.startswith("privacy.epsilon=") for override in overrides)
+
+
+def _cell(suite: SuiteConfig, experiment: ExperimentConfig, setting: tuple[str, str], name: str, method: str) -> Cell:
     config = parse_variant(method, experiment).config
     refusal = None
     try:
         check_method(config, make_method(config.method, []))
     except UserError as error:
         refusal = str(error)
-    return Cell(setting, name, config, refusal, suite.rates, suite.tuning_seeds, suite.seeds)
+    return Cell(*setting, name, config, refusal, suite.rates, suite.tuning_seeds, suite.seeds)
