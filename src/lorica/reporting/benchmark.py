@@ -18,7 +18,7 @@ from lorica.config import Strict
 Purpose = Literal["tuning", "result"]
 PLATEAU = 0.02
 """A rate belongs to the plateau if its score is at most this much below the best one."""
-CONFIDENCE, RESAMPLES = 0.95, 9999
+CONFIDENCE, RESAMPLES = 0.95, 99_999
 
 
 class BenchmarkRun(Strict):

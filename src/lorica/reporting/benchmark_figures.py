@@ -34,7 +34,7 @@ def setting_figure(entries: Sequence[Entry], reference: str) -> Figure:
     with rc_context(RC):
         rates = list(rows[0].tuning)
         left = 0.25 + LETTER * max(len(shortened(row.method)) for row in rows)
-        top, bottom, middle = 0.5, 0.5, 1.2
+        top, bottom, middle = 0.36, 0.5, 1.2
         height, strip = ROW * len(rows), COLUMN * len(rates)
         figure = Figure(figsize=(WIDTH, top + height + bottom))
         whole = top + height + bottom
@@ -61,7 +61,7 @@ def epsilon_figure(entries: Sequence[Entry]) -> Figure | None:
     methods = list(dict.fromkeys(entry.method for entry in found))
     style = looks(methods)
     with rc_context(RC):
-        right = 0.5 + LETTER * (max(len(shortened(method)) for method in methods) + 7)
+        right = 0.75 + LETTER * (max(len(shortened(method)) for method in methods) + 7)
         left, top, bottom, height = 0.45, 0.4, 0.5, max(3.0, 0.21 * len(methods))
         whole = top + height + bottom
         figure = Figure(figsize=(WIDTH, whole))
@@ -97,10 +97,14 @@ def epsilon_figure(entries: Sequence[Entry]) -> Figure | None:
         unit = (top_value - bottom_value) / height
         places = spread([value for value, *_ in ends], gap=0.19 * unit, low=bottom_value, high=top_value)
         for (value, method, colour), at in zip(ends, places, strict=True):
+            # Two methods may have the same colour, and their lines may end far from their names.
+            key = panel.get_yaxis_transform()
+            dashes = style[method].dashes
+            panel.plot([1.01, 1.05], [at, at], transform=key, linestyle=dashes, color=colour, clip_on=False, label="_key")
             panel.annotate(
                 f"{shortened(method)}  {value:.1f}",
-                (1, at),
-                (10, 0),
+                (1.05, at),
+                (5, 0),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
                 va="center",
