@@ -75,7 +75,8 @@ def test_differences_are_paired_by_seed(entries: dict[tuple[str, str], Entry]) -
     mine, theirs = (entries[name, "rank 1, ε = 1"] for name in ("B only", "as-lora"))
     found = difference(mine, theirs)
     assert found is not None
-    pairs = [mine - theirs for mine, theirs in zip(*(SCORES[n, "rank 1, ε = 1"] for n in ("B only", "as-lora")))]
+    scores = (SCORES[name, "rank 1, ε = 1"] for name in ("B only", "as-lora"))
+    pairs = [one - other for one, other in zip(*scores, strict=True)]
     assert found.mean == pytest.approx(statistics.fmean(pairs))
     assert found.interval == pytest.approx(interval(pairs))
     assert found.seeds == 5
