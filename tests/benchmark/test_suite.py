@@ -115,6 +115,7 @@ def test_a_method_that_a_setting_cannot_have_is_left_out_with_the_reason(tmp_pat
     ("changes", "named"),
     [
         ({"overrides": []}, "privacy.noise = 'secure'"),
+        ({"sweeps": [SWEEP | {"methods": {"as-lora": "as-lora:privacy.noise=secure"}}]}, "privacy.noise = 'secure'"),
         ({"overrides": ["privacy.noise=reproducible", "engine=flower"]}, "engine = 'flower'"),
         ({"overrides": ["privacy.noise=reproducible", "optimizer.lr=1"]}, "set rates of the suite"),
         ({"overrides": ["privacy.noise=reproducible", "seed=1"]}, "set seeds and tuning_seeds of the suite"),
