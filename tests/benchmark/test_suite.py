@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,16 @@ def test_the_suites_of_the_repository_are_sound() -> None:
         assert suite.config.name == path.stem
         for found in suite.settings.values():
             assert [cell.refusal for cell in found if cell.method == suite.config.reference] == [None]
+
+
+def test_the_suite_in_the_documentation_is_sound(tmp_path: Path) -> None:
+    text = (SUITES.parent.parent / "docs/benchmark.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.S)
+    path = tmp_path / "suite.yaml"
+    path.write_text(block.replace("../../examples", str(SUITES.parent.parent / "examples")), encoding="utf-8")
+    suite = load_suite(path)
+    assert next(iter(suite.settings)) == "rank 1, ε = 1"
+    assert len(cells(suite)) == 4 * 3
 
 
 def test_the_suite_digits_has_every_method() -> None:
