@@ -117,6 +117,96 @@ def compare(
         console.print(f"Comparison: {page}")
 
 
+Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder, such as runs/NAME/adapter.")]
+Base = Annotated[
+    str | None, typer.Option(help="Folder or hub id of the base model, if it is not where it was in training.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto uses a GPU if there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything else on stderr.")]
+
+
+@app.command()
+def predict(
+    adapter: Adapter,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="The text of a record (two for a pair, or a question and its context), image files, or a data file.",
+        ),
+    ],
+    base: Base = None,
+    device: Device = "auto",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Language modelling: the text is a user's turn of a conversation.")
+    ] = False,
+    answer_tokens: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Language modelling: maximum tokens of an answer.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict with an adapter: from a text, images, or each record of a file (as JSON, one line a record)."""
+    with _errors(stdout_is_for_programs=True):
+        from lorica.inference import predict as predict_with
+
+        with console.status("Predicting …"):
+            found = predict_with(adapter, inputs, base, device, chat, answer_tokens)
+        for prediction in found:
+            typer.echo(json.dumps(prediction, ensure_ascii=False) if as_json or len(found) > 1 else _read(prediction))
+
+
+@app.command()
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Labelled data: a file, an image folder or a hub id.")],
+    base: Base = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate an adapter on labelled data: the metrics that a run reports on its test set."""
+    with _errors(stdout_is_for_programs=as_json):
+        from lorica.files import to_json
+        from lorica.inference import evaluate as evaluate_on
+        from lorica.reporting.run_folder import shown_metric
+
+        with console.status("Evaluating …"):
+            found = evaluate_on(adapter, data, base, device)
+        if as_json:
+            typer.echo(to_json(found, indent=2))
+            return
+        table = Table(show_header=False)
+        for name, value in found.items():
+            table.add_row(shown_metric(name), f"{value:.4f}")
+        console.print(table)
+
+
+@app.command()
+def export(
+    adapter: Adapter,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the whole model with the adapter merged into its weights.")
+    ] = False,
+    base: Base = None,
+) -> None:
+    """Copy an adapter to share it (--base names its base model there), or write a merged model (--merge)."""
+    with _errors():
+        from lorica.adapters.share import copy_adapter, write_merged
+
+        if merge:
+            write_merged(adapter, folder, base)
+        else:
+            copy_adapter(adapter, folder, base)
+        console.print(f"Written: {escape(str(folder))}", soft_wrap=True)
+
+
+def _read(prediction: dict[str, Any]) -> str:
+    """One prediction for people."""
+    if "label" in prediction:
+        return f"{prediction['label']} ({100 * prediction['score']:.1f} %)"
+    return "\n".join(str(value) for value in prediction.values())
+
+
 @app.command()
 def methods() -> None:
     """List the methods: what each trains and sends, whether its aggregation is exact, its DP status, its paper."""
@@ -377,8 +467,13 @@ class _Rounds:
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
-    """Print a `UserError` as one line; Ctrl-C keeps the finished rounds."""
+def _errors(stdout_is_for_programs: bool = False) -> Iterator[None]:
+    """Print a `UserError` as one line; Ctrl-C keeps the finished rounds.
+
+    Args:
+        stdout_is_for_programs: print what is for people on stderr meanwhile.
+    """
+    console.stderr = stdout_is_for_programs
     try:
         yield
     except UserError as error:
@@ -388,6 +483,8 @@ def _errors() -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("Stopped. Finished rounds are kept; the same command resumes the run.")
         raise typer.Exit(130) from None
+    finally:
+        console.stderr = False
 
 
 def _load(config: str | None, overrides: list[str] | None) -> ExperimentConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lorica.markdown import code, fenced, inline
+from lorica.markdown import code, inline
 from lorica.reporting.clients import GUARANTEE, client_rows
 from lorica.reporting.run_folder import Run, clipping, metric_name, not_private
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
@@ -16,7 +16,7 @@ from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def model_card(run: Run, load_lines: str) -> str:
+def model_card(run: Run, loading: str) -> str:
     """Markdown with Hugging Face front matter, for `README.md` in the adapter folder.
 
     A base model that is not a Hugging Face id (a folder, `lorica:...`) appears in the text only, because the hub
@@ -24,7 +24,7 @@ def model_card(run: Run, load_lines: str) -> str:
     published.
 
     Args:
-        load_lines: Python code that loads the adapter.
+        loading: Markdown that says how to load the adapter.
     """
     base = str(run.config.get("model", {}).get("base", "unknown"))
     front: dict[str, Any] = {"library_name": "peft"}
@@ -53,7 +53,7 @@ A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that neve
 
 ## How to load it
 
-{fenced(load_lines)}
+{loading}
 
 ## Privacy
 

@@ -122,6 +122,11 @@ def score_of(row: dict[str, Any]) -> float | None:
 def metric_name(metrics: list[dict[str, Any]]) -> str:
     """Display name of the main metric, such as "F1"."""
     name = next((str(row["metric"]) for row in metrics if row.get("metric")), "accuracy")
+    return shown_metric(name)
+
+
+def shown_metric(name: str) -> str:
+    """Display name of a metric, such as "F1"."""
     return METRIC_NAMES.get(name, name.replace("_", " "))
 
 

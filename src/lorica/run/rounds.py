@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lorica.adapters.export import Export, export_adapter
+from lorica.adapters.loading_section import loading_section
 from lorica.aggregation.averaging import RoundAverage
 from lorica.aggregation.denoising import make_denoiser
 from lorica.aggregation.robust import make_aggregate
@@ -231,12 +232,12 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
     write_atomically(folder / "privacy.json", to_json(statement, indent=2).encode())
     # If the personal models stay with their clients, export the tensors that all clients share.
     models = _models(prepared, federation) or {"": federation.server.evaluated}
-    export = Export(config.model, config.task.type, prepared.task.label_names, config.seed)
+    export = Export(config.model, config.task, prepared.task.label_names, config.seed)
     with replaced_folder(folder / "adapter") as target:
         for name, tensors in models.items():
             prepared.model.write(tensors)
             path = f"adapter/{name}".rstrip("/")
-            card = model_card(read_run(folder), f'import lorica\n\nmodel = lorica.load_adapter("{path}")')
+            card = model_card(read_run(folder), loading_section(export, path))
             export_adapter(prepared.model, federation.server.model.merged, target / name, export, card)
     write_checksums(folder)
     write_report(folder)
