@@ -66,7 +66,7 @@ def export_adapter(model: AdaptedModel, merged: Mapping[str, Pair], folder: Path
     # A path that means the same wherever the adapter is loaded on this machine.
     config["base_model_name_or_path"] = str(Path(base).absolute()) if Path(base).is_dir() else base
     if kind.peft_task is not None:
-        config["task_type"] = kind.peft_task
+        config |= {"task_type": kind.peft_task, "auto_mapping": None}
         config["modules_to_save"] = _add_heads(model, tensors, config["modules_to_save"] or [], kind.heads)
     if merged:
         config |= _raise_ranks(model, merged, tensors)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorica.adapters.base_files import EMBEDDED, resolve_base
 from lorica.adapters.export import Export
-from lorica.markdown import fenced
+from lorica.markdown import code, fenced
 from lorica.pretrained import from_pretrained
 from lorica.tasks.kind import TaskKind, kind_of
 
@@ -23,12 +23,12 @@ def loading_section(export: Export, folder: str) -> str:
         folder: the adapter, as the lines call it.
     """
     kind = kind_of(export.task)
-    shown = "path/to/image.png" if "image" in kind.columns else "a text"
+    shown = "image.png" if "image" in kind.columns else " ".join(f'"{name} …"' for name in kind.input_keys())
     with_lorica = f'import lorica\n\nmodel = lorica.load_adapter("{folder}")'
     parts = [
         "With Lorica, as a model of transformers with the adapter merged into its weights:",
         fenced(with_lorica),
-        f'`lorica predict {folder} "{shown}"` predicts on the command line.',
+        f"`lorica predict {folder} {code(shown)}` predicts on the command line.",
     ]
     if export.model.pooling == "mean":
         parts.append(
