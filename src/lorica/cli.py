@@ -41,6 +41,14 @@ for _stream in (sys.stdout, sys.stderr):
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides section.key=value, such as privacy.epsilon=1.")]
 
 
+Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder, such as runs/NAME/adapter.")]
+Base = Annotated[
+    str | None, typer.Option(help="Folder or hub id of the base model, if it is not where it was in training.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto uses a GPU if there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything else on stderr.")]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"lorica {lorica.__version__}")
@@ -62,10 +70,17 @@ def run(
         str | None, typer.Argument(help="Experiment (YAML file). Default: the embedded digits experiment.")
     ] = None,
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what the run will cost and release. Nothing is charged or written.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a LoRA adapter in a federation, or resume an interrupted run."""
-    with _errors():
+    with _errors(stdout_is_for_programs=as_json):
         experiment_config = _load(config, overrides)
+        if dry_run:
+            _rehearse(experiment_config, as_json)
+            return
         # After the configuration is known to be sound: these bring PyTorch and take seconds.
         from lorica.experiment import Experiment
         from lorica.reporting.run_folder import read_run
@@ -79,6 +94,19 @@ def run(
                 f"This run has already finished; these are its results. To start a new run: lorica run … {again}"
             )
         console.print(run_table(read_run(result.folder)))
+
+
+def _rehearse(config: ExperimentConfig, as_json: bool) -> None:
+    from lorica.files import to_json
+    from lorica.rehearsal import rehearse
+    from lorica.reporting.rehearsal import rehearsal_table
+
+    with console.status("") as status:
+        found = rehearse(config, lambda stage: status.update(f"{stage} …"))
+    if as_json:
+        typer.echo(to_json(found, indent=2, ensure_ascii=False))
+    else:
+        console.print(rehearsal_table(found))
 
 
 @app.command()
@@ -115,14 +143,6 @@ def compare(
             )
         console.print(comparison_table(results))
         console.print(f"Comparison: {page}")
-
-
-Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder, such as runs/NAME/adapter.")]
-Base = Annotated[
-    str | None, typer.Option(help="Folder or hub id of the base model, if it is not where it was in training.")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto uses a GPU if there is one.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything else on stderr.")]
 
 
 @app.command()
