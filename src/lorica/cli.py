@@ -124,7 +124,7 @@ def compare(
     """Run several methods with several seeds and compare them. Interrupted runs are resumed."""
     with _errors():
         experiment_config = _load(config, overrides)
-        every_seed = _seeds(seeds)
+        every_seed = _whole_numbers("--seeds", seeds)
         from lorica.run.variants import parse_variant
 
         variants = [parse_variant(label.strip(), experiment_config) for label in re.split(r",(?![^\[]*\])", methods)]
@@ -234,6 +234,63 @@ def methods() -> None:
         from lorica.reporting.methods import methods_table
 
         console.print(methods_table())
+
+
+@app.command()
+def init(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Your data: CSV, JSONL, Parquet or an image folder.")],
+    output: Annotated[Path | None, typer.Option(help="The configuration to write. Default: NAME.yaml here.")] = None,
+    test: Annotated[str | None, typer.Option(help="A public test set.")] = None,
+    split: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=0.5, help="Split off this fraction for tests, which ε then does not cover."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Kind of task, if it is not the one found.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column with the text, or two, comma-separated.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column to predict.")] = None,
+    by: Annotated[str | None, typer.Option(help="Column that says whose record it is.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model: a folder or a hub id.")] = None,
+    clients: Annotated[int | None, typer.Option(min=1, help="Number of simulated owners. Default: 3.")] = None,
+    epsilon: Annotated[float, typer.Option(min=0.01, max=100, help="ε of each record over the run.")] = 3.0,
+) -> None:
+    """Write a commented configuration for your own data: task, columns, base model, batch size, rounds, ε."""
+    with _errors():
+        from lorica.files import write_atomically
+        from lorica.templates.experiment import Wishes, draft_experiment
+
+        columns = None if text is None else [column.strip() for column in text.split(",")]
+        with console.status("Reading the data, and calibrating noise …"):
+            draft = draft_experiment(
+                data, Wishes(test, split, task, columns, label, by, base, clients, epsilon), output
+            )
+        write_atomically(draft.path, draft.text.encode())
+        for file in draft.files:
+            console.print(f"Written: {escape(str(file))}", soft_wrap=True, highlight=False)
+        console.print(f"Written: {escape(str(draft.path))}. Read it, then:", soft_wrap=True, highlight=False)
+        for option in (" --dry-run", ""):
+            command = f"lorica run {shlex.quote(str(draft.path))}{option}"
+            console.print(f"  {escape(command)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def plan(
+    records: Annotated[int, typer.Option(min=8, help="Number of records of the client.")],
+    epsilon: Annotated[float, typer.Option(min=0.01, max=100, help="ε of each record over the run.")] = 3.0,
+    delta: Annotated[float, typer.Option(min=1e-12, max=0.5, help="δ, below 1/records.")] = 1e-5,
+    steps: Annotated[str, typer.Option(help="Total numbers of noisy steps, comma-separated.")] = "20,60,200",
+    as_json: AsJson = False,
+) -> None:
+    """Compare batch sizes and numbers of steps at the same ε: noise of the run, and gradients to compute."""
+    with _errors(stdout_is_for_programs=as_json):
+        from lorica.files import to_json
+        from lorica.reporting.planning import compared_options, options_table
+
+        with console.status("Calibrating noise …"):
+            found = compared_options(records, epsilon, delta, _whole_numbers("--steps", steps))
+        if as_json:
+            typer.echo(to_json(found, indent=2))
+        else:
+            console.print(options_table(found))
 
 
 @app.command("new-method")
@@ -517,11 +574,11 @@ def _load(config: str | None, overrides: list[str] | None) -> ExperimentConfig:
     return load(config, overrides)
 
 
-def _seeds(text: str) -> list[int]:
+def _whole_numbers(option: str, text: str) -> list[int]:
     try:
-        return [int(seed) for seed in text.split(",")]
+        return [int(number) for number in text.split(",")]
     except ValueError:
-        raise UserError("--seeds", text, "not a list of whole numbers", "write --seeds 0,1,2") from None
+        raise UserError(option, text, "not a list of whole numbers", f"write {option} 0,1,2") from None
 
 
 def _next_name(folder: Path) -> str:
