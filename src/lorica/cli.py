@@ -83,7 +83,7 @@ def run(
             return
         # After the configuration is known to be sound: these bring PyTorch and take seconds.
         from lorica.experiment import Experiment
-        from lorica.reporting.run_folder import read_run
+        from lorica.reporting.run_folder import read_run, run_content
         from lorica.reporting.tables import run_table
 
         with _Rounds() as rounds:
@@ -93,20 +93,29 @@ def run(
             console.print(
                 f"This run has already finished; these are its results. To start a new run: lorica run … {again}"
             )
-        console.print(run_table(read_run(result.folder)))
+        if as_json:
+            _print_json(run_content(read_run(result.folder)))
+        else:
+            console.print(run_table(read_run(result.folder)))
 
 
 def _rehearse(config: ExperimentConfig, as_json: bool) -> None:
-    from lorica.files import to_json
     from lorica.rehearsal import rehearse
     from lorica.reporting.rehearsal import rehearsal_table
 
     with console.status("") as status:
         found = rehearse(config, lambda stage: status.update(f"{stage} …"))
     if as_json:
-        typer.echo(to_json(found, indent=2, ensure_ascii=False))
+        _print_json(found)
     else:
         console.print(rehearsal_table(found))
+
+
+def _print_json(content: Any) -> None:
+    """Print one JSON document on stdout; infinity and NaN, which JSON does not have, are null."""
+    from lorica.files import to_json
+
+    typer.echo(to_json(content, indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -120,9 +129,10 @@ def compare(
         typer.Option(help="Comma-separated, with options after a colon: as-lora:score=energy+server.denoise=kalman."),
     ] = "as-lora,ffa-lora,ro-lora,fed-avg",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    as_json: AsJson = False,
 ) -> None:
     """Run several methods with several seeds and compare them. Interrupted runs are resumed."""
-    with _errors():
+    with _errors(stdout_is_for_programs=as_json):
         experiment_config = _load(config, overrides)
         every_seed = _whole_numbers("--seeds", seeds)
         from lorica.run.variants import parse_variant
@@ -130,6 +140,7 @@ def compare(
         variants = [parse_variant(label.strip(), experiment_config) for label in re.split(r",(?![^\[]*\])", methods)]
         # After every argument is known to be sound: these bring transformers and PEFT, and take seconds.
         from lorica.compare import compare as compare_methods
+        from lorica.reporting.comparison import comparison_content
         from lorica.reporting.tables import comparison_table
 
         with _Rounds() as rounds:
@@ -141,8 +152,11 @@ def compare(
                 rounds.start,
                 rounds.round,
             )
-        console.print(comparison_table(results))
-        console.print(f"Comparison: {page}")
+        if as_json:
+            _print_json(comparison_content(results) | {"page": str(page)})
+        else:
+            console.print(comparison_table(results))
+            console.print(f"Comparison: {page}")
 
 
 @app.command()
@@ -185,14 +199,13 @@ def evaluate(
 ) -> None:
     """Evaluate an adapter on labelled data: the metrics that a run reports on its test set."""
     with _errors(stdout_is_for_programs=as_json):
-        from lorica.files import to_json
         from lorica.inference import evaluate as evaluate_on
         from lorica.reporting.run_folder import shown_metric
 
         with console.status("Evaluating …"):
             found = evaluate_on(adapter, data, base, device)
         if as_json:
-            typer.echo(to_json(found, indent=2))
+            _print_json(found)
             return
         table = Table(show_header=False)
         for name, value in found.items():
@@ -228,12 +241,16 @@ def _read(prediction: dict[str, Any]) -> str:
 
 
 @app.command()
-def methods() -> None:
+def methods(as_json: AsJson = False) -> None:
     """List the methods: what each trains and sends, whether its aggregation is exact, its DP status, its paper."""
-    with _errors():
-        from lorica.reporting.methods import methods_table
+    with _errors(stdout_is_for_programs=as_json):
+        from lorica.reporting.methods import HEADINGS, method_rows, methods_table
 
-        console.print(methods_table())
+        if as_json:
+            keys = [heading.replace(" ", "_") for heading in HEADINGS]
+            _print_json([dict(zip(keys, row, strict=True)) for row in method_rows()])
+        else:
+            console.print(methods_table())
 
 
 @app.command()
@@ -282,13 +299,12 @@ def plan(
 ) -> None:
     """Compare batch sizes and numbers of steps at the same ε: noise of the run, and gradients to compute."""
     with _errors(stdout_is_for_programs=as_json):
-        from lorica.files import to_json
         from lorica.reporting.planning import compared_options, options_table
 
         with console.status("Calibrating noise …"):
             found = compared_options(records, epsilon, delta, _whole_numbers("--steps", steps))
         if as_json:
-            typer.echo(to_json(found, indent=2))
+            _print_json(found)
         else:
             console.print(options_table(found))
 
@@ -316,9 +332,10 @@ def account(
     delta: Annotated[float, typer.Option(help="δ, below 1/records.")] = 1e-5,
     epsilon: Annotated[float | None, typer.Option(help="Compute the noise multiplier for this ε.")] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Compute the ε of this noise multiplier.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compute the noise multiplier for an ε, or the ε for a noise multiplier, with two accountants."""
-    with _errors():
+    with _errors(stdout_is_for_programs=as_json):
         if (epsilon is None) == (noise_multiplier is None):
             problem = "exactly one of --epsilon and --noise-multiplier is required"
             raise UserError("--epsilon", epsilon, problem, "give one of them")
@@ -327,6 +344,20 @@ def account(
 
         content = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "delta": delta}
         plan = plan_client(0, records, batch_size, steps, validate(PrivacyConfig, content, prefix="account"))
+        if as_json:
+            _print_json(
+                {
+                    "records": records,
+                    "batch_size": batch_size,
+                    "sampling_rate": plan.terms.sampling_rate,
+                    "steps": steps,
+                    "noise_multiplier": plan.terms.noise_multiplier,
+                    "delta": delta,
+                    "epsilon": plan.epsilon(),
+                    "epsilon_rdp": plan.epsilon_rdp(),
+                }
+            )
+            return
         table = Table(show_header=False)
         table.add_row("sampling rate q", f"{plan.terms.sampling_rate:.6g}")
         table.add_row("steps", str(steps))
@@ -362,14 +393,14 @@ def budget(
     policy: Annotated[
         Path | None, typer.Option(help="The owner's policy (YAML file), to show the budget that is left.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     release: Annotated[
         str | None, typer.Option(metavar="RUN", help="Release the budget reserved by RUN, which will not continue.")
     ] = None,
     accept: Annotated[bool, typer.Option("--accept", help="Accept that the ledger is lost, older or changed.")] = False,
 ) -> None:
     """Show what was released from an owner's data: when, in which run, at what ε. Only --release and --accept write."""
-    with _errors():
+    with _errors(stdout_is_for_programs=as_json):
         if delta is not None and not 1e-12 <= delta < 0.5:
             raise UserError("--delta", delta, "not between 1e-12 and 0.5", "choose a value below 1/records")
         if delta is not None and policy is not None:
@@ -388,7 +419,7 @@ def budget(
             release_reservation(find_ledger(path), release)
         found = read_budget(path, delta or 1e-5, None if policy is None else load_policy(policy))
         if as_json:
-            typer.echo(json.dumps(found, indent=2))
+            _print_json(found)
         else:
             console.print(budget_table(found))
 

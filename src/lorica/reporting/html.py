@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from markupsafe import Markup, escape
 from lorica.files import to_json, write_atomically
 from lorica.reporting.choices import median_signal_to_noise, near_coin_flips
 from lorica.reporting.clients import client_rows
-from lorica.reporting.comparison import ComparedRun, summarise
+from lorica.reporting.comparison import ComparedRun, comparison_content, summarise
 from lorica.reporting.drawing import Figure, rc_context
 from lorica.reporting.factors import factor_rows
 from lorica.reporting.partition import partition_figure
@@ -127,10 +126,9 @@ def write_comparison(folder: str | Path, results: list[ComparedRun]) -> Path:
             "single_seeds": [summary.method for summary in summaries if summary.std is None],
         },
     )
-    content = {"methods": [asdict(summary) for summary in summaries], "not_private_runs": len(public)}
     files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
     files["comparison.md"] = comparison_markdown(results).encode()
-    files["comparison.json"] = (to_json(content, indent=2, ensure_ascii=False) + "\n").encode()
+    files["comparison.json"] = (to_json(comparison_content(results), indent=2, ensure_ascii=False) + "\n").encode()
     for name, text in (files | {"comparison.html": page.encode()}).items():
         write_atomically(folder / name, text)
     return folder / "comparison.html"
