@@ -392,6 +392,20 @@ def test_a_merged_model_is_one_of_transformers(exported: Callable[[str], Exporte
         write_merged(found.folder, tmp_path / "merged")
 
 
+def test_a_merged_mean_pooled_model_loads_with_its_own_code_beside_lorica(
+    exported: Callable[[str], Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    found = exported("mean")
+    write_merged(found.folder, tmp_path / "merged")
+    automatic = transformers.AutoModelForSequenceClassification
+    inputs = padded_inputs(found, "mean")
+    for trusted in (True, False, True):
+        merged = automatic.from_pretrained(tmp_path / "merged", trust_remote_code=trusted).eval()
+        with torch.inference_mode():
+            torch.testing.assert_close(merged(**inputs).logits, load_adapter(found.folder)(**inputs).logits)
+
+
 @pytest.mark.integration
 def test_a_merged_mean_pooled_model_loads_where_lorica_is_not_imported(
     exported: Callable[[str], Exported], tmp_path: Path
@@ -444,6 +458,12 @@ def test_a_copy_names_the_base_that_others_have(exported: Callable[[str], Export
     with pytest.raises(UserError, match="not the model that"):
         copy_adapter(found.folder, tmp_path / "wrong", str(exported("mean").base))
     assert not (tmp_path / "wrong").exists()
+
+
+def test_a_run_is_no_adapter_but_has_one(exported: Callable[[str], Exported]) -> None:
+    found = exported("text")
+    with pytest.raises(UserError, match=rf"has no lorica.json. Give {re.escape(str(found.folder))}"):
+        load_adapter(found.folder.parent)
 
 
 def test_a_misspelt_file_is_no_text(exported: Callable[[str], Exported]) -> None:

@@ -139,7 +139,8 @@ def read_export(folder: str | Path, base: str | None = None) -> Export:
                 "it contains one adapter per client",
                 f"load one of them, such as {Path(folder) / own[0]}",
             )
-        remedy = "give the adapter folder of a finished run, such as runs/NAME/adapter"
+        inside = Path(folder) / "adapter"
+        remedy = f"give {inside}" if inside.is_dir() else "give the adapter folder of a run, such as runs/NAME/adapter"
         raise UserError("adapter", str(folder), f"has no {DESCRIPTION}", remedy)
     for name in (WEIGHTS, ADAPTER_CONFIG):
         if not (path.parent / name).is_file():

@@ -52,7 +52,8 @@ class MeanPooledClassifier(PreTrainedModel):  # type: ignore[misc]
         return SequenceClassifierOutput(logits=self.classifier(mean))
 
 
-AutoConfig.register(MeanPooledConfig.model_type, MeanPooledConfig)
-AutoModelForSequenceClassification.register(MeanPooledConfig, MeanPooledClassifier)
+# A copy of this file, beside a merged model, registers its own classes.
+AutoConfig.register(MeanPooledConfig.model_type, MeanPooledConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(MeanPooledConfig, MeanPooledClassifier, exist_ok=True)
 MeanPooledConfig.register_for_auto_class()
 MeanPooledClassifier.register_for_auto_class("AutoModelForSequenceClassification")
