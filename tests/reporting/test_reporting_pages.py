@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from PIL import Image
 
@@ -308,6 +309,30 @@ def test_a_model_card_names_only_hub_models_in_its_front_matter(make_run, base, 
     assert front.get("base_model") == in_front
     assert in_text in body
     assert "/home" not in card
+
+
+def test_a_model_card_says_what_the_hub_searches_by(make_run, tmp_path):
+    """Read back by the hub's own library."""
+    folder = make_run(rounds=2, accuracies=[0.5, 0.6, 0.723])
+    base = tmp_path / "encoder"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["model"]["base"] = str(base)
+    config["task"] |= {"type": "text-regression", "train": ["clinic/patients[train]", "/srv/patients.csv"]}
+    config["task"]["test"] = {"a": "nyu-mll/glue:stsb[validation]", "b": "data/other.csv"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    data = ModelCard(model_card(read_run(folder), "load()")).data
+    assert data.license == "apache-2.0"
+    assert data.pipeline_tag == "text-classification"
+    assert data.datasets == ["nyu-mll/glue"]
+    assert data.base_model is None
+    [result] = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("accuracy", 0.723)
+    assert (result.task_type, result.dataset_type) == ("text-classification", "nyu-mll/glue")
+    assert "patients" not in model_card(read_run(folder), "load()")
+    (base / "README.md").write_text("---\nlicense: [\n---\n")
+    assert ModelCard(model_card(read_run(folder), "load()")).data.license is None
 
 
 def test_a_model_card_keeps_names_from_being_markup(make_run):

@@ -143,7 +143,9 @@ def figure_svg(figure: Figure, name: str, description: str) -> Markup:
     """
     buffer = io.StringIO()
     with rc_context(RC):
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        unchanging = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        # On whatever colour the page has.
+        figure.savefig(buffer, format="svg", transparent=True, metadata=unchanging)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg)

@@ -35,6 +35,7 @@ class TaskKind(ABC):
         pooled: a linear map on the mean of the last hidden states fits too (`model.pooling: mean`).
         metric_choices: what `task.metrics` may name; nothing where it may not be set.
         default_metrics: what is reported where it is not set.
+        pipeline_tag: what the Hugging Face hub calls such tasks; None where it has no name for them.
         peft_task: PEFT's name for such tasks (`task_type` of an exported adapter); None where PEFT has none.
     """
 
@@ -47,6 +48,7 @@ class TaskKind(ABC):
     pooled: ClassVar[bool] = False
     metric_choices: ClassVar[tuple[str, ...]] = ()
     default_metrics: ClassVar[tuple[str, ...]]
+    pipeline_tag: ClassVar[str | None] = None
     peft_task: ClassVar[str | None] = None
 
     def __init__(self, config: TaskConfig) -> None:

@@ -21,6 +21,7 @@ class ImageClassification(TaskKind):
     columns = ("image", "label")
     labels = "classes"
     model_class = "AutoModelForImageClassification"
+    pipeline_tag = "image-classification"
     metric_choices = tuple(OF_CLASSES)
     default_metrics = ("accuracy",)
 

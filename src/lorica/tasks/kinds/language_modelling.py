@@ -27,6 +27,7 @@ class LanguageModelling(TaskKind):
     model_class = "AutoModelForCausalLM"
     targets = ()
     own_head = True
+    pipeline_tag = "text-generation"
     peft_task = "CAUSAL_LM"
     default_metrics = ("token_accuracy", "perplexity")
 

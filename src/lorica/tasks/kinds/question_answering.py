@@ -27,6 +27,7 @@ class QuestionAnswering(TaskKind):
     model_class = "AutoModelForQuestionAnswering"
     targets = ("answers",)
     heads = ("qa_outputs",)
+    pipeline_tag = "question-answering"
     # PEFT 0.21 has QUESTION_ANS, but its model drops `token_type_ids`, and then finds other answers.
     peft_task = None
     default_metrics = ("exact_match", "f1")

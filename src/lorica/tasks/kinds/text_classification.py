@@ -21,6 +21,7 @@ class TextClassification(TaskKind):
     labels = "classes"
     model_class = "AutoModelForSequenceClassification"
     pooled = True
+    pipeline_tag = "text-classification"
     peft_task = "SEQ_CLS"
     metric_choices = tuple(OF_CLASSES)
     default_metrics = ("accuracy",)

@@ -21,6 +21,7 @@ class TextRegression(TaskKind):
     labels = "number"
     model_class = "AutoModelForSequenceClassification"
     pooled = True
+    pipeline_tag = "text-classification"
     peft_task = "SEQ_CLS"
     metric_choices = tuple(OF_NUMBERS)
     default_metrics = ("pearson", "spearman")
