@@ -11,12 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from rich.console import Console
 from typer.testing import CliRunner
@@ -26,7 +28,7 @@ from lorica.adapters.adapted import AdaptedModel, adapt
 from lorica.adapters.base_model import load_base
 from lorica.adapters.export import Export, export_adapter, load_adapter
 from lorica.adapters.loading_section import loading_section
-from lorica.adapters.share import copy_adapter, write_merged
+from lorica.adapters.share import copy_adapter, push_adapter, write_merged
 from lorica.config import LoraSection, ModelConfig, TaskConfig
 from lorica.errors import UserError
 from lorica.inference import evaluate, predict
@@ -460,9 +462,46 @@ def test_a_copy_names_the_base_that_others_have(exported: Callable[[str], Export
     assert not (tmp_path / "wrong").exists()
 
 
+class Hub:
+    """In the place of the hub: keeps what is uploaded."""
+
+    files: dict[str, bytes]
+    created: tuple[str, bool]
+
+    def create_repo(self, repository: str, private: bool, exist_ok: bool) -> None:
+        if repository == "nobody/taken":
+            raise OSError("no route to the hub")
+        Hub.created = (repository, private)
+
+    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> Any:
+        assert repo_id == Hub.created[0]
+        Hub.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+
+def test_an_adapter_is_pushed_with_a_base_that_others_have(
+    exported: Callable[[str], Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = exported("text")
+    monkeypatch.setattr("lorica.adapters.share.HfApi", Hub)
+    with pytest.raises(UserError, match=r"others do not have this folder\. Name the base model's hub id"):
+        push_adapter(found.folder, "me/adapter")
+    assert push_adapter(found.folder, "me/adapter", "org/encoder") == "https://hub/me/adapter/commit/1"
+    assert Hub.created == ("me/adapter", True)
+    assert Hub.files.keys() == {path.name for path in found.folder.iterdir()}
+    assert Hub.files["adapter_model.safetensors"] == (found.folder / "adapter_model.safetensors").read_bytes()
+    card = ModelCard(Hub.files["README.md"].decode())
+    assert card.data.base_model == "org/encoder"
+    assert 'from_pretrained("org/encoder", id2label' in card.text
+    # Not where the model was on this machine.
+    assert not [name for name, content in Hub.files.items() if str(found.base).encode() in content]
+    with pytest.raises(UserError, match="no route to the hub"):
+        push_adapter(found.folder, "nobody/taken", "org/encoder")
+
+
 def test_a_run_is_no_adapter_but_has_one(exported: Callable[[str], Exported]) -> None:
     found = exported("text")
-    with pytest.raises(UserError, match=rf"has no lorica.json. Give {re.escape(str(found.folder))}"):
+    with pytest.raises(UserError, match=rf"has no lorica\.json\. Give {re.escape(str(found.folder))}"):
         load_adapter(found.folder.parent)
 
 

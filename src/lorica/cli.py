@@ -233,6 +233,22 @@ def export(
         console.print(f"Written: {escape(str(folder))}", soft_wrap=True)
 
 
+@app.command()
+def push(
+    adapter: Adapter,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="ACCOUNT/NAME on the Hugging Face hub.")],
+    base: Annotated[str | None, typer.Option(help="Hub id of the base model, if it was a folder in training.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see a new repository.")] = False,
+) -> None:
+    """Upload an adapter with its model card to the Hugging Face hub, with the account of `hf auth login`."""
+    with _errors():
+        from lorica.adapters.share import push_adapter
+
+        with console.status("Uploading …"):
+            address = push_adapter(adapter, repository, base, private=not public)
+        console.print(f"Uploaded: {escape(address)}", soft_wrap=True, highlight=False)
+
+
 def _read(prediction: dict[str, Any]) -> str:
     """One prediction for people."""
     if "label" in prediction:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from lorica.adapters.base_files import resolve_base
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+from lorica.adapters.base_files import EMBEDDED, resolve_base
 from lorica.adapters.export import (
     ADAPTER_CONFIG,
     check_exported,
@@ -15,11 +20,15 @@ from lorica.adapters.export import (
     read_export,
     write_description,
 )
-from lorica.adapters.loading_section import HEADING, loading_section
+from lorica.adapters.loading_section import HEADING
 from lorica.errors import UserError
 from lorica.files import replaced_folder
 from lorica.markdown import fenced
 from lorica.tasks.kind import kind_of
+
+# The line of a card that loads the base model with PEFT, up to the model's name.
+_BASE_LINE = re.compile(r'(?m)^(base = \w+\.from_pretrained\()("[^"]*"|resolve_base\("[^"]*"\))')
+_LOADING_SECTION = re.compile(rf"(?ms)^## {HEADING}\n.*?(?=^## |\Z)")
 
 
 def copy_adapter(folder: Path, target: Path, base: str | None = None) -> None:
@@ -37,8 +46,48 @@ def copy_adapter(folder: Path, target: Path, base: str | None = None) -> None:
             config = json.loads((temporary / ADAPTER_CONFIG).read_text(encoding="utf-8"))
             config["base_model_name_or_path"] = base
             (temporary / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-            _rewrite_card(temporary, loading_section(export, target.name))
             write_description(temporary, export)
+            local = Path(base).is_dir()
+            named = json.dumps(Path(base).absolute().name if local else base, ensure_ascii=False)
+            _rewrite_card(
+                temporary, {} if local else {"base_model": base}, _BASE_LINE, lambda found: f"{found[1]}{named}"
+            )
+
+
+def push_adapter(folder: Path, repository: str, base: str | None = None, private: bool = True) -> str:
+    """Upload an adapter to the Hugging Face hub, with the account that `hf auth login` has stored.
+
+    Args:
+        repository: `ACCOUNT/NAME`; created if there is none.
+        base: hub id of the base model, which the uploaded adapter then names.
+        private: of a new repository.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: as `copy_adapter`; the base model is a folder, which others do not have; the hub refuses.
+    """
+    named = base or read_export(folder).model.base
+    if named.startswith(EMBEDDED) or Path(named).expanduser().is_dir():
+        problem = "others do not have this folder"
+        if named.startswith(EMBEDDED):
+            problem = "it is part of Lorica, and not on the hub"
+        raise UserError("--base", named, problem, "name the base model's hub id: --base ACCOUNT/MODEL")
+    with TemporaryDirectory(prefix="lorica-") as place:
+        copy_adapter(folder, Path(place) / "adapter", named)
+        hub = HfApi()
+        try:
+            hub.create_repo(repository, private=private, exist_ok=True)
+            done = hub.upload_folder(
+                repo_id=repository, folder_path=Path(place) / "adapter", commit_message="Adapter, by lorica push"
+            )
+        # The library's own errors, and those of the HTTP client below it.
+        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            remedy = "run hf auth login, and check the name and the network"
+            raise UserError("REPO", repository, f"the hub does not take it ({said})", remedy) from error
+    return str(done.commit_url)
 
 
 def write_merged(folder: Path, target: Path, base: str | None = None) -> None:
@@ -66,8 +115,12 @@ def write_merged(folder: Path, target: Path, base: str | None = None) -> None:
         if (folder / "README.md").is_file():
             shutil.copy(folder / "README.md", temporary)
             trust = ", trust_remote_code=True" if export.model.pooling == "mean" else ""
-            lines = f"from transformers import {kind.model_class}\n\nmodel = {kind.model_class}.from_pretrained("
-            _rewrite_card(temporary, fenced(f'{lines}"{target.name}"{trust}).eval()'), library="transformers")
+            lines = fenced(
+                f"from transformers import {kind.model_class}\n\n"
+                f'model = {kind.model_class}.from_pretrained("{target.name}"{trust}).eval()'
+            )
+            section = f"## {HEADING}\n\n{lines}\n\n"
+            _rewrite_card(temporary, {"library_name": "transformers"}, _LOADING_SECTION, lambda _: section)
 
 
 def _check_empty(target: Path) -> None:
@@ -75,11 +128,14 @@ def _check_empty(target: Path) -> None:
         raise UserError("DIR", str(target), "it exists and is not empty", "choose a new folder")
 
 
-def _rewrite_card(folder: Path, section: str, library: str = "peft") -> None:
-    """Replace the section on loading, and the library that the front matter names."""
+def _rewrite_card(
+    folder: Path, front_matter: dict[str, str], pattern: re.Pattern[str], by: Callable[[re.Match[str]], str]
+) -> None:
+    """Change what the hub searches by, and a part of the text, in an adapter's model card, if it has one."""
     path = folder / "README.md"
     if not path.is_file():
         return
-    card = path.read_text(encoding="utf-8")
-    card = re.sub(rf"(?ms)^## {HEADING}\n.*?(?=^## |\Z)", lambda _: f"## {HEADING}\n\n{section}\n\n", card)
-    path.write_text(card.replace("library_name: peft", f"library_name: {library}", 1), encoding="utf-8")
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    for key, value in front_matter.items():
+        setattr(card.data, key, value)
+    path.write_text(f"---\n{card.data.to_yaml()}\n---\n{pattern.sub(by, card.text)}", encoding="utf-8")
