@@ -25,6 +25,7 @@ from lorica.templates.experiment import Wishes, draft_experiment
 from tests.tasks.test_whole_runs import sentences, tiny_bert, write_rows
 
 ONE_STEP = ["federation.rounds=1", "federation.local_steps=1", "model.threads=1"]
+ONE_STEP += ["privacy.epsilon=null", "privacy.noise_multiplier=1.0"]
 
 
 @pytest.fixture
@@ -59,7 +60,8 @@ def test_a_drafted_experiment_runs(place: Path) -> None:
     data = reviews(place / "reviews.csv")
     draft = draft_experiment(data, Wishes(split=0.2, base=tiny_bert(place / "encoder")))
     assert draft.path == Path("reviews.yaml")
-    draft.path.write_text(draft.text)
+    assert {path.name for path in place.iterdir() if path.is_file()} == {"reviews.csv"}
+    draft.write()
     config = load("reviews.yaml", ONE_STEP)
     assert config.task.text == ["review"]
     assert config.task.label == "sentiment"
@@ -68,20 +70,23 @@ def test_a_drafted_experiment_runs(place: Path) -> None:
     result = lorica.Experiment(config).run()
     assert result.privacy["private_release"]
     assert (
-        sum(client["records"] for client in result.privacy["clients"]) == parquet.read_metadata(draft.files[0]).num_rows
+        sum(client["records"] for client in result.privacy["clients"])
+        == parquet.read_metadata(next(iter(draft.files))).num_rows
     )
 
 
 def test_a_split_keeps_equal_records_together_and_private(place: Path) -> None:
     data = write_rows(place / "twice.jsonl", [{"text": str(n // 2), "label": n // 2 % 2} for n in range(400)])
-    train, test = draft_experiment(data, Wishes(split=0.25)).files
+    draft = draft_experiment(data, Wishes(split=0.25))
+    draft.write()
+    train, test = draft.files
     texts = [set(parquet.read_table(file).column("text").to_pylist()) for file in (train, test)]
     assert not texts[0] & texts[1]
     assert len(texts[0] | texts[1]) == 200
     assert len(texts[1]) == pytest.approx(50, abs=20)
     assert train.stat().st_mode & 0o077 == 0
-    with pytest.raises(UserError, match="exists"):
-        draft_experiment(data, Wishes(split=0.25))
+    with pytest.raises(UserError, match=r"twice-train\.parquet exists"):
+        draft_experiment(data, Wishes(split=0.25), Path("other.yaml"))
 
 
 def test_without_a_public_test_set_it_asks_for_one(place: Path) -> None:
@@ -117,6 +122,20 @@ def test_what_a_file_is_for_is_read_from_its_columns(place: Path) -> None:
     assert drafted(data, label="stars", text=["review"])["task"]["labels"] == ["0", "1", "2", "3", "4"]
     long = [{"text": "word " * 100, "label": n % 2} for n in range(300)]
     assert drafted(write_rows(place / "long.jsonl", long))["task"]["max_length"] == 160
+
+
+def test_an_image_folder_has_its_labels_in_its_folders(place: Path) -> None:
+    from PIL import Image
+
+    for index in range(60):
+        path = place / "scans" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), index, dtype=np.uint8)).save(path)
+    draft = draft_experiment(str(place / "scans"), Wishes(test="public", clients=2))
+    task = yaml.safe_load(draft.text)["task"]
+    assert (task["type"], task["labels"], task["train"]) == ("image-classification", ["a", "b"], str(place / "scans"))
+    with pytest.raises(UserError, match="a folder is not split"):
+        draft_experiment(str(place / "scans"), Wishes(split=0.1, clients=2))
 
 
 def test_owners_are_those_of_the_data_or_simulated(place: Path) -> None:

@@ -36,7 +36,9 @@ def everything(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize("method", ["as-lora", "fedask", "fedsa-lora"])
+@pytest.mark.parametrize(
+    "method", ["fedask", *(pytest.param(m, marks=pytest.mark.slow) for m in ("as-lora", "fedsa-lora"))]
+)
 def test_it_says_what_the_run_then_sends_and_charges(
     experiment: Callable[..., lorica.Experiment], tmp_path: Path, method: str
 ) -> None:

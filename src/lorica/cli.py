@@ -288,7 +288,6 @@ def init(
 ) -> None:
     """Write a commented configuration for your own data: task, columns, base model, batch size, rounds, ε."""
     with _errors():
-        from lorica.files import write_atomically
         from lorica.templates.experiment import Wishes, draft_experiment
 
         columns = None if text is None else [column.strip() for column in text.split(",")]
@@ -296,7 +295,7 @@ def init(
             draft = draft_experiment(
                 data, Wishes(test, split, task, columns, label, by, base, clients, epsilon), output
             )
-        write_atomically(draft.path, draft.text.encode())
+        draft.write()
         for file in draft.files:
             console.print(f"Written: {escape(str(file))}", soft_wrap=True, highlight=False)
         console.print(f"Written: {escape(str(draft.path))}. Read it, then:", soft_wrap=True, highlight=False)

@@ -35,12 +35,19 @@ class Parents(HTMLParser):
         assert self.open.pop()[0] == tag
 
 
+DRAWN: list[str] = []
+
+
 @pytest.fixture
 def pages(make_run, tmp_path):
+    """A report and a comparison, drawn once."""
+    if DRAWN:
+        return DRAWN
     report = write_report(make_run())
     metrics = [{"round": number, "score": 0.5 + number / 10, "metric": "accuracy"} for number in range(3)]
     comparison = write_comparison(tmp_path / "compared", [ComparedRun("as-lora", 0, metrics, True)])
-    return [Path(path).read_text() for path in (report, comparison)]
+    DRAWN.extend(Path(path).read_text() for path in (report, comparison))
+    return DRAWN
 
 
 def test_what_is_wide_scrolls_by_itself_and_can_be_reached_by_keyboard(pages):

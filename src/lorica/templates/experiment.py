@@ -15,7 +15,7 @@ import yaml
 
 from lorica.config import load
 from lorica.errors import UserError
-from lorica.files import create_private
+from lorica.files import create_private, write_atomically, write_errors
 from lorica.privacy.planning import NEAR, Option, smallest_good_batch, usual_batch_sizes
 from lorica.tasks.formats.header import column_names
 from lorica.tasks.formats.image_folder import has_images, read_image_folder
@@ -61,7 +61,21 @@ class Draft:
 
     path: Path
     text: str
-    files: list[Path]
+    files: dict[Path, pa.Table]
+
+    def write(self) -> None:
+        """Write everything. What is private is readable by this account alone.
+
+        Raises:
+            UserError: the disk is full, or the folder is not writable.
+        """
+        from pyarrow import parquet
+
+        for file, part in self.files.items():
+            with write_errors(file):
+                create_private(file)
+                parquet.write_table(part, file)
+        write_atomically(self.path, self.text.encode())
 
 
 def draft_experiment(data: str, wishes: Wishes, output: Path | None = None) -> Draft:
@@ -81,10 +95,13 @@ def draft_experiment(data: str, wishes: Wishes, output: Path | None = None) -> D
         raise UserError("--output", str(target), "it exists", "choose another file, or delete it")
     table = _read(path)
     task = guess_task(table, wishes.task, wishes.text, wishes.label, wishes.by)
-    test, files = _test_set(path, table, wishes)
-    train = str(files[0]) if files else data
-    count = table.num_rows if not files else _rows(files[0])
-    division, smallest, largest = _division(table, count, wishes)
+    files: dict[Path, pa.Table] = {}
+    if wishes.test is None and wishes.split is not None:
+        files = _split(path, table, wishes.split)
+        (train, table), (test, _) = ((str(file), part) for file, part in files.items())
+    else:
+        train, test = data, wishes.test or _sibling(path)
+    division, smallest, largest = _division(table, wishes)
     delta = min(1e-5, 10 ** math.floor(math.log10(0.1 / largest)))
     if smallest < 8:
         problem = f"a client has {smallest} records"
@@ -120,17 +137,13 @@ def _read(path: Path) -> pa.Table:
     return READERS[path.suffix.lower()](path, "DATA", dict.fromkeys(names, "DATA"))
 
 
-def _test_set(path: Path, table: pa.Table, wishes: Wishes) -> tuple[str, list[Path]]:
-    """The public test set, and the files of a split (train, test) if one is wished for."""
-    if wishes.test is not None:
-        return wishes.test, []
-    if wishes.split is not None:
-        return _split(path, table, wishes.split)
+def _sibling(path: Path) -> str:
+    """The test set beside a file of training data."""
     if "train" in path.stem:
         for word in SIBLINGS:
             sibling = path.with_name(path.name.replace("train", word))
             if sibling.exists():
-                return str(sibling), []
+                return str(sibling)
     raise UserError(
         "--test",
         None,
@@ -139,9 +152,10 @@ def _test_set(path: Path, table: pa.Table, wishes: Wishes) -> tuple[str, list[Pa
     )
 
 
-def _split(path: Path, table: pa.Table, share: float) -> tuple[str, list[Path]]:
+def _split(path: Path, table: pa.Table, share: float) -> dict[Path, pa.Table]:
+    """The files of the training data and of the test data, with their records."""
     import pyarrow as pa
-    from pyarrow import compute, parquet
+    from pyarrow import compute
 
     if path.is_dir():
         raise UserError("--split", share, "a folder is not split", "move some images to another folder: --test FOLDER")
@@ -149,35 +163,24 @@ def _split(path: Path, table: pa.Table, share: float) -> tuple[str, list[Path]]:
     ranks = [hashlib.sha256(json.dumps(row, sort_keys=True, default=repr).encode()).digest()[:8] for row in rows]
     tested = pa.array([int.from_bytes(rank) < share * 2**64 for rank in ranks])
     parts = {"train": table.filter(compute.invert(tested)), "test": table.filter(tested)}
-    files = []
-    for word, part in parts.items():
+    files = {path.with_name(f"{path.stem}-{word}.parquet"): part for word, part in parts.items()}
+    for file, part in files.items():
         if part.num_rows == 0:
-            raise UserError("--split", share, f"no record is left for the {word} file", "choose another share")
-        files.append(path.with_name(f"{path.stem}-{word}.parquet"))
-        if files[-1].exists():
-            raise UserError("--split", share, f"{files[-1]} exists", f"delete it, or use it: --test {files[-1]}")
-    for file, part in zip(files, parts.values(), strict=True):
-        create_private(file)
-        parquet.write_table(part, file)
-    return str(files[1]), files
+            raise UserError("--split", share, f"no record is left for {file.name}", "choose another share")
+        if file.exists():
+            raise UserError("--split", share, f"{file} exists", "delete it, or give the two files: DATA --test FILE")
+    return files
 
 
-def _rows(path: Path) -> int:
-    from pyarrow import parquet
-
-    return int(parquet.read_metadata(path).num_rows)
-
-
-def _division(table: pa.Table, count: int, wishes: Wishes) -> tuple[dict[str, Any], int, int]:
+def _division(table: pa.Table, wishes: Wishes) -> tuple[dict[str, Any], int, int]:
     """Keys of the section `federation` that divide the records, and the smallest and largest client's number."""
     by = wishes.by or guess_owners(table)
     if by is not None and wishes.clients is None:
-        sizes = Counter(texts_of(table, by, table.num_rows))
-        share = count / table.num_rows
+        sizes = Counter(texts_of(table, by, table.num_rows)).values()
         if len(sizes) > 1:
-            keys = {"clients": len(sizes), "partition": "column", "by": by}
-            return keys, int(0.8 * share * min(sizes.values())), max(sizes.values())
+            return {"clients": len(sizes), "partition": "column", "by": by}, min(sizes), max(sizes)
     clients = wishes.clients or 3
+    count = table.num_rows
     return {"clients": clients, "partition": "iid"}, count // clients, -(-count // clients)
 
 
