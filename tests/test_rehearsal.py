@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,7 @@ def test_what_earlier_runs_charged_counts_and_a_limit_refuses(
         experiment("name=second", tight).run()
     assert refused["refused"] == str(raised.value)
     assert {client["left"] for client in refused["clients"]} == {0.0}
-    page = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    page = Console(width=150, record=True, file=io.StringIO())
     page.print(rehearsal_table(refused))
     assert "The run would be refused: privacy.max_lifetime_epsilon" in page.export_text()
     # The refused run has claimed its folder's name, and nothing else.
@@ -115,7 +116,7 @@ def test_shared_noise_has_two_adversaries(experiment: Callable[..., lorica.Exper
         # Three members, one of whom colludes: two summands make up the noise.
         assert client["own_noise_multiplier"] == pytest.approx(client["noise_multiplier"] / 2**0.5)
         assert client["epsilon_own_noise"] > client["epsilon"]
-    page = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    page = Console(width=150, record=True, file=io.StringIO())
     page.print(rehearsal_table(found))
     assert "ε alone" in page.export_text()
 

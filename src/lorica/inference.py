@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lorica.adapters.base_files import resolve_base
-from lorica.adapters.export import load_adapter, read_export
+from lorica.adapters.export import load_exported, read_export
 from lorica.config import FederationConfig
 from lorica.errors import UserError
 from lorica.tasks.cache import nothing_cached
@@ -48,7 +48,7 @@ def predict(
     decoded = {} if answer_tokens is None else {"answer_tokens": answer_tokens}
     kind = kind_of(export.task.model_copy(update=decoded))
     source = _source(kind, list(inputs), chat)
-    model = load_adapter(folder, base, device)
+    model = load_exported(folder, export, device)
     processor = kind.processor(resolve_base(export.model.base))
     with nothing_cached(), evaluating(model):
         return kind.predictions(model, source, export.label_names, processor, _passes(model.device))
@@ -69,7 +69,7 @@ def evaluate(folder: str | Path, data: str, base: str | None = None, device: str
     export = read_export(folder, base)
     kind = kind_of(export.task)
     source = read(export.task, "data", data)
-    model = load_adapter(folder, base, device)
+    model = load_exported(folder, export, device)
     processor = kind.processor(resolve_base(export.model.base))
     objective, passes = kind.objective(processor), _passes(model.device)
     with nothing_cached(), evaluating(model):

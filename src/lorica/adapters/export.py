@@ -175,7 +175,11 @@ def load_adapter(folder: str | Path, base: str | None = None, device: str = "cpu
         UserError: as `read_export`; no such device. Weights are read from safetensors only, and modules named in the
             folder are not imported.
     """
-    export = read_export(folder, base)
+    return load_exported(folder, read_export(folder, base), device)
+
+
+def load_exported(folder: str | Path, export: Export, device: str = "cpu") -> PreTrainedModel:
+    """As `load_adapter`, of an adapter whose description has been read."""
     target = resolve_device(device)
     try:
         for_peft = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))

@@ -6,7 +6,7 @@ merged model where Lorica is not installed (`trust_remote_code=True`).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
@@ -17,7 +17,7 @@ class MeanPooledConfig(PreTrainedConfig):  # type: ignore[misc]
     """The encoder's configuration as `text_config`, and beside it the labels."""
 
     model_type = "mean-pooled-classifier"
-    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - transformers' own annotation
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig}
 
     def __init__(self, text_config: PreTrainedConfig | dict[str, Any] | None = None, **settings: Any) -> None:
         super().__init__(**settings)

@@ -16,7 +16,7 @@ from lorica.adapters.base_files import EMBEDDED, resolve_base
 from lorica.adapters.export import (
     ADAPTER_CONFIG,
     check_exported,
-    load_adapter,
+    load_exported,
     read_export,
     write_description,
 )
@@ -102,7 +102,7 @@ def write_merged(folder: Path, target: Path, base: str | None = None) -> None:
     _check_empty(target)
     export = read_export(folder, base)
     check_exported(folder)
-    model = load_adapter(folder, base)
+    model = load_exported(folder, export)
     kind = kind_of(export.task)
     processor = kind.processor(resolve_base(export.model.base))
     padding = getattr(processor, "pad_token_id", None)
