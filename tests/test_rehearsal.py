@@ -9,7 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -17,8 +19,10 @@ import lorica
 from lorica import cli
 from lorica.errors import UserError
 from lorica.privacy.accounting import Steps, epsilon
+from lorica.privacy.mechanism import noisy_gradient
 from lorica.rehearsal import rehearse
 from lorica.reporting.rehearsal import rehearsal_table
+from lorica.tasks.records import Records
 
 pytestmark = pytest.mark.usefixtures("checked_once", "without_report")
 SMALL = ["federation.clients=2", "federation.partition=iid", "federation.rounds=3", "federation.local_steps=1"]
@@ -119,6 +123,28 @@ def test_shared_noise_has_two_adversaries(experiment: Callable[..., lorica.Exper
     page = Console(width=150, record=True, file=io.StringIO())
     page.print(rehearsal_table(found))
     assert "ε alone" in page.export_text()
+
+
+def test_a_group_is_timed_with_all_records_that_it_may_have(
+    experiment: Callable[..., lorica.Experiment],
+    tmp_path: Path,
+    some_digits: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = parquet.read_table(some_digits[0].partition("=")[2])
+    patients = pa.array([str(index // 3) for index in range(len(table))])
+    parquet.write_table(table.append_column("patient", patients), tmp_path / "grouped.parquet")
+    timed: list[list[int]] = []
+
+    def watched(model: Any, losses: Any, trained: Any, records: Records, *rest: Any) -> Any:
+        timed.append(sorted(set(records.row_counts.tolist())))
+        return noisy_gradient(model, losses, trained, records, *rest)
+
+    monkeypatch.setattr("lorica.owner.client.noisy_gradient", watched)
+    groups = ["privacy.unit=group", "privacy.group=patient", "privacy.group_records=5", "federation.rounds=1"]
+    found = rehearse(experiment(f"task.train={tmp_path / 'grouped.parquet'}", *groups).config)
+    assert [client["records"] for client in found["clients"]] == [100, 100]
+    assert timed == [[5], [5]]
 
 
 def test_a_wrong_run_is_refused_as_it_would_be(experiment: Callable[..., lorica.Experiment]) -> None:

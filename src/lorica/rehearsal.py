@@ -27,6 +27,7 @@ from lorica.privacy.lifetime import history
 from lorica.run.folder import claim_folder, started_run
 from lorica.run.rounds import assemble
 from lorica.run.setup import Prepared
+from lorica.tasks.groups import grouped
 
 TIMED_STEPS = 2
 """Local steps of a timed round; there are methods whose steps take turns between two tensors."""
@@ -137,8 +138,12 @@ def _measure(prepared: Prepared, engine: LocalEngine, folder: Path) -> dict[str,
     ledger = Ledger(folder / "ledger.sqlite", Home(folder))
 
     def on_public_records(client: Client) -> Client:
-        places = np.resize(np.arange(len(task.test)), len(client.records))
-        return replace(client, records=task.test.subset(places), ledger=ledger, dataset="public", private_test=None)
+        count, per_unit = len(client.records), config.privacy.group_records if config.privacy.group else 1
+        records = task.test.subset(np.resize(np.arange(len(task.test)), count * per_unit))
+        if config.privacy.group:
+            # As many as a group may have, so that the time is none that tells how many they have.
+            records = grouped(records, np.repeat(np.arange(count), per_unit).astype(str), per_unit, seed=0)
+        return replace(client, records=records, ledger=ledger, dataset="public", private_test=None)
 
     clients = {number: on_public_records(client) for number, client in engine.clients.items()}
     shorter = replace(prepared, config=config.model_copy(update={"federation": smaller}))
