@@ -13,6 +13,7 @@ FEW_CLIENTS = 100
 """Below so many clients in a round, client-level noise drowns what they learn."""
 logger = logging.getLogger(__name__)
 COMPONENTS = {
+    "frozen_head": ("model.head", "a frozen head"),
     "client_ranks": ("lora.client_ranks", "ranks that differ between clients"),
     "fedprox": ("local.fedprox", "the proximal term of FedProx"),
     "scaffold": ("local.scaffold", "control variates"),
@@ -217,6 +218,7 @@ def _check_client_level(config: ExperimentConfig, method: Method) -> None:
 def chosen_components(config: ExperimentConfig) -> dict[str, object]:
     """Component -> its configured value, for the components in use."""
     values: dict[str, object] = {
+        "frozen_head": "freeze" if config.model.head == "freeze" else None,
         "client_ranks": config.lora.client_ranks,
         "fedprox": config.local.fedprox or None,
         "scaffold": config.local.scaffold or None,

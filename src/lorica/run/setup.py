@@ -63,12 +63,7 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     else:
         schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
     ranks = _client_ranks(config)
-    fewest = _fewest_replies(federation, len(schedule[0]))
-    # With a secure sum, the server sees one combined reply.
-    optimizer, local_steps = server_steps(config)
-    method.check(optimizer, 1 if federation.secure_sum else fewest, local_steps)
-    check_components(config, method)
-    check_aggregate(config.server, fewest)
+    check_method(config, method)
     if federation.weights == "noise" and not config.privacy.private:
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
     apart = config.engine == "flower" and config.flower.superlink is not None
@@ -95,6 +90,22 @@ def server_steps(config: ExperimentConfig) -> tuple[OptimizerConfig, int]:
     if config.privacy.unit == "client":
         return OptimizerConfig(lr=1.0), 1
     return config.optimizer, config.federation.local_steps
+
+
+def check_method(config: ExperimentConfig, method: Method) -> None:
+    """Check that the method supports everything that the experiment combines it with.
+
+    Raises:
+        UserError: it does not, or too few clients take part.
+    """
+    federation = config.federation
+    fewest = _fewest_replies(federation, federation.participants)
+    # With a secure sum, and with client-level DP, the server sees one combined reply.
+    single = federation.secure_sum or config.privacy.unit == "client"
+    optimizer, local_steps = server_steps(config)
+    method.check(optimizer, 1 if single else fewest, local_steps)
+    check_components(config, method)
+    check_aggregate(config.server, fewest)
 
 
 def _begin(
