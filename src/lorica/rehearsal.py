@@ -19,6 +19,7 @@ from lorica.config import ExperimentConfig
 from lorica.engines.local import LocalEngine, prepare_local
 from lorica.errors import UserError
 from lorica.owner.client import Client
+from lorica.owner.cohort import Cohort
 from lorica.privacy.accounting import Steps
 from lorica.privacy.home import Home
 from lorica.privacy.ledger import Ledger
@@ -138,12 +139,18 @@ def _measure(prepared: Prepared, engine: LocalEngine, folder: Path) -> dict[str,
     ledger = Ledger(folder / "ledger.sqlite", Home(folder))
 
     def on_public_records(client: Client) -> Client:
-        count, per_unit = len(client.records), config.privacy.group_records if config.privacy.group else 1
+        count, per_unit = client.plan.records, config.privacy.group_records if config.privacy.group else 1
         records = task.test.subset(np.resize(np.arange(len(task.test)), count * per_unit))
         if config.privacy.group:
             # As many as a group may have, so that the time is none that tells how many they have.
             records = grouped(records, np.repeat(np.arange(count), per_unit).astype(str), per_unit, seed=0)
-        return replace(client, records=records, ledger=ledger, dataset="public", private_test=None)
+        public = replace(client, records=records, ledger=ledger, dataset="public", private_test=None)
+        if isinstance(public, Cohort):
+            # All members alike, so that the time is none that tells how many records each one has.
+            share = -(-sum(map(len, public.members)) // count)
+            public.members = [task.test.subset(np.resize(np.arange(len(task.test)), share))] * count
+            public.steps = steps
+        return public
 
     clients = {number: on_public_records(client) for number, client in engine.clients.items()}
     shorter = replace(prepared, config=config.model_copy(update={"federation": smaller}))
@@ -163,9 +170,11 @@ def _measure(prepared: Prepared, engine: LocalEngine, folder: Path) -> dict[str,
     a_round = len(traffic.participants) * federation.local_steps * step + traffic.server_seconds
     evaluations = 1 + -(-federation.rounds // federation.evaluate_every)
     later = federation.rounds - 1
+    # With client-level DP one reply is the mean over the clients of a round, each of whom sends as much.
+    senders = federation.participants if config.privacy.unit == "client" else 1
     return {
         "bytes": {
-            way: {"first_round": one, "later_round": other, "all": one + later * other}
+            way: {"first_round": senders * one, "later_round": senders * other, "all": senders * (one + later * other)}
             for way, one, other in (
                 ("up", sum(first.bytes_up.values()), sum(traffic.bytes_up.values())),
                 ("down", sum(first.bytes_down.values()), sum(traffic.bytes_down.values())),

@@ -18,6 +18,7 @@ from torch import Tensor
 import lorica
 from lorica.adapters.state import AdapterState
 from lorica.config import MethodConfig, OptimizerConfig, PrivacyConfig, load
+from lorica.engines.local import prepare_local
 from lorica.errors import UserError
 from lorica.local.optimizers import learning_rates
 from lorica.methods.base import make_method
@@ -29,6 +30,7 @@ from lorica.privacy.plan import plan_client, plan_cohort
 from lorica.privacy.randomness import ReproducibleRandomness
 from lorica.privacy.statement import Account, privacy_statement
 from lorica.privacy.unit import CLIENT
+from lorica.rehearsal import rehearse
 from lorica.server.federation import Federation
 from lorica.tasks.records import Records
 from lorica.testing.federation import (
@@ -287,6 +289,23 @@ def test_a_run_says_so_and_hides_who_took_part(tmp_path: Path, caplog: pytest.Lo
     assert "All clients have the same guarantee" in card
     assert "never left its owners" not in card
     assert "Which clients took part is secret" in (result.folder / "report.html").read_text()
+
+
+def test_a_dry_run_trains_on_public_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [f"output={tmp_path}", f"privacy.ledger={tmp_path}/ledger.sqlite", "method.name=ffa-lora"]
+    config, seen = load(None, [*SMALL, *BRIEF, *UNIT, *own]), set()
+    update = Cohort._update
+
+    def watched(self: Cohort, *given: Any) -> dict[str, Tensor]:
+        seen.update(map(bytes, given[4].digests))
+        return update(self, *given)
+
+    monkeypatch.setattr(Cohort, "_update", watched)
+    found = rehearse(config)
+    public = prepare_local(config)[0].task.test
+    assert seen
+    assert seen <= set(map(bytes, public.digests))
+    assert found["clients"][0]["epsilon"] == pytest.approx(plan_cohort(config).epsilon())
 
 
 @pytest.mark.parametrize(
