@@ -6,10 +6,11 @@ import difflib
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,11 +22,28 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lorica.errors import UserError
+from lorica.paths import path_problem
 from lorica.registry import TASK_KINDS, registered, remedy_for_unknown
 from lorica.strict_yaml import BOOLEANS, read_yaml, read_yaml_file
 
 DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def _mistake(problem: str, remedy: str) -> PydanticCustomError:
+    """What a validator raises where it knows more of a remedy than to change the key."""
+    return PydanticCustomError("mistake", "{problem}", {"problem": problem, "remedy": remedy})
+
+
+def _possible(path: str) -> str:
+    problem = path_problem(path)
+    if problem is not None:
+        raise _mistake(problem, "give another path")
+    return path
+
+
+LocalPath = Annotated[str, AfterValidator(_possible)]
+"""A path on this machine, or an id."""
 
 
 class Strict(BaseModel):
@@ -39,7 +57,7 @@ class Strict(BaseModel):
 class ModelConfig(Strict):
     """The frozen base model and the head on top of it."""
 
-    base: str
+    base: LocalPath
     """A folder or a Hugging Face hub id. `lorica:glyph-vit` is the embedded default. Code that comes with a model is
     never run, and of a pickle (`pytorch_model.bin`) only tensors are read."""
     head: Literal["train", "freeze"] = "train"
@@ -84,7 +102,7 @@ class LoraSection(Strict):
     """Ranks that differ between clients: a list with one rank per client, `halving` (r, r/2, r/4, … in turn) or
     `random` (uniform on 1 to r, from the public seed). A client holds the leading ranks of the global factors; all
     clients use the `γ` of rank `r`. Methods that need one rank refuse this key."""
-    start: str | None = None
+    start: LocalPath | None = None
     """Folder of a **public** PEFT adapter to continue from: trained on public data, or released before. It must adapt
     the same linear maps of the same base model with the same scale `γ` and, unless the method merges into the frozen
     weights, the same rank. Its head is taken if it has the same labels and shape. See "Continue from an adapter" in
@@ -97,11 +115,11 @@ class TaskConfig(Strict):
     type: str
     """What a record is, and what is predicted: `text-classification`, `text-regression`, `image-classification`,
     `question-answering`, `language-modelling`, or a kind of task from another package."""
-    train: str | list[str]
+    train: LocalPath | list[LocalPath]
     """A CSV, JSONL or Parquet file, an image folder, a Hugging Face dataset id (`ID`, `ID:CONFIG`, `ID[SPLIT]`), or
     `lorica:digits/train`. For several sources: a list, a pattern (`hospitals/*.csv`) or a folder of such files, sorted
     by name; see also `federation.partition: files`."""
-    test: str | dict[str, str]
+    test: LocalPath | dict[str, LocalPath]
     """The public test set: the server evaluates on it after each round. Never use private data here. For several test
     sets, give them names, such as `{matched: …, mismatched: …}`; the main metric of the first is that of the run."""
     test_overlap: Literal["report", "refuse", "allow"] = "report"
@@ -396,7 +414,7 @@ class PrivacyConfig(Strict):
     of SGD."""
     colluding: int = Field(1, ge=0, le=100_000)
     """For `noise_against: sums`: maximum number of owners that collude with the server, whose noise does not count."""
-    ledger: str | None = None
+    ledger: LocalPath | None = None
     """SQLite file that records every release; by default beside the training data."""
     max_lifetime_epsilon: float | None = Field(None, gt=0)
     """The owner's limit for each record over all runs, in whichever file the record comes, with what other runs have
@@ -457,11 +475,11 @@ class FlowerConfig(Strict):
 class ExperimentConfig(Strict):
     """A whole experiment."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Names the run folder; the same name and configuration resume the run."""
     seed: int = Field(42, ge=0, lt=2**63)
     """Public seed of client sampling, partition and initialisation. Never the source of secure noise."""
-    output: str = "runs"
+    output: LocalPath = "runs"
     """Folder in which the run folder `NAME` is created."""
     engine: Literal["local", "flower"] = "local"
     """What runs the clients: this process, or nodes that Flower connects."""
@@ -541,11 +559,6 @@ def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> M
         if isinstance(first["input"], bool) and first["type"].startswith("string"):
             remedy = BOOLEANS
         raise UserError(key, first["input"], problem[:1].lower() + problem[1:], remedy) from None
-
-
-def _mistake(problem: str, remedy: str) -> PydanticCustomError:
-    """What a validator raises where it knows more of a remedy than to change the key."""
-    return PydanticCustomError("mistake", "{problem}", {"problem": problem, "remedy": remedy})
 
 
 def _spelled(content: Any) -> set[str]:

@@ -21,6 +21,7 @@ from lorica.adapters.state import fold, stack_pairs
 from lorica.config import ModelConfig
 from lorica.errors import UserError
 from lorica.files import sha256_of
+from lorica.paths import user_path
 from lorica.pretrained import damaged_file
 
 DESCRIPTION = "lorica.json"
@@ -93,15 +94,16 @@ def load_adapter(folder: str | Path) -> nn.Module:
         UserError: the folder was not written by Lorica, contains one adapter per client, or a file is missing or
             damaged. Weights are read from safetensors only, and modules named in the folder are not imported.
     """
-    path = Path(folder) / DESCRIPTION
+    folder = user_path("adapter", folder)
+    path = folder / DESCRIPTION
     if not path.is_file():
-        own = sorted(found.parent.name for found in Path(folder).glob(f"client-*/{DESCRIPTION}"))
+        own = sorted(found.parent.name for found in folder.glob(f"client-*/{DESCRIPTION}"))
         if own:
             raise UserError(
                 "adapter",
                 str(folder),
                 "it contains one adapter per client",
-                f"load one of them, such as {Path(folder) / own[0]}",
+                f"load one of them, such as {folder / own[0]}",
             )
         raise UserError("adapter", str(folder), f"has no {DESCRIPTION}", "give the adapter folder of a finished run")
     for name in (WEIGHTS, ADAPTER_CONFIG):

@@ -25,6 +25,7 @@ from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState
 from lorica.config import ExperimentConfig, LoraSection
 from lorica.errors import UserError
+from lorica.paths import user_path
 
 LARGEST_JSON = 2**22
 """Maximum number of bytes in a JSON file of an adapter."""
@@ -116,7 +117,7 @@ def _refuse(folder: str, problem: str, remedy: str) -> NoReturn:
 
 
 def _weights_in(folder: str) -> bytes:
-    path = Path(folder).expanduser()
+    path = user_path("lora.start", folder)
     if not path.is_dir():
         _refuse(folder, "no such folder", _COPY)
     own = sorted(found.parent.name for found in path.glob(f"client-*/{WEIGHTS}"))

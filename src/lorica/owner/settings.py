@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorica.config import Strict, validate
+from lorica.config import LocalPath, Strict, validate
 from lorica.errors import UserError
 from lorica.files import home_folder
 
@@ -16,18 +16,18 @@ class NodeSettings(Strict):
 
     client: int
     """Number of this client, counted from 0, as agreed between the organisations."""
-    data: str | None = None
+    data: LocalPath | None = None
     """The training data: a file, an image folder, or a folder of files. Required except in a simulation, whose clients
     divide the server's `task.train`."""
-    base: str | None = None
+    base: LocalPath | None = None
     """Folder of the base model; by default `model.base` of the experiment, if that is embedded or a hub id."""
-    policy: str | None = None
+    policy: LocalPath | None = None
     """The owner's policy file; required with `data`."""
-    identity: str | None = None
+    identity: LocalPath | None = None
     """Path of the private key that `lorica flower keys` created; required if the policy lists `members`."""
-    ledger: str | None = None
+    ledger: LocalPath | None = None
     """SQLite file that records every release; by default beside the data."""
-    folder: str | None = None
+    folder: LocalPath | None = None
     """Where the node keeps the adapter between messages, its log and the final adapter; by default `DATA.lorica`."""
     device: str | None = None
     """Device to use instead of the experiment's `model.device`."""

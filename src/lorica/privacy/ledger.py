@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -312,7 +313,7 @@ class Ledger:
                 str(self.path),
                 f"this is not the ledger last used here: {problem}",
                 "restore the newest copy of the file, or if it is lost, accept the loss with "
-                f"lorica budget {self.path} --accept",
+                f"lorica budget {shlex.quote(str(self.path))} --accept",
             ) from None
         except _DamagedReply as problem:
             raise UserError(
@@ -329,7 +330,7 @@ class Ledger:
                 str(self.path),
                 f"the ledger is damaged ({error})",
                 "restore the newest copy of the file; if there is none, move the file away and accept the loss with "
-                f"lorica budget {self.path} --accept",
+                f"lorica budget {shlex.quote(str(self.path))} --accept",
             ) from error
         except OSError as error:
             raise self._unusable(error) from error

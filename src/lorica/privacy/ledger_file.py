@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lorica.errors import UserError
+from lorica.paths import user_path
 from lorica.privacy import database, record_sets
 from lorica.privacy.chain import Broken, verify
 from lorica.privacy.exposures import Exposure, merged
@@ -79,9 +81,9 @@ def find_ledger(path: Path, lost: bool = False) -> Path:
     Raises:
         UserError: there is no such file, or no ledger next to it.
     """
-    path = path.expanduser().absolute()
+    path = user_path("ledger", path).absolute()
     beside = ledger_beside(path)
-    if beside.is_file() or (lost and Home().at(beside)):
+    if os.path.isfile(beside) or (lost and Home().at(beside)):
         return beside
     if lost and Home().at(path):
         return path

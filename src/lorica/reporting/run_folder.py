@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorica.errors import UserError
+from lorica.paths import user_path
 from lorica.reporting.checksums import files_are_whole, remedy
 from lorica.strict_yaml import read_yaml_file
 
@@ -72,7 +73,7 @@ def read_run(folder: str | Path) -> Run:
     Raises:
         UserError: no such folder, not a run folder, a damaged file, or no finished round.
     """
-    folder = Path(folder)
+    folder = user_path("run", folder)
     if not folder.is_dir():
         raise UserError("run", str(folder), "no such folder", "give the folder of a run, such as runs/NAME")
     for name in ("config.yaml", "metrics.jsonl"):
