@@ -28,6 +28,7 @@ from lorica.privacy.ledger_rows import (
     head_of,
     insert,
     link_of,
+    names_of,
     pending_of,
     prepare,
     release_of,
@@ -261,6 +262,20 @@ class Ledger:
             if steps > 0 and self._members[records, one.records]:
                 found.append(as_release(one, steps))
         return found
+
+    def introduce_run(self, run: str, name: str) -> None:
+        """Store the name of a run, by which the owner's account of the ledger shows it."""
+        with self._errors(), database.transaction(self.path) as connection:
+            connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?)", (run, name))
+
+    def run_names(self) -> dict[str, str]:
+        """Id -> name of the runs in this ledger, where it is known."""
+        with self._reading() as connection:
+            return names_of(connection)
+
+    def file_of(self, ledger: str) -> Path:
+        """Where the ledger with this id was last used."""
+        return self.path if ledger == self.identity else self._home.file_of(ledger) or self.path
 
     def reserve(self, planned: Exposure, allow: Callable[[list[Release]], None] | None = None) -> None:
         """Reserve the budget of a whole run before its first step. Later charges use up the reservation.
