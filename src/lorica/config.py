@@ -254,7 +254,8 @@ class FederationConfig(Strict):
     own content and the seed, so the number varies a little. The results are private: they are written beside the
     ledger, for the owner, and do not appear in any report."""
     weights: Literal["uniform", "records", "noise"] = "uniform"
-    """Weight of a client in the mean: `uniform`, in proportion to its `records`, or to 1/τ² of its `noise`."""
+    """Weight of a client in the mean: `uniform`, in proportion to its `records`, or to 1/τ² of its `noise`. In a run
+    without noise, `noise` means `records`."""
     evaluate_every: int = Field(1, ge=1, le=1_000_000)
     """Evaluate on the public test set every N rounds, and after the last round."""
     micro_batch_tokens: int | None = Field(None, ge=1, lt=2**31)

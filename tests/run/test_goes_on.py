@@ -18,7 +18,8 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 import lorica
-from lorica.config import TaskConfig
+from lorica.adapters.base_files import resolve_base
+from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.files import to_json
 from lorica.reporting.checksums import COVERED, write_checksums
@@ -259,35 +260,55 @@ def test_rounds_are_kept_up_to_the_checkpoint_or_the_file_is_damaged(tmp_path: P
     assert path.read_text() == ""
 
 
+def of_files(train: Path, test: Path, *more: str) -> ExperimentConfig:
+    task = [f"task.train={train}", f"task.test={{one: {test}}}", "task.type=text-classification"]
+    return load(overrides=[*task, *more])
+
+
 def test_changed_data_are_named_and_files_that_are_gone_are_not(tmp_path: Path) -> None:
     train, test = tmp_path / "train.csv", tmp_path / "test.csv"
     train.write_text("text,label\na,b\n")
     test.write_text("text,label\nc,d\n")
-    task = TaskConfig(type="text-classification", train=str(train), test={"one": str(test)})
-    found = fingerprints(task)
-    write_fingerprints(tmp_path, "run", found)
-    check_fingerprints(tmp_path, task)
+    config = of_files(train, test)
+    write_fingerprints(tmp_path, "run", fingerprints(config))
+    check_fingerprints(tmp_path, config, fingerprints(config))
     for path, key in ((train, r"task\.train"), (test, r"task\.test\.one")):
         content = path.read_text()
         path.write_text(content + "e,f\n")
         with pytest.raises(UserError, match=rf"^{key} = .*{path.name}.*have changed since run.*Set name to a new run"):
-            check_fingerprints(tmp_path, task)
+            check_fingerprints(tmp_path, config, fingerprints(config))
         path.unlink()
-        check_fingerprints(tmp_path, task)
+        check_fingerprints(tmp_path, config, fingerprints(config))
         path.write_text(content)
+
+
+def test_changed_models_are_named(tmp_path: Path, whole: Result) -> None:
+    base = shutil.copytree(Path(resolve_base("lorica:glyph-vit")), tmp_path / "base")
+    start = shutil.copytree(whole.adapter, tmp_path / "start")
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\na,b\n")
+    config = of_files(data, data, f"model.base={base}", f"lora.start={start}")
+    write_fingerprints(tmp_path, "run", fingerprints(config))
+    for path, key in ((base / "config.json", r"model\.base"), (start / "adapter_model.safetensors", r"lora\.start")):
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        with pytest.raises(UserError, match=rf"^{key} = .*have changed since run"):
+            check_fingerprints(tmp_path, config, fingerprints(config))
+        path.write_bytes(content)
+    check_fingerprints(tmp_path, config, fingerprints(config))
 
 
 def test_a_fingerprint_cannot_be_guessed_without_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = tmp_path / "train.csv"
     train.write_text("text,label\na,b\n")
-    task = TaskConfig(type="text-classification", train=str(train), test="lorica:digits/test")
-    first = fingerprints(task)
+    config = of_files(train, train)
+    first = fingerprints(config)
     write_fingerprints(tmp_path, "run", first)
     monkeypatch.setenv("LORICA_HOME", str(tmp_path / "another"))
-    assert fingerprints(task) != first
+    assert fingerprints(config)["task.train"] != first["task.train"]
     # Nothing can be compared with another key.
     train.write_text("text,label\nother,b\n")
-    check_fingerprints(tmp_path, task)
+    check_fingerprints(tmp_path, config, fingerprints(config))
 
 
 def test_a_stopped_run_does_not_go_on_with_other_records(
@@ -323,7 +344,7 @@ def test_a_stopped_run_does_not_go_on_with_other_records(
 def test_a_run_that_diverges_stops_and_leaves_no_adapter(tmp_path: Path, some_digits: list[str]) -> None:
     """With learning rates inside their bounds, without noise."""
     small = [one for one in SMALL if not one.startswith("privacy")]
-    some = [*small, *some_digits, f"output={tmp_path}", "privacy=none", "federation.weights=records"]
+    some = [*small, *some_digits, f"output={tmp_path}", "privacy=none"]
     rates = ["optimizer.lr=1e6", "server.lr=1e6", "method.name=fed-avg"]
     experiment = lorica.Experiment.load(overrides=[*some, *rates, "federation.local_steps=4"])
     for _ in range(2):

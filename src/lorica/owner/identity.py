@@ -51,7 +51,9 @@ def read_identity(path: Path) -> Identity:
         problem = f"cannot be read ({error.strerror})"
         raise UserError("node-config.identity", str(path), problem, "create one with `lorica flower keys`") from error
     if others:
-        raise UserError("node-config.identity", str(path), "other accounts can read it", f"run chmod 600 {shlex.quote(str(path))}")
+        raise UserError(
+            "node-config.identity", str(path), "other accounts can read it", f"run chmod 600 {shlex.quote(str(path))}"
+        )
     try:
         return Identity.from_pem(content)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Whether the data of a run are still those that it started with."""
+"""Whether the data and models of a run are still those that it started with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from lorica.config import TaskConfig
+from lorica.adapters.base_files import hash_of_base, resolve_base
+from lorica.adapters.start import hash_of_start
+from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.files import write_atomically
+from lorica.paths import user_path
 from lorica.privacy.home import Home
 from lorica.tasks.owners import source_names
 
@@ -17,15 +20,16 @@ DATA = "data.json"
 _CHUNK = 2**20
 
 
-def fingerprints(task: TaskConfig) -> dict[str, str]:
-    """Key of the configuration -> fingerprint of its local files; sources that are no local files have none.
+def fingerprints(config: ExperimentConfig) -> dict[str, str]:
+    """Key of the configuration -> fingerprint of its local files: data, base model, adapter to start from.
 
-    A fingerprint is keyed BLAKE2b (RFC 7693) of the files' contents and names. Without the key, which is secret and
+    Sources that are no local files have none. A fingerprint of data is keyed BLAKE2b (RFC 7693) of the files' contents and names. Without the key, which is secret and
     stays in Lorica's home folder, nobody can test a guess of the private data against it.
 
     Raises:
         UserError: a file cannot be read.
     """
+    task = config.task
     tests = task.test if isinstance(task.test, dict) else {"": task.test}
     sources = {"task.train": source_names(task.train)}
     sources |= {f"task.test.{name}".rstrip("."): [test] for name, test in tests.items()}
@@ -34,6 +38,11 @@ def fingerprints(task: TaskConfig) -> dict[str, str]:
         paths = [Path(name).expanduser() for name in names]
         if all(path.exists() for path in paths):
             found[key] = _fingerprint(key, paths, secret)
+    base, start = resolve_base(config.model.base), config.lora.start
+    if Path(base).is_dir():
+        found["model.base"] = hash_of_base(base)
+    if start is not None and user_path("lora.start", start).is_dir():
+        found["lora.start"] = hash_of_start(start)
     return found
 
 
@@ -52,11 +61,14 @@ def belongs_to(folder: Path, run: str) -> bool:
     return not path.is_file() or json.loads(path.read_bytes()).get("run") == run
 
 
-def check_fingerprints(folder: Path, task: TaskConfig) -> None:
-    """Refuse to go on, or to show a result, if the data have changed since the run started.
+def check_fingerprints(folder: Path, config: ExperimentConfig, data: dict[str, str]) -> None:
+    """Refuse to go on, or to show a result, if the data or the models have changed since the run started.
 
-    Sources that cannot be compared are not checked: those that are gone, and all of them if Lorica's home folder is
-    not the one in which the run started.
+    What cannot be compared is not checked: files that are gone, and data if Lorica's home folder is not the one in
+    which the run started.
+
+    Args:
+        data: `fingerprints` as they are now.
 
     Raises:
         UserError: names the source that has changed, or `data.json` is damaged.
@@ -75,17 +87,17 @@ def check_fingerprints(folder: Path, task: TaskConfig) -> None:
             "delete it if you know that the data have not changed since the run started, or start a new run with "
             "another name",
         ) from None
-    if key != _key_name(Home().key()):
-        return
-    for name, now in fingerprints(task).items():
-        if name in files and files[name] != now:
-            section, _, test = name.removeprefix("task.").partition(".")
-            source = getattr(task, section)
+    another_home = key != _key_name(Home().key())
+    for name, now in data.items():
+        keyed = name.startswith("task.")
+        if name in files and files[name] != now and not (keyed and another_home):
+            section, key, *test = name.split(".", 2)
+            value = getattr(getattr(config, section), key)
             raise UserError(
                 name,
-                source[test] if test else source,
-                f"these data have changed since run {folder.name} started",
-                "set name to a new run for the changed data, or restore the earlier data",
+                value[test[0]] if test else value,
+                f"its files have changed since run {folder.name} started",
+                "set name to a new run for the changed files, or restore the earlier ones",
             )
 
 

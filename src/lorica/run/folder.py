@@ -24,8 +24,11 @@ from lorica.strict_yaml import read_yaml_file
 ENVIRONMENT = "environment.json"
 
 
-def claim_folder(folder: Path, config: ExperimentConfig) -> None:
+def claim_folder(folder: Path, config: ExperimentConfig, data: dict[str, str]) -> None:
     """Check that the run folder is empty, or contains the same experiment on the same data.
+
+    Args:
+        data: `lorica.run.data.fingerprints`.
 
     Raises:
         UserError: the folder contains another experiment, was not written by Lorica or is damaged, or the data have
@@ -48,7 +51,7 @@ def claim_folder(folder: Path, config: ExperimentConfig) -> None:
             f"{folder} contains another experiment, which differs in: {', '.join(different)}",
             f"choose another name, or delete {folder}",
         )
-    check_fingerprints(folder, config.task)
+    check_fingerprints(folder, config, data)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
