@@ -6,11 +6,10 @@ import difflib
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -28,6 +27,7 @@ from lorica.strict_yaml import BOOLEANS, read_yaml, read_yaml_file
 
 DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
 Model = TypeVar("Model", bound=BaseModel)
+Paths = TypeVar("Paths", str | None, str | list[str], str | dict[str, str])
 
 
 def _mistake(problem: str, remedy: str) -> PydanticCustomError:
@@ -35,15 +35,14 @@ def _mistake(problem: str, remedy: str) -> PydanticCustomError:
     return PydanticCustomError("mistake", "{problem}", {"problem": problem, "remedy": remedy})
 
 
-def _possible(path: str) -> str:
-    problem = path_problem(path)
-    if problem is not None:
-        raise _mistake(problem, "give another path")
-    return path
-
-
-LocalPath = Annotated[str, AfterValidator(_possible)]
-"""A path on this machine, or an id."""
+def possible(value: Paths) -> Paths:
+    """Refuse a path that no file can have, in a key of one path or of several."""
+    paths = [] if value is None else [value] if isinstance(value, str) else value
+    for path in paths.values() if isinstance(paths, dict) else paths:
+        problem = path_problem(path)
+        if problem is not None:
+            raise _mistake(problem, "give another path")
+    return value
 
 
 class Strict(BaseModel):
@@ -57,7 +56,7 @@ class Strict(BaseModel):
 class ModelConfig(Strict):
     """The frozen base model and the head on top of it."""
 
-    base: LocalPath
+    base: str
     """A folder or a Hugging Face hub id. `lorica:glyph-vit` is the embedded default. Code that comes with a model is
     never run, and of a pickle (`pytorch_model.bin`) only tensors are read."""
     head: Literal["train", "freeze"] = "train"
@@ -77,6 +76,8 @@ class ModelConfig(Strict):
     """`cpu`, `cuda`, `cuda:1`, …; `auto` uses a GPU if there is one."""
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of PyTorch; by default PyTorch chooses. A different number rounds sums differently."""
+
+    _paths = field_validator("base")(possible)
 
 
 class LoraSection(Strict):
@@ -102,11 +103,13 @@ class LoraSection(Strict):
     """Ranks that differ between clients: a list with one rank per client, `halving` (r, r/2, r/4, … in turn) or
     `random` (uniform on 1 to r, from the public seed). A client holds the leading ranks of the global factors; all
     clients use the `γ` of rank `r`. Methods that need one rank refuse this key."""
-    start: LocalPath | None = None
+    start: str | None = None
     """Folder of a **public** PEFT adapter to continue from: trained on public data, or released before. It must adapt
     the same linear maps of the same base model with the same scale `γ` and, unless the method merges into the frozen
     weights, the same rank. Its head is taken if it has the same labels and shape. See "Continue from an adapter" in
     tasks.md."""
+
+    _paths = field_validator("start")(possible)
 
 
 class TaskConfig(Strict):
@@ -115,11 +118,11 @@ class TaskConfig(Strict):
     type: str
     """What a record is, and what is predicted: `text-classification`, `text-regression`, `image-classification`,
     `question-answering`, `language-modelling`, or a kind of task from another package."""
-    train: LocalPath | list[LocalPath]
+    train: str | list[str]
     """A CSV, JSONL or Parquet file, an image folder, a Hugging Face dataset id (`ID`, `ID:CONFIG`, `ID[SPLIT]`), or
     `lorica:digits/train`. For several sources: a list, a pattern (`hospitals/*.csv`) or a folder of such files, sorted
     by name; see also `federation.partition: files`."""
-    test: LocalPath | dict[str, LocalPath]
+    test: str | dict[str, str]
     """The public test set: the server evaluates on it after each round. Never use private data here. For several test
     sets, give them names, such as `{matched: …, mismatched: …}`; the main metric of the first is that of the run."""
     test_overlap: Literal["report", "refuse", "allow"] = "report"
@@ -163,6 +166,8 @@ class TaskConfig(Strict):
     answer_format: Literal["text", "gsm8k"] = "text"
     """Language modelling: `text` compares answers as text; `gsm8k` compares the number after `####` with the last
     number of the answer."""
+
+    _paths = field_validator("train", "test")(possible)
 
     @field_validator("type", mode="before")
     @classmethod
@@ -415,11 +420,13 @@ class PrivacyConfig(Strict):
     of SGD."""
     colluding: int = Field(1, ge=0, le=100_000)
     """For `noise_against: sums`: maximum number of owners that collude with the server, whose noise does not count."""
-    ledger: LocalPath | None = None
+    ledger: str | None = None
     """SQLite file that records every release; by default beside the training data."""
     max_lifetime_epsilon: float | None = Field(None, gt=0)
     """The owner's limit for each record over all runs, in whichever file the record comes, with what other runs have
     reserved. A run that would exceed it is refused before it starts."""
+
+    _paths = field_validator("ledger")(possible)
 
     @property
     def private(self) -> bool:
@@ -480,7 +487,7 @@ class ExperimentConfig(Strict):
     """Names the run folder; the same name and configuration resume the run."""
     seed: int = Field(42, ge=0, lt=2**63)
     """Public seed of client sampling, partition and initialisation. Never the source of secure noise."""
-    output: LocalPath = "runs"
+    output: str = "runs"
     """Folder in which the run folder `NAME` is created."""
     engine: Literal["local", "flower"] = "local"
     """What runs the clients: this process, or nodes that Flower connects."""
@@ -496,6 +503,8 @@ class ExperimentConfig(Strict):
     """`privacy: none` is short for `privacy: {noise: none}`, a run without differential privacy that still clips. On
     the command line, `privacy=none` keeps the file's `clip_norm`."""
     flower: FlowerConfig = FlowerConfig()
+
+    _paths = field_validator("output")(possible)
 
     @field_validator("privacy", mode="before")
     @classmethod

@@ -35,7 +35,6 @@ from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.identity import Identity, Member
 from lorica.secure_sum.requirements import Requirements
 from lorica.secure_sum.setup import SummationError
-from lorica.secure_sum.setup import SummationError
 from lorica.secure_sum.stages import Input, Part, run_client_stage
 from lorica.tasks.labels import without_label
 from lorica.tasks.loading import load_training

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorica.config import LocalPath, Strict, validate
+from pydantic import field_validator
+
+from lorica.config import Strict, possible, validate
 from lorica.errors import UserError
 from lorica.files import home_folder
 
@@ -16,18 +18,18 @@ class NodeSettings(Strict):
 
     client: int
     """Number of this client, counted from 0, as agreed between the organisations."""
-    data: LocalPath | None = None
+    data: str | None = None
     """The training data: a file, an image folder, or a folder of files. Required except in a simulation, whose clients
     divide the server's `task.train`."""
-    base: LocalPath | None = None
+    base: str | None = None
     """Folder of the base model; by default `model.base` of the experiment, if that is embedded or a hub id."""
-    policy: LocalPath | None = None
+    policy: str | None = None
     """The owner's policy file; required with `data`."""
-    identity: LocalPath | None = None
+    identity: str | None = None
     """Path of the private key that `lorica flower keys` created; required if the policy lists `members`."""
-    ledger: LocalPath | None = None
+    ledger: str | None = None
     """SQLite file that records every release; by default beside the data."""
-    folder: LocalPath | None = None
+    folder: str | None = None
     """Where the node keeps the adapter between messages, its log and the final adapter; by default `DATA.lorica`."""
     device: str | None = None
     """Device to use instead of the experiment's `model.device`."""
@@ -35,6 +37,8 @@ class NodeSettings(Strict):
     """Keep a process with the base model and the data alive between messages."""
     worker_idle: float = 900.0
     """How many seconds without a message until that process ends."""
+
+    _paths = field_validator("data", "base", "policy", "identity", "ledger", "folder")(possible)
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> NodeSettings:

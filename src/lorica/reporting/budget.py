@@ -29,8 +29,9 @@ SHOWN_OF_A_DIGEST = 8
 def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[str, Any]:
     """JSON-able account of a ledger. Each ε is computed by PLD at the same δ; null means infinity.
 
-    `runs` has a row for each run, client and kind of noise, with the ε of that run alone; `name` is null if unknown. `owners` has a row for each
-    set of records, with the ε of the most exposed record, from this ledger and the index in Lorica's home folder.
+    `runs` has a row for each run, client and kind of noise, with the ε of that run alone; `name` is null if unknown.
+    `owners` has a row for each set of records, with the ε of the most exposed record, from this ledger and the index
+    in Lorica's home folder.
     `reserved` has the unused reservations of runs. `policy` composes everything in the ledger, as
     `Policy.review_release` does. `problem` says what is wrong with the ledger; null if nothing is.
 
@@ -88,9 +89,9 @@ def budget_table(budget: dict[str, Any]) -> Group:
         ),
     ]
     if budget["reserved"]:
-        rows = [(_reserved_cells(row), False) for row in budget["reserved"]]
         parts.append(Text("Unused reservations (release one with --release RUN)", style="bold"))
-        parts.append(_table(["Run", "Client", "Steps", "ε"], rows))
+        held = [(_reserved_cells(row), False) for row in budget["reserved"]]
+        parts.append(_table(["Run", "Client", "Steps", "ε"], held))
     if budget["problem"] is not None:
         text = f"This is not the ledger last used here: {budget['problem']}. Restore the newest copy of the file."
         parts.append(Text(text, style="bold red"))

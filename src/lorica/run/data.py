@@ -23,8 +23,9 @@ _CHUNK = 2**20
 def fingerprints(config: ExperimentConfig) -> dict[str, str]:
     """Key of the configuration -> fingerprint of its local files: data, base model, adapter to start from.
 
-    Sources that are no local files have none. A fingerprint of data is keyed BLAKE2b (RFC 7693) of the files' contents and names. Without the key, which is secret and
-    stays in Lorica's home folder, nobody can test a guess of the private data against it.
+    Sources that are no local files have none. A fingerprint of data is keyed BLAKE2b (RFC 7693) of the files' contents
+    and names. Without the key, which is secret and stays in Lorica's home folder, nobody can test a guess of the
+    private data against it.
 
     Raises:
         UserError: a file cannot be read.
