@@ -35,7 +35,7 @@ from lorica.reporting.html import write_report
 from lorica.run.result import Result
 from lorica.tasks import digits
 from lorica.tasks.classification import Classification
-from tests.killed import kill_run, start_command
+from tests.killed import kill_run, run_until, start_command
 
 Load = Callable[..., lorica.Experiment]
 SMALL = [
@@ -162,8 +162,8 @@ def test_running_again_reads_the_finished_run(finished: Result) -> None:
 @pytest.mark.parametrize(
     "moments",
     [
-        # Of the charge. One test, since they share the process that the killed ones are forked from.
-        [(4, "before", "charge"), (4, "after", "attach")],
+        # Of the charge, and of any file. One test, since they share the process that the killed ones are forked from.
+        [(4, "before", "charge"), (4, "after", "attach"), (40, "before", "event"), (90, "before", "event")],
         pytest.param([(3, "after", "charge"), (2, "before", "checkpoint")], marks=pytest.mark.integration),
     ],
 )
@@ -172,8 +172,12 @@ def test_kill_9_in_a_round_then_resume_equals_an_uninterrupted_run(
 ) -> None:
     whole = adapter_of(finished)
     for call, moment, where in moments:
-        overrides = [*small, *placed(tmp_path / f"{moment}-{where}")]
-        kill_run(overrides, call, moment, where)
+        root = tmp_path / f"{moment}-{where}"
+        overrides = [*small, *placed(root)]
+        if where == "event":
+            assert run_until(overrides, root, call).killed
+        else:
+            kill_run(overrides, call, moment, where)
         resumed = lorica.Experiment.load(overrides=overrides).run()
         for name, value in adapter_of(resumed).items():
             assert torch.equal(value, whole[name]), name

@@ -29,7 +29,6 @@ from lorica.run.divergence import Diverged, check_finite, check_metrics
 from lorica.run.folder import keep_rounds
 from lorica.run.lock import LOCK, locked
 from lorica.run.result import Result
-from tests.killed import kill_run_at
 
 SMALL = [
     "federation.clients=2",
@@ -109,24 +108,6 @@ def test_the_lock_leaves_nothing_behind_and_readers_need_none(tmp_path: Path, fi
     assert not (tmp_path / "a").exists()
     with locked(finished.config.folder):
         write_report(finished.config.folder)
-
-
-# All calls of a run that is never interrupted.
-MOMENTS = [(name, call) for name, most in (("replace", 24), ("fsync", 39), ("mkdir", 44)) for call in range(1, most)]
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("function", "call"),
-    [("replace", 21), *(pytest.param(*one, marks=pytest.mark.slow) for one in MOMENTS)],
-)
-def test_killed_before_a_rename_or_sync_it_ends_as_uninterrupted(
-    tmp_path: Path, some_digits: list[str], whole: Result, function: str, call: int
-) -> None:
-    if not kill_run_at(overrides(tmp_path, some_digits), function, call):
-        pytest.skip("the run has fewer calls")
-    again = lorica.Experiment.load(overrides=overrides(tmp_path, some_digits))
-    assert_as_uninterrupted(again.run(), whole)
 
 
 @pytest.mark.parametrize("lost", ["report.html", "accuracy.png", "checksums.json", "privacy.json", "adapter"])
