@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import signal
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +184,32 @@ def test_what_is_left_is_never_rounded_up(tmp_path: Path) -> None:
     found = read_budget(ledger.path, 1e-5, Policy(**POLICY))
     found["policy"] |= {"spent": 2.9912, "left": 5.0088}
     assert "ε = 3.00 of 8 is spent, 5.00 is left" in lines(found)[0]
+
+
+def killed_while_writing(path: Path, started: Any) -> None:
+    connection = sqlite3.connect(path, isolation_level=None)
+    # What does not fit in the cache goes to the file before the commit.
+    connection.execute("PRAGMA cache_size = 1")
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("UPDATE releases SET steps = 0, reply = randomblob(9000)")
+    started.set()
+    signal.pause()
+
+
+def test_a_ledger_whose_writer_was_killed_can_be_read(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    for number in range(1, 30):
+        write(ledger, release(round=number), b"reply" * 999)
+    before = read_budget(ledger.path, 1e-5)
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    process = context.Process(target=killed_while_writing, args=(ledger.path, started))
+    process.start()
+    assert started.wait(60)
+    process.kill()
+    process.join()
+    assert (tmp_path / "l.sqlite-journal").stat().st_size > 0
+    assert read_budget(ledger.path, 1e-5) == before
 
 
 def run(*arguments: str, code: int = 0) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 import lorica
+from lorica.errors import UserError
 from lorica.privacy.ledger_file import read_ledger
+from lorica.reporting.budget import read_budget
+from lorica.reporting.html import write_report
 from lorica.run.result import Result
 from tests.fuzzing import draws_of
 from tests.killed import run_until
@@ -59,6 +63,11 @@ class Moments:
         own = overrides(root, self.some_digits)
         first = run_until(own, root, event, error, seconds)
         assert first.expected, first.error
+        # What people look at meanwhile.
+        with suppress(UserError):
+            read_budget(root / "ledger.sqlite", 1e-5)
+        with suppress(UserError):
+            write_report(root / "digits-as-lora")
         result = lorica.Experiment.load(overrides=own).run()
         self.compare(root, result)
         return first.killed or bool(first.error)

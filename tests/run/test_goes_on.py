@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
 
@@ -261,6 +263,27 @@ def test_changed_data_are_named_and_files_that_are_gone_are_not(tmp_path: Path) 
         path.unlink()
         check_fingerprints(tmp_path, config, fingerprints(config))
         path.write_text(content)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_changed_image_that_a_table_names_is_a_change_of_the_data(tmp_path: Path, kind: str) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("L", (8, 8), len(name)).save(tmp_path / name)
+    path = tmp_path / f"table.{kind}"
+    rows = [{"image": "a.png", "label": "x"}, {"image": "b.png", "label": "y"}]
+    if kind == "csv":
+        path.write_text("image,label\na.png,x\nb.png,y\n")
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    config = load(overrides=[f"task.train={path}", f"task.test={path}"])
+    before = fingerprints(config)
+    assert fingerprints(config) == before
+    Image.new("L", (8, 8), 200).save(tmp_path / "b.png")
+    assert fingerprints(config)["task.train"] != before["task.train"]
+    (tmp_path / "b.png").unlink()
+    assert fingerprints(config)["task.train"] != before["task.train"]
 
 
 def test_changed_models_are_named(tmp_path: Path, whole: Result) -> None:

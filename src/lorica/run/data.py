@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +16,7 @@ from lorica.files import write_atomically
 from lorica.paths import user_path
 from lorica.privacy.home import Home
 from lorica.tasks.owners import source_names
+from lorica.tasks.readers import named_images
 
 DATA = "data.json"
 _CHUNK = 2**20
@@ -38,7 +40,12 @@ def fingerprints(config: ExperimentConfig) -> dict[str, str]:
     for key, names in sources.items():
         paths = [Path(name).expanduser() for name in names]
         if all(path.exists() for path in paths):
-            found[key] = _fingerprint(key, paths, secret)
+            files = [file for path in paths for file in _files(path)]
+            for name, path in zip(names, paths, strict=True):
+                images = [(path.parent / image, image) for image in named_images(task, key, name)]
+                # The reader says which record's image is missing.
+                files += [image for image in images if os.path.isfile(image[0])]
+            found[key] = _fingerprint(key, files, secret)
     base, start = resolve_base(config.model.base), config.lora.start
     if Path(base).is_dir():
         found["model.base"] = hash_of_base(base)
@@ -102,16 +109,16 @@ def check_fingerprints(folder: Path, config: ExperimentConfig, data: dict[str, s
             )
 
 
-def _fingerprint(key: str, paths: list[Path], secret: bytes) -> str:
+def _fingerprint(key: str, files: list[tuple[Path, str]], secret: bytes) -> str:
+    """The fingerprint of files, given with the names that count."""
     content = blake2b(key=secret)
     try:
-        for path in paths:
-            for file, name in _files(path):
-                own = blake2b(key=secret)
-                with file.open("rb") as opened:
-                    while chunk := opened.read(_CHUNK):
-                        own.update(chunk)
-                content.update(json.dumps([name, own.hexdigest()]).encode())
+        for file, name in files:
+            own = blake2b(key=secret)
+            with file.open("rb") as opened:
+                while chunk := opened.read(_CHUNK):
+                    own.update(chunk)
+            content.update(json.dumps([name, own.hexdigest()]).encode())
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
         raise UserError(key, str(error.filename), problem, "make the file readable") from error
