@@ -168,6 +168,22 @@ def remove_incomplete(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A file with a JSON object.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a JSON object in UTF-8, or is nested too deeply.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
+
+
 def to_json(value: Any, **options: Any) -> str:
     """JSON with null for infinity and NaN, which JSON does not have.
 

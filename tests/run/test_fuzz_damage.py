@@ -97,7 +97,9 @@ READERS: dict[str, Callable[[Place], Any]] = {
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal, or less where a damaged file that was deleted as advised held it."""
+    """Equal, or without the scores of rounds that stood in a file that is gone."""
+    if isinstance(one, dict) and "scores" in one and one["scores"] == other["scores"][-len(one["scores"]) :]:
+        one, other = one | {"scores": []}, other | {"scores": []}
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
     if isinstance(one, list):

@@ -20,7 +20,7 @@ from lorica.adapters.names import Pair
 from lorica.adapters.state import fold, stack_pairs
 from lorica.config import ModelConfig
 from lorica.errors import UserError
-from lorica.files import sha256_of
+from lorica.files import read_json, sha256_of
 from lorica.paths import user_path
 from lorica.pretrained import damaged_file
 
@@ -74,7 +74,7 @@ def check_exported(folder: Path) -> None:
     for place in places:
         try:
             # Earlier versions of Lorica wrote no checksums.
-            sums = json.loads((place / DESCRIPTION).read_bytes()).get("sha256", {})
+            sums = read_json(place / DESCRIPTION).get("sha256", {})
             wrong = next((name for name, found in sums.items() if sha256_of(place / name) != found), None)
         except (OSError, ValueError, AttributeError):
             wrong = DESCRIPTION

@@ -12,7 +12,7 @@ from lorica.adapters.base_files import hash_of_base, resolve_base
 from lorica.adapters.start import hash_of_start
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.files import write_atomically
+from lorica.files import read_json, write_atomically
 from lorica.paths import user_path
 from lorica.privacy.home import Home
 from lorica.tasks.owners import source_names
@@ -66,7 +66,7 @@ def belongs_to(folder: Path, run: str) -> bool:
     Call it after `check_fingerprints`.
     """
     path = folder / DATA
-    return not path.is_file() or json.loads(path.read_bytes()).get("run") == run
+    return not path.is_file() or read_json(path).get("run") == run
 
 
 def check_fingerprints(folder: Path, config: ExperimentConfig, data: dict[str, str]) -> None:
@@ -85,7 +85,7 @@ def check_fingerprints(folder: Path, config: ExperimentConfig, data: dict[str, s
     if not path.is_file():
         return
     try:
-        stored = json.loads(path.read_bytes())
+        stored = read_json(path)
         key, files = stored["key"], dict(stored["files"])
     except (ValueError, KeyError, TypeError):
         raise UserError(

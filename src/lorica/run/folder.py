@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import subprocess
 import uuid
@@ -15,13 +16,14 @@ import torch
 
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.files import INCOMPLETE, remove_incomplete, write_atomically
+from lorica.files import INCOMPLETE, read_json, remove_incomplete, write_atomically
 from lorica.reporting.checksums import remedy
 from lorica.run.data import DATA, belongs_to, check_fingerprints, write_fingerprints
 from lorica.run.lock import LOCK
 from lorica.strict_yaml import read_yaml_file
 
 ENVIRONMENT = "environment.json"
+logger = logging.getLogger(__name__)
 
 
 def claim_folder(folder: Path, config: ExperimentConfig, data: dict[str, str]) -> None:
@@ -93,8 +95,8 @@ def _environment(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return read_json(path)
+    except ValueError as error:
         raise _damaged(path, str(error)) from error
 
 
@@ -153,6 +155,8 @@ def keep_rounds(path: Path, first: int, last: int) -> None:
         UserError: a line of an earlier round is damaged or missing.
     """
     if not path.is_file():
+        if last >= first:
+            logger.warning("%s is missing: the report begins with round %d", path, last + 1)
         return
     content = path.read_bytes()
     lines = content.splitlines()
