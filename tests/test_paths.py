@@ -102,6 +102,18 @@ def test_printed_commands_are_quoted() -> None:
     assert f"flwr run '{odd}/app' local" in call("flower", "init", f"{odd}/app", code=0)
 
 
+def test_what_the_system_says_about_a_file_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(folder: Path) -> Path:
+        raise PermissionError(13, "Permission denied", str(folder / "metrics.jsonl"))
+
+    monkeypatch.setattr("lorica.reporting.html.write_report", denied)
+    output = call("report", "runs/x")
+    assert output == (
+        "error file = 'runs/x/metrics.jsonl': cannot be used (Permission denied). Check the path, its permissions and the "
+        "free disk space.\n"
+    )
+
+
 def test_a_current_folder_that_is_gone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()

@@ -390,11 +390,8 @@ def _errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        problem, remedy = (
-            f"cannot be used ({error.strerror})",
-            "check the path, its permissions and the free disk space",
-        )
-        raise _shown(UserError("file", str(error.filename), problem, remedy)) from None
+        remedy = "check the path, its permissions and the free disk space"
+        raise _shown(UserError("file", str(error.filename), f"cannot be used ({error.strerror})", remedy)) from None
     except KeyboardInterrupt:
         console.print("Stopped. Finished rounds are kept; the same command resumes the run.")
         raise typer.Exit(130) from None

@@ -36,7 +36,7 @@ def _mistake(problem: str, remedy: str) -> PydanticCustomError:
     return PydanticCustomError("mistake", "{problem}", {"problem": problem, "remedy": remedy})
 
 
-def possible(value: Paths) -> Paths:
+def check_paths(value: Paths) -> Paths:
     """Refuse a path that no file can have, in a key of one path or of several."""
     paths = [] if value is None else [value] if isinstance(value, str) else value
     for path in paths.values() if isinstance(paths, dict) else paths:
@@ -78,7 +78,7 @@ class ModelConfig(Strict):
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of PyTorch; by default PyTorch chooses. A different number rounds sums differently."""
 
-    _paths = field_validator("base")(possible)
+    _paths = field_validator("base")(check_paths)
 
 
 class LoraSection(Strict):
@@ -110,7 +110,7 @@ class LoraSection(Strict):
     weights, the same rank. Its head is taken if it has the same labels and shape. See "Continue from an adapter" in
     tasks.md."""
 
-    _paths = field_validator("start")(possible)
+    _paths = field_validator("start")(check_paths)
 
 
 class TaskConfig(Strict):
@@ -168,7 +168,7 @@ class TaskConfig(Strict):
     """Language modelling: `text` compares answers as text; `gsm8k` compares the number after `####` with the last
     number of the answer."""
 
-    _paths = field_validator("train", "test")(possible)
+    _paths = field_validator("train", "test")(check_paths)
 
     @field_validator("type", mode="before")
     @classmethod
@@ -427,7 +427,7 @@ class PrivacyConfig(Strict):
     """The owner's limit for each record over all runs, in whichever file the record comes, with what other runs have
     reserved. A run that would exceed it is refused before it starts."""
 
-    _paths = field_validator("ledger")(possible)
+    _paths = field_validator("ledger")(check_paths)
 
     @property
     def private(self) -> bool:
@@ -505,7 +505,7 @@ class ExperimentConfig(Strict):
     the command line, `privacy=none` keeps the file's `clip_norm`."""
     flower: FlowerConfig = FlowerConfig()
 
-    _paths = field_validator("output")(possible)
+    _paths = field_validator("output")(check_paths)
 
     @field_validator("privacy", mode="before")
     @classmethod

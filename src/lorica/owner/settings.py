@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import field_validator
 
-from lorica.config import Strict, possible, validate
+from lorica.config import Strict, check_paths, validate
 from lorica.errors import UserError
 from lorica.files import home_folder
 
@@ -38,7 +38,7 @@ class NodeSettings(Strict):
     worker_idle: float = 900.0
     """How many seconds without a message until that process ends."""
 
-    _paths = field_validator("data", "base", "policy", "identity", "ledger", "folder")(possible)
+    _paths = field_validator("data", "base", "policy", "identity", "ledger", "folder")(check_paths)
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> NodeSettings:

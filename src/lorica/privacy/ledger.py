@@ -70,6 +70,7 @@ class Ledger:
         self.path = path
         self._home = Home() if home is None else home
         self._introduced: set[str] = set()
+        self._named: tuple[str, str] | None = None
         self._members: dict[tuple[str, str], bool] = {}
         with self._errors():
             expected = self._home.at(path)
@@ -265,8 +266,11 @@ class Ledger:
 
     def introduce_run(self, run: str, name: str) -> None:
         """Store the name of a run, by which the owner's account of the ledger shows it."""
+        if self._named == (run, name):
+            return
         with self._errors(), database.transaction(self.path) as connection:
             connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?)", (run, name))
+        self._named = (run, name)
 
     def run_names(self) -> dict[str, str]:
         """Id -> name of the runs in this ledger, where it is known."""
