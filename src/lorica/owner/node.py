@@ -150,7 +150,8 @@ class Node:
         try:
             return Part.from_bytes(path.read_bytes())
         except SummationError as error:
-            remedy = "restore it from a copy, or leave this run to the others and take part in a new one"
+            # An older copy would not know the latest sums.
+            remedy = "leave this run to the other nodes, and take part in a new one"
             raise UserError(path.name, str(path), str(error), remedy) from None
 
     def _requirements(self) -> Requirements:
