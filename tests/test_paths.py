@@ -108,10 +108,8 @@ def test_what_the_system_says_about_a_file_is_one_line(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("lorica.reporting.html.write_report", denied)
     output = call("report", "runs/x")
-    assert output == (
-        "error file = 'runs/x/metrics.jsonl': cannot be used (Permission denied). Check the path, its permissions and the "
-        "free disk space.\n"
-    )
+    assert output.startswith("error file = 'runs/x/metrics.jsonl': cannot be used (Permission denied). Check the path")
+    assert len(output.strip().splitlines()) == 1
 
 
 def test_a_current_folder_that_is_gone_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
