@@ -574,6 +574,8 @@ def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> M
 
 def _spelled(content: Any) -> set[str]:
     """Every key that the user wrote; pydantic's error paths also hold names of union members, which nobody wrote."""
+    if isinstance(content, list):
+        return {key for value in content for key in _spelled(value)}
     if not isinstance(content, dict):
         return set()
     return set(content) | {key for value in content.values() for key in _spelled(value)}
