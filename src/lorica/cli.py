@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import shlex
 import signal
@@ -158,7 +159,7 @@ def compare(
             _print_json(comparison_content(results) | {"page": str(page)})
         else:
             console.print(comparison_table(results))
-            console.print(f"Comparison: {page}")
+            console.print(f"Comparison: {escape(str(page))}", soft_wrap=True)
 
 
 @app.command()
@@ -189,7 +190,7 @@ def benchmark(
 
         results = read_results(whole.folder)
         page = write_benchmark(whole.folder, whole.with_results(results))
-        console.print(f"Benchmark: {page}", soft_wrap=True)
+        console.print(f"Benchmark: {escape(str(page))}", soft_wrap=True)
 
 
 @app.command()
@@ -367,7 +368,9 @@ def new_method(
         from lorica.templates.new_method import write_package
 
         package = write_package(name, folder)
-        console.print(f"Created {package}. Next: pip install -e {package}, then see its README.md", soft_wrap=True)
+        console.print(f"Created {escape(str(package))}. Next:", soft_wrap=True)
+        console.print(f"  pip install -e {escape(shlex.quote(str(package)))}", soft_wrap=True, highlight=False)
+        console.print(f"Then see {escape(str(package / 'README.md'))}.", soft_wrap=True)
 
 
 @app.command()
@@ -422,7 +425,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, such as ru
     with _errors():
         from lorica.reporting.html import write_report
 
-        console.print(f"Report: {write_report(folder)}")
+        console.print(f"Report: {escape(str(write_report(folder)))}", soft_wrap=True)
 
 
 @app.command("hash")
@@ -461,7 +464,8 @@ def budget(
             ledger = find_ledger(path, lost=True)
             accept_ledger(ledger)
             if not ledger.is_file():
-                console.print(f"The next run starts a new ledger at {ledger}.", soft_wrap=True, highlight=False)
+                text = f"The next run starts a new ledger at {escape(str(ledger))}."
+                console.print(text, soft_wrap=True, highlight=False)
                 return
         if release is not None:
             release_reservation(find_ledger(path), release)
@@ -587,7 +591,7 @@ class _Rounds:
             level = PrivacyUnit.of(config.privacy).level
             console.print(
                 f"{level} DP: C = {config.privacy.largest_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
-                f"δ = {config.privacy.delta:g}, ledger {federation.engine.ledger}"
+                f"δ = {config.privacy.delta:g}, ledger {escape(federation.engine.ledger)}"
             )
             some = next(iter(federation.plans.values()))
             if some.shared is not None:
@@ -672,7 +676,7 @@ class _Runs:
 def _errors(
     stdout_is_for_programs: bool = False, kept: str = "Finished rounds are kept; the same command resumes the run."
 ) -> Iterator[None]:
-    """Print a `UserError` as one line; Ctrl-C keeps what is finished.
+    """Print a `UserError`, or what the system says about a file, as one line; Ctrl-C keeps what is finished.
 
     Args:
         stdout_is_for_programs: print what is for people on stderr meanwhile.
@@ -682,9 +686,12 @@ def _errors(
     try:
         yield
     except UserError as error:
-        # The message may quote a file or a client's reply, which may contain brackets.
-        console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        raise _shown(error) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        remedy = "check the path, its permissions and the free disk space"
+        raise _shown(UserError("file", str(error.filename), f"cannot be used ({error.strerror})", remedy)) from None
     except KeyboardInterrupt:
         console.print(f"Stopped. {kept}")
         raise typer.Exit(130) from None
@@ -692,12 +699,18 @@ def _errors(
         console.stderr = False
 
 
+def _shown(error: UserError) -> typer.Exit:
+    # The message may quote a file or a client's reply, which may contain brackets.
+    console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
 def _load(config: str | None, overrides: list[str] | None) -> ExperimentConfig:
     # Imported here: pydantic and the schema take longer than all of `lorica --help`.
     from lorica.config import load
 
     # Without a file, the first argument is an override.
-    if config is not None and "=" in config and not Path(config).is_file():
+    if config is not None and "=" in config and not os.path.isfile(config):
         return load(None, [config, *(overrides or [])])
     return load(config, overrides)
 

@@ -22,11 +22,28 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lorica.errors import UserError
+from lorica.paths import path_problem
 from lorica.registry import TASK_KINDS, current_method_name, registered, remedy_for_unknown
 from lorica.strict_yaml import BOOLEANS, read_yaml, read_yaml_file
 
 DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
 Model = TypeVar("Model", bound=BaseModel)
+Paths = TypeVar("Paths", str | None, str | list[str], str | dict[str, str])
+
+
+def _mistake(problem: str, remedy: str) -> PydanticCustomError:
+    """What a validator raises where it knows more of a remedy than to change the key."""
+    return PydanticCustomError("mistake", "{problem}", {"problem": problem, "remedy": remedy})
+
+
+def check_paths(value: Paths) -> Paths:
+    """Refuse a path that no file can have, in a key of one path or of several."""
+    paths = [] if value is None else [value] if isinstance(value, str) else value
+    for path in paths.values() if isinstance(paths, dict) else paths:
+        problem = path_problem(path)
+        if problem is not None:
+            raise _mistake(problem, "give another path")
+    return value
 
 
 class Strict(BaseModel):
@@ -61,6 +78,8 @@ class ModelConfig(Strict):
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of PyTorch; by default PyTorch chooses. A different number rounds sums differently."""
 
+    _paths = field_validator("base")(check_paths)
+
 
 class LoraSection(Strict):
     """Passed to `peft.LoraConfig` under the same names; only `client_ranks` and `start` are Lorica's own."""
@@ -91,6 +110,8 @@ class LoraSection(Strict):
     the same linear maps of the same base model with the same scale `γ` and, unless the method merges into the frozen
     weights, the same rank. Its head is taken if it has the same labels and shape. See "Continue from an adapter" in
     tasks.md."""
+
+    _paths = field_validator("start")(check_paths)
 
 
 class TaskConfig(Strict):
@@ -147,6 +168,8 @@ class TaskConfig(Strict):
     answer_format: Literal["text", "gsm8k"] = "text"
     """Language modelling: `text` compares answers as text; `gsm8k` compares the number after `####` with the last
     number of the answer."""
+
+    _paths = field_validator("train", "test")(check_paths)
 
     @field_validator("type", mode="before")
     @classmethod
@@ -239,7 +262,8 @@ class FederationConfig(Strict):
     own content and the seed, so the number varies a little. The results are private: they are written beside the
     ledger, for the owner, and do not appear in any report."""
     weights: Literal["uniform", "records", "noise"] = "uniform"
-    """Weight of a client in the mean: `uniform`, in proportion to its `records`, or to 1/τ² of its `noise`."""
+    """Weight of a client in the mean: `uniform`, in proportion to its `records`, or to 1/τ² of its `noise`. In a run
+    without noise, `noise` means `records`."""
     evaluate_every: int = Field(1, ge=1, le=1_000_000)
     """Evaluate on the public test set every N rounds, and after the last round."""
     micro_batch_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -409,6 +433,8 @@ class PrivacyConfig(Strict):
     """The owner's limit for each record over all runs, in whichever file the record comes, with what other runs have
     reserved. A run that would exceed it is refused before it starts."""
 
+    _paths = field_validator("ledger")(check_paths)
+
     @property
     def private(self) -> bool:
         """Whether clients add noise."""
@@ -464,7 +490,7 @@ class FlowerConfig(Strict):
 class ExperimentConfig(Strict):
     """A whole experiment."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Names the run folder; the same name and configuration resume the run."""
     seed: int = Field(42, ge=0, lt=2**63)
     """Public seed of client sampling, partition and initialisation. Never the source of secure noise."""
@@ -484,6 +510,8 @@ class ExperimentConfig(Strict):
     """`privacy: none` is short for `privacy: {noise: none}`, a run without differential privacy that still clips. On
     the command line, `privacy=none` keeps the file's `clip_norm`."""
     flower: FlowerConfig = FlowerConfig()
+
+    _paths = field_validator("output")(check_paths)
 
     @field_validator("privacy", mode="before")
     @classmethod
@@ -548,11 +576,6 @@ def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> M
         if isinstance(first["input"], bool) and first["type"].startswith("string"):
             remedy = BOOLEANS
         raise UserError(key, first["input"], problem[:1].lower() + problem[1:], remedy) from None
-
-
-def _mistake(problem: str, remedy: str) -> PydanticCustomError:
-    """What a validator raises where it knows more of a remedy than to change the key."""
-    return PydanticCustomError("mistake", "{problem}", {"problem": problem, "remedy": remedy})
 
 
 def _spelled(content: Any) -> set[str]:

@@ -25,6 +25,7 @@ from lorica.privacy.home import Home
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.ledger_file import working_copy
 from lorica.privacy.lifetime import history
+from lorica.run.data import DATA, fingerprints
 from lorica.run.folder import claim_folder, started_run
 from lorica.run.rounds import assemble
 from lorica.run.setup import Prepared
@@ -57,7 +58,8 @@ def rehearse(config: ExperimentConfig, on_stage: Callable[[str], None] = lambda 
     if config.engine == "flower" and config.flower.superlink is not None:
         problem = "the owners' data are on other machines"
         raise UserError("--dry-run", True, problem, "let each owner run it with engine=local and its own data")
-    claim_folder(config.folder, config)
+    # A new run has nothing to compare with, and the key of fingerprints would be written to Lorica's home.
+    claim_folder(config.folder, config, fingerprints(config) if (config.folder / DATA).is_file() else {})
     run = started_run(config.folder) or "dry-run"
     with TemporaryDirectory(prefix="lorica-") as place:
         on_stage("Reading the data and the model")

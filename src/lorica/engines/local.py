@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -153,13 +154,13 @@ class LocalEngine:
             return
         problem = f"with this run, the total ε of client {client.number} would be {life:.3f}"
         remedy = "lower privacy.epsilon, run fewer rounds, or raise privacy.max_lifetime_epsilon"
-        holders = sorted({one.run for one in found.holders(run)})
+        holders = sorted({(one.run, client.ledger.file_of(one.ledger)) for one in found.holders(run)})
         if holders:
-            problem += f", including reservations of run {', '.join(holders)}"
-            remedy += (
-                "; or finish that run, or release its reservation: "
-                f"lorica budget {client.ledger.path} --release {holders[0]}"
-            )
+            names = client.ledger.run_names()
+            listed = [f"{names[held]} ({held:.8})" if held in names else held[:8] for held, _ in holders]
+            problem += f", including what is reserved for run {', '.join(listed)}"
+            commands = [f"lorica budget {shlex.quote(str(file))} --release {held:.8}" for held, file in holders]
+            remedy += f"; or finish what has reserved it, or release that: {' and '.join(commands)}"
         raise UserError("privacy.max_lifetime_epsilon", limit, problem, remedy)
 
 

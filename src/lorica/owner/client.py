@@ -51,6 +51,7 @@ class Client:
         seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
         private_test: the owner's test records; their results stay with the owner.
         policy: the owner's limits over all runs; None if one process simulates all owners.
+        run_name: name of the run, for the owner's account of the ledger.
         held: the server's tensors as last received.
         merged: site name -> `(B, A)` merged into the frozen weight.
         sequence: number of the last request; None before the first.
@@ -66,6 +67,7 @@ class Client:
     unit: PrivacyUnit = RECORD
     private_test: Records | None = None
     policy: Policy | None = None
+    run_name: str = ""
     held: dict[str, Tensor] = field(default_factory=dict)
     merged: dict[str, Pair] = field(default_factory=dict)
     sequence: int | None = None
@@ -157,6 +159,7 @@ class Client:
             allow: called with the unused reservations of other runs, under the ledger's lock.
         """
         self.introduce()
+        self.ledger.introduce_run(run, self.run_name)
         if self.plan.noise != "secure":
             allow([])
             return

@@ -115,6 +115,7 @@ def make_client(
         seed=config.seed,
         micro_batch_tokens=config.federation.pass_tokens(resolve_device(config.model.device).type),
         private_test=private_test,
+        run_name=config.name,
     )
 
 

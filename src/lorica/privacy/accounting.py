@@ -27,7 +27,7 @@ from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution,
 from scipy.optimize import brentq
 
 from lorica.errors import UserError
-from lorica.files import cache_folder, write_atomically
+from lorica.files import cache_folder, read_json, write_atomically
 
 # Pessimistic rounding on this grid overstates ε by less than 0.1 % and is ten times faster than the default grid.
 DISCRETIZATION = 1e-3
@@ -165,7 +165,7 @@ def _checksum(path: Path, noise_multiplier: float) -> int:
 def _stored(path: Path) -> float | None:
     """A noise multiplier from the cache; None if there is none, or if its file is damaged."""
     try:
-        record = json.loads(path.read_bytes())
+        record = read_json(path)
         known = float(record["noise_multiplier"])
         if record["crc32"] == _checksum(path, known):
             return known

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from lorica.privacy.ledger_rows import (
     head_of,
     insert,
     link_of,
+    names_of,
     pending_of,
     prepare,
     release_of,
@@ -68,6 +70,7 @@ class Ledger:
         self.path = path
         self._home = Home() if home is None else home
         self._introduced: set[str] = set()
+        self._named: tuple[str, str] | None = None
         self._members: dict[tuple[str, str], bool] = {}
         with self._errors():
             expected = self._home.at(path)
@@ -261,6 +264,23 @@ class Ledger:
                 found.append(as_release(one, steps))
         return found
 
+    def introduce_run(self, run: str, name: str) -> None:
+        """Store the name of a run, by which the owner's account of the ledger shows it."""
+        if self._named == (run, name):
+            return
+        with self._errors(), database.transaction(self.path) as connection:
+            connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?)", (run, name))
+        self._named = (run, name)
+
+    def run_names(self) -> dict[str, str]:
+        """Id -> name of the runs in this ledger, where it is known."""
+        with self._reading() as connection:
+            return names_of(connection)
+
+    def file_of(self, ledger: str) -> Path:
+        """Where the ledger with this id was last used."""
+        return self.path if ledger == self.identity else self._home.file_of(ledger) or self.path
+
     def reserve(self, planned: Exposure, allow: Callable[[list[Release]], None] | None = None) -> None:
         """Reserve the budget of a whole run before its first step. Later charges use up the reservation.
 
@@ -312,7 +332,7 @@ class Ledger:
                 str(self.path),
                 f"this is not the ledger last used here: {problem}",
                 "restore the newest copy of the file, or if it is lost, accept the loss with "
-                f"lorica budget {self.path} --accept",
+                f"lorica budget {shlex.quote(str(self.path))} --accept",
             ) from None
         except _DamagedReply as problem:
             raise UserError(
@@ -329,7 +349,7 @@ class Ledger:
                 str(self.path),
                 f"the ledger is damaged ({error})",
                 "restore the newest copy of the file; if there is none, move the file away and accept the loss with "
-                f"lorica budget {self.path} --accept",
+                f"lorica budget {shlex.quote(str(self.path))} --accept",
             ) from error
         except OSError as error:
             raise self._unusable(error) from error

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lorica.errors import UserError
+from lorica.files import read_json
+from lorica.paths import user_path
 from lorica.reporting.checksums import files_are_whole, remedy
 from lorica.strict_yaml import read_yaml_file
 
@@ -72,7 +74,7 @@ def read_run(folder: str | Path) -> Run:
     Raises:
         UserError: no such folder, not a run folder, a damaged file, or no finished round.
     """
-    folder = Path(folder)
+    folder = user_path("run", folder)
     if not folder.is_dir():
         raise UserError("run", str(folder), "no such folder", "give the folder of a run, such as runs/NAME")
     for name in ("config.yaml", "metrics.jsonl"):
@@ -251,11 +253,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        problem = f"the file is damaged: not valid JSON ({error})"
-        raise UserError(path.name, str(path), problem, remedy(path.name)) from None
-    if not isinstance(content, dict):
-        problem = "the file is damaged: not a JSON object"
-        raise UserError(path.name, str(path), problem, remedy(path.name))
-    return content
+        return read_json(path)
+    except ValueError as error:
+        raise UserError(path.name, str(path), f"the file is damaged ({error})", remedy(path.name)) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import subprocess
 import uuid
@@ -15,17 +16,21 @@ import torch
 
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.files import INCOMPLETE, remove_incomplete, write_atomically
+from lorica.files import INCOMPLETE, read_json, remove_incomplete, write_atomically
 from lorica.reporting.checksums import remedy
 from lorica.run.data import DATA, belongs_to, check_fingerprints, write_fingerprints
 from lorica.run.lock import LOCK
 from lorica.strict_yaml import read_yaml_file
 
 ENVIRONMENT = "environment.json"
+logger = logging.getLogger(__name__)
 
 
-def claim_folder(folder: Path, config: ExperimentConfig) -> None:
+def claim_folder(folder: Path, config: ExperimentConfig, data: dict[str, str]) -> None:
     """Check that the run folder is empty, or contains the same experiment on the same data.
+
+    Args:
+        data: `lorica.run.data.fingerprints`.
 
     Raises:
         UserError: the folder contains another experiment, was not written by Lorica or is damaged, or the data have
@@ -48,7 +53,7 @@ def claim_folder(folder: Path, config: ExperimentConfig) -> None:
             f"{folder} contains another experiment, which differs in: {', '.join(different)}",
             f"choose another name, or delete {folder}",
         )
-    check_fingerprints(folder, config.task)
+    check_fingerprints(folder, config, data)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -99,8 +104,8 @@ def _environment(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return read_json(path)
+    except ValueError as error:
         raise _damaged(path, str(error)) from error
 
 
@@ -159,6 +164,8 @@ def keep_rounds(path: Path, first: int, last: int) -> None:
         UserError: a line of an earlier round is damaged or missing.
     """
     if not path.is_file():
+        if last >= first:
+            logger.warning("%s is missing: the report begins with round %d", path, last + 1)
         return
     content = path.read_bytes()
     lines = content.splitlines()

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.loading import check_isolated, load_model
-from lorica.adapters.start import hash_of_start, read_start
+from lorica.adapters.start import read_start
 from lorica.adapters.state import AdapterState
 from lorica.aggregation.robust import check_aggregate
 from lorica.config import ExperimentConfig, FederationConfig, OptimizerConfig
@@ -64,8 +64,6 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
         schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
     ranks = _client_ranks(config)
     check_method(config, method)
-    if federation.weights == "noise" and not config.privacy.private:
-        raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
     apart = config.engine == "flower" and config.flower.superlink is not None
     if apart and federation.weights != "uniform" and federation.max_records is None:
         raise UserError(
@@ -118,13 +116,6 @@ def _begin(
     recorded = started_from(config.folder)
     if recorded is not None and has_checkpoint(config.folder / "checkpoint") and not Path(folder).expanduser().exists():
         return recorded
-    if recorded is not None and hash_of_start(folder) != recorded["sha256"]:
-        raise UserError(
-            "lora.start",
-            folder,
-            f"its weights have changed since the run {config.name} started from them",
-            "restore the folder, or choose another name",
-        )
     start = read_start(config, model, task.label_names, merges)
     start.apply(state, merges)
     return {"name": start.name, "sha256": start.sha256}

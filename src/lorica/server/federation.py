@@ -396,9 +396,10 @@ def client_weights(weighting: str, plans: list[ClientPlan]) -> dict[int, float]:
     """Weights of the participants of a round; they sum to 1.
 
     `uniform`: equal. `records`: `n_k`. `noise`: `1/τ_k²`, which minimises the noise variance of the mean, or `1/τ_k` if
-    the clients share the noise, so that nobody adds more than its own part of it.
+    the clients share the noise, so that nobody adds more than its own part of it. Without noise, `noise` means
+    `records`, the weights of FedAvg.
     """
-    if weighting == "records":
+    if weighting == "records" or (weighting == "noise" and plans[0].noise == "none"):
         values = np.array([plan.records for plan in plans], dtype=float)
     elif weighting == "noise":
         values = np.array([plan.noise_std ** (-2 if plan.shared is None else -1) for plan in plans])
