@@ -302,6 +302,7 @@ def test_a_dry_run_trains_on_public_records_alone(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Cohort, "_update", watched)
     found = rehearse(config)
+    assert not (tmp_path / "ledger.sqlite").exists()
     public = prepare_local(config)[0].task.test
     assert seen
     assert seen <= set(map(bytes, public.digests))

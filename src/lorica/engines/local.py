@@ -20,7 +20,7 @@ from lorica.owner.client import Client
 from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, make_cohort
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.lifetime import history
-from lorica.privacy.plan import ClientPlan, Refused, plan_run
+from lorica.privacy.plan import ClientPlan, Refused, plan_cohort, plan_run
 from lorica.privacy.statement import Account, account
 from lorica.run.divergence import check_finite
 from lorica.run.setup import Prepared, prepare
@@ -184,10 +184,11 @@ def prepare_local(
     task = by_privacy_unit(config, task)
     prepared = prepare(config, task)
     if config.privacy.unit == "client":
-        ledger = Ledger(ledger_path(config, dataset))
+        members, plan = divide(config, task), plan_cohort(config, prepared.method.client_level)
+        ledger = open_ledger(ledger_path(config, dataset))
         return prepared, LocalEngine(
             prepared.model,
-            {0: make_cohort(config, task.train, divide(config, task), ledger, dataset, prepared.method.client_level)},
+            {0: make_cohort(config, plan, task.train, members, ledger, dataset)},
             config.privacy.max_lifetime_epsilon,
         )
     parts = [hold_out(config, part) for part in divide(config, task)]

@@ -17,7 +17,7 @@ from lorica.owner.client import Client
 from lorica.owner.cohort import Cohort
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.ledger_file import ledger_beside
-from lorica.privacy.plan import ClientPlan, plan_cohort
+from lorica.privacy.plan import ClientPlan
 from lorica.privacy.unit import CLIENT, RECORD, PrivacyUnit
 from lorica.streams import stream_seed
 from lorica.tasks.groups import by_group
@@ -120,7 +120,12 @@ def make_client(
 
 
 def make_cohort(
-    config: ExperimentConfig, records: Records, members: list[Records], ledger: Ledger, dataset: str, exchanges: int
+    config: ExperimentConfig,
+    plan: ClientPlan,
+    records: Records,
+    members: list[Records],
+    ledger: Ledger,
+    dataset: str,
 ) -> Cohort:
     """All clients of a simulation as one owner (`privacy.unit: client`).
 
@@ -128,12 +133,11 @@ def make_cohort(
         records: the records of all clients together.
         members: the records of each client.
         dataset: fingerprint of the whole data set.
-        exchanges: of a round (`Method.client_level`).
     """
     return Cohort(
         number=0,
         records=records,
-        plan=plan_cohort(config, exchanges),
+        plan=plan,
         ledger=ledger,
         dataset=dataset,
         unit=CLIENT,
