@@ -1,0 +1,213 @@
+"""Exact tests of what a mechanism promises: no bound on ε sees an error of 10 % in the noise, its variance does.
+
+Each function gives a `Test` with a p-value that is corrected for what the function looks at. Whoever makes several
+tests corrects for their number (`refuted`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from scipy import stats
+
+FALSE_ALARM = 1e-5
+"""Probability that an audit of a correct mechanism refutes it, over all of its tests together."""
+
+
+@dataclass(frozen=True)
+class Test:
+    """A test of one promise.
+
+    Attributes:
+        promise: what is tested, such as "noise variance".
+        p_value: probability of such a result, or one farther off, if the promise holds.
+        found: what was measured.
+    """
+
+    promise: str
+    p_value: float
+    found: str
+
+
+def refuted(tests: Sequence[Test], among: int | None = None) -> list[Test]:
+    """The tests that fail at `FALSE_ALARM`, corrected for their number (Bonferroni).
+
+    Args:
+        among: the number of all tests of the audit; by default that of `tests`.
+    """
+    return [test for test in tests if test.p_value < FALSE_ALARM / (among or len(tests))]
+
+
+def _smallest(p_values: Iterable[float]) -> float:
+    """The smallest of several p-values, corrected for their number; 1 for none."""
+    found = list(p_values)
+    return min([1.0, *(len(found) * value for value in found)])
+
+
+def _two_sided(distribution: stats.rv_continuous, value: float) -> float:
+    return float(min(1.0, 2 * min(distribution.cdf(value), distribution.sf(value))))
+
+
+def noise_variance(noise: Mapping[str, np.ndarray]) -> Test:
+    """The variance of the noise, of each tensor and of all together: `Σ z² ~ χ²_d` (two-sided).
+
+    Args:
+        noise: tensor -> all its noise over the promised standard deviation.
+    """
+    energies = {name: (float(np.square(values).sum()), values.size) for name, values in noise.items()}
+    total = tuple(map(sum, zip(*energies.values(), strict=True)))
+    p_values = [_two_sided(stats.chi2(size), energy) for energy, size in [*energies.values(), total]]
+    ratios = {name: energy / size for name, (energy, size) in energies.items()}
+    name = max(ratios, key=lambda one: abs(ratios[one] - 1))
+    found = f"{total[0] / total[1]:.3f} of the promised variance; {name} {ratios[name]:.3f}"
+    return Test("noise variance", _smallest(p_values), found)
+
+
+def noise_of_each_coordinate(noise: Mapping[str, np.ndarray]) -> Test:
+    """No coordinate has much less or much more noise than the others: over n releases, each has `Σ z² ~ χ²_n`.
+
+    Args:
+        noise: tensor -> (n, d), its noise in each release over the promised standard deviation.
+    """
+    p_values, least = [], 1.0
+    for values in noise.values():
+        energies, limits = np.square(values).sum(axis=0), stats.chi2(len(values))
+        p_values += [values.shape[1] * float(limits.cdf(energies.min())), values.shape[1] * limits.sf(energies.max())]
+        least = min(least, float(energies.min()) / len(values))
+    return Test("noise of each coordinate", _smallest(p_values), f"the least is {least:.3f} of the promised variance")
+
+
+def normality(noise: np.ndarray) -> Test:
+    """The noise over the promised standard deviation is N(0, 1): the test of Kolmogorov and Smirnov."""
+    found = stats.kstest(noise, "norm")
+    return Test("normal noise", float(found.pvalue), f"largest difference of distribution functions {found.statistic:.4f}")
+
+
+def independent_noise(promise: str, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Test:
+    """The noises of each pair are uncorrelated: `√d · (x·y)/(‖x‖ ‖y‖) ~ N(0, 1)` (two-sided)."""
+    correlations, p_values = [0.0], []
+    for first, second in pairs:
+        size = min(len(first), len(second))
+        x, y = first[:size], second[:size]
+        length = float(np.linalg.norm(x) * np.linalg.norm(y))
+        # Noise of exactly zero is the variance test's.
+        correlation = float(x @ y) / length if length else 0.0
+        correlations.append(correlation)
+        p_values.append(2 * float(stats.norm.sf(abs(correlation) * np.sqrt(size))))
+    largest = max(correlations, key=abs)
+    return Test(promise, _smallest(p_values), f"largest correlation {largest:+.3f} of {len(p_values)} pairs")
+
+
+def noise_of_releases(noise: Mapping[str, np.ndarray]) -> Test:
+    """The noise of a tensor in different releases.
+
+    Args:
+        noise: tensor -> (n, d), its noise in each release.
+    """
+    pairs = [pair for values in noise.values() for pair in combinations(values, 2)]
+    return independent_noise("noise independent between releases", pairs)
+
+
+def noise_of_tensors(releases: Iterable[Sequence[np.ndarray]]) -> Test:
+    """The noises of the tensors of each release, from their first coordinates on.
+
+    Args:
+        releases: of each release the noises of its tensors, each flat.
+    """
+    pairs = [pair for tensors in releases for pair in combinations(tensors, 2)]
+    return independent_noise("noise independent between tensors", pairs)
+
+
+def contributions(values: np.ndarray, deviations: np.ndarray) -> tuple[Test, Test]:
+    """What each record adds is its gradient clipped to C over the expected batch size, or nothing.
+
+    Args:
+        values: (n,), how much of that each canary added: 0 or 1, plus noise of these standard deviations.
+        deviations: (n,).
+
+    Returns:
+        The test that no record adds more than C, and that of the division: those that are included add exactly that.
+    """
+    inside = values > 0.5
+    over = (values[inside] - 1) / deviations[inside]
+    largest = float(values.max(initial=0.0))
+    clip = Test(
+        "clip", _smallest(stats.norm.sf(over).tolist()), f"the largest contribution is {largest:.4f} C over the batch size"
+    )
+    off = (values - inside) / deviations
+    mean = float(values[inside].mean()) if inside.any() else 0.0
+    division = Test(
+        "division by the expected batch size",
+        _smallest((2 * stats.norm.sf(np.abs(off))).tolist()),
+        f"records in a batch add {mean:.4f} of their share on average",
+    )
+    return clip, division
+
+
+def nothing_else(energy: float, coordinates: int) -> Test:
+    """Beside clipped gradients and noise nothing is released: what is left over has the energy of noise (one-sided).
+
+    Args:
+        energy: `Σ z²` of what is left over, over the standard deviation of the noise.
+        coordinates: their number, less that of the contributions that were fitted.
+    """
+    return Test(
+        "nothing but clipped gradients and noise",
+        float(stats.chi2(coordinates).sf(energy)),
+        f"what is left over has {energy / coordinates:.3f} of the energy of noise",
+    )
+
+
+def sampling_rate(batches: np.ndarray, rate: float) -> Test:
+    """Each record is in a batch with the promised probability: the number of all memberships is binomial (two-sided).
+
+    Args:
+        batches: (batches, n) bool, which records each batch has.
+    """
+    drawn = int(batches.sum())
+    p_value = float(stats.binomtest(drawn, batches.size, rate).pvalue)
+    return Test("sampling rate", p_value, f"{drawn / batches.size:.4f}, promised {rate:.4f}")
+
+
+def batch_sizes(batches: np.ndarray, rate: float) -> Test:
+    """Batch sizes vary as those of independent coins: the largest of their deviations from the mean, both ways.
+
+    A batch of fixed size has the right sampling rate, but no deviation.
+
+    Args:
+        batches: (batches, n) bool.
+    """
+    count, records = batches.shape
+    sizes = np.arange(records + 1)
+    deviations = np.abs(sizes - records * rate)
+    largest = float(np.abs(batches.sum(axis=1) - records * rate).max())
+    law = stats.binom(records, rate).pmf(sizes)
+    below, within = float(law[deviations < largest].sum()), float(law[deviations <= largest].sum())
+    p_value = 2 * min(within**count, -np.expm1(count * np.log(max(below, 1e-300))))
+    return Test("batch sizes", min(1.0, p_value), f"{count} batches, at most {largest:.1f} from the mean {records * rate:g}")
+
+
+def independent_batches(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Test:
+    """Two batches of the same records have as many in common as independent ones: hypergeometric, given their sizes.
+
+    Args:
+        pairs: of (n,) bool, which records each batch has.
+    """
+    p_values, common = [], [0.0]
+    for first, second in pairs:
+        shared = int((first & second).sum())
+        law = stats.hypergeom(len(first), int(first.sum()), int(second.sum()))
+        p_values.append(min(1.0, 2 * min(float(law.cdf(shared)), float(law.sf(shared - 1)))))
+        common.append(shared / max(1.0, float(law.mean())))
+    farthest = max(common[1:], key=lambda one: abs(one - 1), default=1.0)
+    found = f"{len(p_values)} pairs, at the most {farthest:.2f} times the expected number in common"
+    return Test("independent batches", _smallest(p_values), found)
+
+
+def derived(promise: str, differences: Iterable[float], tolerance: float = 1e-3) -> Test:
+    """What costs nothing is a function of what was released: relative differences from it, up to rounding."""
+    largest = max(differences, default=0.0)
+    return Test(promise, 0.0 if largest > tolerance else 1.0, f"largest relative difference {largest:.1e}")
