@@ -161,48 +161,61 @@ def nothing_else(energy: float, coordinates: int) -> Test:
     )
 
 
-def sampling_rate(batches: np.ndarray, rate: float) -> Test:
-    """Each record is in a batch with the promised probability: the number of all memberships is binomial (two-sided).
+@dataclass(frozen=True)
+class Memberships:
+    """Which records some batches of the same n records have, as far as it can be read.
 
-    Args:
-        batches: (batches, n) bool, which records each batch has.
+    Attributes:
+        visible: (batches, n) bool, which records would leave a trace.
+        drawn: (batches, n) bool, which of these are in the batch.
     """
-    drawn = int(batches.sum())
-    p_value = float(stats.binomtest(drawn, batches.size, rate).pvalue)
-    return Test("sampling rate", p_value, f"{drawn / batches.size:.4f}, promised {rate:.4f}")
+
+    visible: np.ndarray
+    drawn: np.ndarray
 
 
-def batch_sizes(batches: np.ndarray, rate: float) -> Test:
-    """Batch sizes vary as those of independent coins: the largest of their deviations from the mean, both ways.
+def sampling_rate(owners: Iterable[Memberships], rate: float) -> Test:
+    """Each record is in a batch with the promised probability: the number of all memberships is binomial (two-sided)."""
+    drawn, looked_at = (sum(int(getattr(one, key).sum()) for one in owners) for key in ("drawn", "visible"))
+    p_value = float(stats.binomtest(drawn, looked_at, rate).pvalue) if looked_at else 1.0
+    return Test("sampling rate", p_value, f"{drawn / max(1, looked_at):.4f}, promised {rate:.4f}")
+
+
+def batch_sizes(owners: Iterable[Memberships], rate: float) -> Test:
+    """Batch sizes vary as those of independent coins: the largest deviation from the mean, both ways.
 
     A batch of fixed size has the right sampling rate, but no deviation.
-
-    Args:
-        batches: (batches, n) bool.
     """
-    count, records = batches.shape
-    sizes = np.arange(records + 1)
-    deviations = np.abs(sizes - records * rate)
-    largest = float(np.abs(batches.sum(axis=1) - records * rate).max())
-    law = stats.binom(records, rate).pmf(sizes)
-    below, within = float(law[deviations < largest].sum()), float(law[deviations <= largest].sum())
-    p_value = 2 * min(within**count, -np.expm1(count * np.log(max(below, 1e-300))))
-    return Test("batch sizes", min(1.0, p_value), f"{count} batches, at most {largest:.1f} from the mean {records * rate:g}")
+    batches = [
+        (int(visible.sum()), int(drawn.sum()))
+        for one in owners
+        for visible, drawn in zip(one.visible, one.drawn, strict=True)
+        if visible.any()
+    ]
+    scales = [np.sqrt(records * rate * (1 - rate)) for records, _ in batches]
+    largest = max((abs(size - n * rate) / scale for (n, size), scale in zip(batches, scales, strict=True)), default=0.0)
+    within = below = 1.0
+    for (records, _), scale in zip(batches, scales, strict=True):
+        sizes = np.arange(records + 1)
+        law, deviations = stats.binom(records, rate).pmf(sizes), np.abs(sizes - records * rate) / scale
+        within *= float(law[deviations <= largest + 1e-9].sum())
+        below *= float(law[deviations < largest - 1e-9].sum())
+    p_value = 2 * min(within, 1 - below) if batches else 1.0
+    found = f"{len(batches)} batches, at most {largest:.2f} standard deviations from the mean"
+    return Test("batch sizes", min(1.0, p_value), found)
 
 
-def independent_batches(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Test:
-    """Two batches of the same records have as many in common as independent ones: hypergeometric, given their sizes.
-
-    Args:
-        pairs: of (n,) bool, which records each batch has.
-    """
-    p_values, common = [], [0.0]
-    for first, second in pairs:
-        shared = int((first & second).sum())
-        law = stats.hypergeom(len(first), int(first.sum()), int(second.sum()))
-        p_values.append(min(1.0, 2 * min(float(law.cdf(shared)), float(law.sf(shared - 1)))))
-        common.append(shared / max(1.0, float(law.mean())))
-    farthest = max(common[1:], key=lambda one: abs(one - 1), default=1.0)
+def independent_batches(owners: Iterable[Memberships]) -> Test:
+    """Two batches of the same records have as many in common as independent ones: hypergeometric, given their sizes."""
+    p_values, common = [], [1.0]
+    for one in owners:
+        for first, second in combinations(range(len(one.visible)), 2):
+            both = one.visible[first] & one.visible[second]
+            shared = int((one.drawn[first] & one.drawn[second])[both].sum())
+            law = stats.hypergeom(int(both.sum()), int(one.drawn[first][both].sum()), int(one.drawn[second][both].sum()))
+            p_values.append(min(1.0, 2 * min(float(law.cdf(shared)), float(law.sf(shared - 1)))))
+            common.append(shared / max(1.0, float(law.mean())))
+    farthest = max(common, key=lambda ratio: abs(ratio - 1))
     found = f"{len(p_values)} pairs, at the most {farthest:.2f} times the expected number in common"
     return Test("independent batches", _smallest(p_values), found)
 

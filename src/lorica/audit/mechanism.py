@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -337,33 +336,37 @@ def _noise_tests(releases: list[tuple[dict[str, np.ndarray], Reading]]) -> Itera
 
 
 def _contribution_tests(observation: Observation) -> Iterator[Test]:
-    fits = [fit(*reading.whitened()) for _, reading in observation.readings]
-    values, deviations = (np.concatenate([getattr(one, key) for one in fits]) for key in ("values", "deviations"))
-    yield from exact.contributions(values, deviations)
-    yield exact.nothing_else(sum(one.energy for one in fits), sum(one.left for one in fits))
+    yield from _of_contributions([fit(*reading.whitened()) for _, reading in observation.readings])
     if observation.refused is not None:
         yield Test("replies that the server accepts", 0.0, observation.refused)
 
 
 def _sampling_tests(observation: Observation) -> Iterator[Test]:
-    by_owner: dict[int, list[np.ndarray]] = {}
+    owners: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}
     fits: list[Fit] = []
     for number, reading in observation.readings:
         one = fit(*reading.whitened())
-        # A release in which canaries leave no trace says nothing of its batch.
-        if one.visible.all():
-            fits.append(one)
-            by_owner.setdefault(number, []).extend((one.values > 0.5).reshape(reading.steps, -1))
-    values, deviations = (np.concatenate([getattr(one, key) for one in fits]) for key in ("values", "deviations"))
-    clip, division = exact.contributions(values, deviations)
-    yield replace(clip, promise=f"{clip.promise}, in Poisson batches")
-    yield replace(division, promise=f"{division.promise}, in Poisson batches")
-    batches = np.concatenate([np.stack(own) for own in by_owner.values()])
-    yield exact.sampling_rate(batches, SAMPLING_RATE)
-    yield exact.batch_sizes(batches, SAMPLING_RATE)
-    yield exact.independent_batches([pair for own in by_owner.values() for pair in combinations(own, 2)])
+        fits.append(one)
+        drawn = np.zeros(len(one.visible), dtype=bool)
+        drawn[one.visible] = one.values > 0.5
+        shape = (reading.steps, -1)
+        owners.setdefault(number, []).append((one.visible.reshape(shape), drawn.reshape(shape)))
+    for test in _of_contributions(fits):
+        yield replace(test, promise=f"{test.promise}, in Poisson batches")
+    memberships = [
+        exact.Memberships(*(np.concatenate(parts) for parts in zip(*own, strict=True))) for own in owners.values()
+    ]
+    yield exact.sampling_rate(memberships, SAMPLING_RATE)
+    yield exact.batch_sizes(memberships, SAMPLING_RATE)
+    yield exact.independent_batches(memberships)
     if observation.refused is not None:
         yield Test("replies that the server accepts", 0.0, observation.refused)
+
+
+def _of_contributions(fits: list[Fit]) -> Iterator[Test]:
+    values, deviations = (np.concatenate([getattr(one, key) for one in fits]) for key in ("values", "deviations"))
+    yield from exact.contributions(values, deviations)
+    yield exact.nothing_else(sum(one.energy for one in fits), sum(one.left for one in fits))
 
 
 def _derived_tests(observation: Observation) -> Iterator[Test]:
