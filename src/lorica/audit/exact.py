@@ -83,7 +83,9 @@ def noise_of_each_coordinate(noise: Mapping[str, np.ndarray]) -> Test:
 def normality(noise: np.ndarray) -> Test:
     """The noise over the promised standard deviation is N(0, 1): the test of Kolmogorov and Smirnov."""
     found = stats.kstest(noise, "norm")
-    return Test("normal noise", float(found.pvalue), f"largest difference of distribution functions {found.statistic:.4f}")
+    return Test(
+        "normal noise", float(found.pvalue), f"largest difference of distribution functions {found.statistic:.4f}"
+    )
 
 
 def independent_noise(promise: str, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Test:
@@ -135,7 +137,9 @@ def contributions(values: np.ndarray, deviations: np.ndarray) -> tuple[Test, Tes
     over = (values[inside] - 1) / deviations[inside]
     largest = float(values.max(initial=0.0))
     clip = Test(
-        "clip", _smallest(stats.norm.sf(over).tolist()), f"the largest contribution is {largest:.4f} C over the batch size"
+        "clip",
+        _smallest(stats.norm.sf(over).tolist()),
+        f"the largest contribution is {largest:.4f} C over the batch size",
     )
     off = (values - inside) / deviations
     mean = float(values[inside].mean()) if inside.any() else 0.0
@@ -212,7 +216,9 @@ def independent_batches(owners: Iterable[Memberships]) -> Test:
         for first, second in combinations(range(len(one.visible)), 2):
             both = one.visible[first] & one.visible[second]
             shared = int((one.drawn[first] & one.drawn[second])[both].sum())
-            law = stats.hypergeom(int(both.sum()), int(one.drawn[first][both].sum()), int(one.drawn[second][both].sum()))
+            law = stats.hypergeom(
+                int(both.sum()), int(one.drawn[first][both].sum()), int(one.drawn[second][both].sum())
+            )
             p_values.append(min(1.0, 2 * min(float(law.cdf(shared)), float(law.sf(shared - 1)))))
             common.append(shared / max(1.0, float(law.mean())))
     farthest = max(common, key=lambda ratio: abs(ratio - 1))

@@ -9,16 +9,12 @@ sums are audited as well, for a server that colludes with one of them.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
@@ -27,13 +23,21 @@ from lorica.adapters.state import AdapterState
 from lorica.audit import exact
 from lorica.audit.attack import Fit, Ridge, fit
 from lorica.audit.canaries import Canaries, toss
-from lorica.audit.estimators import Scores, fdp_bound, fdp_refutes_any, one_run_bound, one_run_p_value_of, trade_off_inverse
+from lorica.audit.estimators import (
+    Scores,
+    fdp_bound,
+    fdp_refutes_any,
+    one_run_bound,
+    one_run_p_value_of,
+    trade_off_inverse,
+)
 from lorica.audit.exact import Test
 from lorica.audit.linear_model import Gradients, linear_model
 from lorica.audit.reading import Reading, Unreadable, factor_updates, read, read_sum
 from lorica.audit.watching import Seen, WatchedClient, WatchedEngine
 from lorica.config import MethodConfig, OptimizerConfig, PrivacyConfig
 from lorica.errors import UserError
+from lorica.files import throwaway_folder
 from lorica.local.optimizers import learning_rates
 from lorica.messages import Projection, Training
 from lorica.methods.base import Method, Server, make_method, registry
@@ -136,10 +140,17 @@ class Auditor:
         """Audit a method whose owners each add all of the noise."""
         claim = self.observe(method, self._own)
         control = self.observe(method, replace(self._own, privacy=_nearly_none(self._claimed)))
-        sampled = replace(self._own, owners=OWNERS, rate=SAMPLING_RATE, privacy=_nearly_none(self._claimed), tossed=False)
+        sampled = replace(
+            self._own, owners=OWNERS, rate=SAMPLING_RATE, privacy=_nearly_none(self._claimed), tossed=False
+        )
         try:
             tests = [
-                *_noise_tests([(reading.noise(_in_each_step(claim, number, reading)), reading) for number, reading in claim.readings]),
+                *_noise_tests(
+                    [
+                        (reading.noise(_in_each_step(claim, number, reading)), reading)
+                        for number, reading in claim.readings
+                    ]
+                ),
                 *_contribution_tests(control),
                 *_sampling_tests(self.observe(method, sampled)),
                 *_derived_tests(claim),
@@ -156,7 +167,9 @@ class Auditor:
         claim = self.observe(method, self._sums)
         control = self.observe(method, replace(self._sums, privacy=_nearly_none(self._sums.privacy)))
         try:
-            own = [(reading.noise(_in_each_step(claim, number, reading)), reading) for number, reading in claim.readings]
+            own = [
+                (reading.noise(_in_each_step(claim, number, reading)), reading) for number, reading in claim.readings
+            ]
             sums = list(_read_sums(claim))
             noise = [(reading.noise(coins), reading) for reading, coins in sums]
             tests = [
@@ -183,12 +196,14 @@ class Auditor:
             for owner in owners
         }
         gradients = {
-            owner: Gradients(model.sites, np.arange(canaries) + (owner * canaries if setting.shared else 0), setting.width)
+            owner: Gradients(
+                model.sites, np.arange(canaries) + (owner * canaries if setting.shared else 0), setting.width
+            )
             for owner in owners
         }
         coins = {owner: toss(canaries) if setting.tossed else np.ones(canaries, dtype=bool) for owner in owners}
-        with TemporaryDirectory(dir=_memory()) as folder:
-            ledger = Ledger(Path(folder) / "ledger.sqlite", Home(Path(folder) / "home"))
+        with throwaway_folder() as folder:
+            ledger = Ledger(folder / "ledger.sqlite", Home(folder / "home"))
             clients = {
                 owner: WatchedClient(
                     number=owner,
@@ -454,11 +469,6 @@ def _local_steps(method: Method, setting: Setting) -> int:
         method.check(OPTIMIZER, setting.owners, 2)
         return 2
     return 1
-
-
-def _memory() -> str | None:
-    """A folder in memory, if there is one: every commit of a ledger waits for the disk, and this one is not kept."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def _shared(privacy: PrivacyConfig) -> PrivacyConfig:

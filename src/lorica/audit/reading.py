@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorica.adapters.names import SKETCH, factor_a, factor_b, is_a, is_factor, other_factor, site_of
+from lorica.adapters.names import SKETCH, factor_a, factor_b, is_a, is_factor, other_factor
 from lorica.adapters.state import leading
 from lorica.audit.linear_model import Gradients
 from lorica.audit.watching import Seen, Summed
@@ -81,22 +81,22 @@ def read(seen: Seen, gradients: Gradients, seed: int) -> Reading:
     work = seen.request.work
     assert isinstance(work, Training)
     start = {name: leading(name, value, work.rank) for name, value in seen.start.items()}
-    updates = _updates(seen, work, start, seed)
+    updates = updates_of(seen, work, start, seed)
     _check_readable(work)
     terms, trained = work.terms, work.trained
     active = [work.local.active(trained, step) for step in range(work.steps)]
     counts = {name: sum(name in names for names in active) for name in updates}
-    values = {
-        name: _unshaped(name, -update / work.rates[name], start, work.local) for name, update in updates.items()
-    }
+    values = {name: unshaped(name, -update / work.rates[name], start, work.local) for name, update in updates.items()}
     shares: dict[str, list[np.ndarray]] = {name: [] for name in updates}
     state = start
     for step, names in enumerate(active):
-        clipped = _clipped(gradients.at(state, names), terms.clip_norm)
+        added = clipped(gradients.at(state, names), terms.clip_norm)
         for name in updates:
-            own = clipped.get(name)
-            rows = torch.zeros(len(gradients.positions), *start[name].shape, dtype=torch.float64) if own is None else own
-            shares[name].append(_kept(name, rows / terms.batch_size, work.local).flatten(1).numpy())
+            own = added.get(name)
+            rows = (
+                torch.zeros(len(gradients.positions), *start[name].shape, dtype=torch.float64) if own is None else own
+            )
+            shares[name].append(kept_coordinates(name, rows / terms.batch_size, work.local).flatten(1).numpy())
         moved = {name: start[name] + updates[name].to(start[name]) for name in names if name in updates}
         if step + 1 < work.steps and any(is_factor(name) and counts.get(name) != 1 for name in names):
             raise Unreadable("after several steps on the same factor, the state in between is not known")
@@ -151,8 +151,12 @@ def factor_updates(
     return found
 
 
-def _updates(seen: Seen, work: Training, start: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The update of each tensor that left the owner, fp64."""
+def updates_of(seen: Seen, work: Training, start: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The update of each tensor that left the owner, fp64.
+
+    Raises:
+        Unreadable: a sketch does not determine the factors behind it.
+    """
     sketches = {name: value for name, value in seen.tensors.items() if name.startswith(SKETCH)}
     plain = {name: value.double() for name, value in seen.tensors.items() if name in work.trained}
     if sketches:
@@ -168,13 +172,14 @@ def _check_readable(work: Training) -> None:
         raise Unreadable("its local steps do more to the noisy gradient than this audit can undo")
 
 
-def _clipped(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
+def clipped(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
+    """Each canary's gradients, name -> (n, *shape), clipped by their joint norm, one formula apart from the owner's."""
     squares = torch.stack([value.flatten(1).square().sum(dim=1) for value in gradients.values()])
     scale = (clip_norm * (1 - ROUNDING_MARGIN) / squares.sum(dim=0).sqrt()).clamp(max=1.0)
     return {name: value * scale.reshape(-1, *[1] * (value.dim() - 1)) for name, value in gradients.items()}
 
 
-def _unshaped(name: str, step: Tensor, start: Mapping[str, Tensor], local: LocalStep) -> Tensor:
+def unshaped(name: str, step: Tensor, start: Mapping[str, Tensor], local: LocalStep) -> Tensor:
     """The noisy gradient behind a step over minus the learning rate, in the coordinates that a filter keeps."""
     if not is_factor(name):
         return step
@@ -189,8 +194,8 @@ def _unshaped(name: str, step: Tensor, start: Mapping[str, Tensor], local: Local
     return step / NOISE_ENERGY**0.5 if local.smoothing == "rescale" else step
 
 
-def _kept(name: str, gradients: Tensor, local: LocalStep) -> Tensor:
-    """Gradients, (n, *shape), in the coordinates that `_unshaped` gives."""
+def kept_coordinates(name: str, gradients: Tensor, local: LocalStep) -> Tensor:
+    """Gradients, (n, *shape), in the coordinates that `unshaped` gives."""
     if local.smoothing != "gaussian" or not is_factor(name):
         return gradients
     before, _, _ = _filter(gradients.shape[2 if is_a(name) else 1])

@@ -59,7 +59,7 @@ def conduct(
     if prepared.partition is not None:
         write_atomically(folder / "partition.json", json.dumps(prepared.partition, ensure_ascii=False).encode())
     checkpoint = load_checkpoint(folder / "checkpoint")
-    federation = _assemble(prepared, engine, run, checkpoint)
+    federation = assemble(prepared, engine, run, checkpoint)
     finished = federation.server.round
     keep_rounds(folder / "metrics.jsonl", 0, -1 if checkpoint is None else finished)
     keep_rounds(folder / "decisions.jsonl", 1, finished)
@@ -79,7 +79,8 @@ def conduct(
     return _finish(prepared, federation)
 
 
-def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoint | None) -> Federation:
+def assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoint | None) -> Federation:
+    """The server's side of a run, before its next round."""
     config = prepared.config
     server = Server(
         model=prepared.state,

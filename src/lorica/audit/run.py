@@ -1,0 +1,373 @@
+"""The audit of an experiment: canaries train with the experiment's settings, and attacks guess which were included.
+
+Canaries are public test records, with each of their wrong labels where the task has labels. They are dealt to simulated owners with a
+ledger that is deleted afterwards; no owner's data is read. A coin decides about each canary; in place of one that is
+left out, its owner has a record whose loss is zero, so that the number of records, the sampling rate and the noise do
+not depend on the coins. Each owner's mechanism acts on its own canaries, so the claim for each canary is its owner's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorica.adapters.adapted import AdaptedModel
+from lorica.adapters.base_files import resolve_base
+from lorica.adapters.state import leading
+from lorica.audit.attack import Ridge
+from lorica.audit.canaries import Canaries, toss
+from lorica.audit.estimators import CONFIDENCE, Scores, fdp_bound, one_run_bound
+from lorica.audit.reading import clipped, kept_coordinates, unshaped, updates_of
+from lorica.audit.watching import Seen, Summed, WatchedClient, WatchedEngine
+from lorica.config import ExperimentConfig
+from lorica.errors import UserError
+from lorica.files import throwaway_folder
+from lorica.messages import Training
+from lorica.owner.setup import make_client
+from lorica.privacy.gradients import per_example_gradients
+from lorica.privacy.home import Home
+from lorica.privacy.ledger import Ledger
+from lorica.privacy.plan import ClientPlan, plan_run
+from lorica.run.rounds import assemble
+from lorica.run.setup import Prepared, prepare
+from lorica.server.federation import Federation
+from lorica.streams import numpy_stream
+from lorica.tasks.loading import load_tests
+from lorica.tasks.records import Records, Task, evaluating
+
+RUN = "audit"
+NEARLY_NO_NOISE = 1e-3
+UNEXPLAINED = 0.1
+"""Standard deviation of what shares cannot explain, relative to a release."""
+LARGEST_GRADIENTS = 8 * 2**30
+"""Bytes of the canaries' gradients that are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One federation of canaries after its last round.
+
+    Attributes:
+        white_box: scores of the canaries from what the server received.
+        black_box: scores from the final adapter: how much the loss of each canary fell.
+    """
+
+    plans: Mapping[int, ClientPlan]
+    white_box: Scores
+    black_box: Scores
+
+
+def audit_run(
+    config: ExperimentConfig,
+    canaries: int = 1000,
+    on_round: Callable[[str, int, int], None] = lambda what, done, count: None,
+) -> dict[str, Any]:
+    """Audit an experiment, and a control of the same experiment with nearly no noise.
+
+    Args:
+        canaries: number of canaries over all owners; more give larger lower bounds.
+        on_round: called after each round with what is trained, the number of finished rounds, and that of all.
+
+    Returns:
+        JSON-able: the claim, the lower bounds of each attack, and those of the control.
+
+    Raises:
+        UserError: the experiment has no noise, there are too few test records for so many canaries, or too few canaries
+            for a batch; as `prepare`.
+    """
+    if not config.privacy.private:
+        raise UserError("privacy.noise", "none", "there is no claim to audit", "set privacy.noise=secure")
+    config = config.model_copy(
+        update={"engine": "local", "privacy": config.privacy.model_copy(update={"noise": "secure"})}
+    )
+    task = load_tests(config.task, resolve_base(config.model.base))
+    records = _canaries(config, task, canaries)
+    without_noise = config.privacy.model_copy(update={"epsilon": None, "noise_multiplier": NEARLY_NO_NOISE})
+    trained = _train(config, task, records, lambda done, count: on_round("the claim", done, count))
+    control = _train(
+        config.model_copy(update={"privacy": without_noise}),
+        task,
+        records,
+        lambda done, count: on_round("the control", done, count),
+    )
+    plan = max(trained.plans.values(), key=lambda one: one.epsilon())
+    steps = plan.steps(plan.max_steps)
+    found = {}
+    for name in ("white_box", "black_box"):
+        scores, checked = getattr(trained, name), getattr(control, name)
+        bounds = {
+            "epsilon_one_run": one_run_bound(scores, config.privacy.delta),
+            "epsilon_fdp": fdp_bound(scores, steps, config.privacy.delta),
+        }
+        largest = one_run_bound(checked, config.privacy.delta)
+        found[name] = bounds | {
+            "auc": scores.auc(),
+            "tpr_at_1_percent_fpr": scores.tpr_at_fpr(),
+            "control": {
+                "epsilon_one_run": largest,
+                "auc": checked.auc(),
+                "tpr_at_1_percent_fpr": checked.tpr_at_fpr(),
+                "has_power": largest > plan.epsilon(),
+            },
+            "refuted": max(bounds.values()) > plan.epsilon(),
+        }
+    return {
+        "method": config.method.name,
+        "noise": "own" if plan.shared is None else "shared",
+        "claimed_epsilon": plan.epsilon(),
+        "delta": plan.delta,
+        "confidence": CONFIDENCE,
+        "canaries": len(records),
+        "owners": len(trained.plans),
+        "sampling_rate": plan.terms.sampling_rate,
+        "noise_multiplier": plan.noise_multiplier,
+        "steps": plan.max_steps,
+        "attacks": found,
+        "refuted": any(one["refuted"] for one in found.values()),
+    }
+
+
+def _canaries(config: ExperimentConfig, task: Task, count: int) -> Records:
+    """Test records, as many for each owner, with wrong labels where the task has labels."""
+    owners, batch_size = config.federation.clients, config.federation.batch_size
+    each = count // owners
+    if each < batch_size:
+        raise UserError(
+            "--canaries",
+            count,
+            f"each of {owners} owners would have {each}, fewer than federation.batch_size = {batch_size}",
+            f"choose at least {owners * batch_size}, or set federation.clients or federation.batch_size to less",
+        )
+    draws, test = numpy_stream(config.seed, "audit"), task.test
+    wrong = len(task.label_names) - 1 if task.has_classes else 1
+    if each * owners > wrong * len(test):
+        raise UserError(
+            "--canaries",
+            count,
+            f"canaries are public test records with wrong labels, and the first test set gives {wrong * len(test)}",
+            "choose fewer, or set task.test to a larger public set",
+        )
+    # A test record with each of its wrong labels in turn.
+    places, shifts = np.divmod(draws.permutation(wrong * len(test))[: each * owners], wrong)
+    chosen = test.subset(places)
+    if task.has_classes:
+        return replace(chosen, labels=(chosen.labels + 1 + shifts) % (wrong + 1))
+    if np.issubdtype(chosen.labels.dtype, np.floating):
+        return replace(chosen, labels=chosen.labels[draws.permutation(len(chosen))])
+    return chosen
+
+
+def _train(config: ExperimentConfig, task: Task, records: Records, on_round: Callable[[int, int], None]) -> Trained:
+    """Train a federation of canaries, and attack it."""
+    owners = config.federation.clients
+    parts = np.split(np.arange(len(records)), owners)
+    plans = {owner: plan_run(config, owner, len(part)) for owner, part in enumerate(parts)}
+    canaries = {owner: Canaries.of(records.subset(part), toss(len(part))) for owner, part in enumerate(parts)}
+    prepared = prepare(config, task)
+    model = prepared.model
+    _check_memory(model, len(records) if config.federation.secure_sum else len(parts[0]))
+    with throwaway_folder() as folder:
+        ledger = Ledger(folder / "ledger.sqlite", Home(folder / "home"))
+        clients = {
+            owner: WatchedClient(**vars(make_client(config, plan, canaries[owner], None, ledger, RUN)))
+            for owner, plan in plans.items()
+        }
+        engine = WatchedEngine(model, clients)
+        federation = assemble(prepared, engine, RUN, None)
+        federation.join()
+        before = _losses(prepared, federation, canaries)
+        attack = Attack(prepared, clients, canaries)
+        for done in range(1, config.federation.rounds + 1):
+            federation.round()
+            attack.learn(engine)
+            on_round(done, config.federation.rounds)
+        after = _losses(prepared, federation, canaries)
+    included = np.concatenate([one.included for one in canaries.values()])
+    return Trained(plans, Scores(attack.scores(), included), Scores(before - after, included))
+
+
+class Attack:
+    """A ridge attack on everything that the server receives, exchange by exchange.
+
+    The share of a canary is its clipped gradient at the state that its owner started from, times its expected number of
+    batches over the batch size, `E q/b`. What the owner does to the noisy gradients is undone as far as it can be.
+    """
+
+    def __init__(
+        self, prepared: Prepared, clients: Mapping[int, WatchedClient], canaries: Mapping[int, Canaries]
+    ) -> None:
+        self._prepared, self._clients, self._canaries = prepared, clients, canaries
+        sizes = [len(one) for one in canaries.values()]
+        # A sum depends on the canaries of all owners, a reply on those of its own.
+        self._attacks = [Ridge(sum(sizes))] if prepared.config.federation.secure_sum else [Ridge(n) for n in sizes]
+
+    def learn(self, engine: WatchedEngine) -> None:
+        """Read what was released since the last call."""
+        views = {
+            (owner, seen.request.round, seen.request.exchange): self._view(owner, seen)
+            for owner, client in self._clients.items()
+            for seen in client.seen
+            if isinstance(seen.request.work, Training)
+        }
+        if self._prepared.config.federation.secure_sum:
+            for summed in engine.sums:
+                place = (summed.round, summed.exchange)
+                if (next(iter(summed.members)), *place) in views:
+                    members = {owner: views.get((owner, *place)) for owner in self._clients}
+                    self._attacks[0].add(*_whitened(self._sum_view(summed, members)))
+        else:
+            for (owner, _, _), view in views.items():
+                self._attacks[owner].add(*_whitened(view))
+        engine.sums.clear()
+        for client in self._clients.values():
+            client.seen.clear()
+
+    def scores(self) -> np.ndarray:
+        """(canaries,), in the order of the owners."""
+        return np.concatenate([attack.scores() for attack in self._attacks])
+
+    def _view(self, owner: int, seen: Seen) -> View:
+        work = seen.request.work
+        assert isinstance(work, Training)
+        start = {name: leading(name, value, work.rank) for name, value in seen.start.items()}
+        values = {
+            name: unshaped(name, -update.double() / work.rates[name], start, work.local)
+            for name, update in updates_of(seen, work, start, self._prepared.config.seed).items()
+        }
+        added = clipped(self._gradients(owner, seen, start), work.terms.clip_norm)
+        counts = {
+            name: sum(name in work.local.active(work.trained, step) for step in range(work.steps)) for name in values
+        }
+        each = work.terms.sampling_rate / work.terms.batch_size
+        return View(
+            values,
+            {name: counts[name] * each * kept_coordinates(name, added[name], work.local) for name in values},
+            {name: work.terms.noise_std * math.sqrt(counts[name]) for name in values},
+            _is_plain(work),
+        )
+
+    def _sum_view(self, summed: Summed, members: Mapping[int, View | None]) -> View:
+        """What a secure sum shows: the weighted sum of its members' views. Owners outside it add nothing."""
+        some = next(view for view in members.values() if view is not None)
+        weights = {owner: summed.members.get(owner, 0.0) for owner in members}
+
+        def total(values: Mapping[int, Mapping[str, Tensor]], name: str) -> Tensor:
+            return sum((weights[owner] * one[name] for owner, one in values.items()), torch.zeros(()))
+
+        inside = {owner: view for owner, view in members.items() if view is not None and weights[owner]}
+        values = {name: total({owner: view.values for owner, view in inside.items()}, name) for name in some.values}
+        shares = {
+            name: torch.cat(
+                [
+                    weights[owner] * inside[owner].shares[name]
+                    if owner in inside
+                    else some.shares[name].new_zeros(len(self._canaries[owner]), *some.shares[name].shape[1:])
+                    for owner in members
+                ]
+            )
+            for name in some.values
+        }
+        deviations = {
+            name: math.sqrt(sum((weights[owner] * view.deviations[name]) ** 2 for owner, view in inside.items()))
+            for name in some.values
+        }
+        return View(values, shares, deviations, some.plain)
+
+    def _gradients(self, owner: int, seen: Seen, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> (n, *shape), the gradient of each canary at the state that the owner started from."""
+        model, config = self._prepared.model, self._prepared.config
+        work = seen.request.work
+        assert isinstance(work, Training)
+        model.merge(seen.merged)
+        model.write({name: value.to(model.device) for name, value in start.items()})
+        places = {name: model.trained(name, work.rank, start) for name in work.trained}
+        records = self._canaries[owner].base
+        found = {name: torch.zeros(len(records), *place.zeros(1).shape[1:]) for name, place in places.items()}
+        tokens = config.federation.pass_tokens(model.device.type)
+        model.peft_model.eval()
+        for indices in records.micro_batch_indices(np.arange(len(records)), tokens):
+            batch = records.batch(indices).to(model.device)
+            gradients = per_example_gradients(
+                lambda batch=batch: model.losses(model.peft_model, batch), places, len(batch), batch.example_of_row
+            )
+            for name, value in gradients.items():
+                found[name][torch.from_numpy(indices)] = value.cpu()
+        return found
+
+
+@dataclass(frozen=True)
+class View:
+    """One exchange as the server sees it.
+
+    Attributes:
+        values: name -> the noisy gradients, summed over the steps.
+        shares: name -> (n, *shape of the value), what an included canary adds to it on average.
+        deviations: name -> standard deviation of the noise, if the steps are plain.
+        plain: whether the steps are those of plain SGD; else only their direction is known.
+    """
+
+    values: Mapping[str, Tensor]
+    shares: Mapping[str, Tensor]
+    deviations: Mapping[str, float]
+    plain: bool
+
+
+def _whitened(view: View) -> tuple[np.ndarray, np.ndarray]:
+    """Values, (d,), and shares, (n, d), over the standard deviation of the noise and of what the shares cannot explain.
+
+    Gradients move during the steps of an exchange, which matters where there is hardly any noise.
+    """
+    values, shares = [], []
+    for name, value in view.values.items():
+        size = float(value.square().mean().sqrt())
+        deviation = math.hypot(view.deviations[name], UNEXPLAINED * size) or 1.0
+        values.append((value / (deviation if view.plain else size or 1.0)).flatten().double().numpy())
+        shares.append(
+            (view.shares[name] / deviation if view.plain else view.shares[name] / view.deviations[name])
+            .flatten(1)
+            .double()
+            .numpy()
+        )
+    return np.concatenate(values), np.concatenate(shares, axis=1)
+
+
+def _is_plain(work: Training) -> bool:
+    return work.optimizer.name == "sgd" and not work.optimizer.momentum
+
+
+def _losses(prepared: Prepared, federation: Federation, canaries: Mapping[int, Canaries]) -> np.ndarray:
+    """(canaries,), the loss of each canary under the model that its owner ends with."""
+    model, server = prepared.model, federation.server
+    personal = federation.engine.personal(federation.run, server.round) if prepared.method.personal else {}
+    tokens = prepared.config.federation.pass_tokens(model.device.type)
+    model.merge(server.model.merged)
+    losses = []
+    for owner, own in canaries.items():
+        model.write(
+            {name: value.to(model.device) for name, value in (server.evaluated | dict(personal.get(owner, {}))).items()}
+        )
+        found = np.zeros(len(own))
+        with evaluating(model.peft_model):
+            for indices in own.base.micro_batch_indices(np.arange(len(own)), tokens):
+                batch = own.base.batch(indices).to(model.device)
+                found[indices] = model.losses(model.peft_model, batch).double().cpu().numpy()
+        losses.append(found)
+    return np.concatenate(losses)
+
+
+def _check_memory(model: AdaptedModel, canaries: int) -> None:
+    coordinates = sum(tensor.zeros(1).numel() for tensor in model.tensors.values())
+    needed = 3 * 8 * canaries * coordinates
+    if needed > LARGEST_GRADIENTS:
+        raise UserError(
+            "--canaries",
+            canaries,
+            f"the gradients of the canaries that share a release would take {needed / 2**30:.0f} GiB",
+            "choose fewer canaries, or a smaller lora.r",
+        )
