@@ -9,7 +9,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +23,7 @@ from rich.table import Table
 
 import lorica
 from lorica.errors import UserError
+from lorica.files import to_json
 
 if TYPE_CHECKING:
     from lorica.config import ExperimentConfig
@@ -31,7 +32,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 flower = typer.Typer(no_args_is_help=True, help="Federations across machines, over Flower.")
+audit = typer.Typer(no_args_is_help=True, help="Attacks on what leaves an owner: is the claimed guarantee refuted?")
 app.add_typer(flower, name="flower")
+app.add_typer(audit, name="audit")
 console = Console()
 # A console that is not UTF-8 shows a question mark for ε and σ; without this, it ends the command.
 for _stream in (sys.stdout, sys.stderr):
@@ -226,6 +229,59 @@ def budget(
             console.print(budget_table(found))
 
 
+@audit.command("mechanism")
+def audit_mechanism(
+    methods: Annotated[str | None, typer.Option(help="Comma-separated. Default: all registered methods.")] = None,
+    epsilon: Annotated[float, typer.Option(help="The claim to attack, at δ = 1e-5.")] = 3.0,
+    canaries: Annotated[int, typer.Option(help="Number of canaries; more give larger lower bounds.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Audit the installed mechanism without data, for every method. Exit code 1 if a promise is refuted."""
+    with _errors():
+        from lorica.audit.mechanism import audit_mechanism as audit_methods
+        from lorica.reporting.audit import mechanism_table
+
+        names = None if methods is None else [name.strip() for name in methods.split(",")]
+        with _progress("methods", as_json) as shown:
+            found = audit_methods(names, epsilon, canaries, lambda name, done, count: shown(name, done, count))
+        if as_json:
+            typer.echo(to_json(found, indent=2))
+        else:
+            console.print(mechanism_table(found))
+    if found["refuted"]:
+        raise typer.Exit(1)
+
+
+@audit.command("run")
+def audit_experiment(
+    config: Annotated[
+        str | None, typer.Argument(help="Experiment (YAML file). Default: the embedded digits experiment.")
+    ] = None,
+    overrides: Overrides = None,
+    canaries: Annotated[int, typer.Option(help="Number of canaries; more give larger lower bounds.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Audit an experiment with canaries from its public test set. Exit code 1 if the claim is refuted."""
+    with _errors():
+        experiment_config = _load(config, overrides)
+        from lorica.audit.run import audit_run, write_audit
+        from lorica.reporting.audit import audit_table
+        from lorica.run.folder import has_experiment
+
+        # Before minutes of training rather than after them.
+        has_experiment(experiment_config.folder, experiment_config)
+        with _progress("rounds", as_json) as shown:
+            found = audit_run(experiment_config, canaries, shown)
+        path = write_audit(experiment_config, found)
+        if as_json:
+            typer.echo(to_json(found, indent=2))
+        else:
+            console.print(audit_table(found))
+            console.print(f"Audit: {path}", highlight=False)
+    if found["refuted"]:
+        raise typer.Exit(1)
+
+
 @flower.command("init")
 def flower_init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the Flower app.")],
@@ -374,6 +430,15 @@ class _Rounds:
         self._progress.update(self._task, completed=metrics["round"])
         if self._interrupted:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def _progress(what: str, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar; gives the function that moves it: what is being done, how much is done, and of how much."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=quiet) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda name, done, count: progress.update(task, description=name, completed=done, total=count)
 
 
 @contextmanager

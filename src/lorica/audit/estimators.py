@@ -156,7 +156,7 @@ def fdp_refutes_any(scores: Scores, inverse: Inverse, significance: float) -> bo
 
 
 def fdp_bound(scores: Scores, claimed: Steps, delta: float, confidence: float = CONFIDENCE) -> float:
-    """The ε of the largest noise multiplier that is refuted, with the sampling rate and the steps as claimed; 0 if none.
+    """The ε of the largest noise multiplier that is refuted, with sampling rate and steps as claimed; 0 if none is.
 
     The trade-off function of the claimed mechanism says more than its (ε, δ), so this bound is larger than that of
     `one_run_bound`. It relies on the kind of mechanism, Gaussian noise on Poisson batches. Noise multipliers of a

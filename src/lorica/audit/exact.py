@@ -179,7 +179,7 @@ class Memberships:
 
 
 def sampling_rate(owners: Iterable[Memberships], rate: float) -> Test:
-    """Each record is in a batch with the promised probability: the number of all memberships is binomial (two-sided)."""
+    """A record is in a batch with the promised probability: the number of all memberships is binomial (two-sided)."""
     drawn, looked_at = (sum(int(getattr(one, key).sum()) for one in owners) for key in ("drawn", "visible"))
     p_value = float(stats.binomtest(drawn, looked_at, rate).pvalue) if looked_at else 1.0
     return Test("sampling rate", p_value, f"{drawn / max(1, looked_at):.4f}, promised {rate:.4f}")

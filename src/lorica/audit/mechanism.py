@@ -1,9 +1,9 @@
 """The audit of the installed mechanism, without data: every method's exchanges through the code that owners run.
 
-For each method, a federation runs three rounds on made-up canaries with orthogonal gradients, four times: with the noise
-of a claim, with nearly none as a control, and with nearly none and a small sampling rate. What leaves the owners is read
-back (`lorica.audit.reading`) and compared with what it has to be. Where a method can share the noise between owners, the
-sums are audited as well, for a server that colludes with one of them.
+For each method, a federation runs three rounds on made-up canaries with orthogonal gradients, three times: with the
+noise of a claim, with nearly none as a control, and with nearly none and a small sampling rate. What leaves the owners
+is read back (`lorica.audit.reading`) and compared with what it has to be. Where the owners of a method can share the
+noise, their secure sums are audited as well, for a server that colludes with one of them.
 """
 
 from __future__ import annotations

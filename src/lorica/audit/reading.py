@@ -1,7 +1,7 @@
 """From what left an owner back to its noisy gradients: public maps of a reply are inverted.
 
 What an owner does to a noisy gradient after the noise is public: a step of SGD, a filter, a preconditioner, a sketch.
-Undone, a reply gives coordinates of the noisy gradient `ĝ = (Σ_i clip(g_i) + noise)/b` in an orthonormal basis, in which
+Undone, a reply gives coordinates of the noisy gradient `ĝ = (Σ_i clip(g_i) + noise)/b` in an orthonormal basis, where
 the noise has the promised standard deviation.
 """
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import yaml
 
+from lorica.files import write_atomically
 from lorica.markdown import code, fenced, inline
+from lorica.reporting.audit import audit_line
 from lorica.reporting.clients import GUARANTEE, client_rows
-from lorica.reporting.run_folder import Run, clipping, metric_name, not_private
+from lorica.reporting.run_folder import Run, clipping, metric_name, not_private, read_run
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -39,6 +41,7 @@ def model_card(run: Run, load_lines: str) -> str:
     version = run.environment.get("lorica")
     trained_with = "Lorica" if version is None else f"Lorica {inline(version)}"
     start = run.environment.get("start")
+    audited = "" if run.audit is None else f"* {inline(audit_line(run.audit))}\n"
     started = f"* Started from: adapter `{code(start['name'])}`, SHA-256 `{code(start['sha256'])}`\n" if start else ""
     return f"""---
 {yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
@@ -50,7 +53,7 @@ A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that neve
 * Method: `{code(run.method)}`
 {started}* Test {inline(metric_name(run.metrics))}: {score_text(run)}
 * Rounds: {rounds_text(run)}
-
+{audited}
 ## How to load it
 
 {fenced(load_lines)}
@@ -58,6 +61,23 @@ A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that neve
 ## Privacy
 
 {_privacy(run)}"""
+
+
+def write_cards(folder: Path) -> None:
+    """Write the model cards of a finished run's adapters again, after an audit.
+
+    Raises:
+        UserError: as `read_run`, or the folder is not writable.
+    """
+    run = read_run(folder)
+    for path in sorted((folder / "adapter").rglob("README.md")):
+        card = model_card(run, loading(path.parent.relative_to(folder).as_posix()))
+        write_atomically(path, card.encode())
+
+
+def loading(path: str) -> str:
+    """Python code that loads the adapter in a folder."""
+    return f'import lorica\n\nmodel = lorica.load_adapter("{path}")'
 
 
 def _privacy(run: Run) -> str:

@@ -21,7 +21,7 @@ from lorica.local.step import LocalStep
 from lorica.methods.server import Server
 from lorica.privacy.statement import privacy_statement
 from lorica.privacy.unit import PrivacyUnit
-from lorica.reporting.card import model_card
+from lorica.reporting.card import loading, model_card
 from lorica.reporting.checksums import CHECKSUMS, write_checksums
 from lorica.reporting.html import write_report
 from lorica.reporting.run_folder import read_run
@@ -237,7 +237,7 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
         for name, tensors in models.items():
             prepared.model.write(tensors)
             path = f"adapter/{name}".rstrip("/")
-            card = model_card(read_run(folder), f'import lorica\n\nmodel = lorica.load_adapter("{path}")')
+            card = model_card(read_run(folder), loading(path))
             export_adapter(prepared.model, federation.server.model.merged, target / name, export, card)
     write_checksums(folder)
     write_report(folder)
