@@ -1,6 +1,6 @@
 """Exact tests of what a mechanism promises: no bound on ε sees an error of 10 % in the noise, its variance does.
 
-Each function gives a `Test` with a p-value that is corrected for what the function looks at. Whoever makes several
+Each function gives an `Outcome` with a p-value that is corrected for what the function looks at. Whoever makes several
 tests corrects for their number (`refuted`).
 """
 
@@ -18,8 +18,8 @@ FALSE_ALARM = 1e-5
 
 
 @dataclass(frozen=True)
-class Test:
-    """A test of one promise.
+class Outcome:
+    """The outcome of a test of one promise.
 
     Attributes:
         promise: what is tested, such as "noise variance".
@@ -32,7 +32,7 @@ class Test:
     found: str
 
 
-def refuted(tests: Sequence[Test], among: int | None = None) -> list[Test]:
+def refuted(tests: Sequence[Outcome], among: int | None = None) -> list[Outcome]:
     """The tests that fail at `FALSE_ALARM`, corrected for their number (Bonferroni).
 
     Args:
@@ -51,7 +51,7 @@ def _two_sided(distribution: stats.rv_continuous, value: float) -> float:
     return float(min(1.0, 2 * min(distribution.cdf(value), distribution.sf(value))))
 
 
-def noise_variance(noise: Mapping[str, np.ndarray]) -> Test:
+def noise_variance(noise: Mapping[str, np.ndarray]) -> Outcome:
     """The variance of the noise, of each tensor and of all together: `Σ z² ~ χ²_d` (two-sided).
 
     Args:
@@ -63,10 +63,10 @@ def noise_variance(noise: Mapping[str, np.ndarray]) -> Test:
     ratios = {name: energy / size for name, (energy, size) in energies.items()}
     name = max(ratios, key=lambda one: abs(ratios[one] - 1))
     found = f"{total[0] / total[1]:.3f} of the promised variance; {name} {ratios[name]:.3f}"
-    return Test("noise variance", _smallest(p_values), found)
+    return Outcome("noise variance", _smallest(p_values), found)
 
 
-def noise_of_each_coordinate(noise: Mapping[str, np.ndarray]) -> Test:
+def noise_of_each_coordinate(noise: Mapping[str, np.ndarray]) -> Outcome:
     """No coordinate has much less or much more noise than the others: over n releases, each has `Σ z² ~ χ²_n`.
 
     Args:
@@ -77,18 +77,20 @@ def noise_of_each_coordinate(noise: Mapping[str, np.ndarray]) -> Test:
         energies, limits = np.square(values).sum(axis=0), stats.chi2(len(values))
         p_values += [values.shape[1] * float(limits.cdf(energies.min())), values.shape[1] * limits.sf(energies.max())]
         least = min(least, float(energies.min()) / len(values))
-    return Test("noise of each coordinate", _smallest(p_values), f"the least is {least:.3f} of the promised variance")
+    return Outcome(
+        "noise of each coordinate", _smallest(p_values), f"the least is {least:.3f} of the promised variance"
+    )
 
 
-def normality(noise: np.ndarray) -> Test:
+def normality(noise: np.ndarray) -> Outcome:
     """The noise over the promised standard deviation is N(0, 1): the test of Kolmogorov and Smirnov."""
     found = stats.kstest(noise, "norm")
-    return Test(
+    return Outcome(
         "normal noise", float(found.pvalue), f"largest difference of distribution functions {found.statistic:.4f}"
     )
 
 
-def independent_noise(promise: str, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Test:
+def independent_noise(promise: str, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Outcome:
     """The noises of each pair are uncorrelated: `√d · (x·y)/(‖x‖ ‖y‖) ~ N(0, 1)` (two-sided)."""
     correlations, p_values = [0.0], []
     for first, second in pairs:
@@ -100,10 +102,10 @@ def independent_noise(promise: str, pairs: Iterable[tuple[np.ndarray, np.ndarray
         correlations.append(correlation)
         p_values.append(2 * float(stats.norm.sf(abs(correlation) * np.sqrt(size))))
     largest = max(correlations, key=abs)
-    return Test(promise, _smallest(p_values), f"largest correlation {largest:+.3f} of {len(p_values)} pairs")
+    return Outcome(promise, _smallest(p_values), f"largest correlation {largest:+.3f} of {len(p_values)} pairs")
 
 
-def noise_of_releases(noise: Mapping[str, np.ndarray]) -> Test:
+def noise_of_releases(noise: Mapping[str, np.ndarray]) -> Outcome:
     """The noise of a tensor in different releases.
 
     Args:
@@ -113,7 +115,7 @@ def noise_of_releases(noise: Mapping[str, np.ndarray]) -> Test:
     return independent_noise("noise independent between releases", pairs)
 
 
-def noise_of_tensors(releases: Iterable[Sequence[np.ndarray]]) -> Test:
+def noise_of_tensors(releases: Iterable[Sequence[np.ndarray]]) -> Outcome:
     """The noises of the tensors of each release, from their first coordinates on.
 
     Args:
@@ -123,7 +125,7 @@ def noise_of_tensors(releases: Iterable[Sequence[np.ndarray]]) -> Test:
     return independent_noise("noise independent between tensors", pairs)
 
 
-def contributions(values: np.ndarray, deviations: np.ndarray) -> tuple[Test, Test]:
+def contributions(values: np.ndarray, deviations: np.ndarray) -> tuple[Outcome, Outcome]:
     """What each record adds is its gradient clipped to C over the expected batch size, or nothing.
 
     Args:
@@ -136,14 +138,14 @@ def contributions(values: np.ndarray, deviations: np.ndarray) -> tuple[Test, Tes
     inside = values > 0.5
     over = (values[inside] - 1) / deviations[inside]
     largest = float(values.max(initial=0.0))
-    clip = Test(
+    clip = Outcome(
         "clip",
         _smallest(stats.norm.sf(over).tolist()),
         f"the largest contribution is {largest:.4f} C over the batch size",
     )
     off = (values - inside) / deviations
     mean = float(values[inside].mean()) if inside.any() else 0.0
-    division = Test(
+    division = Outcome(
         "division by the expected batch size",
         _smallest((2 * stats.norm.sf(np.abs(off))).tolist()),
         f"records in a batch add {mean:.4f} of their share on average",
@@ -151,14 +153,14 @@ def contributions(values: np.ndarray, deviations: np.ndarray) -> tuple[Test, Tes
     return clip, division
 
 
-def nothing_else(energy: float, coordinates: int) -> Test:
+def nothing_else(energy: float, coordinates: int) -> Outcome:
     """Beside clipped gradients and noise nothing is released: what is left over has the energy of noise (one-sided).
 
     Args:
         energy: `Σ z²` of what is left over, over the standard deviation of the noise.
         coordinates: their number, less that of the contributions that were fitted.
     """
-    return Test(
+    return Outcome(
         "nothing but clipped gradients and noise",
         float(stats.chi2(coordinates).sf(energy)),
         f"what is left over has {energy / coordinates:.3f} of the energy of noise",
@@ -178,14 +180,14 @@ class Memberships:
     drawn: np.ndarray
 
 
-def sampling_rate(owners: Iterable[Memberships], rate: float) -> Test:
+def sampling_rate(owners: Iterable[Memberships], rate: float) -> Outcome:
     """A record is in a batch with the promised probability: the number of all memberships is binomial (two-sided)."""
     drawn, looked_at = (sum(int(getattr(one, key).sum()) for one in owners) for key in ("drawn", "visible"))
     p_value = float(stats.binomtest(drawn, looked_at, rate).pvalue) if looked_at else 1.0
-    return Test("sampling rate", p_value, f"{drawn / max(1, looked_at):.4f}, promised {rate:.4f}")
+    return Outcome("sampling rate", p_value, f"{drawn / max(1, looked_at):.4f}, promised {rate:.4f}")
 
 
-def batch_sizes(owners: Iterable[Memberships], rate: float) -> Test:
+def batch_sizes(owners: Iterable[Memberships], rate: float) -> Outcome:
     """Batch sizes vary as those of independent coins: the largest deviation from the mean, both ways.
 
     A batch of fixed size has the right sampling rate, but no deviation.
@@ -206,27 +208,26 @@ def batch_sizes(owners: Iterable[Memberships], rate: float) -> Test:
         below *= float(law[deviations < largest - 1e-9].sum())
     p_value = 2 * min(within, 1 - below) if batches else 1.0
     found = f"{len(batches)} batches, at most {largest:.2f} standard deviations from the mean"
-    return Test("batch sizes", min(1.0, p_value), found)
+    return Outcome("batch sizes", min(1.0, p_value), found)
 
 
-def independent_batches(owners: Iterable[Memberships]) -> Test:
+def independent_batches(owners: Iterable[Memberships]) -> Outcome:
     """Two batches of the same records have as many in common as independent ones: hypergeometric, given their sizes."""
     p_values, common = [], [1.0]
     for one in owners:
         for first, second in combinations(range(len(one.visible)), 2):
             both = one.visible[first] & one.visible[second]
             shared = int((one.drawn[first] & one.drawn[second])[both].sum())
-            law = stats.hypergeom(
-                int(both.sum()), int(one.drawn[first][both].sum()), int(one.drawn[second][both].sum())
-            )
+            records, sizes = int(both.sum()), [int(one.drawn[batch][both].sum()) for batch in (first, second)]
+            law = stats.hypergeom(records, *sizes)
             p_values.append(min(1.0, 2 * min(float(law.cdf(shared)), float(law.sf(shared - 1)))))
-            common.append(shared / max(1.0, float(law.mean())))
+            common.append(shared / max(1.0, sizes[0] * sizes[1] / max(1, records)))
     farthest = max(common, key=lambda ratio: abs(ratio - 1))
     found = f"{len(p_values)} pairs, at the most {farthest:.2f} times the expected number in common"
-    return Test("independent batches", _smallest(p_values), found)
+    return Outcome("independent batches", _smallest(p_values), found)
 
 
-def derived(promise: str, differences: Iterable[float], tolerance: float = 1e-3) -> Test:
+def derived(promise: str, differences: Iterable[float], tolerance: float = 1e-3) -> Outcome:
     """What costs nothing is a function of what was released: relative differences from it, up to rounding."""
     largest = max(differences, default=0.0)
-    return Test(promise, 0.0 if largest > tolerance else 1.0, f"largest relative difference {largest:.1e}")
+    return Outcome(promise, 0.0 if largest > tolerance else 1.0, f"largest relative difference {largest:.1e}")

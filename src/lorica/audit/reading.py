@@ -199,7 +199,7 @@ def kept_coordinates(name: str, gradients: Tensor, local: LocalStep) -> Tensor:
     if local.smoothing != "gaussian" or not is_factor(name):
         return gradients
     before, _, _ = _filter(gradients.shape[2 if is_a(name) else 1])
-    return gradients @ before if is_a(name) else gradients.transpose(1, 2) @ before
+    return (gradients if is_a(name) else gradients.transpose(1, 2)).double() @ before
 
 
 @lru_cache(maxsize=8)

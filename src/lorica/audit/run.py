@@ -33,7 +33,6 @@ from lorica.audit.estimators import (
     one_run_p_value_of,
     trade_off_inverse,
 )
-from lorica.audit.exact import FALSE_ALARM
 from lorica.audit.reading import clipped, kept_coordinates, unshaped, updates_of
 from lorica.audit.watching import Seen, Summed, WatchedClient, WatchedEngine
 from lorica.config import ExperimentConfig
@@ -117,7 +116,7 @@ def audit_run(
     steps = plan.steps(plan.max_steps)
     delta = config.privacy.delta
     # Two attacks with two tests each.
-    level = FALSE_ALARM / 4
+    level = (1 - CONFIDENCE) / 4
     found = {}
     for name in ("white_box", "black_box"):
         scores, checked = getattr(trained, name), getattr(control, name)
@@ -142,7 +141,7 @@ def audit_run(
         "claimed_epsilon": plan.epsilon(),
         "delta": plan.delta,
         "confidence": CONFIDENCE,
-        "false_alarm": FALSE_ALARM,
+        "false_alarm": 1 - CONFIDENCE,
         "canaries": len(records),
         "owners": len(trained.plans),
         "sampling_rate": plan.terms.sampling_rate,

@@ -70,7 +70,7 @@ def audit_notes(audit: dict[str, Any]) -> list[str]:
         f"mislabelled where the task has labels. σ = {audit['noise_multiplier']:.3g}, "
         f"q = {audit['sampling_rate']:.3g}, {audit['steps']} steps.",
         f"Each lower bound on ε holds with {100 * audit['confidence']:g} % confidence at δ = {audit['delta']:g}. "
-        f"A correct run is refuted with probability {audit['false_alarm']:g} at most.",
+        f"A correct run is refuted with probability {audit['false_alarm']:.2g} at most.",
     ]
     powerless = [ATTACKS[name] for name, found in audit["attacks"].items() if not found["control"]["has_power"]]
     return notes + [f"The attack on {name}: {NO_POWER}" for name in powerless]
