@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorica.audit.linear_model import Gradients, linear_model
-from lorica.audit.mechanism import Auditor, _judged, audit_mechanism
+from lorica.audit.mechanism import Auditor, audit_mechanism, judged
 from lorica.errors import UserError
 from lorica.methods.base import registry
 from lorica.owner import client
@@ -33,7 +33,7 @@ add_noise, clipped_sum, noisy_gradient, poisson_sample = (
 
 def refuted(row: dict[str, Any] | None) -> list[str]:
     assert row is not None
-    return list(_judged({"rows": [row]})["rows"][0]["refuted"])
+    return list(judged([row])["rows"][0]["refuted"])
 
 
 def less_noise(factor: float) -> Fault:

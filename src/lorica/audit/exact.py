@@ -12,6 +12,10 @@ from itertools import combinations
 
 import numpy as np
 from scipy import stats
+from scipy.optimize import brentq
+from scipy.special import log_ndtr, ndtr
+
+from lorica.privacy.accounting import Steps
 
 FALSE_ALARM = 1e-5
 """Probability that an audit of a correct mechanism refutes it, over all of its tests together."""
@@ -225,6 +229,21 @@ def independent_batches(owners: Iterable[Memberships]) -> Outcome:
     farthest = max(common, key=lambda ratio: abs(ratio - 1))
     found = f"{len(p_values)} pairs, at the most {farthest:.2f} times the expected number in common"
     return Outcome("independent batches", _smallest(p_values), found)
+
+
+def accounting(claimed: float, steps: Steps, delta: float) -> Outcome:
+    """The claimed ε is at least that of the noise, in closed form for records that are in every batch.
+
+    `δ(ε) = Φ(μ/2 - ε/μ) - e^ε Φ(-μ/2 - ε/μ)` with `μ = √T/σ`. Balle and Wang, arXiv 1805.06530, Theorem 8.
+    """
+    mean = float(np.sqrt(steps.count)) / steps.noise_multiplier
+
+    def excess(epsilon: float) -> float:
+        tail = np.exp(epsilon + log_ndtr(-mean / 2 - epsilon / mean))
+        return float(ndtr(mean / 2 - epsilon / mean) - tail) - delta
+
+    exact = 0.0 if excess(0.0) <= 0 else float(brentq(excess, 0.0, 1000.0))
+    return Outcome("accounting", 1.0 if claimed >= exact * (1 - 1e-6) else 0.0, f"the noise has ε = {exact:.4f}")
 
 
 def derived(promise: str, differences: Iterable[float], tolerance: float = 1e-3) -> Outcome:

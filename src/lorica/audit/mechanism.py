@@ -23,14 +23,9 @@ from lorica.adapters.state import AdapterState
 from lorica.audit import exact
 from lorica.audit.attack import Fit, Ridge, fit
 from lorica.audit.canaries import Canaries, toss
-from lorica.audit.estimators import (
-    Scores,
-    fdp_bound,
-    fdp_refutes_any,
-    one_run_bound,
-    trade_off_inverse,
-)
+from lorica.audit.estimators import CONFIDENCE, Scores, fdp_refutes_any, trade_off_inverse
 from lorica.audit.exact import Outcome
+from lorica.audit.findings import findings, nearly_without_noise
 from lorica.audit.linear_model import Gradients, linear_model
 from lorica.audit.reading import Reading, Unreadable, factor_updates, read, read_sum
 from lorica.audit.watching import Seen, WatchedClient, WatchedEngine
@@ -52,7 +47,6 @@ RUN, SEED, ROUNDS = "audit", 0, 3
 OWNERS, CANARIES_EACH, CANARIES_IN_SUM = 4, 256, 384
 SAMPLING_RATE = 0.25
 CLIP_NORM = 1.0
-NEARLY_NO_NOISE = 1e-3
 COLLUDING = 1
 DELTA = 1e-5
 FDP_LEVEL = exact.FALSE_ALARM / 1000
@@ -113,11 +107,6 @@ class Observation:
             if isinstance(seen.request.work, Training)
         ]
 
-    @property
-    def steps(self) -> int:
-        """Noisy steps of an owner."""
-        return max(plan.max_steps for plan in self.plans.values())
-
 
 class Auditor:
     """Audits methods; they share the models, which are the same for all.
@@ -131,55 +120,47 @@ class Auditor:
         owners = max(OWNERS, math.ceil(canaries / CANARIES_EACH))
         self._claimed = PrivacyConfig(epsilon=epsilon, delta=DELTA, clip_norm=CLIP_NORM)
         self._own = Setting(owners, math.ceil(canaries / owners), 1.0, self._claimed, True)
+        shared = self._claimed.model_copy(update={"noise_against": "sums", "colluding": COLLUDING})
         in_sum = min(canaries, CANARIES_IN_SUM)
-        self._sums = replace(self._own, owners=OWNERS, canaries=in_sum // OWNERS, privacy=_shared(self._claimed))
+        self._sums = replace(self._own, owners=OWNERS, canaries=in_sum // OWNERS, privacy=shared)
         self._models: dict[int, tuple[AdaptedModel, dict[str, Tensor]]] = {}
 
     def own_noise(self, method: type[Method]) -> dict[str, Any]:
         """Audit a method whose owners each add all of the noise."""
-        claim = self.observe(method, self._own)
-        control = self.observe(method, replace(self._own, privacy=_nearly_none(self._claimed)))
-        sampled = replace(
-            self._own, owners=OWNERS, rate=SAMPLING_RATE, privacy=_nearly_none(self._claimed), tossed=False
-        )
+        own, control = self._own, replace(self._own, privacy=nearly_without_noise(self._claimed))
+        sampled = replace(control, owners=OWNERS, rate=SAMPLING_RATE, tossed=False)
         try:
+            seen = [self.observe(method, setting) for setting in (own, control, sampled)]
             tests = [
-                *_noise_tests(
-                    [
-                        (reading.noise(_in_each_step(claim, number, reading)), reading)
-                        for number, reading in claim.readings
-                    ]
-                ),
-                *_contribution_tests(control),
-                *_sampling_tests(self.observe(method, sampled)),
-                *_derived_tests(claim),
+                *_noise_tests(_own_noises(seen[0])),
+                *_contribution_tests(seen[1]),
+                *_sampling_tests(seen[2]),
+                *_derived_tests(seen[0]),
             ]
-            scores, without_noise = _scores(claim), _scores(control)
+            return _row(method, "own", seen, tests, _scores(seen[0]), _scores(seen[1]))
         except Unreadable as reason:
             return {"method": method.name, "noise": "own", "not_audited": str(reason)}
-        return _cell(method, "own", claim, tests, scores, without_noise)
 
     def shared_noise(self, method: type[Method]) -> dict[str, Any] | None:
         """Audit a method whose owners share the noise; None if it does not offer that."""
         if {"shared_noise", "secure_sum"} & method.refuses.keys():
             return None
-        claim = self.observe(method, self._sums)
-        control = self.observe(method, replace(self._sums, privacy=_nearly_none(self._sums.privacy)))
+        control = replace(self._sums, privacy=nearly_without_noise(self._sums.privacy))
         try:
-            own = [
-                (reading.noise(_in_each_step(claim, number, reading)), reading) for number, reading in claim.readings
-            ]
-            sums = list(_read_sums(claim))
-            noise = [(reading.noise(coins), reading) for reading, coins in sums]
+            seen = [self.observe(method, setting) for setting in (self._sums, control)]
+            sums = [list(_read_sums(one)) for one in seen]
+            of_the_sum = [reading.noise(coins) for reading, coins in sums[0]]
             tests = [
-                *(replace(test, promise=f"{test.promise}, of an owner's part") for test in _noise_tests(own)),
-                *(replace(test, promise=f"{test.promise}, of the sum") for test in _noise_tests(noise)),
-                *_contribution_tests(control),
+                *(
+                    replace(one, promise=f"{one.promise}, of an owner's part")
+                    for one in _noise_tests(_own_noises(seen[0]))
+                ),
+                *(replace(one, promise=f"{one.promise}, of the sum") for one in _noise_tests(of_the_sum)),
+                *_contribution_tests(seen[1]),
             ]
-            scores, without_noise = _sum_scores(sums), _sum_scores(list(_read_sums(control)))
+            return _row(method, "shared", seen, tests, *map(_sum_scores, sums))
         except Unreadable as reason:
             return {"method": method.name, "noise": "shared", "not_audited": str(reason)}
-        return _cell(method, "shared", claim, tests, scores, without_noise)
 
     def observe(self, method: type[Method], setting: Setting) -> Observation:
         """Run the federation of a method and a setting, with ledgers of its own that are deleted afterwards."""
@@ -285,34 +266,37 @@ def audit_mechanism(
         rows.append(auditor.own_noise(known[name]))
         shared = auditor.shared_noise(known[name])
         rows += [] if shared is None else [shared]
-    return _judged({"delta": DELTA, "confidence": 0.95, "false_alarm": exact.FALSE_ALARM, "rows": rows})
+    return judged(rows) | {"epsilon": epsilon, "delta": DELTA, "confidence": CONFIDENCE}
 
 
-def _judged(audit: dict[str, Any]) -> dict[str, Any]:
-    """Say which promises are refuted, corrected for the number of all tests."""
-    tests = [test for row in audit["rows"] for test in row.get("tests", [])]
-    for row in audit["rows"]:
-        found = [Outcome(**test) for test in row.get("tests", [])]
-        if "tests" in row:
-            row["refuted"] = [test.promise for test in exact.refuted(found, len(tests))]
-    audit["number_of_tests"] = len(tests)
-    audit["refuted"] = any(row.get("refuted") for row in audit["rows"])
-    return audit
+def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows with the promises that are refuted in each, corrected for the number of all tests."""
+    count = sum(len(row.get("tests", [])) for row in rows)
+    done = [
+        row | {"refuted": [one.promise for one in exact.refuted([Outcome(**test) for test in row["tests"]], count)]}
+        if "tests" in row
+        else row
+        for row in rows
+    ]
+    any_refuted = any(row.get("refuted") for row in done)
+    return {"rows": done, "number_of_tests": count, "false_alarm": exact.FALSE_ALARM, "refuted": any_refuted}
 
 
-def _cell(
-    method: type[Method], noise: str, claim: Observation, tests: list[Outcome], scores: Scores, without_noise: Scores
+def _row(
+    method: type[Method], noise: str, seen: list[Observation], tests: list[Outcome], scores: Scores, control: Scores
 ) -> dict[str, Any]:
-    plan = claim.plans[0]
-    claimed, delta = plan.epsilon(), DELTA
-    steps = plan.steps(plan.max_steps)
-    # Of a claim with δ, the one-run bound gives no p-value below δ times the number of canaries, so it is no test here.
-    from_trade_off = fdp_bound(scores, steps, delta)
+    plan = seen[0].plans[0]
+    steps, claimed = plan.steps(plan.max_steps), plan.epsilon()
+    found = findings(scores, control, claimed, steps, DELTA)
+    # With δ, the one-run bound has no p-value below δ times the number of canaries, so it is no test here.
     refuted = fdp_refutes_any(scores, trade_off_inverse(steps), FDP_LEVEL)
-    tests.append(Outcome("f-DP bound", FDP_LEVEL if refuted else 1.0, f"ε is at least {from_trade_off:.2f}"))
-    if claim.refused is not None:
-        tests.append(Outcome("replies that the server accepts", 0.0, claim.refused))
-    control = one_run_bound(without_noise, delta)
+    refusals = [observation.refused for observation in seen if observation.refused is not None]
+    tests = [
+        *tests,
+        Outcome("f-DP bound", FDP_LEVEL if refuted else 1.0, f"ε is at least {found['epsilon_fdp']:.2f}"),
+        exact.accounting(claimed, steps, DELTA),
+        Outcome("replies that the server accepts", 0.0 if refusals else 1.0, " ".join(refusals)),
+    ]
     return {
         "method": method.name,
         "noise": noise,
@@ -320,23 +304,21 @@ def _cell(
         "noise_multiplier": plan.noise_multiplier,
         "steps": plan.max_steps,
         "canaries": len(scores),
-        "epsilon_one_run": one_run_bound(scores, delta),
-        "epsilon_fdp": from_trade_off,
-        "auc": scores.auc(),
-        "tpr_at_1_percent_fpr": scores.tpr_at_fpr(),
-        "control": {
-            "epsilon_one_run": control,
-            "auc": without_noise.auc(),
-            "tpr_at_1_percent_fpr": without_noise.tpr_at_fpr(),
-            "has_power": control > claimed,
-        },
+        **found,
         "tests": [vars(test) for test in tests],
     }
 
 
-def _noise_tests(releases: list[tuple[dict[str, np.ndarray], Reading]]) -> Iterator[Outcome]:
+def _own_noises(observation: Observation) -> list[dict[str, np.ndarray]]:
+    """The noise of each release: with a sampling rate of 1, the included canaries are in every batch."""
+    return [
+        reading.noise(np.tile(observation.coins[number], reading.steps)) for number, reading in observation.readings
+    ]
+
+
+def _noise_tests(releases: list[dict[str, np.ndarray]]) -> Iterator[Outcome]:
     by_tensor: dict[str, list[np.ndarray]] = {}
-    for noise, _ in releases:
+    for noise in releases:
         for name, values in noise.items():
             by_tensor.setdefault(name, []).append(values)
     stacked = {name: np.stack(values) for name, values in by_tensor.items()}
@@ -344,13 +326,11 @@ def _noise_tests(releases: list[tuple[dict[str, np.ndarray], Reading]]) -> Itera
     yield exact.noise_of_each_coordinate(stacked)
     yield exact.normality(np.concatenate([values.ravel() for values in stacked.values()]))
     yield exact.noise_of_releases(stacked)
-    yield exact.noise_of_tensors([list(noise.values()) for noise, _ in releases])
+    yield exact.noise_of_tensors([list(noise.values()) for noise in releases])
 
 
 def _contribution_tests(observation: Observation) -> Iterator[Outcome]:
     yield from _of_contributions([fit(*reading.whitened()) for _, reading in observation.readings])
-    if observation.refused is not None:
-        yield Outcome("replies that the server accepts", 0.0, observation.refused)
 
 
 def _sampling_tests(observation: Observation) -> Iterator[Outcome]:
@@ -371,8 +351,6 @@ def _sampling_tests(observation: Observation) -> Iterator[Outcome]:
     yield exact.sampling_rate(memberships, SAMPLING_RATE)
     yield exact.batch_sizes(memberships, SAMPLING_RATE)
     yield exact.independent_batches(memberships)
-    if observation.refused is not None:
-        yield Outcome("replies that the server accepts", 0.0, observation.refused)
 
 
 def _of_contributions(fits: list[Fit]) -> Iterator[Outcome]:
@@ -416,11 +394,6 @@ def _energy_differences(seen: Seen, work: Training) -> Iterator[float]:
             yield abs(float(energy) - expected) / expected
 
 
-def _in_each_step(observation: Observation, number: int, reading: Reading) -> np.ndarray:
-    """With a sampling rate of 1, the included canaries are in every batch."""
-    return np.tile(observation.coins[number], reading.steps)
-
-
 def _scores(observation: Observation) -> Scores:
     """The scores of all canaries. Each owner's mechanism acts on its canaries alone."""
     attacks = {number: Ridge(len(coins)) for number, coins in observation.coins.items()}
@@ -459,18 +432,16 @@ def _sum_scores(sums: list[tuple[Reading, np.ndarray]]) -> Scores:
 
 
 def _local_steps(method: Method, setting: Setting) -> int:
-    """One step, whose noise can be read exactly, or the two that some methods need."""
-    try:
-        method.check(OPTIMIZER, 1 if setting.shared else setting.owners, 1)
-    except UserError:
-        method.check(OPTIMIZER, setting.owners, 2)
-        return 2
-    return 1
+    """One step, whose noise can be read exactly, or the two that some methods need.
 
-
-def _shared(privacy: PrivacyConfig) -> PrivacyConfig:
-    return privacy.model_copy(update={"noise_against": "sums", "colluding": COLLUDING})
-
-
-def _nearly_none(privacy: PrivacyConfig) -> PrivacyConfig:
-    return privacy.model_copy(update={"epsilon": None, "noise_multiplier": NEARLY_NO_NOISE})
+    Raises:
+        Unreadable: the method needs something else.
+    """
+    for steps in (1, 2):
+        try:
+            method.check(OPTIMIZER, 1 if setting.shared else setting.owners, steps)
+        except UserError as error:
+            problem = str(error)
+        else:
+            return steps
+    raise Unreadable(problem)

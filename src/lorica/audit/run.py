@@ -24,15 +24,8 @@ from lorica.adapters.base_files import resolve_base
 from lorica.adapters.state import leading
 from lorica.audit.attack import Ridge
 from lorica.audit.canaries import Canaries, toss
-from lorica.audit.estimators import (
-    CONFIDENCE,
-    Scores,
-    fdp_bound,
-    fdp_refutes_any,
-    one_run_bound,
-    one_run_p_value_of,
-    trade_off_inverse,
-)
+from lorica.audit.estimators import CONFIDENCE, Scores, fdp_refutes_any, one_run_p_value_of, trade_off_inverse
+from lorica.audit.findings import findings, nearly_without_noise
 from lorica.audit.reading import clipped, kept_coordinates, unshaped, updates_of
 from lorica.audit.watching import Seen, Summed, WatchedClient, WatchedEngine
 from lorica.config import ExperimentConfig
@@ -58,7 +51,6 @@ from lorica.tasks.loading import load_tests
 from lorica.tasks.records import Records, Task, evaluating
 
 RUN = "audit"
-NEARLY_NO_NOISE = 1e-3
 UNEXPLAINED = 0.1
 """Standard deviation of what shares cannot explain, relative to a release."""
 LARGEST_GRADIENTS = 8 * 2**30
@@ -104,41 +96,24 @@ def audit_run(
     )
     task = load_tests(config.task, resolve_base(config.model.base))
     records = _canaries(config, task, canaries)
-    without_noise = config.privacy.model_copy(update={"epsilon": None, "noise_multiplier": NEARLY_NO_NOISE})
+    without_noise = config.model_copy(update={"privacy": nearly_without_noise(config.privacy)})
     trained = _train(config, task, records, lambda done, count: on_round("the claim", done, count))
-    control = _train(
-        config.model_copy(update={"privacy": without_noise}),
-        task,
-        records,
-        lambda done, count: on_round("the control", done, count),
-    )
+    control = _train(without_noise, task, records, lambda done, count: on_round("the control", done, count))
     plan = max(trained.plans.values(), key=lambda one: one.epsilon())
-    steps = plan.steps(plan.max_steps)
-    delta = config.privacy.delta
+    steps, claimed, delta = plan.steps(plan.max_steps), plan.epsilon(), config.privacy.delta
     # Two attacks with two tests each.
     level = (1 - CONFIDENCE) / 4
     found = {}
     for name in ("white_box", "black_box"):
-        scores, checked = getattr(trained, name), getattr(control, name)
-        largest = one_run_bound(checked, delta)
-        found[name] = {
-            "epsilon_one_run": one_run_bound(scores, delta),
-            "epsilon_fdp": fdp_bound(scores, steps, delta),
-            "auc": scores.auc(),
-            "tpr_at_1_percent_fpr": scores.tpr_at_fpr(),
-            "control": {
-                "epsilon_one_run": largest,
-                "auc": checked.auc(),
-                "tpr_at_1_percent_fpr": checked.tpr_at_fpr(),
-                "has_power": largest > plan.epsilon(),
-            },
-            "refuted": one_run_p_value_of(scores, plan.epsilon(), delta) < level
-            or fdp_refutes_any(scores, trade_off_inverse(steps), level),
-        }
+        scores = getattr(trained, name)
+        refuted = one_run_p_value_of(scores, claimed, delta) < level or fdp_refutes_any(
+            scores, trade_off_inverse(steps), level
+        )
+        found[name] = findings(scores, getattr(control, name), claimed, steps, delta) | {"refuted": refuted}
     return {
         "method": config.method.name,
         "noise": "own" if plan.shared is None else "shared",
-        "claimed_epsilon": plan.epsilon(),
+        "claimed_epsilon": claimed,
         "delta": plan.delta,
         "confidence": CONFIDENCE,
         "false_alarm": 1 - CONFIDENCE,

@@ -11,97 +11,99 @@ from rich.text import Text
 
 from lorica.reporting.style import percent, rounded_up
 
-HEADINGS = ["Claimed ε", "ε ≥ (one run)", "ε ≥ (f-DP)", "AUC", "TPR at 1 % FPR", "ε ≥ with σ → 0", "Verdict"]
-ATTACKS = {
-    "white_box": "all that the server received (white box)",
-    "black_box": "the final adapter (black box)",
-}
-NO_POWER = (
-    "no power. Even with σ → 0 it finds no bound above the claim, so it could not have refuted the claim. Audit with "
-    "more canaries."
-)
+HEADINGS = ["ε, one run", "ε, f-DP", "AUC", "TPR at 1 % FPR", "ε, σ → 0", "Verdict"]
+ATTACKS = {"white_box": "white box", "black_box": "black box"}
+READS = {"white_box": "all that the server received", "black_box": "the final adapter"}
 
 
 def mechanism_table(audit: dict[str, Any]) -> Group:
     """The audit of the mechanism for the terminal: a row for each method and kind of noise, then what was refuted."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, heading in enumerate(["Method", "Noise", *HEADINGS]):
-        table.add_column(heading, justify="left" if place in (0, 1, 8) else "right", overflow="fold")
+    rows = []
     for row in audit["rows"]:
-        names = (row["method"], row["noise"])
+        names = [row["method"], row["noise"]]
         if "not_audited" in row:
-            table.add_row(*names, *["–"] * 6, f"not audited: {row['not_audited']}")
-            continue
-        verdict = _verdict(bool(row["refuted"]), row["control"])
-        style = "bold red" if row["refuted"] else None
-        table.add_row(*names, *_bounds(row["claimed_epsilon"], row), verdict, style=style)
-    parts: list[RenderableType] = [table]
+            rows.append([*names, *["–"] * 5, "not audited"])
+        else:
+            rows.append([*names, *_figures(row), _verdict(bool(row["refuted"]), row["control"])])
+    parts: list[RenderableType] = [_table(audit["epsilon"], audit["delta"], ["Method", "Noise", *HEADINGS], rows)]
     for row in audit["rows"]:
+        if "not_audited" in row:
+            parts.append(Text(f"{row['method']}, {row['noise']} noise: not audited, because {row['not_audited']}"))
         for test in row.get("tests", []):
             if test["promise"] in row["refuted"]:
                 found = f"{test['promise']} ({test['found']}; p = {test['p_value']:.1e})"
                 parts.append(Text(f"{row['method']}, {row['noise']} noise: {found}", style="bold red"))
-    rows, tests = len(audit["rows"]), audit["number_of_tests"]
-    summary = "Refuted" if audit["refuted"] else "Not refuted"
     parts.append(
         Text(
-            f"{summary}: {tests} tests of {rows} kinds of exchange. Bounds hold with {100 * audit['confidence']:g} % "
-            f"confidence at δ = {audit['delta']:g}. The tests together refute a correct mechanism with probability "
-            f"{audit['false_alarm']:g} at most.",
+            f"{'Refuted' if audit['refuted'] else 'Not refuted'}, by {audit['number_of_tests']} tests. Together they "
+            f"refute a correct mechanism with probability {audit['false_alarm']:g} at most. Each bound holds with "
+            f"{100 * audit['confidence']:g} % confidence.",
             style="bold red" if audit["refuted"] else "bold",
         )
     )
     return Group(*parts)
 
 
-def audit_rows(audit: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a row for each attack, of the audit of a run."""
-    rows = [
-        [ATTACKS[name], *_bounds(audit["claimed_epsilon"], found), _verdict(found["refuted"], found["control"])]
-        for name, found in audit["attacks"].items()
-    ]
-    return ["Attack on", *HEADINGS], rows
-
-
-def audit_notes(audit: dict[str, Any]) -> list[str]:
-    """How the audit was done, and what it cannot say, in sentences."""
-    notes = [
-        f"{audit['canaries']} canaries of {audit['owners']} owners, each included by a fair coin: public test records, "
-        f"mislabelled where the task has labels. σ = {audit['noise_multiplier']:.3g}, "
-        f"q = {audit['sampling_rate']:.3g}, {audit['steps']} steps.",
-        f"Each lower bound on ε holds with {100 * audit['confidence']:g} % confidence at δ = {audit['delta']:g}. "
-        f"A correct run is refuted with probability {audit['false_alarm']:.2g} at most.",
-    ]
-    powerless = [ATTACKS[name] for name, found in audit["attacks"].items() if not found["control"]["has_power"]]
-    return notes + [f"The attack on {name}: {NO_POWER}" for name in powerless]
-
-
 def audit_table(audit: dict[str, Any]) -> Group:
     """The audit of a run for the terminal."""
-    headings, rows = audit_rows(audit)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place in (0, len(headings) - 1) else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row, style="bold red" if row[-1] == "refuted" else None)
+    table = _table(audit["claimed_epsilon"], audit["delta"], *audit_rows(audit))
     return Group(table, *(Text(note) for note in audit_notes(audit)))
 
 
+def audit_rows(audit: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a row for each attack, of the audit of a run."""
+    rows = [
+        [ATTACKS[name], *_figures(found), _verdict(found["refuted"], found["control"])]
+        for name, found in audit["attacks"].items()
+    ]
+    return ["Attack", *HEADINGS], rows
+
+
+def audit_notes(audit: dict[str, Any]) -> list[str]:
+    """What was claimed and attacked, and what the attacks cannot say, in sentences."""
+    reads = ", the ".join(f"{ATTACKS[name]} attack reads {what}" for name, what in READS.items())
+    notes = [
+        f"Claimed: ε = {rounded_up(audit['claimed_epsilon'])} at δ = {audit['delta']:g}, with "
+        f"σ = {audit['noise_multiplier']:.3g}, q = {audit['sampling_rate']:.3g} and {audit['steps']} steps.",
+        f"Attacked with {audit['canaries']} canaries of {audit['owners']} owners, each included by a fair coin: public "
+        f"test records, with wrong labels where the task has labels. The {reads}.",
+        f"Each bound is a lower bound on ε with {100 * audit['confidence']:g} % confidence. A correct run is refuted "
+        f"with probability {audit['false_alarm']:.2g} at most.",
+    ]
+    return notes + [
+        f"No power, {ATTACKS[name]}: even with σ → 0 the attack finds no bound above the claim, so it could not have "
+        "refuted it. Audit with more canaries."
+        for name, found in audit["attacks"].items()
+        if not found["control"]["has_power"]
+    ]
+
+
 def audit_line(audit: dict[str, Any]) -> str:
-    """One sentence for a model card."""
+    """One line for a model card."""
     white = audit["attacks"]["white_box"]
     bound = max(white["epsilon_one_run"], white["epsilon_fdp"])
-    verdict = "refuted" if audit["refuted"] else _verdict(False, white["control"])
     return (
-        f"Audit with {audit['canaries']} canaries: {verdict}. From all that the server received, ε is at least "
-        f"{bound:.2f} with {100 * audit['confidence']:g} % confidence (claimed "
-        f"{rounded_up(audit['claimed_epsilon'])}); with σ → 0, at least {white['control']['epsilon_one_run']:.2f}."
+        f"Audit with {audit['canaries']} canaries: {_verdict(audit['refuted'], white['control'])}. All that the server "
+        f"received shows that ε is at least {bound:.2f}, with {100 * audit['confidence']:g} % confidence (claimed "
+        f"{rounded_up(audit['claimed_epsilon'])}; with σ → 0, at least {white['control']['epsilon_one_run']:.2f})"
     )
 
 
-def _bounds(claimed: float, found: dict[str, Any]) -> list[str]:
+def _table(claimed: float, delta: float, headings: list[str], rows: list[list[str]]) -> Table:
+    title = f"Lower bounds on ε, of a claim of ε = {rounded_up(claimed)} at δ = {delta:g}"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", padding=(0, 1, 0, 0))
+    for heading in headings:
+        words = heading in ("Method", "Noise", "Attack", "Verdict")
+        # Wrapped by hand, so that the table fits 80 columns.
+        broken = heading.replace(", ", ",\n").replace(" at ", " at\n")
+        table.add_column(broken, justify="left" if words else "right", no_wrap=words)
+    for row in rows:
+        table.add_row(*map(Text, row), style="bold red" if row[-1] == "refuted" else None)
+    return table
+
+
+def _figures(found: dict[str, Any]) -> list[str]:
     return [
-        rounded_up(claimed),
         f"{found['epsilon_one_run']:.2f}",
         f"{found['epsilon_fdp']:.2f}",
         f"{found['auc']:.3f}",
