@@ -243,7 +243,7 @@ def audit_mechanism(
 
         names = None if methods is None else [name.strip() for name in methods.split(",")]
         with _progress("methods", as_json) as shown:
-            found = audit_methods(names, epsilon, canaries, lambda name, done, count: shown(name, done, count))
+            found = audit_methods(names, epsilon, canaries, shown)
         if as_json:
             typer.echo(to_json(found, indent=2))
         else:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from lorica.audit.linear_model import Gradients, linear_model
 from lorica.audit.mechanism import Auditor, audit_mechanism, judged
 from lorica.errors import UserError
-from lorica.methods.base import registry
+from lorica.methods.base import Method, Round, Server, Train, registry
 from lorica.owner import client
 from lorica.privacy import mechanism
 from lorica.privacy.randomness import SecureRandomness
 from lorica.privacy.released import post_process
+from lorica.reporting.audit import mechanism_table
 from tests.models import one_at_a_time
 
 CANARIES = 256
@@ -172,6 +177,43 @@ def test_what_is_right_is_not_refuted(method: str) -> None:
         assert row["control"]["auc"] > 0.99
         assert max(row["epsilon_one_run"], row["epsilon_fdp"]) <= row["claimed_epsilon"] <= 2.0
     assert [row["noise"] for row in found["rows"]] == (["own", "shared"] if method == "as-lora" else ["own"])
+
+
+class Proximal(Method):
+    """A method of another package whose steps cannot be undone."""
+
+    name = "proximal"
+    refuses: ClassVar[Mapping[str, str]] = {"shared_noise": "its steps are not linear"}
+
+    def round(self, server: Server) -> Round:
+        server.step((yield Train("B", local=replace(server.local, proximal=0.1))))
+
+
+def test_a_method_that_cannot_be_read_is_not_called_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = registry()
+    monkeypatch.setattr("lorica.methods.base.registry", lambda: known | {"proximal": Proximal})
+    auditor = Auditor(3.0, 64)
+    rows = [auditor.own_noise(Proximal)]
+    assert auditor.shared_noise(Proximal) is None
+    assert "do more to the noisy gradient than this audit can undo" in rows[0]["not_audited"]
+    assert "not audited, because" in shown(judged(rows))
+
+
+def test_the_table_names_what_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
+    less_noise(2.0)(monkeypatch)
+    text = shown(judged([Auditor(3.0, 64).own_noise(registry()["ffa-lora"])]))
+    assert re.search(r"ffa-lora +own .* refuted", text)
+    assert "ffa-lora, own noise: noise variance (0.2" in text
+    assert "Refuted, by" in text
+    assert "Not refuted" not in text
+
+
+def shown(audit: dict[str, Any]) -> str:
+    """As a terminal of 80 columns shows it, on long lines."""
+    console = Console(width=80, file=io.StringIO())
+    console.print(mechanism_table(audit | {"epsilon": 3.0, "delta": 1e-5, "confidence": 0.95}))
+    assert isinstance(console.file, io.StringIO)
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", console.file.getvalue().replace(" \n", "\n"))
 
 
 @pytest.mark.slow

@@ -62,16 +62,21 @@ def test_a_run_without_the_noise_that_it_claims_is_refuted(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "sections",
     [
-        {"method": {"name": "la-lora"}, "federation": SMALL | {"local_steps": 2}},
+        {
+            "method": {"name": "la-lora"},
+            "federation": SMALL | {"local_steps": 2},
+            "optimizer": {"lr": 0.5, "weight_decay": 0.1},
+        },
         {"method": {"name": "fedask"}},
         {"method": {"name": "fedsa-lora"}, "federation": SMALL | {"rounds": 3}},
         {"optimizer": {"name": "adamw", "lr": 0.01}},
+        {"local": {"scaffold": True}, "method": {"name": "fed-avg"}, "federation": SMALL | {"rounds": 3}},
         {
             "federation": SMALL | {"clients": 3, "secure_sum": True, "min_clients": 3, "batch_size": 32},
             "privacy": PRIVACY | {"noise_against": "sums"},
         },
     ],
-    ids=["smoothed", "sketches", "personal", "adamw", "shared-noise"],
+    ids=["smoothed", "sketches", "personal", "adamw", "scaffold", "shared-noise"],
 )
 def test_every_kind_of_reply_can_be_attacked(sections: dict[str, Any]) -> None:
     found = audit_run(digits(**sections), CANARIES)

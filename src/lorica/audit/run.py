@@ -26,8 +26,8 @@ from lorica.audit.attack import Ridge
 from lorica.audit.canaries import Canaries, toss
 from lorica.audit.estimators import CONFIDENCE, Scores, fdp_refutes_any, one_run_p_value_of, trade_off_inverse
 from lorica.audit.findings import findings, nearly_without_noise
-from lorica.audit.reading import clipped, kept_coordinates, unshaped, updates_of
-from lorica.audit.watching import Seen, Summed, WatchedClient, WatchedEngine
+from lorica.audit.reading import Unreadable, clipped, kept_coordinates, unshaped, updates_of
+from lorica.audit.watching import Seen, WatchedClient, WatchedEngine
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.files import throwaway_folder, to_json, write_atomically
@@ -181,22 +181,25 @@ def _train(config: ExperimentConfig, task: Task, records: Records, on_round: Cal
     plans = {owner: plan_run(config, owner, len(part)) for owner, part in enumerate(parts)}
     canaries = {owner: Canaries.of(records.subset(part), toss(len(part))) for owner, part in enumerate(parts)}
     prepared = prepare(config, task)
-    model = prepared.model
-    _check_memory(model, len(records) if config.federation.secure_sum else len(parts[0]))
+    _check_memory(prepared.model, len(records) if config.federation.secure_sum else len(parts[0]))
     with throwaway_folder() as folder:
         ledger = Ledger(folder / "ledger.sqlite", Home(folder / "home"))
         clients = {
             owner: WatchedClient(**vars(make_client(config, plan, canaries[owner], None, ledger, RUN)))
             for owner, plan in plans.items()
         }
-        engine = WatchedEngine(model, clients)
+        engine = WatchedEngine(prepared.model, clients)
         federation = assemble(prepared, engine, RUN, None)
         federation.join()
         before = _losses(prepared, federation, canaries)
         attack = Attack(prepared, clients, canaries)
         for done in range(1, config.federation.rounds + 1):
             federation.round()
-            attack.learn(engine)
+            try:
+                attack.learn(engine)
+            except Unreadable as reason:
+                problem = f"what leaves an owner cannot be attacked: {reason}"
+                raise UserError("method.name", config.method.name, problem, "choose another method") from None
             on_round(done, config.federation.rounds)
         after = _losses(prepared, federation, canaries)
     included = np.concatenate([one.included for one in canaries.values()])
@@ -204,104 +207,105 @@ def _train(config: ExperimentConfig, task: Task, records: Records, on_round: Cal
 
 
 class Attack:
-    """A ridge attack on everything that the server receives, exchange by exchange.
+    """A ridge attack on everything that the server receives: replies, or only their secure sums.
 
-    The share of a canary is its clipped gradient at the state that its owner started from, times its expected number of
-    batches over the batch size, `E q/b`. What the owner does to the noisy gradients is undone as far as it can be.
+    The share of a canary in a release is its clipped gradient at the state that its owner started from, times its
+    expected number of batches over the batch size, `E q/b`. What owners do to noisy gradients is undone as far as it
+    can be; after AdamW or momentum, only the direction of a release is compared.
     """
 
     def __init__(
         self, prepared: Prepared, clients: Mapping[int, WatchedClient], canaries: Mapping[int, Canaries]
     ) -> None:
         self._prepared, self._clients, self._canaries = prepared, clients, canaries
-        sizes = [len(one) for one in canaries.values()]
         # A sum depends on the canaries of all owners, a reply on those of its own.
-        self._attacks = [Ridge(sum(sizes))] if prepared.config.federation.secure_sum else [Ridge(n) for n in sizes]
+        groups = [list(canaries)] if prepared.config.federation.secure_sum else [[owner] for owner in canaries]
+        self._attacks = [(owners, Ridge(sum(len(canaries[owner]) for owner in owners))) for owners in groups]
 
     def learn(self, engine: WatchedEngine) -> None:
-        """Read what was released since the last call."""
-        views = {
-            (owner, seen.request.round, seen.request.exchange): self._view(owner, seen)
+        """Read what was released since the last call.
+
+        Raises:
+            Unreadable: a sketch does not determine the factors behind it.
+        """
+        replies = {
+            (owner, seen.request.round, seen.request.exchange): seen
             for owner, client in self._clients.items()
             for seen in client.seen
             if isinstance(seen.request.work, Training)
         }
         if self._prepared.config.federation.secure_sum:
-            for summed in engine.sums:
-                place = (summed.round, summed.exchange)
-                if (next(iter(summed.members)), *place) in views:
-                    members = {owner: views.get((owner, *place)) for owner in self._clients}
-                    self._attacks[0].add(*_whitened(self._sum_view(summed, members)))
+            (owners, attack), sums = self._attacks[0], engine.sums
+            for one in sums:
+                places = {owner: (owner, one.round, one.exchange) for owner in one.members}
+                members = {owner: replies[place] for owner, place in places.items() if place in replies}
+                if members:
+                    attack.add(*self._read(one.tensors, owners, members, one.members))
         else:
-            for (owner, _, _), view in views.items():
-                self._attacks[owner].add(*_whitened(view))
+            for (owner, _, _), seen in replies.items():
+                owners, attack = self._attacks[owner]
+                attack.add(*self._read(seen.tensors, owners, {owner: seen}, {owner: 1.0}))
         engine.sums.clear()
         for client in self._clients.values():
             client.seen.clear()
 
     def scores(self) -> np.ndarray:
         """(canaries,), in the order of the owners."""
-        return np.concatenate([attack.scores() for attack in self._attacks])
+        return np.concatenate([attack.scores() for _, attack in self._attacks])
 
-    def _view(self, owner: int, seen: Seen) -> View:
-        work = seen.request.work
-        assert isinstance(work, Training)
-        start = {name: leading(name, value, work.rank) for name, value in seen.start.items()}
-        values = {
-            name: unshaped(name, -update.double() / work.rates[name], start, work.local)
-            for name, update in updates_of(seen, work, start, self._prepared.config.seed).items()
-        }
-        added = clipped(self._gradients(owner, seen, start), work.terms.clip_norm)
-        counts = {
-            name: sum(name in work.local.active(work.trained, step) for step in range(work.steps)) for name in values
-        }
-        each = work.terms.sampling_rate / work.terms.batch_size
-        return View(
-            values,
-            {name: counts[name] * each * kept_coordinates(name, added[name], work.local) for name in values},
-            {name: work.terms.noise_std * math.sqrt(counts[name]) for name in values},
-            _is_plain(work),
-        )
+    def _read(
+        self,
+        released: Mapping[str, Tensor],
+        owners: list[int],
+        members: Mapping[int, Seen],
+        weights: Mapping[int, float],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A release, (d,), and the shares of all canaries of `owners`, (canaries, d), in units of the noise.
 
-    def _sum_view(self, summed: Summed, members: Mapping[int, View | None]) -> View:
-        """What a secure sum shows: the weighted sum of its members' views. Owners outside it add nothing."""
-        some = next(view for view in members.values() if view is not None)
-        weights = {owner: summed.members.get(owner, 0.0) for owner in members}
+        Where there is hardly any noise, what the shares cannot explain takes its place: gradients move during the steps
+        of an exchange.
 
-        def total(values: Mapping[int, Mapping[str, Tensor]], name: str) -> Tensor:
-            return sum((weights[owner] * one[name] for owner, one in values.items()), torch.zeros(()))
+        Args:
+            released: the weighted sum of the members' replies, or one reply.
+            members: owner -> the work that it was asked to do.
+        """
+        seen = next(iter(members.values()))
+        work = _work(seen)
+        start = _start(seen)
+        active = [work.local.active(work.trained, step) for step in range(work.steps)]
+        gradients = {owner: self._gradients(owner, one) for owner, one in members.items()}
+        values, shares = [], []
+        for name, update in updates_of(
+            replace(seen, tensors=released), work, start, self._prepared.config.seed
+        ).items():
+            steps = sum(name in names for names in active)
+            known = work.optimizer.weight_decay * start[name].double() + work.corrections.get(name, 0.0)
+            value = unshaped(name, -update / work.rates[name] - steps * known, start, work.local).flatten()
+            parts = []
+            for owner in owners:
+                if owner in members:
+                    terms = _work(members[owner]).terms
+                    each = weights[owner] * steps * terms.sampling_rate / terms.batch_size
+                    parts.append(each * kept_coordinates(name, gradients[owner][name], work.local).flatten(1).double())
+                else:
+                    parts.append(torch.zeros(len(self._canaries[owner]), len(value), dtype=torch.float64))
+            noise = math.sqrt(steps * sum((weights[one] * _work(members[one]).terms.noise_std) ** 2 for one in members))
+            size = float(value.square().mean().sqrt())
+            deviation = math.hypot(noise, UNEXPLAINED * size)
+            plain = work.optimizer.name == "sgd" and not work.optimizer.momentum
+            values.append(value / (deviation if plain else size))
+            shares.append(torch.cat(parts) / (deviation if plain else noise))
+        return torch.cat(values).numpy(), torch.cat(shares, dim=1).numpy()
 
-        inside = {owner: view for owner, view in members.items() if view is not None and weights[owner]}
-        values = {name: total({owner: view.values for owner, view in inside.items()}, name) for name in some.values}
-        shares = {
-            name: torch.cat(
-                [
-                    weights[owner] * inside[owner].shares[name]
-                    if owner in inside
-                    else some.shares[name].new_zeros(len(self._canaries[owner]), *some.shares[name].shape[1:])
-                    for owner in members
-                ]
-            )
-            for name in some.values
-        }
-        deviations = {
-            name: math.sqrt(sum((weights[owner] * view.deviations[name]) ** 2 for owner, view in inside.items()))
-            for name in some.values
-        }
-        return View(values, shares, deviations, some.plain)
-
-    def _gradients(self, owner: int, seen: Seen, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Name -> (n, *shape), the gradient of each canary at the state that the owner started from."""
-        model, config = self._prepared.model, self._prepared.config
-        work = seen.request.work
-        assert isinstance(work, Training)
+    def _gradients(self, owner: int, seen: Seen) -> dict[str, Tensor]:
+        """Name -> (n, *shape), the clipped gradient of each canary at the state that the owner started from."""
+        model, config, work, start = self._prepared.model, self._prepared.config, _work(seen), _start(seen)
         model.merge(seen.merged)
         model.write({name: value.to(model.device) for name, value in start.items()})
         places = {name: model.trained(name, work.rank, start) for name in work.trained}
         records = self._canaries[owner].base
         found = {name: torch.zeros(len(records), *place.zeros(1).shape[1:]) for name, place in places.items()}
         tokens = config.federation.pass_tokens(model.device.type)
-        model.peft_model.eval()
         for indices in records.micro_batch_indices(np.arange(len(records)), tokens):
             batch = records.batch(indices).to(model.device)
             gradients = per_example_gradients(
@@ -309,47 +313,16 @@ class Attack:
             )
             for name, value in gradients.items():
                 found[name][torch.from_numpy(indices)] = value.cpu()
-        return found
+        return clipped(found, work.terms.clip_norm)
 
 
-@dataclass(frozen=True)
-class View:
-    """One exchange as the server sees it.
-
-    Attributes:
-        values: name -> the noisy gradients, summed over the steps.
-        shares: name -> (n, *shape of the value), what an included canary adds to it on average.
-        deviations: name -> standard deviation of the noise, if the steps are plain.
-        plain: whether the steps are those of plain SGD; else only their direction is known.
-    """
-
-    values: Mapping[str, Tensor]
-    shares: Mapping[str, Tensor]
-    deviations: Mapping[str, float]
-    plain: bool
+def _work(seen: Seen) -> Training:
+    assert isinstance(seen.request.work, Training)
+    return seen.request.work
 
 
-def _whitened(view: View) -> tuple[np.ndarray, np.ndarray]:
-    """Values, (d,), and shares, (n, d), over the standard deviation of the noise and of what the shares cannot explain.
-
-    Gradients move during the steps of an exchange, which matters where there is hardly any noise.
-    """
-    values, shares = [], []
-    for name, value in view.values.items():
-        size = float(value.square().mean().sqrt())
-        deviation = math.hypot(view.deviations[name], UNEXPLAINED * size) or 1.0
-        values.append((value / (deviation if view.plain else size or 1.0)).flatten().double().numpy())
-        shares.append(
-            (view.shares[name] / deviation if view.plain else view.shares[name] / view.deviations[name])
-            .flatten(1)
-            .double()
-            .numpy()
-        )
-    return np.concatenate(values), np.concatenate(shares, axis=1)
-
-
-def _is_plain(work: Training) -> bool:
-    return work.optimizer.name == "sgd" and not work.optimizer.momentum
+def _start(seen: Seen) -> dict[str, Tensor]:
+    return {name: leading(name, value, _work(seen).rank) for name, value in seen.start.items()}
 
 
 def _losses(prepared: Prepared, federation: Federation, canaries: Mapping[int, Canaries]) -> np.ndarray:
