@@ -16,7 +16,7 @@ from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.privacy import mechanism
 from lorica.reporting.run_folder import read_run
-from tests.tasks.test_whole_runs import sentences, tiny_bert, write_rows
+from tests.tasks.test_whole_runs import sentences, tiny_bert, tiny_reader, tiny_writer, write_rows
 
 pytestmark = pytest.mark.usefixtures("checked_once")
 CANARIES = 128
@@ -86,24 +86,30 @@ def test_every_kind_of_reply_can_be_attacked(sections: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_texts_are_audited_too(tmp_path: Path) -> None:
-    rows = [{"text": text, "score": float(len(text))} for text in sentences(140, 0)]
-    config = load(
-        {
-            "name": "texts",
-            "model": {"base": tiny_bert(tmp_path / "encoder"), "pooling": "mean", "threads": 1},
-            "lora": {"r": 2},
-            "task": {
-                "type": "text-regression",
-                "label": "score",
-                "train": "/nowhere",
-                "test": write_rows(tmp_path / "test.jsonl", rows),
-            },
-            "federation": SMALL,
-            "privacy": PRIVACY,
-        }
-    )
-    assert audit_run(config, CANARIES)["attacks"]["white_box"]["control"]["auc"] > 0.7
+@pytest.mark.parametrize("kind", ["text-regression", "language-modelling", "question-answering"])
+def test_texts_are_audited_too(kind: str, tmp_path: Path) -> None:
+    """Numbers, conversations, and questions on texts of several windows, without labels to get wrong."""
+    texts = [" ".join([text] * (1 + place % 4)) for place, text in enumerate(sentences(140, 0))]
+    if kind == "text-regression":
+        rows = [{"text": text, "label": float(len(text))} for text in texts]
+        model: dict[str, Any] = {"base": tiny_bert(tmp_path / "base"), "pooling": "mean"}
+    elif kind == "language-modelling":
+        rows = [{"text": text} for text in texts]
+        model = {"base": tiny_writer(tmp_path / "base"), "head": "freeze"}
+    else:
+        answers = [{"text": [text.split()[0]], "answer_start": [0]} for text in texts]
+        rows = [
+            {"question": text.split()[0], "context": text, "answers": answer}
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+        model = {"base": tiny_reader(tmp_path / "base")}
+    task = {"type": kind, "train": "/nowhere", "test": write_rows(tmp_path / "test.jsonl", rows), "max_length": 16}
+    task |= {"stride": 4, "max_question": 4} if kind == "question-answering" else {}
+    lora = {"r": 8, "target_modules": "all-linear"}
+    config = digits(model=model | {"threads": 1}, lora=lora, task=task, federation=SMALL | {"rounds": 6})
+    found = audit_run(config, CANARIES)
+    assert not found["refuted"]
+    assert found["attacks"]["white_box"]["control"]["auc"] > 0.6
 
 
 @pytest.mark.parametrize(
