@@ -11,10 +11,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.optimize import brentq
 
 from lorica.audit.estimators import (
     Guesses,
     Scores,
+    best_plans,
     fdp_bound,
     fdp_refutes,
     fdp_refutes_any,
@@ -100,16 +102,52 @@ def test_bounds_reach_the_published_examples(shift: float, one_run: float, fdp: 
     assert max(found, from_trade_off) <= true
 
 
+@pytest.mark.parametrize(
+    ("claimed", "canaries", "one_run", "fdp"),
+    [
+        (1.0, 4000, 0.32, 0.0),
+        (3.0, 4000, 1.24, 0.0),
+        (8.0, 4000, 2.91, 0.0),
+        pytest.param(1.0, 15_000, 0.0, 0.57, marks=pytest.mark.slow),
+    ],
+)
+def test_bounds_reach_those_of_another_implementation(
+    claimed: float, canaries: int, one_run: float, fdp: float
+) -> None:
+    """Means over runs of the Gaussian mechanism, for one step on all canaries at δ = 1e-5."""
+    draws, sigma = np.random.default_rng(0), brentq(lambda s: epsilon([Steps(1.0, s, 1)], DELTA) - claimed, 0.3, 20)
+    steps = Steps(1.0, sigma, 1)
+    for_one_run, for_fdp = best_plans(canaries, steps, claimed, DELTA)
+    found = []
+    for _ in range(6):
+        included = draws.random(canaries) < 0.5
+        scores = Scores(included / sigma + draws.standard_normal(canaries), included)
+        found.append((one_run_bound(scores, DELTA, for_one_run), fdp_bound(scores, steps, DELTA, for_fdp)))
+    assert np.mean(found, axis=0)[0] >= one_run
+    assert np.mean(found, axis=0)[1] >= fdp
+    assert np.max(found) <= claimed
+
+
+def test_the_best_plan_is_found_on_the_claimed_mechanism() -> None:
+    """Of a sampled mechanism, canaries are guessed to be included only."""
+    whole, _ = best_plans(1000, Steps(1.0, 1.4, 1), 3.0, DELTA)
+    sampled, _ = best_plans(1000, Steps(0.5, 1.4, 1), 1.5, DELTA)
+    assert whole.low in (whole.high, whole.high - 1)
+    assert sampled.low == 0
+    assert whole.made < 500
+
+
 def test_a_correct_claim_is_refuted_no_more_often_than_promised() -> None:
     """Coins and scores of 600 Gaussian mechanisms, at a significance of 20 %."""
     draws, steps, runs = np.random.default_rng(0), Steps(1.0, 0.7, 1), 600
     true = epsilon([steps], DELTA)
+    for_one_run, for_fdp = best_plans(100, steps, true, DELTA)
     one_run = fdp = 0
     for _ in range(runs):
         included = draws.random(100) < 0.5
         scores = Scores(included / steps.noise_multiplier + draws.standard_normal(100), included)
-        one_run += one_run_p_value_of(scores, true, DELTA) < 0.2
-        fdp += fdp_refutes_any(scores, trade_off_inverse(steps), 0.2)
+        one_run += one_run_p_value_of(scores, true, DELTA, for_one_run) < 0.2
+        fdp += fdp_refutes_any(scores, trade_off_inverse(steps), 0.2, for_fdp)
     limit = stats.binom(runs, 0.2).isf(1e-4)
     assert one_run < limit
     assert fdp < limit

@@ -10,7 +10,7 @@ JAX, so it is not a dependency; the tests compare with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -38,6 +38,23 @@ class Guesses:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Which canaries are guessed; fixed before their scores are known.
+
+    Attributes:
+        high: number of canaries with the highest scores, which are guessed to be included.
+        low: number of those with the lowest scores, which are guessed to be left out.
+    """
+
+    high: int
+    low: int
+
+    @property
+    def made(self) -> int:
+        return self.high + self.low
+
+
+@dataclass(frozen=True)
 class Scores:
     """Scores of canaries, and the coins that an attack must guess.
 
@@ -52,21 +69,20 @@ class Scores:
     def __len__(self) -> int:
         return len(self.values)
 
-    def guesses(self) -> list[Guesses]:
-        """The results of guessing, for numbers of guesses that are fixed before the scores are known.
+    def guess(self, plan: Plan) -> Guesses:
+        """The result of guessing according to a plan."""
+        coins = self.included[np.argsort(self.values, kind="stable")]
+        return Guesses(plan.made, int(coins[len(coins) - plan.high :].sum() + (~coins[: plan.low]).sum()))
 
-        Nine tenths of the canaries, half of that, a quarter and so on, down to `FEWEST_GUESSES`; once with the highest
-        and the lowest scores in equal parts, and from a half on with the highest only.
+    def weighted(self, best: Plan | None) -> list[tuple[Guesses, float]]:
+        """The results of several plans, each with its part of the significance (Bonferroni).
+
+        Nine tenths are for the plan that is best if the claim is tight, the rest for plans of all sizes.
         """
-        order = np.argsort(self.values, kind="stable")
-        coins = self.included[order]
-        found = []
-        for made in _numbers(len(self)):
-            low = made // 2
-            found.append(Guesses(made, int(coins[len(coins) - made + low :].sum() + (~coins[:low]).sum())))
-            if 2 * made <= len(self):
-                found.append(Guesses(made, int(coins[len(coins) - made :].sum())))
-        return found
+        plans = [*plans_of(len(self), sampled=False), *plans_of(len(self), sampled=True)]
+        rest = 1.0 if best is None else 0.1
+        parts = [(self.guess(plan), rest / len(plans)) for plan in plans]
+        return parts if best is None else [(self.guess(best), 1 - rest), *parts]
 
     def auc(self) -> float:
         """Area under the ROC curve of "included"; 1/2 if all coins fell alike."""
@@ -80,12 +96,50 @@ class Scores:
         return float(true[false <= fpr].max())
 
 
-def _numbers(canaries: int) -> Iterator[int]:
+def plans_of(canaries: int, sampled: bool) -> list[Plan]:
+    """Plans for nine tenths of the canaries, half of that, a quarter and so on, down to `FEWEST_GUESSES`.
+
+    Args:
+        sampled: guess "included" only, for at most half of the canaries. A canary that was in no batch looks like one
+            that was left out, but one that was in a batch cannot be mistaken.
+    """
     # Not all of them: coins hardly ever include exactly one half.
-    made = 9 * canaries // 10
+    made, plans = 9 * canaries // 10, []
     while made >= FEWEST_GUESSES:
-        yield made
+        if not sampled:
+            plans.append(Plan(made - made // 2, made // 2))
+        elif 2 * made <= canaries:
+            plans.append(Plan(made, 0))
         made //= 2
+    return plans
+
+
+@lru_cache(maxsize=256)
+def best_plans(canaries: int, steps: Steps, claimed: float, delta: float) -> tuple[Plan, Plan]:
+    """The plans for the one-run and for the f-DP bound with the least expected p-value, if the claim is tight.
+
+    A threshold with false positive rate `a` and true positive rate `1 - f(a)` guesses `a + 1 - f(a)` of the canaries on
+    one side. The p-values are those of half the claimed ε, and of 1.4 times the claimed noise.
+    """
+    inverse = trade_off_inverse(steps)
+    weaker = trade_off_inverse(Steps(steps.sampling_rate, 1.4 * steps.noise_multiplier, steps.count))
+    expected = []
+    for plan in plans_of(canaries, sampled=steps.sampling_rate < 1):
+        share = 2 * plan.high / canaries
+        false = float(brentq(lambda a, share=share: a + 1 - inverse(1 - a) - share, 0.0, 1.0))
+        expected.append((plan, Guesses(plan.made, round(plan.made * (1 - false / share)))))
+    one_run = min(expected, key=lambda one: one_run_p_value(canaries, one[1], claimed / 2, delta))
+    fdp = min(expected, key=lambda one: _fdp_significance(canaries, one[1], weaker))
+    return one_run[0], fdp[0]
+
+
+def _fdp_significance(canaries: int, guesses: Guesses, inverse: Inverse) -> float:
+    """The logarithm of the smallest significance at which a mechanism is still refuted; 0 if it never is."""
+    low, high = -100.0, 0.0
+    while high - low > 0.5:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fdp_refutes(canaries, guesses, inverse, math.exp(middle)) else (middle, high)
+    return high
 
 
 def one_run_p_value(canaries: int, guesses: Guesses, claimed: float, delta: float) -> float:
@@ -107,14 +161,14 @@ def one_run_p_value(canaries: int, guesses: Guesses, claimed: float, delta: floa
     return min(beta + 2 * canaries * delta * alpha, 1.0)
 
 
-def one_run_p_value_of(scores: Scores, claimed: float, delta: float) -> float:
-    """The smallest p-value over all numbers of guesses, corrected for their number."""
-    found = scores.guesses()
-    return min([1.0, *(len(found) * one_run_p_value(len(scores), one, claimed, delta) for one in found)])
+def one_run_p_value_of(scores: Scores, claimed: float, delta: float, best: Plan | None = None) -> float:
+    """The smallest p-value of several plans, corrected for their number."""
+    p_values = [one_run_p_value(len(scores), one, claimed, delta) / part for one, part in scores.weighted(best)]
+    return min([1.0, *p_values])
 
 
-def one_run_bound(scores: Scores, delta: float, confidence: float = CONFIDENCE) -> float:
-    """The largest ε that is refuted at this confidence, by the best number of guesses; 0 if none is.
+def one_run_bound(scores: Scores, delta: float, best: Plan | None = None, confidence: float = CONFIDENCE) -> float:
+    """The largest ε that is refuted at this confidence; 0 if none is.
 
     >>> scores = Scores(np.arange(1000.0), np.arange(1000) >= 500)
     >>> round(one_run_bound(scores, delta=1e-5), 1)
@@ -122,7 +176,7 @@ def one_run_bound(scores: Scores, delta: float, confidence: float = CONFIDENCE) 
     """
 
     def excess(claimed: float) -> float:
-        return one_run_p_value_of(scores, claimed, delta) - (1 - confidence)
+        return one_run_p_value_of(scores, claimed, delta, best) - (1 - confidence)
 
     if excess(0.0) >= 0:
         return 0.0
@@ -149,13 +203,15 @@ def fdp_refutes(canaries: int, guesses: Guesses, inverse: Inverse, significance:
     return r + h > made / canaries
 
 
-def fdp_refutes_any(scores: Scores, inverse: Inverse, significance: float) -> bool:
-    """`fdp_refutes` by any number of guesses, corrected for their number."""
-    found = scores.guesses()
-    return any(fdp_refutes(len(scores), one, inverse, significance / len(found)) for one in found)
+def fdp_refutes_any(scores: Scores, inverse: Inverse, significance: float, best: Plan | None = None) -> bool:
+    """`fdp_refutes` by any of several plans, corrected for their number."""
+    weighted = scores.weighted(best)
+    return any(fdp_refutes(len(scores), one, inverse, significance * part) for one, part in weighted)
 
 
-def fdp_bound(scores: Scores, claimed: Steps, delta: float, confidence: float = CONFIDENCE) -> float:
+def fdp_bound(
+    scores: Scores, claimed: Steps, delta: float, best: Plan | None = None, confidence: float = CONFIDENCE
+) -> float:
     """The ε of the largest noise multiplier that is refuted, with sampling rate and steps as claimed; 0 if none is.
 
     The trade-off function of the claimed mechanism says more than its (ε, δ), so this bound is larger than that of
@@ -165,7 +221,7 @@ def fdp_bound(scores: Scores, claimed: Steps, delta: float, confidence: float = 
 
     def refuted(logarithm: float) -> bool:
         steps = Steps(claimed.sampling_rate, claimed.noise_multiplier * math.exp(logarithm), claimed.count)
-        return fdp_refutes_any(scores, trade_off_inverse(steps), 1 - confidence)
+        return fdp_refutes_any(scores, trade_off_inverse(steps), 1 - confidence, best)
 
     low, high = max(-math.log(16), math.log(LEAST_NOISE / claimed.noise_multiplier)), math.log(16)
     if not refuted(high):

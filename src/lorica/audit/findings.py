@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.audit.estimators import CONFIDENCE, Scores, fdp_bound, one_run_bound
+from lorica.audit.estimators import CONFIDENCE, Scores, best_plans, fdp_bound, one_run_bound
 from lorica.config import PrivacyConfig
 from lorica.privacy.accounting import Steps
 
@@ -27,11 +27,12 @@ def findings(scores: Scores, control: Scores, claimed: float, steps: Steps, delt
         claimed: ε at `delta`.
         steps: the claimed mechanism.
     """
-    largest = one_run_bound(control, delta)
+    for_one_run, for_fdp = best_plans(len(scores), steps, claimed, delta)
+    largest = one_run_bound(control, delta, for_one_run)
     return {
         "confidence": CONFIDENCE,
-        "epsilon_one_run": one_run_bound(scores, delta),
-        "epsilon_fdp": fdp_bound(scores, steps, delta),
+        "epsilon_one_run": one_run_bound(scores, delta, for_one_run),
+        "epsilon_fdp": fdp_bound(scores, steps, delta, for_fdp),
         "auc": scores.auc(),
         "tpr_at_1_percent_fpr": scores.tpr_at_fpr(),
         "control": {

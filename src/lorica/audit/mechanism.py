@@ -23,7 +23,7 @@ from lorica.adapters.state import AdapterState
 from lorica.audit import exact
 from lorica.audit.attack import Fit, Ridge, fit
 from lorica.audit.canaries import Canaries, toss
-from lorica.audit.estimators import CONFIDENCE, Scores, fdp_refutes_any, trade_off_inverse
+from lorica.audit.estimators import CONFIDENCE, Scores, best_plans, fdp_refutes_any, trade_off_inverse
 from lorica.audit.exact import Outcome
 from lorica.audit.findings import findings, nearly_without_noise
 from lorica.audit.linear_model import Gradients, linear_model
@@ -289,7 +289,8 @@ def _row(
     steps, claimed = plan.steps(plan.max_steps), plan.epsilon()
     found = findings(scores, control, claimed, steps, DELTA)
     # With δ, the one-run bound has no p-value below δ times the number of canaries, so it is no test here.
-    refuted = fdp_refutes_any(scores, trade_off_inverse(steps), FDP_LEVEL)
+    _, plan_of_guesses = best_plans(len(scores), steps, claimed, DELTA)
+    refuted = fdp_refutes_any(scores, trade_off_inverse(steps), FDP_LEVEL, plan_of_guesses)
     refusals = [observation.refused for observation in seen if observation.refused is not None]
     tests = [
         *tests,

@@ -24,7 +24,14 @@ from lorica.adapters.base_files import resolve_base
 from lorica.adapters.state import leading
 from lorica.audit.attack import Ridge
 from lorica.audit.canaries import Canaries, toss
-from lorica.audit.estimators import CONFIDENCE, Scores, fdp_refutes_any, one_run_p_value_of, trade_off_inverse
+from lorica.audit.estimators import (
+    CONFIDENCE,
+    Scores,
+    best_plans,
+    fdp_refutes_any,
+    one_run_p_value_of,
+    trade_off_inverse,
+)
 from lorica.audit.findings import findings, nearly_without_noise
 from lorica.audit.reading import Unreadable, clipped, kept_coordinates, unshaped, updates_of
 from lorica.audit.watching import Seen, WatchedClient, WatchedEngine
@@ -103,12 +110,12 @@ def audit_run(
     steps, claimed, delta = plan.steps(plan.max_steps), plan.epsilon(), config.privacy.delta
     # Two attacks with two tests each.
     level = (1 - CONFIDENCE) / 4
+    for_one_run, for_fdp = best_plans(len(records), steps, claimed, delta)
     found = {}
     for name in ("white_box", "black_box"):
         scores = getattr(trained, name)
-        refuted = one_run_p_value_of(scores, claimed, delta) < level or fdp_refutes_any(
-            scores, trade_off_inverse(steps), level
-        )
+        refuted = one_run_p_value_of(scores, claimed, delta, for_one_run) < level
+        refuted = refuted or fdp_refutes_any(scores, trade_off_inverse(steps), level, for_fdp)
         found[name] = findings(scores, getattr(control, name), claimed, steps, delta) | {"refuted": refuted}
     return {
         "method": config.method.name,
