@@ -104,34 +104,24 @@ def test_bounds_reach_the_published_examples(shift: float, one_run: float, fdp: 
 
 @pytest.mark.parametrize(
     ("claimed", "canaries", "one_run", "fdp"),
-    [
-        (1.0, 4000, 0.32, 0.0),
-        (3.0, 4000, 1.24, 0.0),
-        (8.0, 4000, 2.91, 0.0),
-        pytest.param(1.0, 15_000, 0.0, 0.57, marks=pytest.mark.slow),
-    ],
+    [(1.0, 4000, 0.32, 0.0), (3.0, 4000, 1.24, 0.0), (8.0, 4000, 2.91, 0.0), (1.0, 15_000, 0.0, 0.57)],
 )
 def test_bounds_reach_those_of_another_implementation(
     claimed: float, canaries: int, one_run: float, fdp: float
 ) -> None:
-    """Means over runs of the Gaussian mechanism, for one step on all canaries at δ = 1e-5."""
-    draws, sigma = np.random.default_rng(0), brentq(lambda s: epsilon([Steps(1.0, s, 1)], DELTA) - claimed, 0.3, 20)
-    steps = Steps(1.0, sigma, 1)
-    for_one_run, for_fdp = best_plans(canaries, steps, claimed, DELTA)
-    found = []
-    for _ in range(6):
-        included = draws.random(canaries) < 0.5
-        scores = Scores(included / sigma + draws.standard_normal(canaries), included)
-        found.append((one_run_bound(scores, DELTA, for_one_run), fdp_bound(scores, steps, DELTA, for_fdp)))
-    assert np.mean(found, axis=0)[0] >= one_run
-    assert np.mean(found, axis=0)[1] >= fdp
-    assert np.max(found) <= claimed
+    """One step of the Gaussian mechanism on all canaries at δ = 1e-5, without the chance of a run."""
+    sigma = brentq(lambda s: epsilon([Steps(1.0, s, 1)], DELTA) - claimed, 0.3, 20)
+    steps, scores = Steps(1.0, sigma, 1), normal_scores(1 / sigma, canaries // 2)
+    for_one_run, for_fdp = best_plans(canaries, steps, DELTA)
+    found, from_trade_off = one_run_bound(scores, DELTA, for_one_run), fdp_bound(scores, steps, DELTA, for_fdp)
+    assert one_run <= found <= claimed
+    assert fdp <= from_trade_off <= claimed
 
 
 def test_the_best_plan_is_found_on_the_claimed_mechanism() -> None:
     """Of a sampled mechanism, canaries are guessed to be included only."""
-    whole, _ = best_plans(1000, Steps(1.0, 1.4, 1), 3.0, DELTA)
-    sampled, _ = best_plans(1000, Steps(0.5, 1.4, 1), 1.5, DELTA)
+    whole, _ = best_plans(1000, Steps(1.0, 1.4, 1), DELTA)
+    sampled, _ = best_plans(1000, Steps(0.5, 1.4, 1), DELTA)
     assert whole.low in (whole.high, whole.high - 1)
     assert sampled.low == 0
     assert whole.made < 500
@@ -141,7 +131,7 @@ def test_a_correct_claim_is_refuted_no_more_often_than_promised() -> None:
     """Coins and scores of 600 Gaussian mechanisms, at a significance of 20 %."""
     draws, steps, runs = np.random.default_rng(0), Steps(1.0, 0.7, 1), 600
     true = epsilon([steps], DELTA)
-    for_one_run, for_fdp = best_plans(100, steps, true, DELTA)
+    for_one_run, for_fdp = best_plans(100, steps, DELTA)
     one_run = fdp = 0
     for _ in range(runs):
         included = draws.random(100) < 0.5

@@ -115,11 +115,12 @@ def plans_of(canaries: int, sampled: bool) -> list[Plan]:
 
 
 @lru_cache(maxsize=256)
-def best_plans(canaries: int, steps: Steps, claimed: float, delta: float) -> tuple[Plan, Plan]:
-    """The plans for the one-run and for the f-DP bound with the least expected p-value, if the claim is tight.
+def best_plans(canaries: int, steps: Steps, delta: float) -> tuple[Plan, Plan]:
+    """The plans for the one-run and for the f-DP bound that are best if the claim is tight.
 
     A threshold with false positive rate `a` and true positive rate `1 - f(a)` guesses `a + 1 - f(a)` of the canaries on
-    one side. The p-values are those of half the claimed ε, and of 1.4 times the claimed noise.
+    one side. For the one-run bound, the plan with the largest bound on what is expected of it; for f-DP, the one that
+    refutes 1.4 times the claimed noise most clearly.
     """
     inverse = trade_off_inverse(steps)
     weaker = trade_off_inverse(Steps(steps.sampling_rate, 1.4 * steps.noise_multiplier, steps.count))
@@ -128,7 +129,11 @@ def best_plans(canaries: int, steps: Steps, claimed: float, delta: float) -> tup
         share = 2 * plan.high / canaries
         false = float(brentq(lambda a, share=share: a + 1 - inverse(1 - a) - share, 0.0, 1.0))
         expected.append((plan, Guesses(plan.made, round(plan.made * (1 - false / share)))))
-    one_run = min(expected, key=lambda one: one_run_p_value(canaries, one[1], claimed / 2, delta))
+
+    def one_run_bound_of(guesses: Guesses) -> float:
+        return _largest_refuted(lambda claimed: one_run_p_value(canaries, guesses, claimed, delta), 1 - CONFIDENCE)
+
+    one_run = max(expected, key=lambda one: one_run_bound_of(one[1]))
     fdp = min(expected, key=lambda one: _fdp_significance(canaries, one[1], weaker))
     return one_run[0], fdp[0]
 
@@ -175,12 +180,16 @@ def one_run_bound(scores: Scores, delta: float, best: Plan | None = None, confid
     5.0
     """
 
-    def excess(claimed: float) -> float:
-        return one_run_p_value_of(scores, claimed, delta, best) - (1 - confidence)
+    return _largest_refuted(lambda claimed: one_run_p_value_of(scores, claimed, delta, best), 1 - confidence)
 
-    if excess(0.0) >= 0:
+
+def _largest_refuted(p_value: Callable[[float], float], significance: float) -> float:
+    """The largest ε whose p-value is below the significance; 0 if that of 0 is not."""
+    if p_value(0.0) >= significance:
         return 0.0
-    return LARGEST_EPSILON if excess(LARGEST_EPSILON) < 0 else float(brentq(excess, 0.0, LARGEST_EPSILON, xtol=1e-4))
+    if p_value(LARGEST_EPSILON) < significance:
+        return LARGEST_EPSILON
+    return float(brentq(lambda claimed: p_value(claimed) - significance, 0.0, LARGEST_EPSILON, xtol=1e-4))
 
 
 def fdp_refutes(canaries: int, guesses: Guesses, inverse: Inverse, significance: float) -> bool:

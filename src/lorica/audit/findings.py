@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorica.audit.estimators import CONFIDENCE, Scores, best_plans, fdp_bound, one_run_bound
+from lorica.audit.estimators import CONFIDENCE, Scores, best_plans, fdp_bound, one_run_bound, plans_of
 from lorica.config import PrivacyConfig
 from lorica.privacy.accounting import Steps
 
@@ -27,8 +27,8 @@ def findings(scores: Scores, control: Scores, claimed: float, steps: Steps, delt
         claimed: ε at `delta`.
         steps: the claimed mechanism.
     """
-    for_one_run, for_fdp = best_plans(len(scores), steps, claimed, delta)
-    largest = one_run_bound(control, delta, for_one_run)
+    for_one_run, for_fdp = best_plans(len(scores), steps, delta)
+    largest = one_run_bound(control, delta, plans_of(len(control), steps.sampling_rate < 1)[0])
     return {
         "confidence": CONFIDENCE,
         "epsilon_one_run": one_run_bound(scores, delta, for_one_run),

@@ -289,7 +289,7 @@ def _row(
     steps, claimed = plan.steps(plan.max_steps), plan.epsilon()
     found = findings(scores, control, claimed, steps, DELTA)
     # With δ, the one-run bound has no p-value below δ times the number of canaries, so it is no test here.
-    _, plan_of_guesses = best_plans(len(scores), steps, claimed, DELTA)
+    _, plan_of_guesses = best_plans(len(scores), steps, DELTA)
     refuted = fdp_refutes_any(scores, trade_off_inverse(steps), FDP_LEVEL, plan_of_guesses)
     refusals = [observation.refused for observation in seen if observation.refused is not None]
     tests = [

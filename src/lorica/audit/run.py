@@ -110,7 +110,7 @@ def audit_run(
     steps, claimed, delta = plan.steps(plan.max_steps), plan.epsilon(), config.privacy.delta
     # Two attacks with two tests each.
     level = (1 - CONFIDENCE) / 4
-    for_one_run, for_fdp = best_plans(len(records), steps, claimed, delta)
+    for_one_run, for_fdp = best_plans(len(records), steps, delta)
     found = {}
     for name in ("white_box", "black_box"):
         scores = getattr(trained, name)
