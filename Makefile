@@ -14,7 +14,7 @@ endif
 .PHONY: demo test test-all lint install install-dev clean
 
 demo: install
-	$(BIN)/lorica run
+	$(BIN)/lorica run examples/digits-shared-noise.yaml
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 

@@ -90,7 +90,7 @@ The methods solve these problems in different ways.
   all clients, `fedex-lora` the error of averaging, and `fed-rac-lora` the product of each round. This is exact, but the
   server sends more down.
 * **Personalise.** `fedsa-lora` averages A and leaves B and the head with the client, so every client has its own model.
-* **Project.** `fed-galore` trains the weight itself, along a projection of its gradient that all clients share.
+* **Project.** `galore-avg` trains the weight itself, along a projection of its gradient that all clients share.
 
 ## A gauge for the factor that rests
 

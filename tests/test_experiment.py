@@ -204,7 +204,7 @@ def test_ctrl_c_ends_the_command_after_a_round(tmp_path: Path, small: list[str])
 @pytest.mark.parametrize(
     ("method", "call"),
     # Clients charge twice a round in FedASK: the 6th charge is in the middle of the second exchange of round 2.
-    [("flora", 4), ("fedask", 6), ("fedask", 8), ("fedsa-lora", 4), ("fed-galore", 5), ("fed-sb", 7)],
+    [("flora", 4), ("fedask", 6), ("fedask", 8), ("fedsa-lora", 4), ("galore-avg", 5), ("fed-sb", 7)],
 )
 def test_methods_with_more_state_resume_from_kill_9_too(
     tmp_path: Path, small: list[str], experiment: Load, method: str, call: int

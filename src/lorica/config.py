@@ -6,10 +6,11 @@ import difflib
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,7 +22,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lorica.errors import UserError
-from lorica.registry import TASK_KINDS, registered, remedy_for_unknown
+from lorica.registry import TASK_KINDS, current_method_name, registered, remedy_for_unknown
 from lorica.strict_yaml import BOOLEANS, read_yaml, read_yaml_file
 
 DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
@@ -356,7 +357,7 @@ class MethodConfig(BaseModel):
     """The method's name, and beside it the method's own options, which the method checks."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
-    name: str = "as-lora"
+    name: Annotated[str, AfterValidator(current_method_name)] = "as-lora"
     """See `lorica methods`."""
 
     @property

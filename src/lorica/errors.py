@@ -17,10 +17,13 @@ class UserError(Exception):
     """
 
     def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
+        # All arguments, so that the error can be pickled: it travels between the processes of a benchmark.
+        super().__init__(key, value, problem, remedy)
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
-        ending = "" if remedy.endswith("?") else "."
-        shown = _shown(value)
-        super().__init__(f"{key} = {shown}: {problem}. {remedy[:1].upper()}{remedy[1:]}{ending}")
+
+    def __str__(self) -> str:
+        ending = "" if self.remedy.endswith("?") else "."
+        return f"{self.key} = {_shown(self.value)}: {self.problem}. {self.remedy[:1].upper()}{self.remedy[1:]}{ending}"
 
 
 def _shown(value: object) -> str:

@@ -335,8 +335,8 @@ def test_fed_rac_lora_chains_products_over_new_subspaces(ranks: dict[int, int], 
         assert all(not torch.equal(seen[0], other) for other in seen[1:])
 
 
-def test_fed_galore_averages_weights_in_the_span_of_released_directions() -> None:
-    play = Play("fed-galore", refresh=2)
+def test_galore_avg_averages_weights_in_the_span_of_released_directions() -> None:
+    play = Play("galore-avg", refresh=2)
     total = {site.name: torch.zeros(site.d_out, site.d_in).double() for site in SITES}
     projected: dict[str, Tensor] = {}
     for round_number in range(1, 7):

@@ -17,7 +17,7 @@ from tests.methods.test_components import ACCEPTED, COMPONENT, sometimes_slow
 
 SEVERAL_EXCHANGES = {"deer", "fedask"}
 REMEMBERING = {"client_ranks", "scaffold", "server_optimizer", "kalman", "average"}
-KINDS = {"as-lora", "deer", "fed-galore", "fedask", "fedsa-lora", "flora"}
+KINDS = {"as-lora", "deer", "galore-avg", "fedask", "fedsa-lora", "flora"}
 """One method of each kind: scores, two exchanges, a basis that turns, sketches, personal models, merging."""
 
 
@@ -48,7 +48,7 @@ def test_a_round_without_a_client_is_the_round_that_never_had_it(
     assert_same_model(some, histories(name, absent=(1,)).federation)
 
 
-@pytest.mark.parametrize("name", often("deer", "fed-galore", "fedsa-lora", "flora"))
+@pytest.mark.parametrize("name", often("deer", "galore-avg", "fedsa-lora", "flora"))
 def test_a_late_reply_changes_nothing_for_the_others(name: str, tmp_path: Path, histories: Histories) -> None:
     """The client did the work and was charged, and is sent everything again. A model of its own has moved with it."""
     some, other = losing(name, tmp_path, {(2, 1, 1)}, late=True), histories(name, absent=(1,))

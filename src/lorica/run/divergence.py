@@ -21,8 +21,9 @@ logger = logging.getLogger(__name__)
 class Diverged(UserError):
     """The numbers of a round are not finite. The rounds before it are kept."""
 
-    def __init__(self, rate: float, round_number: int, problem: str) -> None:
-        super().__init__(
+    @classmethod
+    def in_round(cls, rate: float, round_number: int, problem: str) -> Diverged:
+        return cls(
             "optimizer.lr",
             rate,
             f"the run diverged in round {round_number}: {problem}",
@@ -43,7 +44,7 @@ def check_finite(rate: float, round_number: int, tensors: Mapping[str, Tensor], 
     pairs = [(name, value) for name, pair in merged.items() for value in pair]
     for name, value in (*tensors.items(), *pairs):
         if not bool(torch.isfinite(value).all()):
-            raise Diverged(rate, round_number, f"{name} is not finite")
+            raise Diverged.in_round(rate, round_number, f"{name} is not finite")
 
 
 def check_metrics(rate: float, round_number: int, metrics: Mapping[str, float]) -> None:
@@ -54,7 +55,7 @@ def check_metrics(rate: float, round_number: int, metrics: Mapping[str, float]) 
     """
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise Diverged(rate, round_number, f"the {name} on the test set is {value}")
+            raise Diverged.in_round(rate, round_number, f"the {name} on the test set is {value}")
 
 
 def warn_of_growth(rounds: Sequence[Mapping[str, Any]]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.methods.base import find_method, registry
+from lorica.registry import current_method_name
 from lorica.strict_yaml import read_yaml
 
 
@@ -33,6 +34,7 @@ def parse_variant(label: str, config: ExperimentConfig) -> Variant:
         UserError: no such method, an option not of the form `key=value`, an unknown key or an invalid value.
     """
     name, _, text = label.partition(":")
+    name = current_method_name(name)
     if name not in registry():
         raise UserError("--methods", name, "no such method", f"choose one of: {', '.join(registry())}")
     options = dict(config.method.options) if name == config.method.name else {}

@@ -1,4 +1,4 @@
-"""Federated GaLore: projected gradients and direct averaging of the weights."""
+"""GaLore in a federation: projected gradients and direct averaging of the weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lorica.methods.exchange import Round, Train
 from lorica.methods.server import Server
 
 
-class FedGaLore(Method):
+class GaLoreAvg(Method):
     """GaLore on the clients, direct averaging of the full weights on the server (arXiv 2410.23111).
 
     Idea: train the frozen weight itself, but along a projected gradient: `W ← W - η P Opt(Pᵀ G)` with `P (d_out, r)`
@@ -36,9 +36,9 @@ class FedGaLore(Method):
     Runs without privacy use the same public projector.
     """
 
-    name = "fed-galore"
+    name = "galore-avg"
     about = About(
-        paper="FedGaLore with direct averaging",
+        paper="GaLore with direct averaging",
         arxiv="2410.23111",
         trains="the weight along a projected gradient",
         sends="the projected update up; the mean one and the projector down",
@@ -74,7 +74,7 @@ class FedGaLore(Method):
 
     def _turn(self, server: Server) -> None:
         """Switch sides: a new projector on the other side, and a zero factor on this one."""
-        draws = server.generator("fed-galore")
+        draws = server.generator("galore-avg")
         self.left = not self.left
         for site in self.sites:
             size = site.d_out if self.left else site.d_in
