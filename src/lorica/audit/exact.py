@@ -79,7 +79,10 @@ def noise_of_each_coordinate(noise: Mapping[str, np.ndarray]) -> Outcome:
     p_values, least = [], 1.0
     for values in noise.values():
         energies, limits = np.square(values).sum(axis=0), stats.chi2(len(values))
-        p_values += [values.shape[1] * float(limits.cdf(energies.min())), values.shape[1] * limits.sf(energies.max())]
+        p_values += [
+            values.shape[1] * float(limits.cdf(energies.min())),
+            values.shape[1] * float(limits.sf(energies.max())),
+        ]
         least = min(least, float(energies.min()) / len(values))
     return Outcome(
         "noise of each coordinate", _smallest(p_values), f"the least is {least:.3f} of the promised variance"

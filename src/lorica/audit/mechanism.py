@@ -38,7 +38,7 @@ from lorica.methods.base import Method, Server, make_method, registry
 from lorica.privacy.home import Home
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import ClientPlan, plan_client
-from lorica.registry import remedy_for_unknown
+from lorica.registry import current_method_name, remedy_for_unknown
 from lorica.schedule import participation_schedule
 from lorica.server.federation import Federation
 
@@ -252,7 +252,8 @@ def audit_mechanism(
         UserError: no such method, or a number out of range.
     """
     known = registry()
-    for name in names or ():
+    chosen = [current_method_name(name) for name in names or known]
+    for name in chosen:
         if name not in known:
             raise UserError("--methods", name, "no such method", remedy_for_unknown(name, known))
     if not 64 <= canaries <= 100_000:
@@ -260,7 +261,6 @@ def audit_mechanism(
     if not 0.1 <= epsilon <= 10:
         raise UserError("--epsilon", epsilon, "not between 0.1 and 10", "choose a claim that you would make")
     auditor, rows = Auditor(epsilon, canaries), []
-    chosen = list(names or known)
     for done, name in enumerate(chosen):
         on_method(name, done, len(chosen))
         rows.append(auditor.own_noise(known[name]))
