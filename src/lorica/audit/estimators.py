@@ -101,7 +101,7 @@ def plans_of(canaries: int, sampled: bool) -> list[Plan]:
 
     Args:
         sampled: guess "included" only, for at most half of the canaries. A canary that was in no batch looks like one
-            that was left out, but one that was in a batch cannot be mistaken.
+            that was left out; one that was in a batch does not.
     """
     # Not all of them: coins hardly ever include exactly one half.
     made, plans = 9 * canaries // 10, []
@@ -179,7 +179,6 @@ def one_run_bound(scores: Scores, delta: float, best: Plan | None = None, confid
     >>> round(one_run_bound(scores, delta=1e-5), 1)
     5.0
     """
-
     return _largest_refuted(lambda claimed: one_run_p_value_of(scores, claimed, delta, best), 1 - confidence)
 
 

@@ -92,11 +92,9 @@ def read(seen: Seen, gradients: Gradients, seed: int) -> Reading:
     for step, names in enumerate(active):
         added = clipped(gradients.at(state, names), terms.clip_norm)
         for name in updates:
-            own = added.get(name)
-            rows = (
-                torch.zeros(len(gradients.positions), *start[name].shape, dtype=torch.float64) if own is None else own
-            )
-            shares[name].append(kept_coordinates(name, rows / terms.batch_size, work.local).flatten(1).numpy())
+            rest = torch.zeros(len(gradients.positions), *start[name].shape, dtype=torch.float64)
+            own = added.get(name, rest) / terms.batch_size
+            shares[name].append(kept_coordinates(name, own, work.local).flatten(1).numpy())
         moved = {name: start[name] + updates[name].to(start[name]) for name in names if name in updates}
         if step + 1 < work.steps and any(is_factor(name) and counts.get(name) != 1 for name in names):
             raise Unreadable("after several steps on the same factor, the state in between is not known")
@@ -117,12 +115,11 @@ def read_sum(summed: Summed, members: Mapping[int, tuple[Seen, Gradients]], nois
         noise_std: client -> standard deviation of its own noise.
     """
     readings = {client: read(seen, gradients, 0) for client, (seen, gradients) in members.items()}
-    weights = summed.members
-    rates = next(iter(members.values()))[0].request.work
-    assert isinstance(rates, Training)
+    weights, work = summed.members, next(iter(members.values()))[0].request.work
+    assert isinstance(work, Training)
     deviation = math.sqrt(sum((weights[client] * noise_std[client]) ** 2 for client in members))
     return Reading(
-        {name: (-value.double() / rates.rates[name]).flatten().numpy() for name, value in summed.tensors.items()},
+        {name: (-value.double() / work.rates[name]).flatten().numpy() for name, value in summed.tensors.items()},
         {
             name: np.concatenate([weights[client] * readings[client].shares[name] for client in members])
             for name in summed.tensors
