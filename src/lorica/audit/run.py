@@ -44,7 +44,7 @@ from lorica.privacy.gradients import per_example_gradients
 from lorica.privacy.home import Home
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import ClientPlan, plan_run
-from lorica.reporting.card import write_cards
+from lorica.reporting.card import add_audit
 from lorica.reporting.checksums import files_are_whole
 from lorica.reporting.html import write_report
 from lorica.reporting.run_folder import AUDIT, experiment_hash
@@ -146,7 +146,7 @@ def write_audit(config: ExperimentConfig, audit: dict[str, Any]) -> Path:
         content = {"experiment": experiment_hash(config.model_dump(mode="json"))} | audit
         write_atomically(folder / AUDIT, to_json(content, indent=2).encode())
         if files_are_whole(folder):
-            write_cards(folder)
+            add_audit(folder)
             write_report(folder)
     return folder / AUDIT
 
@@ -196,7 +196,7 @@ def _train(config: ExperimentConfig, task: Task, records: Records, on_round: Cal
             for owner, plan in plans.items()
         }
         engine = WatchedEngine(prepared.model, clients)
-        federation = assemble(prepared, engine, RUN, None)
+        federation = assemble(prepared, engine, RUN)
         federation.join()
         before = _losses(prepared, federation, canaries)
         attack = Attack(prepared, clients, canaries)

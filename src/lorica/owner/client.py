@@ -117,7 +117,7 @@ class Client:
             own_noise_multiplier=self._own_noise_multiplier(request),
         )
         model.assert_frozen()
-        self._introduce()
+        self.introduce()
         charge = self.ledger.charge(release, lambda earlier: self._allow(earlier, request))
         if isinstance(request.work, Training):
             released, kept = self._train(model, request, request.work, own, charge.seed)
@@ -147,7 +147,7 @@ class Client:
         Args:
             allow: called with the unused reservations of other runs, under the ledger's lock.
         """
-        self._introduce()
+        self.introduce()
         if self.plan.noise != "secure":
             allow([])
             return
@@ -167,7 +167,7 @@ class Client:
         )
         self.ledger.reserve(planned, allow)
 
-    def _introduce(self) -> None:
+    def introduce(self) -> None:
         """Store the records in the ledger, so that each one is recognised in other files."""
         self.ledger.introduce(self.records.fingerprint(), self.records.tags)
 

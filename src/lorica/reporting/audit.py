@@ -16,6 +16,10 @@ ATTACKS = {"white_box": "white box", "black_box": "black box"}
 READS = {"white_box": "all that the server received", "black_box": "the final adapter"}
 
 
+AUDIT_LINE = "Audit with "
+"""How the line of a model card begins."""
+
+
 def mechanism_table(audit: dict[str, Any]) -> Group:
     """The audit of the mechanism for the terminal: a row for each method and kind of noise, then what was refuted."""
     rows = []
@@ -83,9 +87,10 @@ def audit_line(audit: dict[str, Any]) -> str:
     white = audit["attacks"]["white_box"]
     bound = max(white["epsilon_one_run"], white["epsilon_fdp"])
     return (
-        f"Audit with {audit['canaries']} canaries: {_verdict(audit['refuted'], white['control'])}. All that the server "
-        f"received shows that ε is at least {bound:.2f}, with {100 * audit['confidence']:g} % confidence (claimed "
-        f"{rounded_up(audit['claimed_epsilon'])}; with σ → 0, at least {white['control']['epsilon_one_run']:.2f})"
+        f"{AUDIT_LINE}{audit['canaries']} canaries: {_verdict(audit['refuted'], white['control'])}. All that the "
+        f"server received shows that ε is at least {bound:.2f}, with {100 * audit['confidence']:g} % confidence "
+        f"(claimed {rounded_up(audit['claimed_epsilon'])}; with σ → 0, at least "
+        f"{white['control']['epsilon_one_run']:.2f})"
     )
 
 

@@ -1,11 +1,10 @@
-"""The HTML pages of a run and of a comparison, each a single self-contained file."""
+"""The HTML pages of a run, of a comparison and of a benchmark, each a single self-contained file."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,12 @@ from markupsafe import Markup, escape
 
 from lorica.files import to_json, write_atomically
 from lorica.reporting.audit import audit_notes, audit_rows
+from lorica.reporting.benchmark import Benchmark
+from lorica.reporting.benchmark_figures import epsilon_figure, setting_figure
+from lorica.reporting.benchmark_tables import benchmark_headings, benchmark_markdown, benchmark_rows, setting_notes
 from lorica.reporting.choices import median_signal_to_noise, near_coin_flips
 from lorica.reporting.clients import client_rows
-from lorica.reporting.comparison import ComparedRun, summarise
+from lorica.reporting.comparison import ComparedRun, comparison_content, summarise
 from lorica.reporting.drawing import Figure, rc_context
 from lorica.reporting.factors import factor_rows
 from lorica.reporting.partition import partition_figure
@@ -128,13 +130,64 @@ def write_comparison(folder: str | Path, results: list[ComparedRun]) -> Path:
             "single_seeds": [summary.method for summary in summaries if summary.std is None],
         },
     )
-    content = {"methods": [asdict(summary) for summary in summaries], "not_private_runs": len(public)}
     files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
     files["comparison.md"] = comparison_markdown(results).encode()
-    files["comparison.json"] = (to_json(content, indent=2, ensure_ascii=False) + "\n").encode()
+    files["comparison.json"] = (to_json(comparison_content(results), indent=2, ensure_ascii=False) + "\n").encode()
     for name, text in (files | {"comparison.html": page.encode()}).items():
         write_atomically(folder / name, text)
     return folder / "comparison.html"
+
+
+def write_benchmark(folder: str | Path, benchmark: Benchmark) -> Path:
+    """Write benchmark.html, results.md and the plots of a benchmark to a folder and return the path of the page.
+
+    A setting without a finished run has no plot. The page is written last, so a failure keeps the old page.
+
+    Raises:
+        UserError: the folder is not writable.
+    """
+    folder = Path(folder)
+    reference = benchmark.reference
+    settings, figures = [], {}
+    for number, (name, entries) in enumerate(benchmark.by_setting().items(), start=1):
+        figure = setting_figure(entries, reference) if any(entry.runs for entry in entries) else None
+        if figure is not None:
+            figures[f"setting-{number}"] = figure
+        settings.append(
+            {
+                "name": capital(name),
+                "figure": None if figure is None else figure_svg(figure, f"s{number}", f"Results with {name}"),
+                "rows": benchmark_rows(entries, reference),
+                "notes": setting_notes(entries),
+            }
+        )
+    groups = []
+    for number, (name, entries) in enumerate(benchmark.by_group().items(), start=1):
+        figure = epsilon_figure(entries)
+        if figure is not None:
+            figures[f"epsilon-{number}"] = figure
+            text = f"Accuracy against ε with {name}"
+            groups.append({"name": capital(name), "figure": figure_svg(figure, f"e{number}", text)})
+    page = _render(
+        "benchmark.html.j2",
+        {
+            "title": f"Benchmark {benchmark.name}",
+            "finished": benchmark.finished,
+            "planned": benchmark.planned,
+            "reference": reference,
+            "headings": benchmark_headings(benchmark),
+            "settings": settings,
+            "groups": groups,
+            "command": benchmark.command,
+            "versions": benchmark.versions(),
+            "suite": benchmark.suite,
+        },
+    )
+    files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
+    files |= {"results.md": benchmark_markdown(benchmark).encode(), "benchmark.html": page.encode()}
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return folder / "benchmark.html"
 
 
 def figure_svg(figure: Figure, name: str, description: str) -> Markup:
@@ -146,7 +199,9 @@ def figure_svg(figure: Figure, name: str, description: str) -> Markup:
     """
     buffer = io.StringIO()
     with rc_context(RC):
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        unchanging = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        # On whatever colour the page has.
+        figure.savefig(buffer, format="svg", transparent=True, metadata=unchanging)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg)

@@ -21,7 +21,7 @@ FACTOR_NAMES = {"A": "A", "B": "B", "AB": "A and B", "R": "R", "": "neither"}
 _FIXED_PLACES = (
     *("as-lora", "ffa-lora", "ro-lora", "la-lora", "fed-avg", "fedask", "random-lora"),
     *("fedsvd", "flex-lora", "flora", "fedex-lora", "lora-fair", "fedsa-lora", "het-lora"),
-    *("fed-rac-lora", "deer", "fed-sb", "fedrot-lora", "galore-avg"),
+    *("fed-rac-lora", "deer", "fed-sb", "fedrot-lora", "galore-avg", "head-only"),
 )
 
 RC = {
@@ -123,8 +123,10 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def points(difference: float, digits: int = 1) -> str:
     """0.164 as "+16.4 points": a difference between two percentages is not a percentage."""
-    text = f"{100 * difference:+.{digits}f}".replace("-", "−")
-    return f"{text} points"
+    text = f"{100 * difference:+.{digits}f}"
+    # What is rounded to nothing has no sign.
+    sign = text[0].replace("-", "−") if float(text) else "±"
+    return f"{sign}{text[1:]} points"
 
 
 def rounded_up(value: float | None) -> str:

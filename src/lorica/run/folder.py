@@ -93,6 +93,15 @@ def started_from(folder: Path) -> dict[str, str] | None:
     return found
 
 
+def started_run(folder: Path) -> str | None:
+    """Id under which the ledger records the run of a folder; None if it has not started.
+
+    Raises:
+        UserError: environment.json is damaged.
+    """
+    return (_environment(folder) or {}).get("run")
+
+
 def _environment(folder: Path) -> dict[str, Any] | None:
     """The content of environment.json; None if there is none."""
     path = folder / ENVIRONMENT
@@ -138,7 +147,7 @@ def open_run(
         "platform": platform.platform(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "git": _git_revision(),
+        "git": git_revision(),
     } | {package: version(package) for package in ("lorica", "torch", "transformers", "peft", "dp-accounting")}
     environment |= {} if start is None else {"start": start}
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
@@ -187,7 +196,8 @@ def _round_of(line: bytes) -> int | None:
         return None
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """The commit of the checkout that Lorica runs from, with `-dirty` after local changes; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True)

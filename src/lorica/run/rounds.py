@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lorica.adapters.export import Export, export_adapter
+from lorica.adapters.loading_section import loading_section
 from lorica.aggregation.averaging import RoundAverage
 from lorica.aggregation.denoising import make_denoiser
 from lorica.aggregation.robust import make_aggregate
@@ -21,7 +22,7 @@ from lorica.local.step import LocalStep
 from lorica.methods.server import Server
 from lorica.privacy.statement import privacy_statement
 from lorica.privacy.unit import PrivacyUnit
-from lorica.reporting.card import loading, model_card
+from lorica.reporting.card import model_card
 from lorica.reporting.checksums import CHECKSUMS, write_checksums
 from lorica.reporting.html import write_report
 from lorica.reporting.run_folder import read_run
@@ -42,7 +43,23 @@ def conduct(
     on_start: OnStart,
     on_round: Callable[[dict[str, Any]], None],
 ) -> Result:
-    """Run the remaining rounds over an engine and write everything to the run folder.
+    """Run the remaining rounds over an engine and write everything to the run folder, with the report.
+
+    Arguments and errors are those of `train`.
+    """
+    result = train(prepared, engine, data, on_start, on_round)
+    write_report(result.folder)
+    return result
+
+
+def train(
+    prepared: Prepared,
+    engine: Engine,
+    data: dict[str, str],
+    on_start: OnStart = lambda prepared, federation, finished_rounds: None,
+    on_round: Callable[[dict[str, Any]], None] = lambda metrics: None,
+) -> Result:
+    """Run the remaining rounds over an engine and write everything to the run folder, except for the report.
 
     Call it under the lock of the run folder (`lorica.run.lock`).
 
@@ -79,8 +96,12 @@ def conduct(
     return _finish(prepared, federation)
 
 
-def assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoint | None) -> Federation:
-    """The server's side of a run, before its next round."""
+def assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoint | None = None) -> Federation:
+    """The server of a run, from its start or from a checkpoint.
+
+    Args:
+        run: id under which the ledger records the run.
+    """
     config = prepared.config
     server = Server(
         model=prepared.state,
@@ -232,15 +253,14 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
     write_atomically(folder / "privacy.json", to_json(statement, indent=2).encode())
     # If the personal models stay with their clients, export the tensors that all clients share.
     models = _models(prepared, federation) or {"": federation.server.evaluated}
-    export = Export(config.model, config.task.type, prepared.task.label_names, config.seed)
+    export = Export(config.model, config.task, prepared.task.label_names, config.seed)
     with replaced_folder(folder / "adapter") as target:
         for name, tensors in models.items():
             prepared.model.write(tensors)
             path = f"adapter/{name}".rstrip("/")
-            card = model_card(read_run(folder), loading(path))
+            card = model_card(read_run(folder), loading_section(export, path))
             export_adapter(prepared.model, federation.server.model.merged, target / name, export, card)
     write_checksums(folder)
-    write_report(folder)
     result = read_result(folder)
     warn_of_growth(result.metrics)
     return result
