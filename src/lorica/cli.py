@@ -10,7 +10,7 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,7 @@ from rich.table import Table
 
 import lorica
 from lorica.errors import UserError
+from lorica.files import to_json
 
 if TYPE_CHECKING:
     from lorica.benchmark.suite import Suite
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 flower = typer.Typer(no_args_is_help=True, help="Federations across machines, over Flower.")
+audit = typer.Typer(no_args_is_help=True, help="Attacks on what leaves an owner: is the claimed guarantee refuted?")
 app.add_typer(flower, name="flower")
+app.add_typer(audit, name="audit")
 console = Console()
 # A console that is not UTF-8 shows a question mark for ε and σ; without this, it ends the command.
 for _stream in (sys.stdout, sys.stderr):
@@ -476,6 +479,59 @@ def budget(
             console.print(budget_table(found))
 
 
+@audit.command("mechanism")
+def audit_mechanism(
+    methods: Annotated[str | None, typer.Option(help="Comma-separated. Default: all registered methods.")] = None,
+    epsilon: Annotated[float, typer.Option(help="The claim to attack, at δ = 1e-5.")] = 3.0,
+    canaries: Annotated[int, typer.Option(help="Number of canaries; more give larger lower bounds.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Audit the installed mechanism without data, for every method. Exit code 1 if a promise is refuted."""
+    with _errors(stdout_is_for_programs=as_json, kept="An audit keeps nothing; the same command starts again."):
+        from lorica.audit.mechanism import audit_mechanism as audit_methods
+        from lorica.reporting.audit import mechanism_table
+
+        names = None if methods is None else [name.strip() for name in methods.split(",")]
+        with _progress("methods") as shown:
+            found = audit_methods(names, epsilon, canaries, shown)
+        if as_json:
+            typer.echo(to_json(found, indent=2))
+        else:
+            console.print(mechanism_table(found))
+    if found["refuted"]:
+        raise typer.Exit(1)
+
+
+@audit.command("run")
+def audit_experiment(
+    config: Annotated[
+        str | None, typer.Argument(help="Experiment (YAML file). Default: the embedded digits experiment.")
+    ] = None,
+    overrides: Overrides = None,
+    canaries: Annotated[int, typer.Option(help="Number of canaries; more give larger lower bounds.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Audit an experiment with canaries from its public test set. Exit code 1 if the claim is refuted."""
+    with _errors(stdout_is_for_programs=as_json, kept="An audit keeps nothing; the same command starts again."):
+        experiment_config = _load(config, overrides)
+        from lorica.audit.run import audit_run, write_audit
+        from lorica.reporting.audit import audit_table
+        from lorica.run.folder import has_experiment
+
+        # Before minutes of training rather than after them.
+        has_experiment(experiment_config.folder, experiment_config)
+        with _progress("rounds") as shown:
+            found = audit_run(experiment_config, canaries, shown)
+        path = write_audit(experiment_config, found)
+        if as_json:
+            typer.echo(to_json(found, indent=2))
+        else:
+            console.print(audit_table(found))
+            console.print(f"Audit: {path}", highlight=False)
+    if found["refuted"]:
+        raise typer.Exit(1)
+
+
 @flower.command("init")
 def flower_init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the Flower app.")],
@@ -670,6 +726,15 @@ class _Runs:
         best = leader(found.by_setting()[run.setting])
         text = "" if best is None else f"best so far: {best.method}, {100 * (best.mean or 0):.1f} %"
         self._progress.update(self._task, completed=found.finished, description=escape(text))
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar; gives the function that moves it: what is being done, how much is done, and of how much."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda name, done, count: progress.update(task, description=name, completed=done, total=count)
 
 
 @contextmanager

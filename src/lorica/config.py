@@ -551,6 +551,13 @@ def load(source: str | Path | dict[str, Any] | None = None, overrides: list[str]
     return config
 
 
+def experiment_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The keys that must stay the same when a run is resumed: not where it runs, nor how many clients it waits for."""
+    kept = {key: value for key, value in content.items() if key not in ("output", "engine", "flower")}
+    federation = {key: value for key, value in content.get("federation", {}).items() if key != "min_clients"}
+    return kept | {"federation": federation}
+
+
 def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> Model:
     """`model(**content)`, with pydantic's first complaint turned into one clear error.
 

@@ -108,6 +108,14 @@ def private_folder(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def throwaway_folder() -> Iterator[Path]:
+    """A folder that is deleted afterwards; in memory if possible, where synced writes do not wait for a disk."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="lorica-", dir=memory) as folder:
+        yield Path(folder)
+
+
 def append_line(path: Path, line: str, private: bool = False) -> None:
     """Append one line and sync it.
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lorica.files import to_json, write_atomically
+from lorica.reporting.audit import audit_notes, audit_rows
 from lorica.reporting.benchmark import Benchmark
 from lorica.reporting.benchmark_figures import epsilon_figure, setting_figure
 from lorica.reporting.benchmark_tables import benchmark_headings, benchmark_markdown, benchmark_rows, setting_notes
@@ -276,6 +277,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "open_clients": len(rows) <= MOST_OPEN_ROWS,
         "assumptions": privacy.get("assumptions") or [],
         "not_covered": privacy.get("not_covered") or [],
+        "audit": None if run.audit is None else (*audit_rows(run.audit), audit_notes(run.audit)),
         "coin_flips": near_coin_flips(run),
         "traffic": _traffic(run),
         "left_out": missing_text(run.metrics),

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorica.config import experiment_of
 from lorica.errors import UserError
 from lorica.files import read_json
 from lorica.paths import user_path
 from lorica.reporting.checksums import files_are_whole, remedy
 from lorica.strict_yaml import read_yaml_file
 
+AUDIT = "audit.json"
 METRIC_NAMES = {"f1": "F1", "matthews": "Matthews correlation", "pearson": "Pearson correlation"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder, with one line of metrics per round, sorted by round."""
+    """The content of a run folder, with one line of metrics per round, sorted by round.
+
+    Attributes:
+        audit: the audit of this experiment (`lorica audit run`); None if there is none, or only one of another
+            experiment.
+    """
 
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -27,6 +35,7 @@ class Run:
     privacy: dict[str, Any] | None
     folder: Path
     partition: dict[str, Any] | None = None
+    audit: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -68,8 +77,8 @@ def read_run(folder: str | Path) -> Run:
     """Read a run folder.
 
     An incomplete last line, left by a crash, is ignored. If a round was run twice (in a resumed run), the later line
-    counts. Decisions of unfinished rounds are ignored. environment.json, decisions.jsonl, privacy.json and
-    partition.json may be missing.
+    counts. Decisions of unfinished rounds are ignored. environment.json, decisions.jsonl, privacy.json,
+    partition.json and audit.json may be missing.
 
     Raises:
         UserError: no such folder, not a run folder, a damaged file, or no finished round.
@@ -91,15 +100,22 @@ def read_run(folder: str | Path) -> Run:
         raise UserError("run", str(folder), "no round is finished", "resume the run until it has finished a round")
     finished = {row["round"] for row in metrics}
     decisions = [row for row in _read_rounds(folder / "decisions.jsonl") if row["round"] in finished]
+    config, audit = read_yaml_file(folder / "config.yaml", "config.yaml"), _read_json(folder / AUDIT)
     return Run(
-        config=read_yaml_file(folder / "config.yaml", "config.yaml"),
+        config=config,
         environment=_read_json(folder / "environment.json") or {},
         metrics=metrics,
         decisions=decisions,
         privacy=_read_json(folder / "privacy.json"),
         folder=folder,
         partition=_read_json(folder / "partition.json"),
+        audit=audit if audit is not None and audit.get("experiment") == experiment_hash(config) else None,
     )
+
+
+def experiment_hash(config: dict[str, Any]) -> str:
+    """SHA-256 (hexadecimal) of what makes an experiment, to know an audit's experiment again."""
+    return hashlib.sha256(json.dumps(experiment_of(config), sort_keys=True).encode()).hexdigest()
 
 
 def outcome(metrics: list[dict[str, Any]]) -> Outcome:
