@@ -309,7 +309,7 @@ class Attack:
         model, config, work, start = self._prepared.model, self._prepared.config, _work(seen), _start(seen)
         model.merge(seen.merged)
         model.write({name: value.to(model.device) for name, value in start.items()})
-        places = {name: model.trained(name, work.rank, start) for name in work.trained}
+        places = {name: model.trained(name, work.ranks(name), start) for name in work.trained}
         records = self._canaries[owner].base
         found = {name: torch.zeros(len(records), *place.zeros(1).shape[1:]) for name, place in places.items()}
         tokens = config.federation.pass_tokens(model.device.type)
