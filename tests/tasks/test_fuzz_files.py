@@ -169,10 +169,7 @@ def test_mutated_files_are_loaded_or_refused(
     bases = {False: text_base, True: grey_base}
     # Without a mutation there is nothing to refuse.
     assert len(load_task(TaskConfig(**keys | {"train": source, "test": source}), bases["image" in keys["type"]]).train)
-    loaded = check(kind, range(20), tmp_path, bases)
-    assert loaded < 20
-    # Hardly a changed byte of Parquet goes unnoticed.
-    assert loaded > 0 or keys["train"].endswith(".parquet")
+    assert check(kind, range(20), tmp_path, bases) < 20
 
 
 @pytest.mark.slow
