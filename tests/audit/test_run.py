@@ -116,6 +116,8 @@ def test_texts_are_audited_too(kind: str, tmp_path: Path) -> None:
     ("sections", "canaries", "message"),
     [
         ({"privacy": {"noise": "none"}}, 128, "there is no claim to audit"),
+        ({"privacy": {"unit": "client"}}, 128, "records, not clients"),
+        ({"method": {"name": "lora-a2"}}, 128, "it trains single ranks"),
         ({}, 64, r"fewer than federation\.batch_size = 48. Choose at least 96"),
         ({}, 10_000, "the first test set gives 3240"),
     ],

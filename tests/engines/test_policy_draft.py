@@ -12,6 +12,7 @@ pytest.importorskip("flwr")
 
 from lorica.adapters.base_files import hash_of_base
 from lorica.config import ExperimentConfig, load
+from lorica.engines.flower.launch import write_app
 from lorica.engines.flower.policy_draft import draft_policy
 from lorica.engines.flower.sealed import check_settings
 from lorica.errors import UserError
@@ -33,6 +34,10 @@ def test_the_draft_of_every_shipped_experiment_loads_and_allows_what_it_learns(
     example: Path | None, tmp_path: Path
 ) -> None:
     config = load(example)
+    if config.privacy.unit == "client":
+        with pytest.raises(UserError, match=r"privacy\.unit = 'client': nodes do not trust the server"):
+            write_app(config, tmp_path / "app")
+        return
     policy = drafted(config, tmp_path)
     embedded = config.model.base.startswith("lorica:")
     base = hash_of_base(config.model.base) if embedded else "sha256:" + "0" * 64

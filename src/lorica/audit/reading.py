@@ -152,8 +152,10 @@ def updates_of(seen: Seen, work: Training, start: Mapping[str, Tensor], seed: in
     """The update of each tensor that left the owner, fp64.
 
     Raises:
-        Unreadable: a sketch does not determine the factors behind it.
+        Unreadable: a sketch does not determine the factors behind it, or single ranks were trained.
     """
+    if work.slices:
+        raise Unreadable("it trains single ranks of the factors, which this audit does not read")
     sketches = {name: value for name, value in seen.tensors.items() if name.startswith(SKETCH)}
     plain = {name: value.double() for name, value in seen.tensors.items() if name in work.trained}
     if sketches:

@@ -98,6 +98,9 @@ def audit_run(
     """
     if not config.privacy.private:
         raise UserError("privacy.noise", "none", "there is no claim to audit", "set privacy.noise=secure")
+    if config.privacy.unit == "client":
+        problem = "the canaries of this audit are records, not clients"
+        raise UserError("privacy.unit", "client", problem, "set privacy.unit=record")
     config = config.model_copy(
         update={"engine": "local", "privacy": config.privacy.model_copy(update={"noise": "secure"})}
     )

@@ -23,9 +23,13 @@ def write_app(config: ExperimentConfig, folder: Path) -> None:
     """Write a Flower app for this experiment: `pyproject.toml`, `policy.yaml` and a `README.md` with the commands.
 
     Raises:
-        UserError: the folder is not empty.
+        UserError: the folder is not empty, or the experiment's guarantee is one of a trusted server.
     """
     import tomli_w
+
+    if config.privacy.unit == "client":
+        problem = "nodes do not trust the server, and add noise themselves"
+        raise UserError("privacy.unit", "client", problem, "set privacy.unit=record")
 
     folder = user_path("DIR", folder)
     if folder.exists() and not folder.is_dir():
