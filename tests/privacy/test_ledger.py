@@ -100,11 +100,12 @@ def test_what_is_allowed_does_not_count_the_attempt_itself(tmp_path: Path) -> No
     seen: list[tuple[int, list[Release]]] = []
 
     def allow(earlier: Earlier) -> None:
-        seen.append((earlier.steps("one", 0), earlier.releases()))
+        seen.append((earlier.steps("one", 0), earlier.costs()))
 
     ledger.charge(second, allow)
     ledger.charge(second, allow)
-    assert seen == [(5, [RELEASE])] * 2
+    cost = Release("", "", "", 0, 0, 0.1, 1.2, 0.0, 5, "secure", "")
+    assert seen == [(5, [cost])] * 2
 
     def refuse(earlier: Earlier) -> None:
         raise Refused

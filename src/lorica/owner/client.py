@@ -87,7 +87,7 @@ class Client:
         if isinstance(request.work, Delivery):
             if request.work.final:
                 self.ledger.end(request.run, self.number)
-            self._test_privately(model, request, request.work)
+            self.test_privately(model, request, request.work)
             return Reply(self.number, {}).encode()
         self._receive(request)
         if self.plan.shared is not None:
@@ -117,7 +117,7 @@ class Client:
             own_noise_multiplier=self._own_noise_multiplier(request),
         )
         model.assert_frozen()
-        self._introduce()
+        self.ledger.introduce({self.records.fingerprint(): self.records.tags})
         charge = self.ledger.charge(release, lambda earlier: self._allow(earlier, request))
         if isinstance(request.work, Training):
             released, kept = self._train(model, request, request.work, own, charge.seed)
@@ -125,19 +125,26 @@ class Client:
             released, kept = project(request.work.bases, self.held, own), None
         return self.ledger.attach(charge, Reply(self.number, released).encode(), kept)
 
-    def check_records(self, run: str) -> None:
+    def check_records(self, run: str, datasets: set[str]) -> None:
         """Refuse to go on with a run that started with other records.
 
+        Args:
+            datasets: the data sets that this client's releases in the run are about (`Ledger.datasets`).
+
         Raises:
-            UserError: the ledger has releases of this run about another data set.
+            UserError: they include another one.
         """
-        if self.ledger.datasets(run, self.number) - {self.dataset}:
+        if datasets - {self.dataset}:
             raise UserError(
                 "task.train",
                 str(self.ledger.path),
                 f"the training data have changed since run {run:.8} started, as this ledger shows",
                 "restore the earlier data, or set name to a new run for the changed data",
             )
+
+    def forget(self) -> None:
+        """Forget all that the server sent: its next request must contain everything."""
+        self.held, self.merged, self.sequence = {}, {}, None
 
     def reserve(self, run: str, allow: Callable[[list[Release]], None]) -> None:
         """Reserve the budget of a whole run, unless `allow` raises. The end of the run releases the rest.
@@ -147,11 +154,18 @@ class Client:
         Args:
             allow: called with the unused reservations of other runs, under the ledger's lock.
         """
-        self._introduce()
-        if self.plan.noise != "secure":
+        self.ledger.introduce({self.records.fingerprint(): self.records.tags})
+        planned = self.reservation(run)
+        if planned is None:
             allow([])
-            return
-        planned = Exposure(
+        else:
+            self.ledger.reserve([planned], allow)
+
+    def reservation(self, run: str) -> Exposure | None:
+        """What this client reserves for a whole run; None without secret noise."""
+        if self.plan.noise != "secure":
+            return None
+        return Exposure(
             ledger=self.ledger.identity,
             run=run,
             client=self.number,
@@ -165,11 +179,6 @@ class Client:
             releases=0,
             own_noise_multiplier=self.plan.terms.noise_multiplier,
         )
-        self.ledger.reserve(planned, allow)
-
-    def _introduce(self) -> None:
-        """Store the records in the ledger, so that each one is recognised in other files."""
-        self.ledger.introduce(self.records.fingerprint(), self.records.tags)
 
     def _own_noise_multiplier(self, request: Request) -> float | None:
         """The noise multiplier of this client's own noise, if it shares the noise with others."""
@@ -188,7 +197,7 @@ class Client:
         steps = request.work.steps
         if self.policy is not None:
             elsewhere = self.ledger.elsewhere(self.records.fingerprint())
-            self.policy.review_release([*earlier.releases(), *elsewhere], self.unit, self.plan, steps)
+            self.policy.review_release([*earlier.costs(), *elsewhere], self.unit, self.plan, steps)
         self.plan.check(request.work.terms, earlier.steps(request.run, self.number) + steps)
 
     def _receive(self, request: Request) -> None:
@@ -213,7 +222,8 @@ class Client:
             raise Refused(f"client {self.number}: round {request.round} has no sketch to project")
         return factors
 
-    def _test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:
+    def test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:
+        """Evaluate a delivered model on the owner's test records, if there are any, and append the result to its file."""
         if self.private_test is None:
             return
         model.merge(work.merged)
