@@ -15,7 +15,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -30,8 +32,8 @@ RECORDS = 12
 """Mean number of records of a client."""
 SAMPLES = 20
 """Rounds, at the start and at the end of a run, of which the median is shown; and measured messages."""
-ROUNDS_OF_A_RUN = 500
-"""Rows of one run in a ledger."""
+ROWS_OF_A_RUN = 500
+"""Releases of one run in a ledger."""
 WORDS = [f"word{number}" for number in range(1000)]
 
 
@@ -98,6 +100,28 @@ def measure_run(folder: Path, clients: int, rounds: int, participants: int, part
     }
 
 
+class _Stopwatch:
+    """The CPU seconds of the functions that it replaces, added up."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def left_out(self, owner: Any, name: str) -> Iterator[None]:
+        work: Callable[..., Any] = getattr(owner, name)
+
+        @wraps(work)
+        def timed(*arguments: Any, **named: Any) -> Any:
+            started = time.process_time()
+            try:
+                return work(*arguments, **named)
+            finally:
+                self.seconds += time.process_time() - started
+
+        with mock.patch.object(owner, name, timed):
+            yield
+
+
 def measure_messages(folder: Path, rows: int) -> dict[str, float]:
     """CPU milliseconds of a message to an owner with a policy, training left out, and CPU seconds to open its ledger.
 
@@ -109,10 +133,9 @@ def measure_messages(folder: Path, rows: int) -> dict[str, float]:
     from lorica.privacy.ledger import Ledger, Release
     from lorica.privacy.plan import plan_client
     from lorica.privacy.policy import Policy
+    from lorica.privacy.released import _release
     from lorica.testing.models import tiny_bert
     from lorica.testing.records import TinyRecords
-
-    import lorica.owner.client as owner
 
     terms = PrivacyConfig(noise_multiplier=10.0, epsilon=None, delta=1e-6, clip_norm=1.0)
     plan, model, records = plan_client(0, 10_000, 10, SAMPLES, terms), tiny_bert(), TinyRecords.texts(50)
@@ -128,13 +151,128 @@ def measure_messages(folder: Path, rows: int) -> dict[str, float]:
     client = Client(0, records, plan, ledger, "data", 0, 1024, policy=policy)
     trained = tuple(name for name in model.tensors if name.endswith(".B"))
     work = Training(trained, plan.terms, 1, OptimizerConfig(), dict.fromkeys(trained, 0.5))
-    released = {name: owner.post_process(lambda value: value, _released(model.read()[name])) for name in trained}
+    released = {name: _release(model.read()[name]) for name in trained}
     seconds = []
     with mock.patch.object(Client, "_train", lambda *_: (released, None)):
         for number in range(1, SAMPLES + 1):
             request = Request("run", 0, number, 1, model.read(), work)
             started = time.process_time()
-            client.reserve("run", lambda reserved: _review(client, policy, reserved))
+            client.reserve("run", lambda reserved: policy.review_release(_known(client), client.unit, plan, 1, reserved))
             client.reply_to(model, request)
             seconds.append(time.process_time() - started)
     return {"open": opening, "milliseconds": 1000 * statistics.median(seconds)}
+
+
+def _known(client: Any) -> list[Any]:
+    """What a node's policy is asked about before a message."""
+    ledger = client.ledger
+    return [*ledger.costs(), *ledger.elsewhere(client.records.fingerprint(), reserved=True)]
+
+
+def _fill(path: Path, past: Any, rows: int) -> None:
+    """A ledger with so many releases in runs of `ROWS_OF_A_RUN`, written in one transaction."""
+    from lorica.privacy import database
+    from lorica.privacy.home import Home
+    from lorica.privacy.ledger import Ledger
+    from lorica.privacy.ledger_rows import chained, exposures_of, insert
+    from lorica.privacy.chain import Head, verify
+
+    identity = Ledger(path).identity
+    with database.transaction(path) as connection:
+        previous = identity
+        for row in range(rows):
+            run, number = divmod(row, ROWS_OF_A_RUN)
+            insert(connection, replace(past, run=f"{run:032d}", round=number, request=f"{row:064d}"), previous)
+            (previous,) = connection.execute("SELECT chain FROM releases ORDER BY id DESC LIMIT 1").fetchone()
+        exposures = exposures_of(connection, identity)
+        head = verify(identity, chained(connection), None)
+    Home().remember(identity, path, Head(head.rows, head.link), exposures)
+
+
+def _write_base(folder: Path) -> None:
+    """A BERT of one layer with random weights, and a tokenizer of whole words."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "model_input_names": ["input_ids", "attention_mask"]}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    shape = {"vocab_size": len(words), "max_position_embeddings": 16, "pad_token_id": 0}
+    transformers.BertModel(transformers.BertConfig(**sizes, **shape)).save_pretrained(folder)
+
+
+def _write_texts(path: Path, count: int) -> None:
+    draws = np.random.default_rng(count)
+    with path.open("w", encoding="utf-8") as file:
+        for number, words in enumerate(draws.integers(0, len(WORDS), (count, 6))):
+            text = " ".join(WORDS[word] for word in words)
+            file.write(json.dumps({"text": text, "label": number % 2}) + "\n")
+
+
+MEASURES = {"run": measure_run, "messages": measure_messages}
+
+
+def _in_a_process_of_its_own(measure: str, *sizes: int | str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"LORICA_HOME": f"{folder}/home", "OMP_NUM_THREADS": "1"}
+        case = json.dumps([measure, folder, *sizes])
+        command = [sys.executable, __file__, "--case", case]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr)
+        found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+
+def main(
+    clients: Annotated[str, typer.Option(help="Comma-separated numbers of clients.")] = "10,1000,10000",
+    rounds: Annotated[str, typer.Option(help="Comma-separated numbers of rounds.")] = "5,500",
+    participants: Annotated[int, typer.Option(help="Most clients of a round.")] = 100,
+    partitions: Annotated[str, typer.Option(help="iid: equal sizes. quantity: many sizes, each with its own noise.")] = "iid",
+    rows: Annotated[str, typer.Option(help="Comma-separated numbers of rows of a ledger.")] = "100,10000,100000",
+    case: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    """Print one table: runs by clients and rounds, and messages by rows of the ledger."""
+    if case:
+        measure, folder, *sizes = json.loads(case)
+        print(json.dumps(MEASURES[measure](Path(folder), *sizes)))
+        return
+    console = Console(width=130)
+    table = Table(title="Lorica's own CPU seconds, without the clients' work and the test")
+    for heading in ("case", "start", "a round, first", "a round, last", "finish", "memory", "report"):
+        table.add_column(heading, justify="left" if heading == "case" else "right")
+    runs = {}
+    for partition, count, number in product(partitions.split(","), _numbers(clients), _numbers(rounds)):
+        found = _in_a_process_of_its_own("run", count, number, min(participants, count), partition)
+        runs[count, number] = found
+        name = f"{count:,} clients ({partition}), {number} rounds"
+        times = [f"{found[key]:.3g}" for key in ("start", "first", "last", "finish")]
+        table.add_row(name, *times, f"{found['mebibytes']:.0f} MiB", f"{found['report']:.1f} MiB")
+    table.add_section()
+    for count in _numbers(rows):
+        found = _in_a_process_of_its_own("messages", count)
+        message = f"{found['milliseconds'] / 1000:.3g}"
+        table.add_row(f"message, ledger of {count:,} rows", f"{found['open']:.3g}", message, message, "", "", "")
+        slowest = found["milliseconds"]
+    console.print(table)
+    console.print(machine(Clock.cpu))
+    start, a_round, finish = (max(f[key] for f in runs.values()) for key in ("start", "last", "finish"))
+    met = start <= START_BAR and a_round <= ROUND_BAR and finish <= FINISH_BAR
+    console.print(
+        f"bar 1: start under {START_BAR:g} s, a round under {1000 * ROUND_BAR:g} ms, finish under {FINISH_BAR:g} s: "
+        f"{start:.1f} s, {1000 * a_round:.0f} ms, {finish:.1f} s at worst: {verdict(met)}"
+    )
+    console.print(
+        f"bar 2: a message under {MESSAGE_BAR:g} ms: {slowest:.1f} ms in the last ledger: {verdict(slowest < MESSAGE_BAR)}"
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+if __name__ == "__main__":
+    typer.run(main)

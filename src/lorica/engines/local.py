@@ -60,6 +60,7 @@ class LocalEngine:
         self._model, self._state = model, state
         self.clients = clients
         self.max_lifetime_epsilon = max_lifetime_epsilon
+        self._plans = {number: client.plan for number, client in clients.items()}
         self._parts: dict[int, Part] = {}
         self._reserved: set[str] = set()
         self._last_rounds: dict[int, int] = {}
@@ -91,7 +92,7 @@ class LocalEngine:
                     ledger.end(run)
                 raise
             self._reserved.add(run)
-        return {number: client.plan for number, client in self.clients.items()}
+        return self._plans
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         """Each client's reply to its request, computed in the order of client ids."""
