@@ -253,7 +253,7 @@ class Client:
         values = adapter
         model.peft_model.train()
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(randomness.dropout_seed())
+            _seed_dropout(randomness.dropout_seed(), model.device)
             for step in range(work.steps):
                 model.assert_frozen()
                 active = {name: places[name] for name in work.local.active(work.trained, step)}
@@ -299,6 +299,13 @@ class Client:
 
     def _reproducible(self, request: Request) -> Randomness:
         return ReproducibleRandomness(self.seed, request.round, request.exchange, self.number)
+
+
+def _seed_dropout(seed: int, device: torch.device) -> None:
+    """As `torch.manual_seed`, which in a process without CUDA keeps a stack trace of every call, for as long as it lives."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
 
 
 def _sketched_in(round_number: int) -> str:
