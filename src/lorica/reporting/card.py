@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lorica.markdown import code, fenced, inline
-from lorica.reporting.clients import GUARANTEE, client_rows
+from lorica.reporting.clients import GUARANTEE, client_rows, left_out_text
 from lorica.reporting.run_folder import Run, clipping, metric_name, not_private
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
 
@@ -75,7 +75,7 @@ def _privacy(run: Run) -> str:
             *lines,
             "",
             table,
-            "ε and δ are rounded up.",
+            " ".join(["ε and δ are rounded up.", left_out_text(len(run.clients))]).strip(),
             "",
             "### Assumptions",
             "",
