@@ -96,7 +96,7 @@ def noises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
         return compute(sigma, **options)
 
     monkeypatch.setattr(accounting, "from_gaussian_mechanism", count)
-    monkeypatch.setattr(accounting, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(calibration, "cache_folder", lambda: tmp_path)
     accounting._epsilon.cache_clear()
     accounting._loss_distribution.cache_clear()
     return asked
