@@ -34,6 +34,8 @@ SAMPLES = 20
 """Rounds, at the start and at the end of a run, of which the median is shown; and measured messages."""
 ROWS_OF_A_RUN = 500
 """Releases of one run in a ledger."""
+START_BAR, ROUND_BAR, FINISH_BAR, MESSAGE_BAR = 30.0, 0.05, 5.0, 2.0
+"""Seconds before the first round, of a round, and after the last one; milliseconds of a message."""
 MEMORY = next((folder for folder in ("/dev/shm",) if Path(folder).is_dir()), None)
 """A file system in memory: syncing to a disk is not what is measured."""
 WORDS = [f"word{number}" for number in range(1000)]
@@ -155,11 +157,13 @@ def measure_messages(folder: Path, rows: int) -> dict[str, float]:
     work = Training(trained, plan.terms, 1, OptimizerConfig(), dict.fromkeys(trained, 0.5))
     released = {name: _release(model.read()[name]) for name in trained}
     seconds = []
-    with mock.patch.object(Client, "_train", lambda *_: (released, None)):
+    with mock.patch.object(Client, "_train", return_value=(released, None)):
         for number in range(1, SAMPLES + 1):
             request = Request("run", 0, number, 1, model.read(), work)
             started = time.process_time()
-            client.reserve("run", lambda reserved: policy.review_release(_known(client), client.unit, plan, 1, reserved))
+            client.reserve(
+                "run", lambda reserved: policy.review_release(_known(client), client.unit, plan, 1, reserved)
+            )
             client.reply_to(model, request)
             seconds.append(time.process_time() - started)
     return {"open": opening, "milliseconds": 1000 * statistics.median(seconds)}
@@ -174,10 +178,10 @@ def _known(client: Any) -> list[Any]:
 def _fill(path: Path, past: Any, rows: int) -> None:
     """A ledger with so many releases in runs of `ROWS_OF_A_RUN`, written in one transaction."""
     from lorica.privacy import database
+    from lorica.privacy.chain import Head, verify
     from lorica.privacy.home import Home
     from lorica.privacy.ledger import Ledger
     from lorica.privacy.ledger_rows import chained, exposures_of, insert
-    from lorica.privacy.chain import Head, verify
 
     identity = Ledger(path).identity
     with database.transaction(path) as connection:
@@ -233,7 +237,9 @@ def main(
     clients: Annotated[str, typer.Option(help="Comma-separated numbers of clients.")] = "10,1000,10000",
     rounds: Annotated[str, typer.Option(help="Comma-separated numbers of rounds.")] = "5,500",
     participants: Annotated[int, typer.Option(help="Most clients of a round.")] = 100,
-    partitions: Annotated[str, typer.Option(help="iid: equal sizes. quantity: many sizes, each with its own noise.")] = "iid",
+    partitions: Annotated[
+        str, typer.Option(help="iid: equal sizes. quantity: many sizes, each with its own noise.")
+    ] = "iid",
     rows: Annotated[str, typer.Option(help="Comma-separated numbers of rows of a ledger.")] = "100,10000,100000",
     case: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -268,7 +274,8 @@ def main(
         f"{start:.1f} s, {1000 * a_round:.0f} ms, {finish:.1f} s at worst: {verdict(met)}"
     )
     console.print(
-        f"bar 2: a message under {MESSAGE_BAR:g} ms: {slowest:.1f} ms in the last ledger: {verdict(slowest < MESSAGE_BAR)}"
+        f"bar 2: a message under {MESSAGE_BAR:g} ms: {slowest:.1f} ms with the longest ledger: "
+        f"{verdict(slowest < MESSAGE_BAR)}"
     )
 
 

@@ -28,7 +28,9 @@ def test_interpolated_noise_meets_the_target_and_is_hardly_more(rate: float) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "target", "delta"), [(40, 8.0, 1e-5), (800, 3.0, 1e-5), (8, 8.0, 1e-3), (40, 1.0, 1e-5)])
+@pytest.mark.parametrize(
+    ("steps", "target", "delta"), [(40, 8.0, 1e-5), (800, 3.0, 1e-5), (8, 8.0, 1e-3), (40, 1.0, 1e-5)]
+)
 def test_no_interpolated_noise_is_below_the_exact_one(steps: int, target: float, delta: float) -> None:
     """Between the nodes, where the cubic is farthest from them, over seven octaves."""
     for place in range(2, 30):

@@ -352,5 +352,7 @@ def test_a_ledger_without_an_index_gets_one(tmp_path: Path) -> None:
         connection.execute("DROP TABLE ended")
     assert Ledger(path).recall("one", 0, "first") == b"reply"
     with sqlite3.connect(path) as connection:
-        plan = connection.execute("EXPLAIN QUERY PLAN SELECT steps FROM releases WHERE run = '' AND client = 0").fetchall()
+        plan = connection.execute(
+            "EXPLAIN QUERY PLAN SELECT steps FROM releases WHERE run = '' AND client = 0"
+        ).fetchall()
     assert "releases_by_client" in str(plan)

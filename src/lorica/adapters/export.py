@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from lorica.adapters.adapted import AdaptedModel
@@ -104,6 +103,8 @@ def load_adapter(folder: str | Path) -> nn.Module:
                 f"load one of them, such as {Path(folder) / own[0]}",
             )
         raise UserError("adapter", str(folder), f"has no {DESCRIPTION}", "give the adapter folder of a finished run")
+    from peft import PeftModel
+
     for name in (WEIGHTS, ADAPTER_CONFIG):
         if not (path.parent / name).is_file():
             raise UserError("adapter", str(folder), f"has no {name}", "give the adapter folder of a finished run")

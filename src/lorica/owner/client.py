@@ -223,7 +223,7 @@ class Client:
         return factors
 
     def test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:
-        """Evaluate a delivered model on the owner's test records, if there are any, and append the result to its file."""
+        """Evaluate a delivered model on the owner's test records, if there are any. The result stays in its own file."""
         if self.private_test is None:
             return
         model.merge(work.merged)
@@ -302,7 +302,7 @@ class Client:
 
 
 def _seed_dropout(seed: int, device: torch.device) -> None:
-    """As `torch.manual_seed`, which in a process without CUDA keeps a stack trace of every call, for as long as it lives."""
+    """As `torch.manual_seed`, which keeps a stack trace of every call for as long as CUDA is not initialised."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed_all(seed)

@@ -144,8 +144,8 @@ class Composition:
     """The composition of one kind of step while its number grows, such as that of a client from round to round.
 
     Adding as many steps as the time before costs one convolution, a few milliseconds. `epsilon` of a number of steps
-    costs many times that, since it looks for the range of the composed losses anew. Both are upper bounds, and differ by
-    less than 1e-6, by the tails of 1e-15 that each cuts off pessimistically.
+    costs many times that, since it looks for the range of the composed losses anew. Both are upper bounds, and differ
+    by less than 1e-6, since each cuts off other tails of 1e-15, pessimistically.
 
     Attributes:
         count: number of steps so far.

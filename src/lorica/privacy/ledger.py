@@ -145,7 +145,8 @@ class Ledger:
             ).fetchone()
             over = (run, client, number - KEPT_ROUNDS)
             connection.execute(
-                "UPDATE releases SET reply = NULL WHERE run = ? AND client = ? AND round <= ? AND reply IS NOT NULL", over
+                "UPDATE releases SET reply = NULL WHERE run = ? AND client = ? AND round <= ? AND reply IS NOT NULL",
+                over,
             )
             # What the client kept last in these rounds is still its own, if it took no part in later ones.
             connection.execute(
@@ -304,11 +305,11 @@ class Ledger:
                 self._home.note(home, exposures_of(connection, self.identity, one.run, one.client))
 
     def end(self, run: str, client: int | None = None) -> None:
-        """End a run, for all its clients in this file or for one of them: release the unused reservations, and erase the
-        seeds of rows without a reply.
+        """End a run, for all its clients in this file or for one of them: release the unused reservations, and erase
+        the seeds of rows without a reply.
 
-        Replies of runs that ended before are deleted. Those of this run are kept until the next one ends: its server may
-        have stopped before it wrote the result.
+        Replies of runs that ended before are deleted. Those of this run are kept until the next one ends: its server
+        may have stopped before it wrote the result.
         """
         with self._errors(), database.transaction(self.path) as connection:
             end(connection, run, client)

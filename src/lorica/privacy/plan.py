@@ -15,7 +15,6 @@ from lorica.privacy.mechanism import Terms
 from lorica.privacy.shared_noise import SharedNoise, check_shared
 from lorica.schedule import participation_counts
 
-
 MOST_CALIBRATED = 50
 """Maximum number of clients of a run whose noise is calibrated one by one; beyond it, `calibrate_many` interpolates."""
 

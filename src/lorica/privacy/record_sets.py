@@ -73,7 +73,8 @@ def members(connection: sqlite3.Connection, wanted: Collection[str]) -> Members:
     which = np.split(columns, ends[:-1])
     contains = csr_array((np.ones(len(columns)), columns, np.concatenate([[0], ends])), shape=(len(rows), len(known)))
     shared = contains[chosen] @ contains.T
-    seen, found = np.full(len(known), -1), {}
+    seen = np.full(len(known), -1)
+    found: Members = {}
     for number, place in enumerate(chosen):
         counts = np.frombuffer(rows[place][2], "<i4")
         starts = np.cumsum(counts) - counts

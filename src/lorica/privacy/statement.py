@@ -66,7 +66,12 @@ class Account:
 
 
 def accounts_of(
-    ledger: Ledger, dataset: str, run: str, plans: Mapping[int, ClientPlan], records: Mapping[int, str], unit: PrivacyUnit
+    ledger: Ledger,
+    dataset: str,
+    run: str,
+    plans: Mapping[int, ClientPlan],
+    records: Mapping[int, str],
+    unit: PrivacyUnit,
 ) -> dict[int, Account]:
     """Each client's account of a run, from one ledger that is read once.
 

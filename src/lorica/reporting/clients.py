@@ -51,7 +51,7 @@ def client_rows(clients: list[dict[str, Any]], columns: Sequence[str] = ALL) -> 
 
 
 def left_out_text(count: int) -> str:
-    """ "The table shows the 200 clients with the largest ε; all 1,000 are in privacy.json." Empty if none is left out."""
+    """ "The table shows the 200 clients with the largest ε; all 1,000 are in privacy.json."; empty if all are shown."""
     if count <= MOST_CLIENTS:
         return ""
     return f"The table shows the {MOST_CLIENTS} clients with the largest ε; all {count:,} are in privacy.json."

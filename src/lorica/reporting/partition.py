@@ -24,8 +24,8 @@ def partition_figure(run: Run) -> Figure:
     """A heat map of clients (rows) by labels (columns), darker for more records, with each client's total.
 
     Counts are written in the cells if they fit. With more than 200 labels, neighbouring labels are grouped so that
-    columns stay visible; the axis label gives the size of the groups. Of more than 200 clients, the figure has histograms
-    of their records and of their numbers of labels.
+    columns stay visible; the axis label gives the size of the groups. Of more than 200 clients, the figure has
+    histograms of their records and of their numbers of labels.
 
     Raises:
         UserError: partition.json is missing or has no counts.

@@ -76,6 +76,6 @@ class Regression:
 
 def _passes(model: Any, records: Records, tokens: int, device: torch.device | str) -> Any:
     """For each micro-batch: the places of its records, the batch, and what the model makes of it."""
-    for places in records.micro_batch_indices(np.arange(len(records)), tokens):
+    for places in records.passes(tokens):
         batch = records.batch(places).to(device)
         yield places, batch, model(**batch.inputs)
