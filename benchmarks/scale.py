@@ -102,7 +102,7 @@ def measure_run(folder: Path, clients: int, rounds: int, participants: int, part
 
 
 class _Stopwatch:
-    """The CPU seconds in which clients trained, added up. Asking for the time is not free: it is asked twice a round."""
+    """The CPU seconds in which clients trained, added up. It looks at the clock twice a round, which is not free."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -221,9 +221,9 @@ def _write_texts(path: Path, count: int) -> None:
 MEASURES = {"run": measure_run, "messages": measure_messages}
 
 
-def _in_a_process_of_its_own(measure: str, *sizes: int | str) -> dict[str, float]:
+def _in_a_process_of_its_own(threads: int, measure: str, *sizes: int | str) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
-        environment = os.environ | {"LORICA_HOME": f"{folder}/home", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"LORICA_HOME": f"{folder}/home", "OMP_NUM_THREADS": str(threads)}
         case = json.dumps([measure, folder, *sizes])
         command = [sys.executable, __file__, "--case", case]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -241,6 +241,7 @@ def main(
         str, typer.Option(help="iid: equal sizes. quantity: many sizes, each with its own noise.")
     ] = "iid",
     rows: Annotated[str, typer.Option(help="Comma-separated numbers of rows of a ledger.")] = "100,10000,100000",
+    threads: int = 1,
     case: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Print one table: runs by clients and rounds, and messages by rows of the ledger."""
@@ -254,14 +255,14 @@ def main(
         table.add_column(heading, justify="left" if heading == "case" else "right")
     runs = {}
     for partition, count, number in product(partitions.split(","), _numbers(clients), _numbers(rounds)):
-        found = _in_a_process_of_its_own("run", count, number, min(participants, count), partition)
+        found = _in_a_process_of_its_own(threads, "run", count, number, min(participants, count), partition)
         runs[count, number] = found
         name = f"{count:,} clients ({partition}), {number} rounds"
         times = [f"{found[key]:.3g}" for key in ("start", "first", "last", "finish")]
         table.add_row(name, *times, f"{found['mebibytes']:.0f} MiB", f"{found['report']:.1f} MiB")
     table.add_section()
     for count in _numbers(rows):
-        found = _in_a_process_of_its_own("messages", count)
+        found = _in_a_process_of_its_own(threads, "messages", count)
         message = f"{found['milliseconds'] / 1000:.3g}"
         table.add_row(f"message, ledger of {count:,} rows", f"{found['open']:.3g}", message, message, "", "", "")
         slowest = found["milliseconds"]

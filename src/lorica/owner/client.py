@@ -223,7 +223,7 @@ class Client:
         return factors
 
     def test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:
-        """Evaluate a delivered model on the owner's test records, if there are any. The result stays in its own file."""
+        """Evaluate a delivered model on the owner's test records, if there are any. The result stays with the owner."""
         if self.private_test is None:
             return
         model.merge(work.merged)
