@@ -114,7 +114,7 @@ def worker_processes(jobs: int) -> Iterator[Executor]:
 
 
 def _start_worker() -> None:
-    """Ctrl-C and the end of the main process, however it ends, end a worker; its temporary folder is deleted."""
+    """End this process when the main process ends, however it ends."""
     # The terminal sends Ctrl-C to all processes. The main process then terminates its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))

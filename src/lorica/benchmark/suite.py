@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -22,8 +23,14 @@ from lorica.run.variants import parse_variant
 from lorica.strict_yaml import read_yaml_file
 
 Rate = float
-SET_BY_SUITE = {"optimizer.lr": "rates", "seed": "seeds and tuning_seeds", "name": "name", "privacy.ledger": "name"}
-"""Key of an experiment -> the key of the suite that takes its place."""
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+SET_BY_SUITE = {
+    "optimizer.lr": "remove it, and set rates of the suite",
+    "seed": "remove it, and set seeds and tuning_seeds of the suite",
+    "name": "remove it, and set name of the suite",
+    "privacy.ledger": "remove it",
+}
+"""Key of an experiment that every run has its own value of -> what to do instead."""
 
 
 class Sweep(Strict):
@@ -44,11 +51,11 @@ class SuiteConfig(Strict):
     """The experiment that all runs start from, relative to the suite file; by default the embedded digits."""
     overrides: list[str] = Field(default_factory=list)
     """`section.key=value` for all runs."""
-    rates: list[float] = Field(min_length=1)
+    rates: list[Annotated[float, Field(gt=0, le=1e6)]] = Field(min_length=1)
     """Learning rates, the same for every method."""
-    tuning_seeds: list[int] = Field(min_length=1)
+    tuning_seeds: list[Seed] = Field(min_length=1)
     """Seeds on which the rate is chosen."""
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     """Seeds of the results; none of them is a tuning seed."""
     reference: str
     """The method that the others are compared with, by its name in tables."""
@@ -60,8 +67,6 @@ class SuiteConfig(Strict):
     def _each_once(cls, values: list[float]) -> list[float]:
         if len(set(values)) < len(values):
             raise ValueError("a value appears twice")
-        if min(values) < 0:
-            raise ValueError("a value is negative")
         return values
 
     @field_validator("seeds")
@@ -263,21 +268,27 @@ def digest_of(config: ExperimentConfig) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _experiment(source: Path, overrides: list[str], name: str) -> ExperimentConfig:
+def _check_keys(overrides: list[str]) -> None:
     for override in overrides:
         key = override.partition("=")[0]
         if key in SET_BY_SUITE:
-            problem = f"every run of a suite has its own {key}"
-            raise UserError(key, override, problem, f"remove it, and set {SET_BY_SUITE[key]} of the suite")
+            raise UserError(key, override, f"every run of a suite has its own {key}", SET_BY_SUITE[key])
+
+
+def _experiment(source: Path, overrides: list[str], name: str) -> ExperimentConfig:
+    _check_keys(overrides)
     config = load(source, overrides)
+    # One thread, however many runs share the machine: the result of a run must not depend on it.
+    model = config.model.model_copy(update={"threads": config.model.threads or 1})
+    return config.model_copy(update={"name": name, "model": model})
+
+
+def _check_research(config: ExperimentConfig) -> None:
     if config.engine != "local":
         raise UserError("engine", config.engine, "a benchmark runs in processes of its own", "set engine=local")
     if config.privacy.noise == "secure":
         problem = "a benchmark is research on public data: its runs must be repeatable, and would use up any budget"
         raise UserError("privacy.noise", "secure", problem, "add privacy.noise=reproducible to the suite's overrides")
-    # One thread, however many runs share the machine: the result of a run must not depend on it.
-    model = config.model.model_copy(update={"threads": config.model.threads or 1})
-    return config.model_copy(update={"name": name, "model": model})
 
 
 def _is_epsilon(overrides: list[str]) -> bool:
@@ -286,7 +297,9 @@ def _is_epsilon(overrides: list[str]) -> bool:
 
 
 def _cell(suite: SuiteConfig, experiment: ExperimentConfig, setting: tuple[str, str], name: str, method: str) -> Cell:
+    _check_keys(method.partition(":")[2].split("+"))
     config = parse_variant(method, experiment).config
+    _check_research(config)
     refusal = None
     try:
         check_method(config, make_method(config.method, []))

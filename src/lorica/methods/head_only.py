@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lorica.methods.base import About, Method
 from lorica.methods.exchange import Round, Train
 from lorica.methods.server import Server
@@ -25,7 +27,7 @@ class HeadOnly(Method):
         exact=True,
         privacy="sound; noise linear",
     )
-    refuses = Method.refuses | {"frozen_head": "it trains nothing else"}
+    refuses: Mapping[str, str] = {"client_ranks": "it trains no factors", "frozen_head": "it trains nothing else"}
 
     def round(self, server: Server) -> Round:
         replies = yield Train("")

@@ -18,7 +18,7 @@ from lorica.config import Strict
 Purpose = Literal["tuning", "result"]
 PLATEAU = 0.02
 """A rate belongs to the plateau if its score is at most this much below the best one."""
-CONFIDENCE, RESAMPLES = 0.95, 9999
+CONFIDENCE, RESAMPLES = 0.95, 99_999
 
 
 class BenchmarkRun(Strict):
@@ -191,7 +191,7 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95 % percentile bootstrap interval of the mean; None for a single value.
 
     Not BCa, which is undefined where all values are equal. Of few values a bootstrap knows little: that of five normal
-    ones covers the mean in about 83 % of cases, and it never leaves the range of the values.
+    ones covers the mean in 84 % of cases, and it never leaves the range of the values.
     """
     if len(values) < 2:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from lorica.reporting.drawing import Axes, Figure, MaxNLocator, Rectangle, rc_co
 from lorica.reporting.partition import SHADES
 from lorica.reporting.plots import WIDTH
 from lorica.reporting.run_folder import metric_name
-from lorica.reporting.style import INK, MUTED, PAPER, RC, looks, shortened, spread
+from lorica.reporting.style import INK, MUTED, PAPER, RC, Look, looks, shortened, spread
 
 ROW, LETTER = 0.3, 0.082
 COLUMN = 0.52
@@ -34,7 +34,7 @@ def setting_figure(entries: Sequence[Entry], reference: str) -> Figure:
     with rc_context(RC):
         rates = list(rows[0].tuning)
         left = 0.25 + LETTER * max(len(shortened(row.method)) for row in rows)
-        top, bottom, middle = 0.5, 0.5, 1.2
+        top, bottom, middle = 0.36, 0.5, 1.2
         height, strip = ROW * len(rows), COLUMN * len(rates)
         figure = Figure(figsize=(WIDTH, top + height + bottom))
         whole = top + height + bottom
@@ -53,61 +53,74 @@ def epsilon_figure(entries: Sequence[Entry]) -> Figure | None:
         entries: of settings that differ in ε only. Runs without privacy stand at the right.
     """
     found = [entry for entry in entries if entry.mean is not None]
-    targets: list[float | None] = sorted({entry.target for entry in found if entry.target is not None})
+    targets: list[float | None] = [*sorted({entry.target for entry in found if entry.target is not None})]
     if len(targets) < 2:
         return None
     if any(entry.target is None for entry in found):
         targets.append(None)
     methods = list(dict.fromkeys(entry.method for entry in found))
-    style = looks(methods)
     with rc_context(RC):
-        right = 0.5 + LETTER * (max(len(shortened(method)) for method in methods) + 7)
+        right = 0.75 + LETTER * (max(len(shortened(method)) for method in methods) + 7)
         left, top, bottom, height = 0.45, 0.4, 0.5, max(3.0, 0.21 * len(methods))
-        whole = top + height + bottom
+        whole, width = top + height + bottom, WIDTH - left - right
         figure = Figure(figsize=(WIDTH, whole))
-        width = WIDTH - left - right
         panel = figure.add_axes((left / WIDTH, bottom / whole, width / WIDTH, height / whole))
-        ends, everything = [], []
+        ends = []
         for place, method in enumerate(methods):
-            points = {entry.target: entry for entry in found if entry.method == method}
             # Beside each other, so that intervals do not hide each other.
             shift = 0.3 * (place / max(1, len(methods) - 1) - 0.5)
-            xs = [targets.index(target) + shift for target in points]
-            means = [100 * (entry.mean or 0) for entry in points.values()]
-            look = style[method]
-            panel.plot(xs, means, color=look.colour, linestyle=look.dashes, linewidth=1.4, label=method)
-            panel.plot(xs, means, color=look.colour, marker="o", markersize=4, linestyle="none", label="_means")
-            for x, entry in zip(xs, points.values(), strict=True):
-                bounds = interval(entry.scores)
-                if bounds is not None:
-                    low, high = (100 * bound for bound in bounds)
-                    panel.plot([x, x], [low, high], color=look.colour, linewidth=1.2, alpha=0.6, label="_interval")
-                    everything += [low, high]
-            everything += means
-            ends.append((means[-1], method, look.text))
-        low, high = min(everything), max(everything)
-        panel.set_ylim(low - 0.05 * (high - low) - 0.5, min(100.0, high + 0.05 * (high - low) + 0.5))
+            points = {targets.index(entry.target) + shift: entry for entry in found if entry.method == method}
+            ends.append((_draw_line(panel, points, looks(methods)[method]), method))
         panel.set_xlim(-0.4, len(targets) - 0.6)
         panel.set_xticks(range(len(targets)), ["no privacy" if t is None else f"ε = {t:g}" for t in targets])
         panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         panel.grid(axis="y")
         metric = metric_name([{"metric": run.metric} for entry in found for run in entry.results])
         panel.set_title(f"Test {metric} (%), mean over seeds", loc="left", fontsize=9.5, x=-left / width)
-        bottom_value, top_value = panel.get_ylim()
-        unit = (top_value - bottom_value) / height
-        places = spread([value for value, *_ in ends], gap=0.19 * unit, low=bottom_value, high=top_value)
-        for (value, method, colour), at in zip(ends, places, strict=True):
-            panel.annotate(
-                f"{shortened(method)}  {value:.1f}",
-                (1, at),
-                (10, 0),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                va="center",
-                color=colour,
-                annotation_clip=False,
-            )
+        _name_lines(panel, ends, height)
     return figure
+
+
+def _draw_line(panel: Axes, points: Mapping[float, Entry], look: Look) -> float:
+    """A line through the means at each x, and their intervals. Returns the last mean in percent."""
+    means = [100 * (entry.mean or 0) for entry in points.values()]
+    label = next(iter(points.values())).method
+    panel.plot([*points], means, color=look.colour, linestyle=look.dashes, linewidth=1.4, label=label)
+    panel.plot([*points], means, color=look.colour, marker="o", markersize=4, linestyle="none", label="_means")
+    for x, entry in points.items():
+        bounds = interval([100 * score for score in entry.scores])
+        if bounds is not None:
+            panel.plot([x, x], bounds, color=look.colour, linewidth=1.2, alpha=0.6, label="_interval")
+    return means[-1]
+
+
+def _name_lines(panel: Axes, ends: Sequence[tuple[float, str]], height: float) -> None:
+    """Names to the right of the panel, each with a piece of its line: two methods may have the same colour."""
+    style = looks(method for _, method in ends)
+    low, high = panel.get_ylim()
+    places = spread([value for value, _ in ends], gap=0.19 * (high - low) / height, low=low, high=high)
+    for (value, method), place in zip(ends, places, strict=True):
+        look = style[method]
+        panel.plot(
+            [1.01, 1.05],
+            [place, place],
+            transform=panel.get_yaxis_transform(),
+            color=look.colour,
+            linestyle=look.dashes,
+            clip_on=False,
+            label="_key",
+        )
+        panel.annotate(
+            f"{shortened(method)}  {value:.1f}",
+            (1.05, place),
+            (5, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            color=look.text,
+            annotation_clip=False,
+        )
+    panel.set_ylim(low, high)
 
 
 def _draw_results(panel: Axes, rows: Sequence[Entry], reference: str) -> None:

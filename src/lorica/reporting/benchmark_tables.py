@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from lorica.markdown import inline
 from lorica.reporting.benchmark import Benchmark, Entry, difference
 from lorica.reporting.run_folder import metric_name
 from lorica.reporting.style import capital, duration, percent, rounded_up
@@ -57,7 +58,7 @@ def setting_notes(entries: Sequence[Entry]) -> list[str]:
             notes.append(f"Left out: {entry.method}. {entry.refusal}")
         diverged = sum(run.score is None for run in entry.runs)
         if diverged:
-            notes.append(f"{capital(entry.method)}: {diverged} of {len(entry.runs)} runs diverged.")
+            notes.append(f"{diverged} of {len(entry.runs)} runs of {entry.method} diverged.")
     return notes
 
 
@@ -69,8 +70,9 @@ def benchmark_markdown(benchmark: Benchmark) -> str:
     for lorica, git, torch, count in benchmark.versions():
         lines.append(f"* {count} runs with Lorica {lorica} ({git}) and PyTorch {torch}")
     for name, entries in benchmark.by_setting().items():
-        lines += ["", f"## {capital(name)}", "", markdown_table(headings, benchmark_rows(entries, benchmark.reference))]
-        lines += [f"* {note}" for note in setting_notes(entries)]
+        rows = [[inline(method), *cells] for method, *cells in benchmark_rows(entries, benchmark.reference)]
+        lines += ["", f"## {inline(capital(name))}", "", markdown_table(headings, rows)]
+        lines += [f"* {inline(note)}" for note in setting_notes(entries)]
     return "\n".join(lines) + "\n"
 
 
