@@ -125,12 +125,14 @@ class Federation:
     min_clients: int | None = None
     secure_sum: bool = False
     _sent: dict[int, SentState] = field(default_factory=dict)
+    _joined: set[int] = field(default_factory=set)
 
     def join(self) -> None:
         """Add the clients that have joined since the last call."""
         joined = self.engine.join(self.run)
-        if joined.keys() <= self.plans.keys() == self.server.terms.keys():
+        if joined.keys() <= self._joined:
             return
+        self._joined |= joined.keys()
         self.plans |= joined
         self.server.terms = {client: plan.terms for client, plan in self.plans.items()}
         if self._shares_noise:
