@@ -33,7 +33,7 @@ def test_interpolated_noise_meets_the_target_and_is_hardly_more(rate: float) -> 
 )
 def test_no_interpolated_noise_is_below_the_exact_one(steps: int, target: float, delta: float) -> None:
     """Between the nodes, where the cubic is farthest from them, over seven octaves."""
-    for place in range(2, 30):
+    for place in range(2, 30, 3):
         assert 0 <= margin(2.0 ** -((place + 0.5) / 4), steps, target, delta) < 2e-3
 
 
