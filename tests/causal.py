@@ -75,7 +75,8 @@ def pairs(columns: dict[str, list[str]] = PAIRS, max_length: int = 64, **options
 
 def _decoder(family: str, tied: bool) -> nn.Module:
     shared: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
+        # With room for the token that Qwen2's tokenizer adds.
+        "vocab_size": VOCABULARY + 1,
         "hidden_size": 16,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
@@ -120,6 +121,7 @@ FAMILIES = {
 def checkpoint(folder: Path, family: str) -> str:
     torch.manual_seed(0)
     FAMILIES[family]().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
     return str(folder)
 
 

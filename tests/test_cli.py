@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -291,3 +293,65 @@ def test_a_benchmark_shows_its_runs_and_its_best_method(tmp_path: Path, some_dig
     assert "best so far: as-lora" in output
     assert "4/4" in output
     assert "4 of 8 runs are finished" in (tmp_path / "small/results.md").read_text()
+
+
+@pytest.fixture
+def for_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Any, str]]:
+    """Runs the command with --json; gives back the one document on stdout, and what people see on stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[Any, str]:
+        monkeypatch.setattr(cli, "console", Console(width=150))
+        done = CliRunner().invoke(cli.app, [*arguments, "--json"])
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout), done.stderr
+
+    return run
+
+
+@pytest.mark.usefixtures("checked_once", "without_report")
+def test_runs_and_comparisons_are_one_json_document(
+    for_scripts: Callable[..., tuple[Any, str]], tmp_path: Path, some_digits: list[str]
+) -> None:
+    settings = [*SMALL, *some_digits, *CHOSEN_NOISE, "federation.rounds=1"]
+    found, shown = for_scripts("run", *settings)
+    assert re.search(r"round +1 +accuracy", shown)
+    lines = (tmp_path / "runs/digits-as-lora/metrics.jsonl").read_text().splitlines()
+    assert found["metrics"] == [json.loads(line) for line in lines]
+    assert found["privacy"] == json.loads((tmp_path / "runs/digits-as-lora/privacy.json").read_text())
+    assert found["score"] == found["metrics"][-1]["accuracy"]
+    assert found["metric"] == "accuracy"
+    assert found["epsilon"] == max(client["epsilon"] for client in found["privacy"]["clients"])
+    assert (tmp_path / found["adapter"] / "adapter_model.safetensors").is_file()
+    again, shown = for_scripts("run", *settings)
+    assert again == found
+    assert "already finished" in shown
+    compared, shown = for_scripts("compare", *settings, "--methods", "ro-lora", "--seeds", "0")
+    assert "ro-lora, seed 0 (1 of 1)" in shown
+    assert [row["method"] for row in compared["methods"]] == ["ro-lora"]
+    written = json.loads(Path(compared.pop("page")).with_suffix(".json").read_text())
+    assert compared == written
+
+
+def test_tables_are_json_for_scripts(for_scripts: Callable[..., tuple[Any, str]]) -> None:
+    counts = ["--records", "4000", "--batch-size", "64", "--steps", "500", "--delta", "1e-5"]
+    found, _ = for_scripts("account", *counts, "--noise-multiplier", "0.8")
+    assert found["sampling_rate"] == 0.016
+    assert 3.7 < found["epsilon"] < found["epsilon_rdp"] < 4.5
+    found, _ = for_scripts("methods")
+    assert [row["method"] for row in found] == [row[0] for row in method_rows()]
+    assert set(found[0]) == {"method", "trains", "sends", "aggregation", "client_ranks", "under_DP", "paper"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["run", "missing.yaml"], ["account", "--records", "4", "--batch-size", "8", "--steps", "1"], ["budget", "x"]],
+)
+def test_with_json_an_error_leaves_stdout_empty(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "console", Console(width=150))
+    done = CliRunner().invoke(cli.app, [*command, "--json"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("error")

@@ -219,7 +219,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load(None, ["lora.r=2"])
     task = load_tests(config.task, resolve_base(config.model.base))
     export_adapter(
-        load_model(config, task), {}, folder, Export(config.model, config.task.type, task.label_names, 0), "# card"
+        load_model(config, task), {}, folder, Export(config.model, config.task, task.label_names, 0), "# card"
     )
     return folder
 

@@ -43,6 +43,14 @@ for _stream in (sys.stdout, sys.stderr):
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides section.key=value, such as privacy.epsilon=1.")]
 
 
+Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Adapter folder, such as runs/NAME/adapter.")]
+Base = Annotated[
+    str | None, typer.Option(help="Folder or hub id of the base model, if it is not where it was in training.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto uses a GPU if there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything else on stderr.")]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"lorica {lorica.__version__}")
@@ -64,13 +72,20 @@ def run(
         str | None, typer.Argument(help="Experiment (YAML file). Default: the embedded digits experiment.")
     ] = None,
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what the run will cost and release. Nothing is charged or written.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a LoRA adapter in a federation, or resume an interrupted run."""
-    with _errors():
+    with _errors(stdout_is_for_programs=as_json):
         experiment_config = _load(config, overrides)
+        if dry_run:
+            _rehearse(experiment_config, as_json)
+            return
         # After the configuration is known to be sound: these bring PyTorch and take seconds.
         from lorica.experiment import Experiment
-        from lorica.reporting.run_folder import read_run
+        from lorica.reporting.run_folder import read_run, run_content
         from lorica.reporting.tables import run_table
 
         with _Rounds() as rounds:
@@ -80,7 +95,29 @@ def run(
             console.print(
                 f"This run has already finished; these are its results. To start a new run: lorica run … {again}"
             )
-        console.print(run_table(read_run(result.folder)))
+        if as_json:
+            _print_json(run_content(read_run(result.folder)))
+        else:
+            console.print(run_table(read_run(result.folder)))
+
+
+def _rehearse(config: ExperimentConfig, as_json: bool) -> None:
+    from lorica.rehearsal import rehearse
+    from lorica.reporting.rehearsal import rehearsal_table
+
+    with console.status("") as status:
+        found = rehearse(config, lambda stage: status.update(f"{stage} …"))
+    if as_json:
+        _print_json(found)
+    else:
+        console.print(rehearsal_table(found))
+
+
+def _print_json(content: Any) -> None:
+    """Print one JSON document on stdout; infinity and NaN, which JSON does not have, are null."""
+    from lorica.files import to_json
+
+    typer.echo(to_json(content, indent=2, ensure_ascii=False))
 
 
 @app.command()
@@ -94,16 +131,18 @@ def compare(
         typer.Option(help="Comma-separated, with options after a colon: as-lora:score=energy+server.denoise=kalman."),
     ] = "as-lora,ffa-lora,ro-lora,fed-avg",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    as_json: AsJson = False,
 ) -> None:
     """Run several methods with several seeds and compare them. Interrupted runs are resumed."""
-    with _errors():
+    with _errors(stdout_is_for_programs=as_json):
         experiment_config = _load(config, overrides)
-        every_seed = _seeds(seeds)
+        every_seed = _whole_numbers("--seeds", seeds)
         from lorica.run.variants import parse_variant
 
         variants = [parse_variant(label.strip(), experiment_config) for label in re.split(r",(?![^\[]*\])", methods)]
         # After every argument is known to be sound: these bring transformers and PEFT, and take seconds.
         from lorica.compare import compare as compare_methods
+        from lorica.reporting.comparison import comparison_content
         from lorica.reporting.tables import comparison_table
 
         with _Rounds() as rounds:
@@ -115,8 +154,11 @@ def compare(
                 rounds.start,
                 rounds.round,
             )
-        console.print(comparison_table(results))
-        console.print(f"Comparison: {page}")
+        if as_json:
+            _print_json(comparison_content(results) | {"page": str(page)})
+        else:
+            console.print(comparison_table(results))
+            console.print(f"Comparison: {page}")
 
 
 @app.command()
@@ -132,7 +174,7 @@ def benchmark(
     ] = False,
 ) -> None:
     """Tune methods alike and compare them over settings and seeds. Run it again to resume it."""
-    with _errors("Finished runs are kept; the same command continues."):
+    with _errors(kept="Finished runs are kept; the same command continues."):
         from lorica.benchmark.results import read_results
         from lorica.benchmark.suite import load_suite
 
@@ -151,12 +193,168 @@ def benchmark(
 
 
 @app.command()
-def methods() -> None:
-    """List the methods: what each trains and sends, whether its aggregation is exact, its DP status, its paper."""
-    with _errors():
-        from lorica.reporting.methods import methods_table
+def predict(
+    adapter: Adapter,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help="The text of a record (two for a pair, or a question and its context), image files, or a data file.",
+        ),
+    ],
+    base: Base = None,
+    device: Device = "auto",
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Language modelling: the text is a user's turn of a conversation.")
+    ] = False,
+    answer_tokens: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="Language modelling: maximum tokens of an answer.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Predict with an adapter: from a text, images, or each record of a file (as JSON, one line a record)."""
+    with _errors(stdout_is_for_programs=True):
+        from lorica.inference import predict as predict_with
 
-        console.print(methods_table())
+        with console.status("Predicting …"):
+            found = predict_with(adapter, inputs, base, device, chat, answer_tokens)
+        for prediction in found:
+            typer.echo(json.dumps(prediction, ensure_ascii=False) if as_json or len(found) > 1 else _read(prediction))
+
+
+@app.command()
+def evaluate(
+    adapter: Adapter,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Labelled data: a file, an image folder or a hub id.")],
+    base: Base = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate an adapter on labelled data: the metrics that a run reports on its test set."""
+    with _errors(stdout_is_for_programs=as_json):
+        from lorica.inference import evaluate as evaluate_on
+        from lorica.reporting.run_folder import shown_metric
+
+        with console.status("Evaluating …"):
+            found = evaluate_on(adapter, data, base, device)
+        if as_json:
+            _print_json(found)
+            return
+        table = Table(show_header=False)
+        for name, value in found.items():
+            table.add_row(shown_metric(name), f"{value:.4f}")
+        console.print(table)
+
+
+@app.command()
+def export(
+    adapter: Adapter,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the whole model with the adapter merged into its weights.")
+    ] = False,
+    base: Base = None,
+) -> None:
+    """Copy an adapter to share it (--base names its base model there), or write a merged model (--merge)."""
+    with _errors():
+        from lorica.adapters.share import copy_adapter, write_merged
+
+        if merge:
+            write_merged(adapter, folder, base)
+        else:
+            copy_adapter(adapter, folder, base)
+        console.print(f"Written: {escape(str(folder))}", soft_wrap=True)
+
+
+@app.command()
+def push(
+    adapter: Adapter,
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="ACCOUNT/NAME on the Hugging Face hub.")],
+    base: Annotated[str | None, typer.Option(help="Hub id of the base model, if it was a folder in training.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see a new repository.")] = False,
+) -> None:
+    """Upload an adapter with its model card to the Hugging Face hub, with the account of `hf auth login`."""
+    with _errors():
+        from lorica.adapters.share import push_adapter
+
+        with console.status("Uploading …"):
+            address = push_adapter(adapter, repository, base, private=not public)
+        console.print(f"Uploaded: {escape(address)}", soft_wrap=True, highlight=False)
+
+
+def _read(prediction: dict[str, Any]) -> str:
+    """One prediction for people."""
+    if "label" in prediction:
+        return f"{prediction['label']} ({100 * prediction['score']:.1f} %)"
+    return "\n".join(str(value) for value in prediction.values())
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods: what each trains and sends, whether its aggregation is exact, its DP status, its paper."""
+    with _errors(stdout_is_for_programs=as_json):
+        from lorica.reporting.methods import HEADINGS, method_rows, methods_table
+
+        if as_json:
+            keys = [heading.replace(" ", "_") for heading in HEADINGS]
+            _print_json([dict(zip(keys, row, strict=True)) for row in method_rows()])
+        else:
+            console.print(methods_table())
+
+
+@app.command()
+def init(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Your data: CSV, JSONL, Parquet or an image folder.")],
+    output: Annotated[Path | None, typer.Option(help="The configuration to write. Default: NAME.yaml here.")] = None,
+    test: Annotated[str | None, typer.Option(help="A public test set.")] = None,
+    split: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=0.5, help="Split off this fraction for tests, which ε then does not cover."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Kind of task, if it is not the one found.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column with the text, or two, comma-separated.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column to predict.")] = None,
+    by: Annotated[str | None, typer.Option(help="Column that says whose record it is.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model: a folder or a hub id.")] = None,
+    clients: Annotated[int | None, typer.Option(min=1, help="Number of simulated owners. Default: 3.")] = None,
+    epsilon: Annotated[float, typer.Option(min=0.01, max=100, help="ε of each record over the run.")] = 3.0,
+) -> None:
+    """Write a commented configuration for your own data: task, columns, base model, batch size, rounds, ε."""
+    with _errors():
+        from lorica.templates.experiment import Wishes, draft_experiment
+
+        columns = None if text is None else [column.strip() for column in text.split(",")]
+        with console.status("Reading the data, and calibrating noise …"):
+            draft = draft_experiment(
+                data, Wishes(test, split, task, columns, label, by, base, clients, epsilon), output
+            )
+        draft.write()
+        for file in draft.files:
+            console.print(f"Written: {escape(str(file))}", soft_wrap=True, highlight=False)
+        console.print(f"Written: {escape(str(draft.path))}. Read it, then:", soft_wrap=True, highlight=False)
+        for option in (" --dry-run", ""):
+            command = f"lorica run {shlex.quote(str(draft.path))}{option}"
+            console.print(f"  {escape(command)}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def plan(
+    records: Annotated[int, typer.Option(min=8, help="Number of records of the client.")],
+    epsilon: Annotated[float, typer.Option(min=0.01, max=100, help="ε of each record over the run.")] = 3.0,
+    delta: Annotated[float, typer.Option(min=1e-12, max=0.5, help="δ, below 1/records.")] = 1e-5,
+    steps: Annotated[str, typer.Option(help="Total numbers of noisy steps, comma-separated.")] = "20,60,200",
+    as_json: AsJson = False,
+) -> None:
+    """Compare batch sizes and numbers of steps at the same ε: noise of the run, and gradients to compute."""
+    with _errors(stdout_is_for_programs=as_json):
+        from lorica.reporting.planning import compared_options, options_table
+
+        with console.status("Calibrating noise …"):
+            found = compared_options(records, epsilon, delta, _whole_numbers("--steps", steps))
+        if as_json:
+            _print_json(found)
+        else:
+            console.print(options_table(found))
 
 
 @app.command("new-method")
@@ -182,9 +380,10 @@ def account(
     delta: Annotated[float, typer.Option(help="δ, below 1/records.")] = 1e-5,
     epsilon: Annotated[float | None, typer.Option(help="Compute the noise multiplier for this ε.")] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Compute the ε of this noise multiplier.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compute the noise multiplier for an ε, or the ε for a noise multiplier, with two accountants."""
-    with _errors():
+    with _errors(stdout_is_for_programs=as_json):
         if (epsilon is None) == (noise_multiplier is None):
             problem = "exactly one of --epsilon and --noise-multiplier is required"
             raise UserError("--epsilon", epsilon, problem, "give one of them")
@@ -193,6 +392,20 @@ def account(
 
         content = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "delta": delta}
         plan = plan_client(0, records, batch_size, steps, validate(PrivacyConfig, content, prefix="account"))
+        if as_json:
+            _print_json(
+                {
+                    "records": records,
+                    "batch_size": batch_size,
+                    "sampling_rate": plan.terms.sampling_rate,
+                    "steps": steps,
+                    "noise_multiplier": plan.terms.noise_multiplier,
+                    "delta": delta,
+                    "epsilon": plan.epsilon(),
+                    "epsilon_rdp": plan.epsilon_rdp(),
+                }
+            )
+            return
         table = Table(show_header=False)
         table.add_row("sampling rate q", f"{plan.terms.sampling_rate:.6g}")
         table.add_row("steps", str(steps))
@@ -228,14 +441,14 @@ def budget(
     policy: Annotated[
         Path | None, typer.Option(help="The owner's policy (YAML file), to show the budget that is left.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     release: Annotated[
         str | None, typer.Option(metavar="RUN", help="Release the budget reserved by RUN, which will not continue.")
     ] = None,
     accept: Annotated[bool, typer.Option("--accept", help="Accept that the ledger is lost, older or changed.")] = False,
 ) -> None:
     """Show what was released from an owner's data: when, in which run, at what ε. Only --release and --accept write."""
-    with _errors():
+    with _errors(stdout_is_for_programs=as_json):
         if delta is not None and not 1e-12 <= delta < 0.5:
             raise UserError("--delta", delta, "not between 1e-12 and 0.5", "choose a value below 1/records")
         if delta is not None and policy is not None:
@@ -254,7 +467,7 @@ def budget(
             release_reservation(find_ledger(path), release)
         found = read_budget(path, delta or 1e-5, None if policy is None else load_policy(policy))
         if as_json:
-            typer.echo(json.dumps(found, indent=2))
+            _print_json(found)
         else:
             console.print(budget_table(found))
 
@@ -453,12 +666,16 @@ class _Runs:
 
 
 @contextmanager
-def _errors(kept: str = "Finished rounds are kept; the same command resumes the run.") -> Iterator[None]:
+def _errors(
+    stdout_is_for_programs: bool = False, kept: str = "Finished rounds are kept; the same command resumes the run."
+) -> Iterator[None]:
     """Print a `UserError` as one line; Ctrl-C keeps what is finished.
 
     Args:
-        kept: what to say about that.
+        stdout_is_for_programs: print what is for people on stderr meanwhile.
+        kept: what to say after Ctrl-C about what is finished.
     """
+    console.stderr = stdout_is_for_programs
     try:
         yield
     except UserError as error:
@@ -468,6 +685,8 @@ def _errors(kept: str = "Finished rounds are kept; the same command resumes the 
     except KeyboardInterrupt:
         console.print(f"Stopped. {kept}")
         raise typer.Exit(130) from None
+    finally:
+        console.stderr = False
 
 
 def _load(config: str | None, overrides: list[str] | None) -> ExperimentConfig:
@@ -480,11 +699,11 @@ def _load(config: str | None, overrides: list[str] | None) -> ExperimentConfig:
     return load(config, overrides)
 
 
-def _seeds(text: str) -> list[int]:
+def _whole_numbers(option: str, text: str) -> list[int]:
     try:
-        return [int(seed) for seed in text.split(",")]
+        return [int(number) for number in text.split(",")]
     except ValueError:
-        raise UserError("--seeds", text, "not a list of whole numbers", "write --seeds 0,1,2") from None
+        raise UserError(option, text, "not a list of whole numbers", f"write {option} 0,1,2") from None
 
 
 def _next_name(folder: Path) -> str:

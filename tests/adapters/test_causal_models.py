@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorica.adapters.base_model import load_base
 from lorica.adapters.export import Export, export_adapter, load_adapter
-from lorica.config import ModelConfig
+from lorica.config import ModelConfig, TaskConfig
 from lorica.errors import UserError
 from tests.causal import FAMILIES, adapted, checkpoint, pairs
 from tests.models import FAMILIES as CLASSIFIERS
@@ -64,7 +64,9 @@ def test_increments_leave_the_embeddings_alone_and_an_export_loads_with_peft(tmp
     assert torch.equal(base.get_input_embeddings().weight, before[0])
     assert torch.equal(base.get_output_embeddings().weight, before[1])
     config = ModelConfig(base=str(tmp_path / "base"), head="freeze")
-    export_adapter(model, merged, tmp_path / "adapter", Export(config, TASK, [], 0), "card")
+    export_adapter(
+        model, merged, tmp_path / "adapter", Export(config, TaskConfig(type=TASK, train="", test=""), [], 0), "card"
+    )
     inputs = pairs().batch(np.arange(4)).inputs
     fresh = transformers.AutoModelForCausalLM.from_pretrained(config.base)
     with torch.inference_mode():

@@ -19,10 +19,11 @@ from lorica.adapters.base_model import BaseModel, load_base
 from lorica.adapters.export import Export, export_adapter, load_adapter
 from lorica.adapters.sites import layer_of
 from lorica.adapters.targets import match_targets
-from lorica.config import LoraSection, ModelConfig
+from lorica.config import LoraSection, ModelConfig, TaskConfig
 from lorica.errors import UserError
 from tests.models import DECODER, FAMILIES, HEADS, IMAGES, VISION, batch
 from tests.pairs import pairwise
+from tests.tasks.conftest import write_tokenizer
 
 NAMES = ["bad", "fair", "good"]
 TASKS = dict.fromkeys(IMAGES, "image-classification")
@@ -34,7 +35,16 @@ def checkpoint(folder: Path, family: str, without_head: bool = False) -> str:
     torch.manual_seed(0)
     model = FAMILIES[family]()
     (model.base_model if without_head else model).save_pretrained(folder)
+    if family in IMAGES:
+        size = {"height": IMAGES[family], "width": IMAGES[family]}
+        transformers.ViTImageProcessorPil(size=size, image_mean=[0.5], image_std=[0.5]).save_pretrained(folder)
+    else:
+        write_tokenizer(folder)
     return str(folder)
+
+
+def export_of(config: ModelConfig, task: str = "text-classification", seed: int = 0) -> Export:
+    return Export(config, TaskConfig(type=task, train="", test=""), NAMES, seed)
 
 
 # Five shapes of head and attention in all combinations, the others in those that differ most, by turns.
@@ -79,7 +89,7 @@ def test_an_export_loads_with_peft_and_gives_the_same_logits(
         if merged_rank
     }
     model.merge(merged)
-    export_adapter(model, merged, tmp_path / "adapter", Export(config, task, NAMES, 3), "card")
+    export_adapter(model, merged, tmp_path / "adapter", export_of(config, task, 3), "card")
     examples = batch(family, 4).inputs
     with torch.inference_mode():
         expected = model.peft_model(**examples).logits
@@ -113,7 +123,13 @@ def test_mean_pooling_is_the_masked_mean_and_exports(tmp_path: Path) -> None:
         for index in range(4):
             length = int(examples["attention_mask"][index].sum())
             torch.testing.assert_close(logits[index], head(hidden[index, :length].mean(0)))
-        export_adapter(model, {}, tmp_path / "adapter", Export(config, "text-classification", NAMES, 0), "card")
+        export_adapter(
+            model,
+            {},
+            tmp_path / "adapter",
+            export_of(config),
+            "card",
+        )
         torch.testing.assert_close(load_adapter(tmp_path / "adapter")(**examples).logits, logits)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from torch import Tensor
 import lorica
 from lorica.config import TaskConfig
 from lorica.errors import UserError
+from lorica.inference import evaluate, predict
 from lorica.privacy.policy import Policy
 from lorica.registry import registered
+from lorica.tasks.classification import predicted_numbers
 from lorica.tasks.kind import TaskKind
 from lorica.tasks.labels import label_numbers
 from lorica.tasks.loading import load_training
 from lorica.tasks.made_up import TEXTS
 from lorica.tasks.readers import Source
-from lorica.tasks.records import Batch, Records, evaluating
-from lorica.tasks.text import load_tokenizer, tokenise
+from lorica.tasks.records import Batch, Passes, Records, evaluating
+from lorica.tasks.text import load_tokenizer, tokenise, tokenise_unlabelled
 from tests.tasks.conftest import WORDS
 from tests.tasks.test_whole_runs import experiment, sentences, write_rows
 
@@ -48,6 +51,12 @@ class Counting(TaskKind):
 
     def objective(self, processor: Any) -> Counting:
         return self
+
+    def predictions(
+        self, model: Any, source: Source, label_names: list[str], processor: Any, passes: Passes
+    ) -> list[dict[str, Any]]:
+        records = tokenise_unlabelled(source, self.config.text, processor, self.config.max_length)
+        return [{"rate": math.exp(number)} for number in predicted_numbers(model, records, passes)]
 
     def made_up(self, label_names: list[str]) -> dict[str, list[Any]]:
         return dict.fromkeys(self.config.text, TEXTS) | {self.config.label: [1] * len(TEXTS)}
@@ -104,6 +113,9 @@ def test_a_kind_from_elsewhere_is_trained_privately_from_file_to_adapter(tmp_pat
     model = lorica.load_adapter(result.adapter)
     tokens = load_tokenizer(str(tmp_path / "encoder"))([WORDS[0]], return_tensors="pt")
     assert model(**tokens).logits.shape == (1, 1)
+    [found] = predict(result.adapter, [WORDS[0]])
+    assert found == {"rate": pytest.approx(model(**tokens).logits.exp().item())}
+    assert evaluate(result.adapter, task["test"]) == pytest.approx({n: last[n] for n in ("within_one", "loss")})
 
 
 def test_it_is_no_kind_of_task_where_its_package_is_missing(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_regression_reports_correlations(tmp_path: Path) -> None:
     page = (result.folder / "report.html").read_text(encoding="utf-8")
     assert "Pearson correlation" in page
     model = lorica.load_adapter(result.adapter)
-    assert model.base_model.model.classifier.modules_to_save["default"].out_features == 1
+    assert model.classifier.out_features == 1
     with pytest.raises(UserError, match=r"federation\.partition = 'dirichlet'"):
         experiment(tmp_path, task, name="skewed", federation={"clients": 2, "partition": "dirichlet"}).run()
 
@@ -193,7 +193,7 @@ def test_questions_are_answered(tmp_path: Path) -> None:
     assert "Test F1" in page
     assert not (result.folder / "partition.json").exists()
     loaded = lorica.load_adapter(result.adapter)
-    assert loaded.base_model.model.qa_outputs.modules_to_save["default"].out_features == 2
+    assert loaded.qa_outputs.out_features == 2
 
 
 def test_conversations_are_continued(tmp_path: Path) -> None:

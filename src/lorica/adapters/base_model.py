@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from transformers.modeling_outputs import SequenceClassifierOutput
+from torch import nn
 
 from lorica.adapters.base_files import resolve_base
+from lorica.adapters.mean_pooled import MeanPooledClassifier, MeanPooledConfig
 from lorica.config import ModelConfig
 from lorica.errors import UserError
 from lorica.pretrained import from_pretrained
@@ -43,25 +43,6 @@ class BaseModel:
     new_modules: list[str]
 
 
-class MeanPooledClassifier(nn.Module):
-    """An encoder with a linear head on the mean of its last hidden states, without padding.
-
-    `logits = W · (Σ_t m_t h_t / Σ_t m_t) + c` with the attention mask `m (n, t)` and hidden states `h (n, t, d)`.
-    """
-
-    def __init__(self, encoder: transformers.PreTrainedModel, labels: int) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.config = encoder.config
-        self.classifier = nn.Linear(encoder.config.hidden_size, labels)
-
-    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> SequenceClassifierOutput:
-        hidden = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state.float()
-        mask = attention_mask.unsqueeze(-1)
-        mean = (hidden * mask).sum(1) / mask.sum(1)
-        return SequenceClassifierOutput(logits=self.classifier(mean))
-
-
 def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed: int) -> BaseModel:
     """The base model with a head for `label_names`, frozen, in evaluation mode, on the CPU in fp32.
 
@@ -86,13 +67,15 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
         "dtype": torch.float32,
         "output_loading_info": True,
     } | _quantisation(config, kind.heads)
+    names = dict(enumerate(label_names))
+    naming = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "initialisation"))
         if config.pooling == "mean":
             if not kind.pooled:
                 raise UserError("model.pooling", "mean", f"does not fit {task_type}", "set model.pooling=auto")
             encoder, info = _quietly(transformers.AutoModel.from_pretrained, base, options)
-            model: Any = MeanPooledClassifier(encoder, outputs)
+            model: Any = MeanPooledClassifier(MeanPooledConfig(encoder.config, num_labels=outputs, **naming), encoder)
             new_modules = ["classifier"]
             kept = False
         elif kind.own_head:
@@ -100,8 +83,6 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
             new_modules = []
             kept = True
         else:
-            names = dict(enumerate(label_names))
-            naming = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
             own_names = _checkpoint_labels(base)
             automatic = getattr(transformers, kind.model_class)
             model, info = _quietly(

@@ -264,6 +264,9 @@ def _other_modules(
             continue
         path = key.removeprefix(PREFIX)
         name = next((name for name in (trained.get(path, ""), f"{FIXED}{path}") if name in own), None)
+        if name is None and _is_of_the_base(model, path, value):
+            # PEFT's types of tasks have adapters contain the head, trained or not.
+            continue
         if name is None:
             problem = f"it contains {path!r:.200}, which is part of the base model here"
             _refuse(folder, problem, "if that is the head, set model.head=train; otherwise remove it from the adapter")
@@ -276,6 +279,11 @@ def _other_modules(
         logger.warning("the head of the adapter in lora.start has other labels, so this run starts with a new head")
         return {name: value for name, value in taken.items() if name not in in_file}
     return taken
+
+
+def _is_of_the_base(model: AdaptedModel, path: str, value: Tensor) -> bool:
+    own = model.peft_model.base_model.model.state_dict().get(path)
+    return own is not None and own.shape == value.shape and torch.equal(own.cpu().float(), value)
 
 
 def _key(site: Site, factor: str) -> str:

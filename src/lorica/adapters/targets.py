@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from torch import nn
 
+from lorica.adapters.mean_pooled import MeanPooledConfig
 from lorica.errors import UserError
 
 # Names of the same role in different model families; transformers 5 renamed several.
@@ -96,7 +97,8 @@ def _usual_targets(model: nn.Module, linear: list[str]) -> list[str] | str:
 
     if _named("query", linear) and _named("value", linear):
         return ["query", "value"]
-    family = getattr(getattr(model, "config", None), "model_type", None)
+    config = getattr(model, "config", None)
+    family = getattr(config.text_config if isinstance(config, MeanPooledConfig) else config, "model_type", None)
     targets: list[str] | str | None = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(family)
     if targets is None:
         raise _no_match("auto", linear)

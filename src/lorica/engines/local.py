@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -236,8 +237,13 @@ def _beyond(limit: float, life: float, history: History, run: str, client: Clien
     return UserError("privacy.max_lifetime_epsilon", limit, problem, remedy)
 
 
-def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
+def prepare_local(
+    config: ExperimentConfig, open_ledger: Callable[[Path], Ledger] = Ledger
+) -> tuple[Prepared, LocalEngine]:
     """Set up a federation in this process, and check everything that can be checked without training.
+
+    Args:
+        open_ledger: opens the owners' ledger.
 
     Raises:
         UserError: names the key, the value and the remedy.
@@ -252,7 +258,7 @@ def prepare_local(config: ExperimentConfig) -> tuple[Prepared, LocalEngine]:
     prepared = prepare(config, task)
     parts = [hold_out(config, part) for part in divide(config, task)]
     plans = [plan_run(config, client, len(records)) for client, (records, _) in enumerate(parts)]
-    ledger = Ledger(ledger_path(config, dataset))
+    ledger = open_ledger(ledger_path(config, dataset))
     clients = {
         plan.client: make_client(config, plan, records, private_test, ledger, dataset)
         for plan, (records, private_test) in zip(plans, parts, strict=True)

@@ -117,7 +117,7 @@ class Client:
             own_noise_multiplier=self._own_noise_multiplier(request),
         )
         model.assert_frozen()
-        self.ledger.introduce({self.records.fingerprint(): self.records.tags})
+        self.introduce()
         charge = self.ledger.charge(release, lambda earlier: self._allow(earlier, request))
         if isinstance(request.work, Training):
             released, kept = self._train(model, request, request.work, own, charge.seed)
@@ -154,7 +154,7 @@ class Client:
         Args:
             allow: called with the unused reservations of other runs, under the ledger's lock.
         """
-        self.ledger.introduce({self.records.fingerprint(): self.records.tags})
+        self.introduce()
         planned = self.reservation(run)
         if planned is None:
             allow([])
@@ -179,6 +179,10 @@ class Client:
             releases=0,
             own_noise_multiplier=self.plan.terms.noise_multiplier,
         )
+
+    def introduce(self) -> None:
+        """Store the records in the ledger, so that each one is recognised in other files."""
+        self.ledger.introduce({self.records.fingerprint(): self.records.tags})
 
     def _own_noise_multiplier(self, request: Request) -> float | None:
         """The noise multiplier of this client's own noise, if it shares the noise with others."""

@@ -16,6 +16,7 @@ from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import EMBEDDED, base_identity, resolve_base
 from lorica.adapters.export import Export, export_adapter
 from lorica.adapters.loading import check_isolated, load_model
+from lorica.adapters.loading_section import HEADING, loading_section
 from lorica.adapters.names import flat_pairs, pairs_under, under
 from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
@@ -276,11 +277,12 @@ class Node:
     def _keep_result(self, run: str, work: Delivery) -> None:
         own = self._client.personal(run, self._config.federation.rounds) if work.personal else {}
         self._model.write(dict(work.model) | own)
-        export = Export(self._config.model, self._config.task.type, self._label_names, self._config.seed)
+        export = Export(self._config.model, self._config.task, self._label_names, self._config.seed)
         kind, method = "Personal" if own else "Global", self._config.method.name
         card = f"# {self._config.name}\n\n{kind} LoRA adapter of run {run} (`{code(method)}`).\n"
         if self._config.lora.start is not None:
             card += f"\nStarted from the adapter `{code(self._config.lora.start)}`.\n"
+        card += f"\n## {HEADING}\n\n{loading_section(export, 'adapter')}\n"
         with replaced_folder(self._folder / "adapter") as target:
             export_adapter(self._model, work.merged, target, export, card)
         logger.info("the run has finished; its adapter is in %s", self._folder / "adapter")

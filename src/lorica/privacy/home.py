@@ -38,6 +38,11 @@ def _row(exposure: Exposure) -> tuple[object, ...]:
     return tuple(str(value) if isinstance(value, PrivacyUnit) else value for value in vars(exposure).values())
 
 
+def index_in(home: Path) -> Path:
+    """The index's file in a home folder."""
+    return home / "ledgers" / "index.sqlite"
+
+
 class Home:
     """The index `ledgers/index.sqlite` in Lorica's home folder.
 
@@ -49,7 +54,7 @@ class Home:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.path = (folder or home_folder()) / "ledgers" / "index.sqlite"
+        self.path = index_in(folder or home_folder())
         with self._errors():
             private_folder(self.path.parent)
             database.create(self.path)

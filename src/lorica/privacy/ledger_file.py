@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorica.errors import UserError
+from lorica.files import home_folder
 from lorica.privacy import database, record_sets
 from lorica.privacy.chain import Broken, verify
 from lorica.privacy.exposures import Exposure, merged
-from lorica.privacy.home import Home
+from lorica.privacy.home import Home, index_in
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.ledger_rows import (
     CHARGED,
@@ -87,6 +88,27 @@ def find_ledger(path: Path, lost: bool = False) -> Path:
         problem = f"not a ledger, and there is no ledger next to it ({beside.name})"
         raise UserError("ledger", str(path), problem, "give the path of the ledger itself")
     return path
+
+
+def working_copy(path: Path, folder: Path) -> Ledger:
+    """A copy of a ledger, and of all that Lorica's home knows of ledgers: what is charged to it is charged to nothing
+    else. A ledger that does not exist yet is a new one.
+
+    Args:
+        folder: where the copy goes; readable by the owner alone, like the ledger.
+
+    Raises:
+        UserError: as `Ledger`.
+    """
+    home = Home(folder)
+    for source, target in ((index_in(home_folder()), home.path), (path, folder / "ledger.sqlite")):
+        if source.is_file():
+            database.create(target)
+            with database.reading(source, only=True) as stored, closing(sqlite3.connect(target)) as copied:
+                stored.backup(copied)
+    if home.at(path) and not path.exists():
+        return Ledger(path, home)
+    return Ledger(folder / "ledger.sqlite", home)
 
 
 def read_ledger(path: Path) -> Book:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lorica.markdown import code, fenced, inline
+from lorica.markdown import code, inline
+from lorica.registry import TASK_KINDS, registered
 from lorica.reporting.clients import GUARANTEE, client_rows, left_out_text
-from lorica.reporting.run_folder import Run, clipping, metric_name, not_private
+from lorica.reporting.run_folder import Run, clipping, metric_name, not_private, outcome
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
+from lorica.tasks.readers import HUB_ID, READERS
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_./-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def model_card(run: Run, load_lines: str) -> str:
+def model_card(run: Run, loading: str) -> str:
     """Markdown with Hugging Face front matter, for `README.md` in the adapter folder.
 
     A base model that is not a Hugging Face id (a folder, `lorica:...`) appears in the text only, because the hub
@@ -24,16 +26,11 @@ def model_card(run: Run, load_lines: str) -> str:
     published.
 
     Args:
-        load_lines: Python code that loads the adapter.
+        loading: Markdown that says how to load the adapter.
     """
     base = str(run.config.get("model", {}).get("base", "unknown"))
-    front: dict[str, Any] = {"library_name": "peft"}
-    if _HUB_ID.fullmatch(base):
-        front["base_model"] = base
-    elif not base.startswith("lorica:"):
+    if not base.startswith("lorica:") and not _is_hub_id(base):
         base = Path(base).name
-    tags = ["lora", "federated-learning", "differential-privacy", "lorica"]
-    front["tags"] = [tag for tag in tags if tag != "differential-privacy" or _has_noise(run)]
     reason = not_private(run)
     warning = f"\n> **Not a private release: {inline(reason)}**\n" if reason else ""
     version = run.environment.get("lorica")
@@ -41,7 +38,8 @@ def model_card(run: Run, load_lines: str) -> str:
     start = run.environment.get("start")
     started = f"* Started from: adapter `{code(start['name'])}`, SHA-256 `{code(start['sha256'])}`\n" if start else ""
     return f"""---
-{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---
+{_front_matter(run).to_yaml()}
+---
 
 # {inline(run.name)}
 {warning}
@@ -53,11 +51,67 @@ A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that neve
 
 ## How to load it
 
-{fenced(load_lines)}
+{loading}
 
 ## Privacy
 
 {_privacy(run)}"""
+
+
+def _front_matter(run: Run) -> ModelCardData:
+    """What the hub searches by: base model, task, public data sets, result and licence, as far as they are known."""
+    base, task = str(run.config.get("model", {}).get("base", "")), run.config.get("task", {})
+    kind = registered(TASK_KINDS).get(str(task.get("type")))
+    tag = None if kind is None else kind.load().pipeline_tag
+    tags = ["lora", "federated-learning", "differential-privacy", "lorica"]
+    tests = task.get("test", "")
+    names = [str(name) for name in (tests.values() if isinstance(tests, dict) else [tests])]
+    result = _result(run, tag, _dataset_id(names[0]) or Path(names[0]).name)
+    return ModelCardData(
+        library_name="peft",
+        base_model=base if _is_hub_id(base) else None,
+        license=_license(base),
+        pipeline_tag=tag,
+        # Of the training data, only its owners know whether it may be named.
+        datasets=sorted({found for name in names if (found := _dataset_id(name))}) or None,
+        model_name=None if result is None else run.name,
+        eval_results=result,
+        tags=[name for name in tags if name != "differential-privacy" or _has_noise(run)],
+    )
+
+
+def _result(run: Run, tag: str | None, dataset: str) -> list[EvalResult] | None:
+    """The main metric after the last evaluated round; None if a name in it may be more than a name."""
+    score = outcome(run.metrics).final
+    metric = next((str(row["metric"]) for row in run.metrics if row.get("metric")), "accuracy")
+    if score is None or tag is None or not all(map(_NAME.fullmatch, (run.name, dataset, metric))):
+        return None
+    return [EvalResult(tag, dataset, dataset, metric, round(score, 4))]
+
+
+def _is_hub_id(base: str) -> bool:
+    return bool(_HUB_ID.fullmatch(base)) and not Path(base).exists()
+
+
+def _dataset_id(source: str) -> str | None:
+    """The hub id in a source such as `nyu-mll/glue:sst2[train]`; None for a file, of which only its owner knows."""
+    match = HUB_ID.fullmatch(source)
+    if match is None or "/" not in match["id"] or Path(source).suffix.lower() in READERS or Path(source).exists():
+        return None
+    return match["id"]
+
+
+def _license(base: str) -> str | None:
+    """The licence that a local base model's own card names: an adapter is of little use without its base."""
+    card = Path(base) / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        named = ModelCard.load(card, ignore_metadata_errors=True).data.license
+    # Whoever wrote the card may have broken any rule of its format.
+    except Exception:
+        return None
+    return named if isinstance(named, str) else None
 
 
 def _privacy(run: Run) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from lorica.errors import UserError
@@ -75,6 +75,18 @@ def summarise(results: list[ComparedRun]) -> list[Summary]:
     """
     summaries = [_summary(method, group) for method, group in by_method(results).items()]
     return sorted(summaries, key=lambda summary: -summary.mean)
+
+
+def comparison_content(results: list[ComparedRun]) -> dict[str, Any]:
+    """A comparison for scripts: each method over its seeds, highest mean first.
+
+    Raises:
+        UserError: as `by_method`.
+    """
+    return {
+        "methods": [asdict(summary) for summary in summarise(results)],
+        "not_private_runs": sum(result.private_release is False for result in results),
+    }
 
 
 def _summary(method: str, group: list[ComparedRun]) -> Summary:

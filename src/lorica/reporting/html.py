@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from lorica.reporting.benchmark_figures import epsilon_figure, setting_figure
 from lorica.reporting.benchmark_tables import benchmark_headings, benchmark_markdown, benchmark_rows, setting_notes
 from lorica.reporting.choices import median_signal_to_noise, near_coin_flips
 from lorica.reporting.clients import MOST_CLIENTS, client_rows, left_out_text
-from lorica.reporting.comparison import ComparedRun, summarise
+from lorica.reporting.comparison import ComparedRun, comparison_content, summarise
 from lorica.reporting.drawing import Figure, rc_context
 from lorica.reporting.factors import factor_rows
 from lorica.reporting.partition import partition_figure
@@ -130,10 +129,9 @@ def write_comparison(folder: str | Path, results: list[ComparedRun]) -> Path:
             "single_seeds": [summary.method for summary in summaries if summary.std is None],
         },
     )
-    content = {"methods": [asdict(summary) for summary in summaries], "not_private_runs": len(public)}
     files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
     files["comparison.md"] = comparison_markdown(results).encode()
-    files["comparison.json"] = (to_json(content, indent=2, ensure_ascii=False) + "\n").encode()
+    files["comparison.json"] = (to_json(comparison_content(results), indent=2, ensure_ascii=False) + "\n").encode()
     for name, text in (files | {"comparison.html": page.encode()}).items():
         write_atomically(folder / name, text)
     return folder / "comparison.html"
@@ -200,7 +198,9 @@ def figure_svg(figure: Figure, name: str, description: str) -> Markup:
     """
     buffer = io.StringIO()
     with rc_context(RC):
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        unchanging = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        # On whatever colour the page has.
+        figure.savefig(buffer, format="svg", transparent=True, metadata=unchanging)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r'\bid="', f'id="{name}-', svg)

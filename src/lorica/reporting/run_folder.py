@@ -119,9 +119,37 @@ def score_of(row: dict[str, Any]) -> float | None:
     return None if value is None else float(value)
 
 
+def run_content(run: Run) -> dict[str, Any]:
+    """A finished run for scripts: its result first, then all of its metrics and the privacy statement.
+
+    `score` is the main metric after the last evaluated round, and `epsilon` the largest of all clients; null without
+    privacy.
+    """
+    found = outcome(run.metrics)
+    return {
+        "name": run.name,
+        "method": run.method,
+        "folder": str(run.folder),
+        "adapter": str(run.folder / "adapter"),
+        "report": str(run.folder / "report.html"),
+        "metric": next((row["metric"] for row in run.metrics if "metric" in row), None),
+        "score": found.final,
+        "starting_score": found.start,
+        "epsilon": max((client["epsilon"] for client in run.clients if "epsilon" in client), default=None),
+        "private_release": (run.privacy or {}).get("private_release"),
+        "metrics": run.metrics,
+        "privacy": run.privacy,
+    }
+
+
 def metric_name(metrics: list[dict[str, Any]]) -> str:
     """Display name of the main metric, such as "F1"."""
     name = next((str(row["metric"]) for row in metrics if row.get("metric")), "accuracy")
+    return shown_metric(name)
+
+
+def shown_metric(name: str) -> str:
+    """Display name of a metric, such as "F1"."""
     return METRIC_NAMES.get(name, name.replace("_", " "))
 
 

@@ -123,8 +123,10 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 def points(difference: float, digits: int = 1) -> str:
     """0.164 as "+16.4 points": a difference between two percentages is not a percentage."""
-    text = f"{100 * difference:+.{digits}f}".replace("-", "−")
-    return f"{text} points"
+    text = f"{100 * difference:+.{digits}f}"
+    # What is rounded to nothing has no sign.
+    sign = text[0].replace("-", "−") if float(text) else "±"
+    return f"{sign}{text[1:]} points"
 
 
 def rounded_up(value: float | None) -> str:

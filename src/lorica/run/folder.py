@@ -84,6 +84,15 @@ def started_from(folder: Path) -> dict[str, str] | None:
     return found
 
 
+def started_run(folder: Path) -> str | None:
+    """Id under which the ledger records the run of a folder; None if it has not started.
+
+    Raises:
+        UserError: environment.json is damaged.
+    """
+    return (_environment(folder) or {}).get("run")
+
+
 def _environment(folder: Path) -> dict[str, Any] | None:
     """The content of environment.json; None if there is none."""
     path = folder / ENVIRONMENT

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lorica.adapters.export import Export, export_adapter
+from lorica.adapters.loading_section import loading_section
 from lorica.aggregation.averaging import RoundAverage
 from lorica.aggregation.denoising import make_denoiser
 from lorica.aggregation.robust import make_aggregate
@@ -76,7 +77,7 @@ def train(
     if prepared.partition is not None:
         write_atomically(folder / "partition.json", json.dumps(prepared.partition, ensure_ascii=False).encode())
     checkpoint = load_checkpoint(folder / "checkpoint")
-    federation = _assemble(prepared, engine, run, checkpoint)
+    federation = assemble(prepared, engine, run, checkpoint)
     finished = federation.server.round
     keep_rounds(folder / "metrics.jsonl", 0, -1 if checkpoint is None else finished)
     keep_rounds(folder / "decisions.jsonl", 1, finished)
@@ -97,7 +98,12 @@ def train(
     return _finish(prepared, federation)
 
 
-def _assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoint | None) -> Federation:
+def assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoint | None = None) -> Federation:
+    """The server of a run, from its start or from a checkpoint.
+
+    Args:
+        run: id under which the ledger records the run.
+    """
     config = prepared.config
     server = Server(
         model=prepared.state,
@@ -237,12 +243,12 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
     write_atomically(folder / "privacy.json", to_json(statement, indent=2).encode())
     # If the personal models stay with their clients, export the tensors that all clients share.
     models = _models(prepared, federation) or {"": federation.server.evaluated}
-    export = Export(config.model, config.task.type, prepared.task.label_names, config.seed)
+    export = Export(config.model, config.task, prepared.task.label_names, config.seed)
     with replaced_folder(folder / "adapter") as target:
         for name, tensors in models.items():
             prepared.model.write(tensors)
             path = f"adapter/{name}".rstrip("/")
-            card = model_card(read_run(folder), f'import lorica\n\nmodel = lorica.load_adapter("{path}")')
+            card = model_card(read_run(folder), loading_section(export, path))
             export_adapter(prepared.model, federation.server.model.merged, target / name, export, card)
     write_checksums(folder)
     result = read_result(folder)

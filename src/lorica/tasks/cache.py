@@ -10,7 +10,9 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from lorica.files import cache_folder, sync_folder
 VERSION = 2
 LAYOUT = "arrays.json"
 _CHUNK = 2**24
+_folder: ContextVar[Path | None] = ContextVar("folder of prepared records", default=None)
 logger = logging.getLogger(__name__)
 
 
@@ -50,6 +53,17 @@ class Arrays:
         sync_folder(self._folder)
 
 
+@contextmanager
+def nothing_cached() -> Iterator[None]:
+    """Within it, arrays are made in a temporary folder: what is predicted once need not be kept."""
+    with tempfile.TemporaryDirectory(prefix="lorica-") as folder:
+        token = _folder.set(Path(folder))
+        try:
+            yield
+        finally:
+            _folder.reset(token)
+
+
 def cached_arrays(key: Iterable[str], make: Callable[[Arrays], None]) -> dict[str, np.ndarray]:
     """Arrays that `make` writes, made only where no earlier run has made them; memory-mapped, read-only.
 
@@ -65,7 +79,7 @@ def cached_arrays(key: Iterable[str], make: Callable[[Arrays], None]) -> dict[st
         UserError: the disk is full, or the cache folder cannot be written.
     """
     name = hashlib.sha256(json.dumps([VERSION, *key]).encode()).hexdigest()[:40]
-    final = cache_folder() / "records" / name
+    final = (_folder.get() or cache_folder()) / "records" / name
     try:
         if not _is_whole(final):
             final.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

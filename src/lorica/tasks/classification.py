@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorica.tasks.metrics import OF_CLASSES, OF_NUMBERS
-from lorica.tasks.records import Batch, Records
+from lorica.tasks.records import Batch, Passes, Records
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,31 @@ class Regression:
             predicted[places] = outputs.logits.float()[:, 0].cpu().numpy()
         found = {name: OF_NUMBERS[name](records.labels, predicted) for name in self.metrics}
         return found | {"loss": float(np.mean((predicted - records.labels) ** 2))}
+
+
+def predicted_labels(model: Any, records: Records, label_names: list[str], passes: Passes) -> list[dict[str, Any]]:
+    """The likeliest label of each record, and its probability as `score`."""
+    logits = _logits(model, records, passes)
+    scores, best = logits.softmax(dim=1).max(dim=1)
+    return [
+        {"label": label_names[label], "score": score}
+        for label, score in zip(best.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def predicted_numbers(model: Any, records: Records, passes: Passes) -> np.ndarray:
+    """(n,) float32."""
+    numbers: np.ndarray = _logits(model, records, passes)[:, 0].numpy()
+    return numbers
+
+
+def _logits(model: Any, records: Records, passes: Passes) -> Tensor:
+    """(n, outputs) fp32, on the CPU, in the order of the records."""
+    found: list[Tensor] = [torch.empty(0)] * len(records)
+    for places, _, outputs in _passes(model, records, passes.tokens, passes.device):
+        for place, row in zip(places, outputs.logits.float().cpu(), strict=True):
+            found[place] = row
+    return torch.stack(found)
 
 
 def _passes(model: Any, records: Records, tokens: int, device: torch.device | str) -> Any:

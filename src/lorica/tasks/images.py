@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -109,6 +111,13 @@ def load_preprocessing(base: str) -> Preprocessing:
     patch = getattr(vision, "patch_size", None) or DEFAULT_PATCH
     height, width = (patch, patch) if isinstance(patch, int) else patch
     return Preprocessing(base, processor, channels, (height, width))
+
+
+def save_preprocessing(preprocessing: Preprocessing, folder: Path) -> None:
+    """Write the image processor's file, for transformers, which turns other images than RGB into RGB itself."""
+    processor = copy.copy(preprocessing.processor)
+    processor.do_convert_rgb = preprocessing.channels == 3
+    processor.save_pretrained(folder)
 
 
 def process(

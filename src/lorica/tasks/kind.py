@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from lorica.tasks.readers import Source
-    from lorica.tasks.records import Objective, Records
+    from lorica.tasks.records import Objective, Passes, Records
 
 
 class TaskKind(ABC):
@@ -26,6 +26,7 @@ class TaskKind(ABC):
     Attributes:
         config: the section `task`.
         columns: keys of the section `task` that name columns; nothing else of a source is read.
+        targets: those of them that name what is predicted, which a source to predict from lacks.
         labels: what `task.label` holds. `classes`: names from `task.labels` or the data. `number`: one to predict.
             `none`: the kind has no label.
         model_class: transformers' automatic class that loads a base model for the task.
@@ -34,9 +35,12 @@ class TaskKind(ABC):
         pooled: a linear map on the mean of the last hidden states fits too (`model.pooling: mean`).
         metric_choices: what `task.metrics` may name; nothing where it may not be set.
         default_metrics: what is reported where it is not set.
+        pipeline_tag: what the Hugging Face hub calls such tasks; None where it has no name for them.
+        peft_task: PEFT's name for such tasks (`task_type` of an exported adapter); None where PEFT has none.
     """
 
     columns: ClassVar[tuple[str, ...]]
+    targets: ClassVar[tuple[str, ...]] = ("label",)
     labels: ClassVar[Literal["classes", "number", "none"]] = "none"
     model_class: ClassVar[str]
     heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
@@ -44,6 +48,8 @@ class TaskKind(ABC):
     pooled: ClassVar[bool] = False
     metric_choices: ClassVar[tuple[str, ...]] = ()
     default_metrics: ClassVar[tuple[str, ...]]
+    pipeline_tag: ClassVar[str | None] = None
+    peft_task: ClassVar[str | None] = None
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
@@ -97,6 +103,19 @@ class TaskKind(ABC):
         """
 
     @abstractmethod
+    def predictions(
+        self, model: Any, source: Source, label_names: list[str], processor: Any, passes: Passes
+    ) -> list[dict[str, Any]]:
+        """What a model makes of each record of a source that has the columns of `input_keys` only.
+
+        Args:
+            model: a trained one in evaluation mode, on `passes.device`; gradients are off.
+
+        Raises:
+            UserError: a column or a record cannot be used.
+        """
+
+    @abstractmethod
     def made_up(self, label_names: list[str]) -> dict[str, list[Any]]:
         """Column -> three values that nobody wrote, of different lengths if they are texts (`lorica.tasks.made_up`)."""
 
@@ -112,6 +131,14 @@ class TaskKind(ABC):
         Args:
             base: the model as the configuration names it, for errors.
         """
+
+    def save_processor(self, processor: Any, folder: Path) -> None:
+        """Write the processor's files beside an adapter, as transformers reads them."""
+        processor.save_pretrained(folder)
+
+    def input_keys(self) -> dict[str, str]:
+        """The columns that a prediction needs, each with the configuration's key that names it."""
+        return {name: key for name, key in self.column_keys().items() if key.removeprefix("task.") not in self.targets}
 
     def column_keys(self) -> dict[str, str]:
         """The columns that are read, each with the configuration's key that names it."""

@@ -49,7 +49,12 @@ class Source:
 
 
 def read(
-    config: TaskConfig, key: str, name: str, also: Mapping[str, str] | None = None, private: bool = False
+    config: TaskConfig,
+    key: str,
+    name: str,
+    also: Mapping[str, str] | None = None,
+    private: bool = False,
+    inputs_only: bool = False,
 ) -> Source:
     """Read the columns that the task needs from a source; rows keep the source's order.
 
@@ -60,6 +65,7 @@ def read(
         name: the source, as the configuration has it under `key`.
         also: further columns, each with the configuration's key that names it.
         private: an owner's records on its own machine, which may lack labels (`Source.private`).
+        inputs_only: read only what a prediction needs (`TaskKind.input_keys`).
 
     Raises:
         UserError: the source does not exist, is of no known kind, cannot be parsed or is empty; a column is missing;
@@ -67,7 +73,7 @@ def read(
     """
     path = local_path(name, key)
     kind = kind_of(config)
-    wanted = kind.column_keys() | dict(also or {})
+    wanted = (kind.input_keys() if inputs_only else kind.column_keys()) | dict(also or {})
     try:
         table = _read_table(config, kind, path, key, name, wanted)
         folder = path if path.is_dir() else path.parent

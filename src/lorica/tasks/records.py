@@ -216,6 +216,19 @@ def stack_digests(digests: list[bytes]) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """How records go through a model.
+
+    Attributes:
+        tokens: padded tokens or patches in one forward pass.
+        device: where the model is.
+    """
+
+    tokens: int
+    device: torch.device | str
+
+
 class Objective(Protocol):
     """What a task minimises, and how well a model does at it."""
 

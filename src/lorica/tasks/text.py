@@ -118,6 +118,9 @@ def load_tokenizer(base: str) -> Any:
     # transformers makes a tokenizer that knows its special tokens only where the vocabulary's file is missing.
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise UserError("model.base", base, "its tokenizer has no vocabulary", "add tokenizer.json to the folder")
+    if tokenizer.pad_token_id is None:
+        # Masked in any case; without one, transformers pads nothing.
+        tokenizer.pad_token = tokenizer.eos_token
     if not Path(base).is_dir() or (Path(base) / "config.json").is_file():
         remedy = "give the id of a model on the hub, or a folder with config.json"
         config = from_pretrained(AutoConfig.from_pretrained, base, "its configuration", remedy)
@@ -195,6 +198,16 @@ def tokenise(
         pad=next(pad for pad in pads if pad is not None),
         pad_type=tokenizer.pad_token_type_id,
     )
+
+
+def tokenise_unlabelled(source: Source, columns: list[str], tokenizer: Any, max_length: int) -> TextRecords:
+    """Tokenise texts to predict from, as `tokenise` does with those to learn from; their labels are zero.
+
+    Raises:
+        UserError: as `tokenise`.
+    """
+    count = source.table.num_rows
+    return tokenise(source, columns, np.zeros(count, dtype=np.int64), [""] * count, tokenizer, max_length)
 
 
 def tokenizer_identity(tokenizer: Any) -> str:

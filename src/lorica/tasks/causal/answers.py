@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lorica.errors import UserError
-from lorica.tasks.causal.records import CausalRecords
-from lorica.tasks.records import cheapest_cuts, evaluating
+from lorica.tasks.causal.records import CausalRecords, Prompts
+from lorica.tasks.records import Passes, cheapest_cuts, evaluating
 from lorica.tasks.text import padded
 
 # A minus counts where it cannot be a subtraction.
@@ -48,24 +48,40 @@ def exact_match(
     Raises:
         UserError: a reference has no number after `####`.
     """
-    room = tokenizer.model_max_length - max_new_tokens
-    questions = [(prompt[-room:], reference) for prompt, reference in map(records.question, range(len(records)))]
+    questions = list(map(records.question, range(len(records))))
     wanted = references(records, tokenizer, answer)
-    settings = _greedy(model, tokenizer, [reference for _, reference in questions], max_new_tokens, records.pad)
-    lengths = np.array([len(prompt) for prompt, _ in questions])
-    order = np.argsort(lengths, kind="stable")
-    matches = start = 0
+    prompts = Prompts([prompt for prompt, _ in questions], [reference for _, reference in questions], records.pad)
     with evaluating(model):
-        for end in cheapest_cuts(lengths[order] + max_new_tokens, tokens):
-            rows = order[start:end]
-            ids, mask = _left_padded([questions[row][0] for row in rows], records.pad)
-            given = model.generate(
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings, use_cache=True
-            )
-            texts = tokenizer.batch_decode(given[:, ids.shape[1] :], skip_special_tokens=True)
-            matches += sum(_given(text, answer) == wanted[row] for row, text in zip(rows, texts, strict=True))
-            start = end
-    return matches / len(records)
+        texts = continued(model, prompts, tokenizer, max_new_tokens, Passes(tokens, device))
+    return sum(_given(text, answer) == right for text, right in zip(texts, wanted, strict=True)) / len(records)
+
+
+def continued(model: Any, prompts: Prompts, tokenizer: Any, max_new_tokens: int, passes: Passes) -> list[str]:
+    """What a model adds to each prompt, decoded greedily, without special tokens.
+
+    It ends where `exact_match` says. A prompt that leaves no room for so many new tokens loses its beginning.
+    """
+    room = tokenizer.model_max_length - max_new_tokens
+    kept = [prompt[-room:] for prompt in prompts.tokens]
+    settings = _greedy(model, tokenizer, prompts.answers, max_new_tokens, prompts.pad)
+    lengths = np.array([len(prompt) for prompt in kept])
+    order = np.argsort(lengths, kind="stable")
+    found = [""] * len(kept)
+    start = 0
+    for end in cheapest_cuts(lengths[order] + max_new_tokens, passes.tokens):
+        rows = order[start:end]
+        ids, mask = _left_padded([kept[row] for row in rows], prompts.pad)
+        given = model.generate(
+            input_ids=ids.to(passes.device),
+            attention_mask=mask.to(passes.device),
+            generation_config=settings,
+            use_cache=True,
+        )
+        texts = tokenizer.batch_decode(given[:, ids.shape[1] :], skip_special_tokens=True)
+        for row, text in zip(rows, texts, strict=True):
+            found[row] = text
+        start = end
+    return found
 
 
 def references(records: CausalRecords, tokenizer: Any, answer: Answer) -> list[str | Decimal]:

@@ -96,6 +96,18 @@ def encoded_conversations(
         yield whole, list(zip(places[::2], places[1::2], strict=True))
 
 
+def question_and_answer(row: Conversation, tokenizer: Any) -> tuple[str, str]:
+    """A conversation up to where the assistant answers next or, if it ends with an answer, up to that; and how the
+    template writes an answer.
+    """
+    messages = [{"role": role, "content": text} for role, text in zip(row[::2], row[1::2], strict=True)]
+    if messages[-1]["role"] == "assistant":
+        messages.pop()
+    asked: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    answered: str = tokenizer.apply_chat_template([*messages, {"role": "assistant", "content": "."}], tokenize=False)
+    return asked, answered.removeprefix(asked)
+
+
 def _marked_turns(messages: list[Message], tokenizer: Any, template: str) -> tuple[str, list[Span] | None]:
     """The conversation written out, and the characters between the template's generation markers."""
     from transformers.utils.chat_template_utils import render_jinja_template

@@ -15,6 +15,21 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, eq=False)
+class Prompts:
+    """Texts for a model to go on with.
+
+    Attributes:
+        tokens: int32, of each.
+        answers: int32, tokens of answers as they may end: a special token that ends one ends the model's too.
+        pad: the token id that stands in padded, masked places.
+    """
+
+    tokens: list[np.ndarray]
+    answers: list[np.ndarray]
+    pad: int
+
+
+@dataclass(frozen=True, eq=False)
 class CausalRecords(TokenRecords):
     """Tokenised texts and which of their tokens are learned.
 

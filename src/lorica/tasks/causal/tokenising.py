@@ -15,10 +15,11 @@ from lorica.tasks.causal.conversations import (
     Encoded,
     chat_template,
     encoded_conversations,
+    question_and_answer,
     read_conversations,
     token_ids,
 )
-from lorica.tasks.causal.records import CausalRecords
+from lorica.tasks.causal.records import CausalRecords, Prompts
 from lorica.tasks.readers import Source
 from lorica.tasks.records import digest, stack_digests
 from lorica.tasks.text import SLICE, column_texts, tokenizer_identity
@@ -106,6 +107,39 @@ def tokenise_causal(source: Source, columns: list[str], tokenizer: Any, max_leng
         starts=np.cumsum(sizes) - sizes,
         sizes=sizes,
         pad=next(pad for pad in pads if pad is not None),
+    )
+
+
+def tokenise_prompts(source: Source, column: str, tokenizer: Any) -> Prompts:
+    """Tokenise prompts as `tokenise_causal` does: texts with the beginning-of-text token if the tokenizer puts one
+    there, or conversations with the words of the chat template that ask for an answer.
+
+    Raises:
+        UserError: the column holds neither texts nor conversations, or the tokenizer has no chat template.
+    """
+    import pyarrow as pa
+
+    answers: list[list[int]] = []
+    if pa.types.is_nested(source.table.column(column).type):
+        chat_template(tokenizer)
+        starts = range(0, source.table.num_rows, SLICE)
+        rows = [row for start in starts for row in read_conversations(source, column, start)]
+        asked, answered = zip(*(question_and_answer(row, tokenizer) for row in rows), strict=True)
+        tokens = token_ids(tokenizer, list(asked), add_special_tokens=False)
+        answers = token_ids(tokenizer, list(answered), add_special_tokens=False)
+    else:
+        begin, _ = _edges(tokenizer)
+        texts = column_texts(source, column).to_pylist()
+        tokens = [[*begin, *ids] for ids in token_ids(tokenizer, texts, add_special_tokens=False)]
+    for index, ids in enumerate(tokens):
+        if not ids:
+            problem = f"record {index} (counted from 0) has no tokens in column {column!r}"
+            raise source.error(problem, "add text or remove the record")
+    pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return Prompts(
+        [np.array(ids, dtype=np.int32) for ids in tokens],
+        [np.array(ids, dtype=np.int32) for ids in answers],
+        next(pad for pad in pads if pad is not None),
     )
 
 

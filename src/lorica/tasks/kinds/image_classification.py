@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorica.tasks.kind import TaskKind
-from lorica.tasks.labels import label_indices
+from lorica.tasks.labels import UNKNOWN, label_indices
 from lorica.tasks.made_up import noise_image
 from lorica.tasks.metrics import OF_CLASSES
 from lorica.tasks.readers import Source
 
 if TYPE_CHECKING:
-    from lorica.tasks.records import Objective, Records
+    from lorica.tasks.records import Objective, Passes, Records
 
 
 class ImageClassification(TaskKind):
@@ -20,6 +21,7 @@ class ImageClassification(TaskKind):
     columns = ("image", "label")
     labels = "classes"
     model_class = "AutoModelForImageClassification"
+    pipeline_tag = "image-classification"
     metric_choices = tuple(OF_CLASSES)
     default_metrics = ("accuracy",)
 
@@ -38,6 +40,23 @@ class ImageClassification(TaskKind):
         from lorica.tasks.classification import Classification
 
         return Classification(tuple(self.metrics))
+
+    def predictions(
+        self, model: Any, source: Source, label_names: list[str], processor: Any, passes: Passes
+    ) -> list[dict[str, Any]]:
+        import numpy as np
+
+        from lorica.tasks.classification import predicted_labels
+        from lorica.tasks.images import process
+
+        unlabelled = np.full(source.table.num_rows, UNKNOWN)
+        records = process(source, self.config.image, unlabelled, label_names, processor)
+        return predicted_labels(model, records, label_names, passes)
+
+    def save_processor(self, processor: Any, folder: Path) -> None:
+        from lorica.tasks.images import save_preprocessing
+
+        save_preprocessing(processor, folder)
 
     def made_up(self, label_names: list[str]) -> dict[str, list[Any]]:
         images = [noise_image(seed) for seed in range(3)]

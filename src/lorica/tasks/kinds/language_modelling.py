@@ -10,7 +10,11 @@ from lorica.tasks.made_up import TEXTS
 from lorica.tasks.readers import Source
 
 if TYPE_CHECKING:
-    from lorica.tasks.records import Objective, Records
+    from lorica.tasks.records import Objective, Passes, Records
+
+
+# What a prediction decodes where `task.answer_tokens` is not set.
+ANSWER_TOKENS = 64
 
 
 class LanguageModelling(TaskKind):
@@ -21,7 +25,10 @@ class LanguageModelling(TaskKind):
 
     columns = ("text",)
     model_class = "AutoModelForCausalLM"
+    targets = ()
     own_head = True
+    pipeline_tag = "text-generation"
+    peft_task = "CAUSAL_LM"
     default_metrics = ("token_accuracy", "perplexity")
 
     @property
@@ -43,6 +50,20 @@ class LanguageModelling(TaskKind):
 
             references(records, processor, self.config.answer_format)
         return records
+
+    def predictions(
+        self, model: Any, source: Source, label_names: list[str], processor: Any, passes: Passes
+    ) -> list[dict[str, Any]]:
+        from lorica.tasks.causal.answers import continued
+        from lorica.tasks.causal.tokenising import tokenise_prompts
+
+        prompts = tokenise_prompts(source, self.config.text[0], processor)
+        most = self.config.answer_tokens or min(ANSWER_TOKENS, processor.model_max_length // 2)
+        return [{"text": text} for text in continued(model, prompts, processor, most, passes)]
+
+    def input_keys(self) -> dict[str, str]:
+        """The column of prompts, or the one of texts or conversations."""
+        return {self.config.text[0]: "task.text"}
 
     def objective(self, processor: Any) -> Objective:
         from lorica.tasks.causal.objective import NextTokenObjective

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from lorica.tasks.readers import Source
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from lorica.tasks.records import Objective, Records
+    from lorica.tasks.records import Objective, Passes, Records
 
 
 class QuestionAnswering(TaskKind):
@@ -24,7 +25,11 @@ class QuestionAnswering(TaskKind):
 
     columns = ("question", "context", "answers")
     model_class = "AutoModelForQuestionAnswering"
+    targets = ("answers",)
     heads = ("qa_outputs",)
+    pipeline_tag = "question-answering"
+    # PEFT 0.21 has QUESTION_ANS, but its model drops `token_type_ids`, and then finds other answers.
+    peft_task = None
     default_metrics = ("exact_match", "f1")
 
     def read_file(self, path: Path, key: str) -> pa.Table | None:
@@ -43,6 +48,20 @@ class QuestionAnswering(TaskKind):
         columns = (config.question, config.context, config.answers)
         lengths = (config.max_length, config.stride, config.max_question)
         return tokenise_questions(source, *columns, processor, *lengths, keep_texts)
+
+    def predictions(
+        self, model: Any, source: Source, label_names: list[str], processor: Any, passes: Passes
+    ) -> list[dict[str, Any]]:
+        import pyarrow as pa
+
+        from lorica.tasks.questions.answers import all_answers
+
+        nothing: list[Any] = [{"text": [], "answer_start": []}] * source.table.num_rows
+        kind = pa.struct([("text", pa.list_(pa.string())), ("answer_start", pa.list_(pa.int64()))])
+        table = source.table.append_column(self.config.answers, pa.array(nothing, kind))
+        records = self.records(replace(source, table=table), label_names, processor, keep_texts=True)
+        found = all_answers(model, records, passes, self.config.null_threshold, self.config.max_answer)
+        return [{"answer": answer} for answer in found]
 
     def objective(self, processor: Any) -> Objective:
         from lorica.tasks.questions.objective import SpanObjective

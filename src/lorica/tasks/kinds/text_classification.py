@@ -11,7 +11,7 @@ from lorica.tasks.metrics import OF_CLASSES
 from lorica.tasks.readers import Source
 
 if TYPE_CHECKING:
-    from lorica.tasks.records import Objective, Records
+    from lorica.tasks.records import Objective, Passes, Records
 
 
 class TextClassification(TaskKind):
@@ -21,6 +21,8 @@ class TextClassification(TaskKind):
     labels = "classes"
     model_class = "AutoModelForSequenceClassification"
     pooled = True
+    pipeline_tag = "text-classification"
+    peft_task = "SEQ_CLS"
     metric_choices = tuple(OF_CLASSES)
     default_metrics = ("accuracy",)
 
@@ -40,6 +42,15 @@ class TextClassification(TaskKind):
         from lorica.tasks.classification import Classification
 
         return Classification(tuple(self.metrics))
+
+    def predictions(
+        self, model: Any, source: Source, label_names: list[str], processor: Any, passes: Passes
+    ) -> list[dict[str, Any]]:
+        from lorica.tasks.classification import predicted_labels
+        from lorica.tasks.text import tokenise_unlabelled
+
+        records = tokenise_unlabelled(source, self.config.text, processor, self.config.max_length)
+        return predicted_labels(model, records, label_names, passes)
 
     def made_up(self, label_names: list[str]) -> dict[str, list[Any]]:
         return dict.fromkeys(self.config.text, TEXTS) | {self.config.label: [label_names[0]] * len(TEXTS)}

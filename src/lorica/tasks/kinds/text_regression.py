@@ -11,7 +11,7 @@ from lorica.tasks.metrics import OF_NUMBERS
 from lorica.tasks.readers import Source
 
 if TYPE_CHECKING:
-    from lorica.tasks.records import Objective, Records
+    from lorica.tasks.records import Objective, Passes, Records
 
 
 class TextRegression(TaskKind):
@@ -21,6 +21,8 @@ class TextRegression(TaskKind):
     labels = "number"
     model_class = "AutoModelForSequenceClassification"
     pooled = True
+    pipeline_tag = "text-classification"
+    peft_task = "SEQ_CLS"
     metric_choices = tuple(OF_NUMBERS)
     default_metrics = ("pearson", "spearman")
 
@@ -41,6 +43,15 @@ class TextRegression(TaskKind):
 
         return Regression(tuple(self.metrics))
 
+    def predictions(
+        self, model: Any, source: Source, label_names: list[str], processor: Any, passes: Passes
+    ) -> list[dict[str, Any]]:
+        from lorica.tasks.classification import predicted_numbers
+        from lorica.tasks.text import tokenise_unlabelled
+
+        records = tokenise_unlabelled(source, self.config.text, processor, self.config.max_length)
+        return [{"number": number} for number in predicted_numbers(model, records, passes).tolist()]
+
     def made_up(self, label_names: list[str]) -> dict[str, list[Any]]:
         return dict.fromkeys(self.config.text, TEXTS) | {self.config.label: [0.0] * len(TEXTS)}
 
@@ -49,3 +60,5 @@ class TextRegression(TaskKind):
         from lorica.tasks.models import pad_as_configured
 
         pad_as_configured(model)
+        # Otherwise transformers' pipelines take a single output for the logit of a probability.
+        model.config.problem_type = "regression"

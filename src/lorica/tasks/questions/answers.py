@@ -11,6 +11,22 @@ import torch
 import torch.nn.functional as F
 
 from lorica.tasks.questions.records import QuestionRecords, Texts
+from lorica.tasks.records import Passes, Records
+
+
+def all_answers(
+    model: Any, records: Records, passes: Passes, null_threshold: float | None, max_answer: int
+) -> list[str]:
+    """The answer to each question, as `lorica.tasks.questions.objective.evaluate` finds it; records keep texts."""
+    assert isinstance(records, QuestionRecords)
+    assert records.texts is not None
+    found = [""] * len(records)
+    for indices in records.micro_batch_indices(np.arange(len(records)), passes.tokens):
+        outputs = model(**records.batch(indices).to(passes.device).inputs)
+        given = predicted_answers(outputs, records, records.texts, indices, null_threshold, max_answer)
+        for index, answer in zip(indices, given, strict=True):
+            found[index] = answer
+    return found
 
 
 def predicted_answers(
