@@ -45,7 +45,9 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e . && touch $@
 
 $(VENV)/installed-dev: $(VENV)/torch pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' && touch $@ $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	# Only its auditing module is used, as a second implementation, and that needs no JAX.
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps jax-privacy && touch $@ $(VENV)/installed
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache

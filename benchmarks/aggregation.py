@@ -187,7 +187,8 @@ def federation(name: str, shape: Shape, setting: Setting, driven: int, rounds: i
         for layer, module in product(range(driven), ("query", "value"))
     ]
     a = {site.a: (2 * torch.rand(rank, width, generator=engine.draws) - 1) / math.sqrt(width) for site in sites}
-    state = AdapterState(sites, a | {site.b: torch.zeros(width, rank) for site in sites})
+    weight = torch.randn(width, width, generator=engine.draws) / math.sqrt(width)
+    state = AdapterState(sites, a | {site.b: torch.zeros(width, rank) for site in sites}, lambda site: weight)
     method = make_method(MethodConfig(name=name), sites)
     method.start(state, SEED)
     plans = {client: plan_client(client, RECORDS, BATCH, rounds * STEPS, PRIVACY) for client in range(setting.clients)}
@@ -198,7 +199,7 @@ def federation(name: str, shape: Shape, setting: Setting, driven: int, rounds: i
         terms={client: plan.terms for client, plan in plans.items()},
         optimizer=optimizer,
         local_steps=STEPS,
-        rates=learning_rates(optimizer, list(state.tensors)),
+        full_rates=learning_rates(optimizer, list(state.tensors)),
         seed=SEED,
     )
     return Federation("benchmark", method, server, engine, plans, [list(plans)] * rounds, "uniform")

@@ -78,17 +78,20 @@ The methods solve these problems in different ways.
   trains a small matrix between them.
 * **Alternate.** Train B while A is shared, then A while B is shared. Aggregation is exact each time, and both factors
   learn. `ro-lora` alternates by round and `deer` by half-round; `random-lora` chooses at random for each layer, and
-  `as-lora` by a score for each layer. `la-lora` alternates by local step, so no step multiplies two noises; but by the
-  end of a round both factors have moved, so averaging them is inexact again.
+  `as-lora` by a score for each layer. `lora-a2` alternates by round and trains only the ranks with the largest
+  updates. `la-lora` alternates by local step, so no step multiplies two noises; but by the end of a round both factors
+  have moved, so averaging them is inexact again.
 * **Re-factorise.** Form the mean product and factorise it again by an SVD. `fedsvd` does so after training B alone,
-  `flex-lora` after training both factors, with truncation to rank `r`, and `fedask` from two sketches of each client's
-  product.
+  `flex-lora` after training both factors, with truncation to rank `r`, `consensus-avg` after a projection onto the
+  directions that clients share, and `fedask` from two sketches of each client's product.
+  So does `fed-power`, where a trusted server noises the sketches (`privacy.unit: client`).
 * **Align or correct.** Average both factors, but reduce the error. `fedrot-lora` first rotates the clients' factors
   into one basis, `lora-fair` corrects B afterwards, and `het-lora` averages factors of different ranks, weighted by the
   size of their products. `fed-avg` does neither and is the baseline.
 * **Stack and merge.** Merge into the frozen weight what the factors cannot hold. `flora` merges the stacked factors of
   all clients, `fedex-lora` the error of averaging, and `fed-rac-lora` the product of each round. This is exact, but the
-  server sends more down.
+  server sends more down. `frlora` merges the change of the averaged factors, and starts every round from the principal
+  factors of the weight.
 * **Personalise.** `fedsa-lora` averages A and leaves B and the head with the client, so every client has its own model.
 * **Project.** `galore-avg` trains the weight itself, along a projection of its gradient that all clients share.
 * **Leave it out.** `head-only` trains no adapter. It shows what the head learns alone, which is no merit of LoRA.
@@ -113,6 +116,21 @@ any adapted map. Where the basis changed, both factors travel down. State that t
 (momentum, a Kalman filter, an average over rounds) is refused.
 
 The gauge is Lorica's, not that of the papers: `method.gauge: none` is the papers' algorithm.
+
+## Two methods that are not here
+
+The Sketched Gaussian Mechanism on Matrix (SGMM, OpenReview 4xzpNtnowK) sends a random sketch `S U` of an update `U`
+with `‖U‖ ≤ C`, plus noise, and claims that the noise may shrink as `1/√b` for a sketch of b rows. That holds only for
+an observer who does not know S. But the server has to know S to undo the sketch, and so does every client, since all
+of them use one seed. Given S, this is the Gaussian mechanism with sensitivity `C ‖S‖₂`. A Gaussian S has
+`‖S‖₂ ≈ 1 + √(d/b)`, so it needs more noise, not less. A sketch of an update that is already private costs nothing, as
+in `fedask`.
+
+FedRand (arXiv 2503.07216) draws for each map whether a client sends A or B, and lets the other one stay with the
+client, so that the server never sees a whole model. This is not DP. The factor that is sent was trained beside the
+one that stays, so it depends on that too. The draws are no secret from an observer who knows the seed, and the
+factors sent in two consecutive rounds together show the model. With noise on everything that is trained, the
+guarantee is that of the noise, and hiding factors adds nothing to it.
 """
 
 COLUMNS = """Aggregation is `exact` if the new global model is the weighted mean of the clients' models at every adapted
@@ -203,7 +221,7 @@ def _table(headings: list[str], rows: list[list[str]]) -> str:
 
 def _linked(text: str) -> str:
     """Names of methods as links to their sections."""
-    return re.sub(r"`([a-z-]+)`", lambda found: _link(found[1]) if found[1] in registry() else found[0], text)
+    return re.sub(r"`([a-z0-9-]+)`", lambda found: _link(found[1]) if found[1] in registry() else found[0], text)
 
 
 def _link(name: str) -> str:

@@ -9,13 +9,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import lorica
 import lorica.cli
 import lorica.run.rounds
+from lorica.errors import UserError
 from lorica.privacy.ledger import Ledger
 
 
@@ -61,22 +66,100 @@ def _run(environment: dict[str, str], overrides: list[str], call: int, moment: s
     lorica.Experiment.load(overrides=overrides).run()
 
 
-def kill_run_at(overrides: Sequence[str], function: str, call: int) -> bool:
-    """Start a run in another process, which dies before its `call`-th `os.replace`, `os.fsync` or `os.mkdir`.
+@dataclass(frozen=True)
+class Ending:
+    """How a run in another process ended.
 
-    Returns:
-        False if the run ended before that.
+    Attributes:
+        killed: it was killed by a signal.
+        events: number of its file-system events; 0 if it was killed.
+        error: the traceback or, of a `UserError`, the message; empty if it finished or was killed.
+        expected: it finished, was killed, or ended with a `UserError`.
     """
-    process = _started(_run_until, list(overrides), function, call)
+
+    killed: bool
+    events: int = 0
+    error: str = ""
+    expected: bool = True
+
+
+def run_until(
+    overrides: Sequence[str], root: Path, event: int = 0, error: int | None = None, seconds: float = 0.0
+) -> Ending:
+    """Start a run in another process, which dies just before its `event`-th file-system event, or after some seconds.
+
+    Events are renames, syncs, new and deleted files and folders, files opened for writing, and opened databases.
+
+    Args:
+        overrides: of the default experiment.
+        root: events elsewhere do not count.
+        event: counted from 1; 0 for none.
+        error: number of the system's error with which the event fails in place of the kill, such as `errno.ENOSPC`.
+        seconds: at an instant of the clock, wherever the process is then; 0 for none.
+    """
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = _started(_run_until, sender, list(overrides), root, event, error, seconds)
+    sender.close()
+    try:
+        ending: Ending = receiver.recv()
+    except EOFError:
+        ending = Ending(killed=True)
     process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
+    assert process.exitcode in ((-signal.SIGKILL, -signal.SIGALRM) if ending.killed else (0,))
+    return ending
 
 
-def _run_until(environment: dict[str, str], overrides: list[str], function: str, call: int) -> None:
+_PATH_OF = {"open": 0, "os.rename": 1, "os.mkdir": 0, "os.rmdir": 0, "os.remove": 0, "sqlite3.connect": 0}
+
+
+def _run_until(
+    environment: dict[str, str],
+    sender: Connection,
+    overrides: list[str],
+    root: Path,
+    event: int,
+    error: int | None,
+    seconds: float,
+) -> None:
     os.environ.update(environment)
-    setattr(os, function, _dying(getattr(os, function), call, "before"))
-    lorica.Experiment.load(overrides=overrides).run()
+    events = 0
+
+    def happens(path: object) -> None:
+        nonlocal events
+        events += 1
+        if events == event and error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif events == event:
+            raise OSError(error, os.strerror(error or 0), str(path))
+
+    def hook(name: str, arguments: tuple[Any, ...]) -> None:
+        if name not in _PATH_OF or (
+            name == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        ):
+            return
+        path = arguments[_PATH_OF[name]]
+        if isinstance(path, str | bytes | os.PathLike) and str(root) in os.fsdecode(path):
+            happens(path)
+
+    def fsync(descriptor: int, sync: Callable[[int], None] = os.fsync) -> None:
+        happens(descriptor)
+        sync(descriptor)
+
+    sys.addaudithook(hook)
+    os.fsync = fsync
+    if seconds:
+        # Without a handler, the alarm ends the process at once.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        lorica.Experiment.load(overrides=overrides).run()
+        ending = Ending(killed=False, events=events)
+    except UserError as problem:
+        ending = Ending(killed=False, events=events, error=str(problem))
+    except BaseException:
+        ending = Ending(killed=False, events=events, error=traceback.format_exc(), expected=False)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    sender.send(ending)
 
 
 def _dying(function: Callable[..., Any], call: int, moment: str) -> Callable[..., Any]:

@@ -141,17 +141,24 @@ def test_the_digits_are_those_of_the_default() -> None:
 
 @dataclass(frozen=True)
 class Owner:
-    """A client of average size: its records, and the steps that the schedule gives it."""
+    """A client of average size: its records, and the steps that the schedule gives it.
+
+    With client-level DP, all clients together: the records are clients, the batches and steps are rounds.
+    """
 
     records: int
+    batch_size: int
     steps: int
 
     @classmethod
     def of(cls, config: ExperimentConfig) -> Owner:
         federation = config.federation
+        if config.privacy.unit == "client":
+            return cls(federation.clients, federation.participants, federation.rounds)
         schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
         rounds = max(sum(client in participants for participants in schedule) for client in range(federation.clients))
-        return cls(data_of(config).records // federation.clients, federation.local_steps * rounds)
+        records = data_of(config).records // federation.clients
+        return cls(records, federation.batch_size, federation.local_steps * rounds)
 
 
 @each_example
@@ -161,7 +168,7 @@ def test_the_budget_suffices_with_sane_noise(path: Path) -> None:
     owner = Owner.of(config)
     if not config.privacy.private:
         return
-    rate = config.federation.batch_size / owner.records
+    rate = owner.batch_size / owner.records
     assert config.privacy.epsilon is not None
     little, much = ([Steps(rate, sigma, owner.steps)] for sigma in (0.3, 20))
     # The bounds of ε take milliseconds, and ε with little noise a second.
@@ -183,10 +190,10 @@ def test_the_noise_that_is_planned_spends_the_budget(path: Path) -> None:
     config = load(path)
     owner = Owner.of(config)
     if not config.privacy.private:
-        plan = plan_client(0, owner.records, config.federation.batch_size, owner.steps, config.privacy)
+        plan = plan_client(0, owner.records, owner.batch_size, owner.steps, config.privacy)
         assert plan.epsilon() == float("inf")
         return
-    noise_multiplier, spent = planned(owner.records, config.federation.batch_size, owner.steps, config.privacy)
+    noise_multiplier, spent = planned(owner.records, owner.batch_size, owner.steps, config.privacy)
     assert 0.3 < noise_multiplier < 20
     assert config.privacy.epsilon is not None
     assert 0.9 * config.privacy.epsilon < spent <= config.privacy.epsilon
@@ -199,6 +206,10 @@ def test_every_client_has_records_for_a_batch(path: Path) -> None:
     data = data_of(config)
     labels = np.arange(data.records) % max(data.labels, 1)
     parts = partition(labels, config.federation, stream_seed(config.seed, "partition"))
+    if config.privacy.unit == "client":
+        # Their own batches protect nobody; a client with fewer records uses all of them.
+        assert min(map(len, parts)) >= 1
+        return
     assert min(map(len, parts)) >= config.federation.batch_size
 
 

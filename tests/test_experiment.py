@@ -35,7 +35,7 @@ from lorica.reporting.html import write_report
 from lorica.run.result import Result
 from lorica.tasks import digits
 from lorica.tasks.classification import Classification
-from tests.killed import kill_run, start_command
+from tests.killed import kill_run, run_until, start_command
 
 Load = Callable[..., lorica.Experiment]
 SMALL = [
@@ -162,8 +162,8 @@ def test_running_again_reads_the_finished_run(finished: Result) -> None:
 @pytest.mark.parametrize(
     "moments",
     [
-        # Of the charge. One test, since they share the process that the killed ones are forked from.
-        [(4, "before", "charge"), (4, "after", "attach")],
+        # Of the charge, and of any file. One test, since they share the process that the killed ones are forked from.
+        [(4, "before", "charge"), (4, "after", "attach"), (90, "before", "event")],
         pytest.param([(3, "after", "charge"), (2, "before", "checkpoint")], marks=pytest.mark.integration),
     ],
 )
@@ -172,8 +172,12 @@ def test_kill_9_in_a_round_then_resume_equals_an_uninterrupted_run(
 ) -> None:
     whole = adapter_of(finished)
     for call, moment, where in moments:
-        overrides = [*small, *placed(tmp_path / f"{moment}-{where}")]
-        kill_run(overrides, call, moment, where)
+        root = tmp_path / f"{moment}-{where}-{call}"
+        overrides = [*small, *placed(root)]
+        if where == "event":
+            assert run_until(overrides, root, call).killed
+        else:
+            kill_run(overrides, call, moment, where)
         resumed = lorica.Experiment.load(overrides=overrides).run()
         for name, value in adapter_of(resumed).items():
             assert torch.equal(value, whole[name]), name
@@ -401,7 +405,7 @@ def test_the_lifetime_limit_stops_a_run_before_it_starts(tmp_path: Path, experim
 
 @no_report
 def test_without_privacy_a_run_says_so(tmp_path: Path, some_digits: list[str]) -> None:
-    overrides = ["privacy=none", "federation.weights=records", "federation.rounds=1", "federation.clients=2"]
+    overrides = ["privacy=none", "federation.rounds=1", "federation.clients=2"]
     result = lorica.Experiment.load(overrides=[*overrides, *some_digits, f"output={tmp_path}"]).run()
     assert result.epsilon == float("inf")
     assert result.privacy["private_release"] is False
@@ -423,7 +427,7 @@ def test_without_privacy_a_run_says_so(tmp_path: Path, some_digits: list[str]) -
 @no_report
 def test_without_noise_the_clip_keeps_a_run_from_diverging(tmp_path: Path, some_digits: list[str]) -> None:
     """Without a clip, the accuracy after two rounds is about that of guessing."""
-    overrides = ["privacy=none", "federation.weights=records", "federation.rounds=2", "federation.clients=2"]
+    overrides = ["privacy=none", "federation.rounds=2", "federation.clients=2"]
     overrides += ["federation.partition=iid", "federation.evaluate_every=2", *some_digits, f"output={tmp_path}"]
     result = lorica.Experiment.load(overrides=overrides).run()
     assert result.score > result.starting_score > 0.5
@@ -432,7 +436,7 @@ def test_without_noise_the_clip_keeps_a_run_from_diverging(tmp_path: Path, some_
 @no_report
 @pytest.mark.slow
 def test_the_whole_embedded_default_learns_without_noise(tmp_path: Path) -> None:
-    overrides = ["privacy=none", "federation.weights=records", "federation.evaluate_every=20", f"output={tmp_path}"]
+    overrides = ["privacy=none", "federation.evaluate_every=20", f"output={tmp_path}"]
     result = lorica.Experiment.load(overrides=overrides).run()
     assert result.score > result.starting_score + 0.1
 
@@ -449,7 +453,6 @@ def test_the_whole_embedded_default_learns_without_noise(tmp_path: Path) -> None
         ("model.pooling=mean", r"model\.pooling"),
         ("task.train=absent.csv", r"task\.train"),
         ("method.name=as-laura", r"Did you mean 'as-lora'"),
-        ("privacy=none", r"federation\.weights = 'noise': there is no noise"),
         ("model.device=cuda:7", r"model\.device"),
         ("lora.client_ranks=[1, 2, 3]", r"lora\.client_ranks = \[1, 2, 3\]: 3 ranks for 2 clients"),
         (

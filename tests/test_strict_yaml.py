@@ -15,6 +15,7 @@ from lorica.config import DEFAULT_CONFIG, ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.privacy.policy import load_policy
 from lorica.strict_yaml import read_yaml, read_yaml_file
+from tests.fuzzing import draws_of
 
 POLICY = "max_epsilon: 1.0\ndelta: 1.0e-5\nbase_models: null\ntasks: [{type: text-classification}]\n"
 
@@ -199,7 +200,7 @@ def ends_well(call: Callable[[], object], what: str) -> None:
 
 @pytest.mark.parametrize("count", [150, pytest.param(1500, marks=pytest.mark.slow)])
 def test_mutated_configurations_and_policies_end_in_one_error(count: int, tmp_path: Path) -> None:
-    draw = random.Random(count)
+    draw = draws_of("configurations", count)
     texts = [DEFAULT_CONFIG.read_text(encoding="utf-8"), load().to_yaml(), POLICY]
     path = tmp_path / "x.yaml"
     for number in range(count):
@@ -210,7 +211,7 @@ def test_mutated_configurations_and_policies_end_in_one_error(count: int, tmp_pa
 
 @pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.slow)])
 def test_mutated_overrides_end_in_one_error(count: int) -> None:
-    draw = random.Random(count)
+    draw = draws_of("overrides", count)
     keys = keys_of(load())
     for _ in range(count):
         key = draw.choice([*keys, "", ".", "a..b", "privacy.epsilon.x", "federation.", "método.x"])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,6 +24,7 @@ from rich.table import Table
 
 import lorica
 from lorica.errors import UserError
+from lorica.files import to_json
 
 if TYPE_CHECKING:
     from lorica.benchmark.suite import Suite
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 flower = typer.Typer(no_args_is_help=True, help="Federations across machines, over Flower.")
+audit = typer.Typer(no_args_is_help=True, help="Attacks on what leaves an owner: is the claimed guarantee refuted?")
 app.add_typer(flower, name="flower")
+app.add_typer(audit, name="audit")
 console = Console()
 # A console that is not UTF-8 shows a question mark for ε and σ; without this, it ends the command.
 for _stream in (sys.stdout, sys.stderr):
@@ -158,7 +162,7 @@ def compare(
             _print_json(comparison_content(results) | {"page": str(page)})
         else:
             console.print(comparison_table(results))
-            console.print(f"Comparison: {page}")
+            console.print(f"Comparison: {escape(str(page))}", soft_wrap=True)
 
 
 @app.command()
@@ -189,7 +193,7 @@ def benchmark(
 
         results = read_results(whole.folder)
         page = write_benchmark(whole.folder, whole.with_results(results))
-        console.print(f"Benchmark: {page}", soft_wrap=True)
+        console.print(f"Benchmark: {escape(str(page))}", soft_wrap=True)
 
 
 @app.command()
@@ -367,7 +371,9 @@ def new_method(
         from lorica.templates.new_method import write_package
 
         package = write_package(name, folder)
-        console.print(f"Created {package}. Next: pip install -e {package}, then see its README.md", soft_wrap=True)
+        console.print(f"Created {escape(str(package))}. Next:", soft_wrap=True)
+        console.print(f"  pip install -e {escape(shlex.quote(str(package)))}", soft_wrap=True, highlight=False)
+        console.print(f"Then see {escape(str(package / 'README.md'))}.", soft_wrap=True)
 
 
 @app.command()
@@ -422,7 +428,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder, such as ru
     with _errors():
         from lorica.reporting.html import write_report
 
-        console.print(f"Report: {write_report(folder)}")
+        console.print(f"Report: {escape(str(write_report(folder)))}", soft_wrap=True)
 
 
 @app.command("hash")
@@ -461,7 +467,8 @@ def budget(
             ledger = find_ledger(path, lost=True)
             accept_ledger(ledger)
             if not ledger.is_file():
-                console.print(f"The next run starts a new ledger at {ledger}.", soft_wrap=True, highlight=False)
+                text = f"The next run starts a new ledger at {escape(str(ledger))}."
+                console.print(text, soft_wrap=True, highlight=False)
                 return
         if release is not None:
             release_reservation(find_ledger(path), release)
@@ -470,6 +477,59 @@ def budget(
             _print_json(found)
         else:
             console.print(budget_table(found))
+
+
+@audit.command("mechanism")
+def audit_mechanism(
+    methods: Annotated[str | None, typer.Option(help="Comma-separated. Default: all registered methods.")] = None,
+    epsilon: Annotated[float, typer.Option(help="The claim to attack, at δ = 1e-5.")] = 3.0,
+    canaries: Annotated[int, typer.Option(help="Number of canaries; more give larger lower bounds.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Audit the installed mechanism without data, for every method. Exit code 1 if a promise is refuted."""
+    with _errors(stdout_is_for_programs=as_json, kept="An audit keeps nothing; the same command starts again."):
+        from lorica.audit.mechanism import audit_mechanism as audit_methods
+        from lorica.reporting.audit import mechanism_table
+
+        names = None if methods is None else [name.strip() for name in methods.split(",")]
+        with _progress("methods") as shown:
+            found = audit_methods(names, epsilon, canaries, shown)
+        if as_json:
+            typer.echo(to_json(found, indent=2))
+        else:
+            console.print(mechanism_table(found))
+    if found["refuted"]:
+        raise typer.Exit(1)
+
+
+@audit.command("run")
+def audit_experiment(
+    config: Annotated[
+        str | None, typer.Argument(help="Experiment (YAML file). Default: the embedded digits experiment.")
+    ] = None,
+    overrides: Overrides = None,
+    canaries: Annotated[int, typer.Option(help="Number of canaries; more give larger lower bounds.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Audit an experiment with canaries from its public test set. Exit code 1 if the claim is refuted."""
+    with _errors(stdout_is_for_programs=as_json, kept="An audit keeps nothing; the same command starts again."):
+        experiment_config = _load(config, overrides)
+        from lorica.audit.run import audit_run, write_audit
+        from lorica.reporting.audit import audit_table
+        from lorica.run.folder import has_experiment
+
+        # Before minutes of training rather than after them.
+        has_experiment(experiment_config.folder, experiment_config)
+        with _progress("rounds") as shown:
+            found = audit_run(experiment_config, canaries, shown)
+        path = write_audit(experiment_config, found)
+        if as_json:
+            typer.echo(to_json(found, indent=2))
+        else:
+            console.print(audit_table(found))
+            console.print(f"Audit: {path}", highlight=False)
+    if found["refuted"]:
+        raise typer.Exit(1)
 
 
 @flower.command("init")
@@ -563,9 +623,12 @@ class _Rounds:
         modules = sorted({site.name.rsplit(".", 1)[-1] for site in prepared.model.sites})
         noise = [plan.noise_multiplier for plan in federation.plans.values()]
         sizes = [plan.records for plan in federation.plans.values()]
+        who = f"{len(sizes)} clients with {min(sizes)} to {max(sizes)} records"
+        if config.privacy.unit == "client":
+            who = f"{config.federation.clients} clients, on average {config.federation.participants} in a round"
         console.print(
-            f"[bold]{config.name}[/bold]: {config.method.name}, {len(sizes)} clients with {min(sizes)} to {max(sizes)} "
-            f"records, {config.federation.rounds} rounds of {config.federation.local_steps} steps"
+            f"[bold]{config.name}[/bold]: {config.method.name}, {who}, "
+            f"{config.federation.rounds} rounds of {config.federation.local_steps} steps"
         )
         console.print(
             f"LoRA of rank {config.lora.r} on {len(prepared.model.sites)} linear maps ({', '.join(modules)}) in "
@@ -584,7 +647,7 @@ class _Rounds:
             level = PrivacyUnit.of(config.privacy).level
             console.print(
                 f"{level} DP: C = {config.privacy.largest_norm:g}, σ = {min(noise):.2f} to {max(noise):.2f}, "
-                f"δ = {config.privacy.delta:g}, ledger {federation.engine.ledger}"
+                f"δ = {config.privacy.delta:g}, ledger {escape(federation.engine.ledger)}"
             )
             some = next(iter(federation.plans.values()))
             if some.shared is not None:
@@ -666,10 +729,19 @@ class _Runs:
 
 
 @contextmanager
+def _progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar; gives the function that moves it: what is being done, how much is done, and of how much."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda name, done, count: progress.update(task, description=name, completed=done, total=count)
+
+
+@contextmanager
 def _errors(
     stdout_is_for_programs: bool = False, kept: str = "Finished rounds are kept; the same command resumes the run."
 ) -> Iterator[None]:
-    """Print a `UserError` as one line; Ctrl-C keeps what is finished.
+    """Print a `UserError`, or what the system says about a file, as one line; Ctrl-C keeps what is finished.
 
     Args:
         stdout_is_for_programs: print what is for people on stderr meanwhile.
@@ -679,9 +751,12 @@ def _errors(
     try:
         yield
     except UserError as error:
-        # The message may quote a file or a client's reply, which may contain brackets.
-        console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
+        raise _shown(error) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        remedy = "check the path, its permissions and the free disk space"
+        raise _shown(UserError("file", str(error.filename), f"cannot be used ({error.strerror})", remedy)) from None
     except KeyboardInterrupt:
         console.print(f"Stopped. {kept}")
         raise typer.Exit(130) from None
@@ -689,12 +764,18 @@ def _errors(
         console.stderr = False
 
 
+def _shown(error: UserError) -> typer.Exit:
+    # The message may quote a file or a client's reply, which may contain brackets.
+    console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
 def _load(config: str | None, overrides: list[str] | None) -> ExperimentConfig:
     # Imported here: pydantic and the schema take longer than all of `lorica --help`.
     from lorica.config import load
 
     # Without a file, the first argument is an override.
-    if config is not None and "=" in config and not Path(config).is_file():
+    if config is not None and "=" in config and not os.path.isfile(config):
         return load(None, [config, *(overrides or [])])
     return load(config, overrides)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,9 @@ from lorica.reporting.html import write_comparison
 from lorica.run.result import Result
 from lorica.run.rounds import OnStart
 from lorica.run.variants import Variant
+
+LONGEST_LABEL = 120
+"""Characters of a variant's label in the name of its folder; a longer one ends in a hash."""
 
 
 def compare(
@@ -48,5 +52,8 @@ def compare(
 
 
 def _single(variant: Variant, seed: int, folder: Path) -> ExperimentConfig:
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", variant.label) + f"-seed{seed}"
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", variant.label)
+    if len(name) > LONGEST_LABEL:
+        name = f"{name[:LONGEST_LABEL]}-{hashlib.sha256(variant.label.encode()).hexdigest()[:8]}"
+    name += f"-seed{seed}"
     return load(variant.config.model_dump() | {"name": name, "seed": seed, "output": str(folder)})

@@ -22,11 +22,28 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from lorica.errors import UserError
+from lorica.paths import path_problem
 from lorica.registry import TASK_KINDS, current_method_name, registered, remedy_for_unknown
 from lorica.strict_yaml import BOOLEANS, read_yaml, read_yaml_file
 
 DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
 Model = TypeVar("Model", bound=BaseModel)
+Paths = TypeVar("Paths", str | None, str | list[str], str | dict[str, str])
+
+
+def _mistake(problem: str, remedy: str) -> PydanticCustomError:
+    """What a validator raises where it knows more of a remedy than to change the key."""
+    return PydanticCustomError("mistake", "{problem}", {"problem": problem, "remedy": remedy})
+
+
+def check_paths(value: Paths) -> Paths:
+    """Refuse a path that no file can have, in a key of one path or of several."""
+    paths = [] if value is None else [value] if isinstance(value, str) else value
+    for path in paths.values() if isinstance(paths, dict) else paths:
+        problem = path_problem(path)
+        if problem is not None:
+            raise _mistake(problem, "give another path")
+    return value
 
 
 class Strict(BaseModel):
@@ -61,6 +78,8 @@ class ModelConfig(Strict):
     threads: int | None = Field(None, ge=1, le=1024)
     """CPU threads of PyTorch; by default PyTorch chooses. A different number rounds sums differently."""
 
+    _paths = field_validator("base")(check_paths)
+
 
 class LoraSection(Strict):
     """Passed to `peft.LoraConfig` under the same names; only `client_ranks` and `start` are Lorica's own."""
@@ -83,13 +102,16 @@ class LoraSection(Strict):
     the base weights are not offered: they leak, or make the base differ between nodes."""
     client_ranks: list[int] | Literal["halving", "random"] | None = None
     """Ranks that differ between clients: a list with one rank per client, `halving` (r, r/2, r/4, … in turn) or
-    `random` (uniform on 1 to r, from the public seed). A client holds the leading ranks of the global factors; all
-    clients use the `γ` of rank `r`. Methods that need one rank refuse this key."""
+    `random` (uniform on 1 to r, from the public seed). A client holds the leading ranks of the global factors (in
+    `lora-a2`, it trains so many ranks of each map on average); all clients use the `γ` of rank `r`. Methods that need
+    one rank refuse this key."""
     start: str | None = None
     """Folder of a **public** PEFT adapter to continue from: trained on public data, or released before. It must adapt
     the same linear maps of the same base model with the same scale `γ` and, unless the method merges into the frozen
     weights, the same rank. Its head is taken if it has the same labels and shape. See "Continue from an adapter" in
     tasks.md."""
+
+    _paths = field_validator("start")(check_paths)
 
 
 class TaskConfig(Strict):
@@ -146,6 +168,8 @@ class TaskConfig(Strict):
     answer_format: Literal["text", "gsm8k"] = "text"
     """Language modelling: `text` compares answers as text; `gsm8k` compares the number after `####` with the last
     number of the answer."""
+
+    _paths = field_validator("train", "test")(check_paths)
 
     @field_validator("type", mode="before")
     @classmethod
@@ -225,7 +249,8 @@ class FederationConfig(Strict):
     batch_size: int = Field(128, ge=1, lt=2**31)
     """Expected size of a Poisson batch: the sampling rate is batch_size / records."""
     participation: float = Field(1.0, gt=0, le=1)
-    """Fraction of the clients in each round, in balanced rotation drawn from the public seed."""
+    """Fraction of the clients in each round, in balanced rotation drawn from the public seed. With
+    `privacy.unit: client`, the probability with which each client takes part, drawn in secret."""
     min_clients: int | None = Field(None, ge=1, le=100_000)
     """Minimum number of replies for a round to continue when clients fail, are late or send invalid replies. By default
     all participants of a round must reply; otherwise the run stops, and can be resumed at that round."""
@@ -237,7 +262,8 @@ class FederationConfig(Strict):
     own content and the seed, so the number varies a little. The results are private: they are written beside the
     ledger, for the owner, and do not appear in any report."""
     weights: Literal["uniform", "records", "noise"] = "uniform"
-    """Weight of a client in the mean: `uniform`, in proportion to its `records`, or to 1/τ² of its `noise`."""
+    """Weight of a client in the mean: `uniform`, in proportion to its `records`, or to 1/τ² of its `noise`. In a run
+    without noise, `noise` means `records`."""
     evaluate_every: int = Field(1, ge=1, le=1_000_000)
     """Evaluate on the public test set every N rounds, and after the last round."""
     micro_batch_tokens: int | None = Field(None, ge=1, lt=2**31)
@@ -368,9 +394,12 @@ class MethodConfig(BaseModel):
 class PrivacyConfig(Strict):
     """The guarantee that each owner gets."""
 
-    unit: Literal["record", "group"] = "record"
-    """What is protected: one record of one client, or all records of one group, such as a patient or a user. The
-    guarantee compares the run with one in which these contribute zero; the number of records or groups is public."""
+    unit: Literal["record", "group", "client"] = "record"
+    """What is protected: one record of one client, all records of one group, such as a patient or a user, or everything
+    of one client. The guarantee compares the run with one in which these contribute zero; the number of records, groups
+    or clients is public. With `client`, the server is trusted: each client takes part in a round with the probability
+    `federation.participation`, its whole update is clipped, and the noise is added to the sum of the updates. Only on
+    one machine, and useful with some hundred clients in a round."""
     group: str | None = None
     """For `unit: group`: the column with the group of each record. A group is sampled, clipped and counted as one."""
     group_records: int = Field(8, ge=1, le=1_000_000)
@@ -388,8 +417,9 @@ class PrivacyConfig(Strict):
     run is not a private release, and every report says so. `none`: no differential privacy; `epsilon`,
     `noise_multiplier`, `delta`, `noise_against` and `colluding` are ignored."""
     clip_norm: float | None = Field(2.0, ge=1e-6, le=1e9)
-    """`C`: maximum norm of one record's gradient over all tensors trained in a step. It holds without noise too, so
-    that a comparison with and without noise compares nothing else; `null` switches it off, only with `noise: none`."""
+    """`C`: maximum norm of one record's gradient over all tensors trained in a step, or with `unit: client` of one
+    client's update in a round. It holds without noise too, so that a comparison with and without noise compares nothing
+    else; `null` switches it off, only with `noise: none`."""
     noise_against: Literal["replies", "sums"] = "replies"
     """What the noise protects a record in. `replies`: an owner's own noise suffices, whoever sees its replies. `sums`:
     the owners of a secure sum share the noise, so each adds less; the guarantee then holds against a server that sees
@@ -402,6 +432,8 @@ class PrivacyConfig(Strict):
     max_lifetime_epsilon: float | None = Field(None, gt=0)
     """The owner's limit for each record over all runs, in whichever file the record comes, with what other runs have
     reserved. A run that would exceed it is refused before it starts."""
+
+    _paths = field_validator("ledger")(check_paths)
 
     @property
     def private(self) -> bool:
@@ -458,7 +490,7 @@ class FlowerConfig(Strict):
 class ExperimentConfig(Strict):
     """A whole experiment."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Names the run folder; the same name and configuration resume the run."""
     seed: int = Field(42, ge=0, lt=2**63)
     """Public seed of client sampling, partition and initialisation. Never the source of secure noise."""
@@ -478,6 +510,8 @@ class ExperimentConfig(Strict):
     """`privacy: none` is short for `privacy: {noise: none}`, a run without differential privacy that still clips. On
     the command line, `privacy=none` keeps the file's `clip_norm`."""
     flower: FlowerConfig = FlowerConfig()
+
+    _paths = field_validator("output")(check_paths)
 
     @field_validator("privacy", mode="before")
     @classmethod
@@ -517,6 +551,13 @@ def load(source: str | Path | dict[str, Any] | None = None, overrides: list[str]
     return config
 
 
+def experiment_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The keys that must stay the same when a run is resumed: not where it runs, nor how many clients it waits for."""
+    kept = {key: value for key, value in content.items() if key not in ("output", "engine", "flower")}
+    federation = {key: value for key, value in content.get("federation", {}).items() if key != "min_clients"}
+    return kept | {"federation": federation}
+
+
 def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> Model:
     """`model(**content)`, with pydantic's first complaint turned into one clear error.
 
@@ -542,11 +583,6 @@ def validate(model: type[Model], content: dict[str, Any], prefix: str = "") -> M
         if isinstance(first["input"], bool) and first["type"].startswith("string"):
             remedy = BOOLEANS
         raise UserError(key, first["input"], problem[:1].lower() + problem[1:], remedy) from None
-
-
-def _mistake(problem: str, remedy: str) -> PydanticCustomError:
-    """What a validator raises where it knows more of a remedy than to change the key."""
-    return PydanticCustomError("mistake", "{problem}", {"problem": problem, "remedy": remedy})
 
 
 def _spelled(content: Any) -> set[str]:

@@ -57,10 +57,10 @@ class Experiment:
         if self.config.engine == "flower":
             return _launched(self.config)
         with locked(self.config.folder):
-            finished = finished_result(self.config)
+            data = fingerprints(self.config)
+            finished = finished_result(self.config, data)
             if finished is not None:
                 return finished
-            data = fingerprints(self.config.task)
             prepared, engine = prepare_local(self.config)
             return conduct(prepared, engine, data, on_start, on_round)
 
@@ -71,7 +71,7 @@ def _launched(config: ExperimentConfig) -> Result:
     config = with_absolute_paths(config)
     # The lock is not held for the run itself: the ServerApp, another process, takes it.
     with locked(config.folder):
-        finished = finished_result(config)
+        finished = finished_result(config, fingerprints(config))
     if finished is not None:
         return finished
     launch(config)

@@ -1,5 +1,6 @@
 """Atomic and durable writes, and the folders where Lorica keeps its own files."""
 
+import errno
 import hashlib
 import json
 import math
@@ -12,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from lorica.errors import UserError
+from lorica.paths import user_path
 
 INCOMPLETE = ".incomplete"
 """Ending of hidden files and folders that are not renamed yet; a killed process leaves them behind."""
 
 
 def home_folder() -> Path:
-    """`$LORICA_HOME`, or `~/.lorica`: caches, and ledgers of data sets that have no folder of their own."""
-    return Path(os.environ.get("LORICA_HOME") or Path.home() / ".lorica")
+    """`$LORICA_HOME`, or `~/.lorica`: caches, and ledgers of data sets that have no folder of their own.
+
+    Raises:
+        UserError: there is no such path, or this account has no home folder.
+    """
+    return user_path("LORICA_HOME", os.environ.get("LORICA_HOME") or "~/.lorica")
 
 
 def cache_folder() -> Path:
@@ -43,11 +49,10 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "free disk space" if full else "make its folder writable"
         raise UserError(
-            "file",
-            str(path),
-            f"cannot be written ({error.strerror})",
-            "free disk space or choose another output folder",
+            "file", str(path), f"cannot be written ({error.strerror})", f"{remedy}, or choose another folder"
         ) from error
 
 
@@ -101,6 +106,14 @@ def private_folder(path: Path) -> Path:
     with suppress(PermissionError):
         path.chmod(0o700)
     return path
+
+
+@contextmanager
+def throwaway_folder() -> Iterator[Path]:
+    """A folder that is deleted afterwards; in memory if possible, where synced writes do not wait for a disk."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="lorica-", dir=memory) as folder:
+        yield Path(folder)
 
 
 def append_line(path: Path, line: str, private: bool = False) -> None:
@@ -161,6 +174,22 @@ def remove_incomplete(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file with a JSON object.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a JSON object in UTF-8, or is nested too deeply.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    return content
 
 
 def to_json(value: Any, **options: Any) -> str:

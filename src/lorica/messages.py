@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from lorica.adapters.names import Pair, flat_pairs, pairs_under, under
+from lorica.adapters.names import Pair, flat_pairs, is_factor, pairs_under, site_of, under
+from lorica.adapters.state import at_ranks
 from lorica.config import OptimizerConfig
 from lorica.local.step import LocalStep
 from lorica.privacy.mechanism import Terms
@@ -80,7 +81,8 @@ class Training:
         local: transformations of the noisy gradient before the optimiser.
         corrections: name -> tensor that SCAFFOLD adds to the noisy gradient.
         rounds: number of rounds of the run, for the schedules of the local step.
-        rank: train only the first `rank` ranks; None for all.
+        rank: hold and train only the first `rank` ranks; None for all.
+        slices: site name -> the ranks that are trained, ascending; empty to train all.
         personal: trained tensors that stay with the client: it starts from its own values and sends no updates.
         sketch_columns: instead of the factors' updates, reply with `B_k (A_k Ω)`, `(d_out, columns)`, for each site,
             named `sketch:SITE`, and keep the factors for a `Projection`.
@@ -96,11 +98,22 @@ class Training:
     corrections: Mapping[str, Tensor] = field(default_factory=dict)
     rounds: int = 1
     rank: int | None = None
+    slices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     personal: tuple[str, ...] = ()
     sketch_columns: int | None = None
     last_step_energy: bool = False
 
     __pydantic_config__: ClassVar = _TENSORS
+
+    def ranks(self, name: str) -> Sequence[int] | None:
+        """The ranks of a tensor that are trained; None for all, and for tensors other than factors."""
+        if not is_factor(name):
+            return None
+        return self.slices.get(site_of(name)) if self.rank is None else range(self.rank)
+
+    def part(self, name: str, value: Tensor) -> Tensor:
+        """The part of a tensor that is trained."""
+        return at_ranks(name, value, self.ranks(name))
 
     def common_digest(self, adapter: Mapping[str, Tensor]) -> str:
         """SHA-256 of the work without the client's own terms, and of the adapter that it starts from.
@@ -116,6 +129,7 @@ class Training:
         """All fields except the tensors, as JSON-able values."""
         plain = {key: value for key, value in vars(self).items() if key != "corrections"}
         plain |= {"terms": asdict(self.terms), "local": asdict(self.local), "rates": dict(self.rates)}
+        plain |= {"slices": dict(self.slices)}
         return plain | {"optimizer": self.optimizer.model_dump()}
 
 

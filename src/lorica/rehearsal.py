@@ -19,11 +19,13 @@ from lorica.config import ExperimentConfig
 from lorica.engines.local import LocalEngine, prepare_local
 from lorica.errors import UserError
 from lorica.owner.client import Client
+from lorica.owner.cohort import Cohort
 from lorica.privacy.accounting import Steps
 from lorica.privacy.home import Home
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.ledger_file import working_copy
 from lorica.privacy.lifetime import history
+from lorica.run.data import DATA, fingerprints
 from lorica.run.folder import claim_folder, started_run
 from lorica.run.rounds import assemble
 from lorica.run.setup import Prepared
@@ -56,7 +58,8 @@ def rehearse(config: ExperimentConfig, on_stage: Callable[[str], None] = lambda 
     if config.engine == "flower" and config.flower.superlink is not None:
         problem = "the owners' data are on other machines"
         raise UserError("--dry-run", True, problem, "let each owner run it with engine=local and its own data")
-    claim_folder(config.folder, config)
+    # A new run has nothing to compare with, and the key of fingerprints would be written to Lorica's home.
+    claim_folder(config.folder, config, fingerprints(config) if (config.folder / DATA).is_file() else {})
     run = started_run(config.folder) or "dry-run"
     with TemporaryDirectory(prefix="lorica-") as place:
         on_stage("Reading the data and the model")
@@ -138,12 +141,18 @@ def _measure(prepared: Prepared, engine: LocalEngine, folder: Path) -> dict[str,
     ledger = Ledger(folder / "ledger.sqlite", Home(folder))
 
     def on_public_records(client: Client) -> Client:
-        count, per_unit = len(client.records), config.privacy.group_records if config.privacy.group else 1
+        count, per_unit = client.plan.records, config.privacy.group_records if config.privacy.group else 1
         records = task.test.subset(np.resize(np.arange(len(task.test)), count * per_unit))
         if config.privacy.group:
             # As many as a group may have, so that the time is none that tells how many they have.
             records = grouped(records, np.repeat(np.arange(count), per_unit).astype(str), per_unit, seed=0)
-        return replace(client, records=records, ledger=ledger, dataset="public", private_test=None)
+        public = replace(client, records=records, ledger=ledger, dataset="public", private_test=None)
+        if isinstance(public, Cohort):
+            # All members alike, so that the time is none that tells how many records each one has.
+            share = -(-sum(map(len, public.members)) // count)
+            public.members = [task.test.subset(np.resize(np.arange(len(task.test)), share))] * count
+            public.steps = steps
+        return public
 
     clients = {number: on_public_records(client) for number, client in engine.clients.items()}
     shorter = replace(prepared, config=config.model_copy(update={"federation": smaller}))
@@ -163,9 +172,11 @@ def _measure(prepared: Prepared, engine: LocalEngine, folder: Path) -> dict[str,
     a_round = len(traffic.participants) * federation.local_steps * step + traffic.server_seconds
     evaluations = 1 + -(-federation.rounds // federation.evaluate_every)
     later = federation.rounds - 1
+    # With client-level DP one reply is the mean over the clients of a round, each of whom sends as much.
+    senders = federation.participants if config.privacy.unit == "client" else 1
     return {
         "bytes": {
-            way: {"first_round": one, "later_round": other, "all": one + later * other}
+            way: {"first_round": senders * one, "later_round": senders * other, "all": senders * (one + later * other)}
             for way, one, other in (
                 ("up", sum(first.bytes_up.values()), sum(traffic.bytes_up.values())),
                 ("down", sum(first.bytes_down.values()), sum(traffic.bytes_down.values())),

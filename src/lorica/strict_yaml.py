@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lorica.errors import UserError
+from lorica.paths import user_path
 
 LARGEST = 2**20
 """Maximum number of characters; the parser is slow, and no configuration is that long."""
@@ -110,7 +111,7 @@ def read_yaml_file(path: Path, key: str) -> dict[str, Any]:
     Raises:
         UserError: as `read_yaml`; no such file, not readable, not UTF-8, or no mapping.
     """
-    path = path.expanduser()
+    path = user_path(key, path)
     if not path.is_file():
         raise UserError(key, str(path), "no such file", "give the path of a YAML file")
     try:

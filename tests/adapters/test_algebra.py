@@ -8,6 +8,7 @@ import scipy.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.algebra import (
@@ -87,13 +88,25 @@ def test_random_orthonormal_columns_are_uniform() -> None:
     assert (found.square().mean(0) - 1 / 6).abs().max() < 0.02
 
 
-def test_rotation_is_scipys_orthogonal_procrustes() -> None:
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_rotation_is_scipys_and_never_a_reflection(mirrored: bool) -> None:
     draws = torch.Generator().manual_seed(1)
-    a, reference = torch.randn(4, 30, generator=draws), torch.randn(4, 30, generator=draws)
-    found = rotation_towards(a, reference)
-    expected, _ = scipy.linalg.orthogonal_procrustes(a.double().T.numpy(), reference.double().T.numpy())
-    np.testing.assert_allclose(found.numpy(), expected, atol=1e-10)
-    assert (found.T @ a.double() - reference).norm() < (a - reference).norm()
+    value, reference = torch.randn(3, 30, generator=draws), torch.randn(3, 30, generator=draws)
+    procrustes, _ = scipy.linalg.orthogonal_procrustes(value.double().T.numpy(), reference.double().T.numpy())
+    if (np.linalg.det(procrustes) < 0) != mirrored:
+        value = torch.diag(torch.tensor([1.0, 1.0, -1.0])) @ value
+    found = rotation_towards(value, reference)
+    expected = Rotation.align_vectors(reference.T.numpy(), value.T.numpy())[0].as_matrix().T
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    assert torch.linalg.det(found) > 0
+    assert (found.T @ value.double() - reference).norm() < (value - reference).norm()
+
+
+def test_no_rotation_where_it_is_not_unique() -> None:
+    draws = torch.Generator().manual_seed(1)
+    value, reference = torch.randn(4, 30, generator=draws), torch.randn(4, 30, generator=draws)
+    reference[3] = reference[2]
+    assert torch.equal(rotation_towards(value, reference), torch.eye(4).double())
 
 
 def test_smaller_tensors_count_as_zeros_where_they_end() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -84,6 +85,10 @@ class RealProcesses:
         """SIGKILL to all processes of an organisation's machine whose command line has `name`."""
         kill_processes(self._home(client), name)
 
+    def signal_node(self, client: int, number: signal.Signals) -> None:
+        """Send a signal, such as SIGSTOP, to all processes of an organisation's machine."""
+        signal_processes(self._home(client), number)
+
     def hold(self, client: int, moment: str) -> None:
         """The node's worker will stop at a moment (tests/engines/held), until `let_go`."""
         (self._holds(client) / moment).touch()
@@ -109,10 +114,15 @@ class RealProcesses:
 
 def kill_processes(home: Path, name: str = "") -> None:
     """SIGKILL to all with this `FLWR_HOME` whose command line has `name`."""
+    signal_processes(home, signal.SIGKILL, name)
+
+
+def signal_processes(home: Path, number: signal.Signals, name: str = "") -> None:
+    """A signal to all with this `FLWR_HOME` whose command line has `name`."""
     for process in psutil.process_iter():
         with suppress(psutil.Error):
             if process.environ().get("FLWR_HOME") == str(home) and name in " ".join(process.cmdline()):
-                process.kill()
+                process.send_signal(number)
 
 
 def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:

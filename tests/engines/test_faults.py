@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -277,6 +279,34 @@ def test_the_server_app_and_the_superlink_are_killed_in_one_run(organisations: O
         real.start_superlink()
         real.launch(config).result()
     assert [row["round"] for row in rounds(config)] == [0, 1, 2, 3]
+    assert_same(here.adapter, config.folder / "adapter")
+    for client in range(2):
+        assert charged(organisations, client) == [(1, 2), (2, 2), (3, 2)]
+
+
+@pytest.mark.slow
+def test_a_node_that_stands_still_for_a_minute_and_a_restarted_server_change_nothing(
+    organisations: Organisations,
+) -> None:
+    """As a suspended machine does, in the middle of its training; then the server's machine restarts."""
+    here = local(organisations, "local", "federation.rounds=3")
+    config = over_flower(organisations, "federation.rounds=3", "flower.wait=120", "flower.timeout=300")
+    with RealProcesses(organisations) as real:
+        real.hold(0, "training")
+        running = real.launch(config)
+        real.wait_for(0, "training")
+        real.signal_node(0, signal.SIGSTOP)
+        real.let_go(0)
+        time.sleep(60)
+        assert len(rounds(config)) == 1
+        real.signal_node(0, signal.SIGCONT)
+        until(lambda: len(rounds(config)) == 3 or running.done())
+        assert not running.done()
+        real.kill_superlink()
+        with pytest.raises(UserError):
+            running.result(120)
+        real.start_superlink()
+        real.launch(config).result()
     assert_same(here.adapter, config.folder / "adapter")
     for client in range(2):
         assert charged(organisations, client) == [(1, 2), (2, 2), (3, 2)]

@@ -26,6 +26,7 @@ from opacus.accountants import PRVAccountant
 from torch import Tensor
 
 from lorica.adapters.base_files import hash_of_base
+from lorica.adapters.names import is_factor, site_of
 from lorica.config import OptimizerConfig
 from lorica.errors import UserError
 from lorica.local.step import LocalStep
@@ -388,6 +389,10 @@ def tensor(some: Request, value: Tensor) -> Request:
     return replace(some, tensors=dict(some.tensors) | {first(some): value})
 
 
+def slices(some: Request, ranks: tuple[int, ...], **changes: Any) -> Request:
+    return work(some, slices={site_of(name): ranks for name in some.work.trained if is_factor(name)}, **changes)
+
+
 HOSTILE = {
     "no noise": (lambda r: terms(r, noise_multiplier=0.0), "but the agreed terms are"),
     "no noise, no clipping": (lambda r: terms(r, noise_multiplier=0.0, clip_norm=math.inf), "but the agreed terms are"),
@@ -411,6 +416,11 @@ HOSTILE = {
     "rank 0": (lambda r: work(r, rank=0), "rank 0"),
     "rank -1": (lambda r: work(r, rank=-1), "rank -1"),
     "a rank beyond the model's": (lambda r: work(r, rank=3), "rank 3"),
+    "the same rank twice": (lambda r: slices(r, (0, 0)), "trains the ranks (0, 0)"),
+    "single ranks beyond the model's": (lambda r: slices(r, (0, 2)), "trains the ranks (0, 2)"),
+    "no rank of a site": (lambda r: slices(r, ()), "trains the ranks ()"),
+    "ranks elsewhere": (lambda r: work(r, slices={"pooler": (0,)}), "are not those of the tensors"),
+    "single ranks of what stays": (lambda r: slices(r, (0,), personal=(first(r),)), "keeps factors at the client"),
     "sketches of no column": (lambda r: work(r, sketch_columns=0), "sketches with 0 columns"),
     "sketches of fewer": (lambda r: work(r, sketch_columns=-4), "sketches with -4 columns"),
     "sketches that fill the memory": (lambda r: work(r, sketch_columns=10**9), "sketches with 1000000000 columns"),

@@ -119,13 +119,13 @@ def test_two_runs_at_once_do_not_both_start(runs: Runs) -> None:
     assert set(first.join("first")) == {0, 1}
     copy = as_csv(runs.folder / "copy", runs.rows[::-1])
     for train in (runs.train, copy):
-        with pytest.raises(UserError, match=r"including reservations of run first.*lorica budget .* --release first"):
+        with pytest.raises(UserError, match=r"what is reserved for run .*first.*lorica budget .* --release first"):
             runs.engine(train).join("second")
     # The same run again, after a crash, has its own reservation.
     runs.engine(runs.train).join("first")
     # One that asks for no more than is left starts.
     runs.engine(copy, "federation.rounds=1").join("third")
-    with pytest.raises(UserError, match="including reservations of run"):
+    with pytest.raises(UserError, match="what is reserved for run"):
         runs.engine(runs.train, "federation.rounds=1").join("fourth")
     for client in first.clients.values():
         client.ledger.end("first", client.number)
@@ -149,5 +149,5 @@ def test_a_group_is_known_by_any_of_its_records(runs: Runs) -> None:
     groups = ["privacy.unit=group", "privacy.group=patient", "privacy.group_records=4"]
     runs.engine(as_jsonl(runs.folder / "wards", content), *groups).join("first")
     grown = [*content, *(row | {"text": f"{row['text']} again"} for row in content)]
-    with pytest.raises(UserError, match="including reservations of run first"):
+    with pytest.raises(UserError, match=r"what is reserved for run .*first"):
         runs.engine(as_jsonl(runs.folder / "grown", grown), *groups).join("second")

@@ -316,6 +316,7 @@ def test_what_an_earlier_version_left_of_a_sum_is_named(clinics: Clinics, caplog
     with pytest.raises(TooFewReplies):
         serve(clinics.config("old"), Altering(clinics, old))
     assert "by another version of Lorica; finish the run with that version, or start a new run" in caplog.text
+    assert "sum.json" in caplog.text
 
 
 SHARING = ["privacy.noise_against=sums", "federation.min_clients=3", "federation.weights=noise"]

@@ -17,7 +17,18 @@ from lorica.testing.federation import DATASET, RUN, run_rounds, tiny_federation
 from tests.methods.conftest import METHODS, REGISTRY, Recordings
 
 TRAIN_BOTH = {
-    *("fed-avg", "fedex-lora", "fedrot-lora", "fedsa-lora", "flex-lora", "flora", "het-lora", "la-lora", "lora-fair")
+    *(
+        "consensus-avg",
+        "fed-avg",
+        "fed-power",
+        "fedex-lora",
+        "fedrot-lora",
+        "fedsa-lora",
+        "flex-lora",
+        "flora",
+        "frlora",
+    ),
+    *("het-lora", "la-lora", "lora-fair"),
 }
 
 

@@ -15,7 +15,7 @@ from tests.methods.conftest import METHODS, REGISTRY, Histories, Recordings
 from tests.methods.engines import Losing, assert_same_adapter, assert_same_model
 from tests.methods.test_components import ACCEPTED, COMPONENT, sometimes_slow
 
-SEVERAL_EXCHANGES = {"deer", "fedask"}
+SEVERAL_EXCHANGES = {"deer", "fed-power", "fedask"}
 REMEMBERING = {"client_ranks", "scaffold", "server_optimizer", "kalman", "average"}
 KINDS = {"as-lora", "deer", "galore-avg", "fedask", "fedsa-lora", "flora"}
 """One method of each kind: scores, two exchanges, a basis that turns, sketches, personal models, merging."""

@@ -289,7 +289,7 @@ def test_the_owner_gives_back_what_an_abandoned_run_holds(tmp_path: Path) -> Non
         ledger.reserve([planned(ledger, PEOPLE, run, 10)])
     with pytest.raises(UserError, match="several runs"):
         release_reservation(ledger.path, "ab")
-    with pytest.raises(UserError, match="no run with this id has a reservation"):
+    with pytest.raises(UserError, match="no such run has a reservation"):
         release_reservation(ledger.path, "finished")
     release_reservation(ledger.path, "aban")
     assert [one.run for one in of(ledger, PEOPLE).holders("next")] == ["absent-minded"]

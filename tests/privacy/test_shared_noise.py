@@ -373,7 +373,8 @@ def test_what_a_sum_reveals_is_within_its_guarantee(tmp_path: Path) -> None:
     for place, (sigma, claimed) in enumerate(claims):
         without, within = (scores[present][place].numpy() for present in scores)
         shift, deviation = within.mean() - without.mean(), math.sqrt((within.var() + without.var()) / 2)
-        assert deviation / shift == pytest.approx(sigma, rel=0.03)
+        # More than five standard errors of the shift's estimate.
+        assert deviation / shift == pytest.approx(sigma, rel=0.06)
         bound = 0.0
         for threshold in np.quantile(within, [0.5, 0.9, 0.99]):
             hits, alarms = int((within > threshold).sum()), int((without > threshold).sum())

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorica.privacy.unit import RECORD, PrivacyUnit
+from lorica.privacy.unit import CLIENT, RECORD, PrivacyUnit
 
 
 @given(column=st.text(min_size=1), records=st.integers(1, 10**6))
@@ -19,6 +19,12 @@ def test_a_unit_is_read_back_from_its_words(column: str, records: int) -> None:
 def test_the_record() -> None:
     assert PrivacyUnit.parse("record") == RECORD
     assert (str(RECORD), RECORD.level) == ("record", "Record-level")
+
+
+def test_the_client() -> None:
+    assert PrivacyUnit.parse("client") == CLIENT
+    assert (str(CLIENT), CLIENT.noun, CLIENT.level) == ("client", "client", "Client-level")
+    assert CLIENT != RECORD
 
 
 def test_other_words_are_no_unit() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import signal
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +133,42 @@ def test_what_no_noise_protects_is_red_and_infinite(tmp_path: Path) -> None:
     text, coloured = lines(found)
     assert "nothing is left" in text
     red = [line for line in coloured.splitlines() if "\x1b[31m" in line]
-    assert len(red) == 2
-    assert all("∞" in line for line in red)
-    assert "barebare" in red[0]
+    assert len(red) == 3
+    assert "barebare: " in red[0]
+    assert "no noise" in red[0]
+    assert all("∞" in line for line in red[1:])
+
+
+def test_at_80_columns_runs_go_by_name_and_no_word_is_broken(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    for number, name in (("a" * 32, "digits-as-lora"), ("b" * 32, "x" * 40)):
+        ledger.introduce_run(number, name)
+        for client in (0, 17):
+            terms = {"run": number, "client": client, "noise_multiplier": 12.3456, "noise": "reproducible"}
+            write(ledger, release(**terms, sampling_rate=0.123456), b"reply")
+            write(ledger, release(**terms, round=2, clip_norm=0.123), b"reply")
+    found = read_budget(ledger.path, 1e-5)
+    assert {row["name"] for row in found["runs"]} == {"digits-as-lora", "x" * 40}
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(budget_table(found))
+    words = set(console.export_text().replace(",", " ").replace(":", " ").split())
+    assert {"digits-as-lora", "x" * 40, "(aaaaaaaa)", "reproducible", "Unprotected"} <= words
+    assert {"17", "0.1235", "12.35", "0.123", "oooooooo", "Records", "Client", "Rounds", "Steps"} <= words
+
+
+def test_a_reservation_is_released_by_the_name_of_its_run(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    terms = {"unit": RECORD, "noise": "secure", "sampling_rate": 0.1, "noise_multiplier": 1.0}
+    for number in ("r" * 32, "s" * 32):
+        ledger.introduce_run(number, "mine")
+        held = Exposure(
+            ledger.identity, number, 0, "o" * 64, steps=0, planned=12, releases=0, own_noise_multiplier=1.0, **terms
+        )
+        ledger.reserve([held])
+    assert "several runs have this name" in run("budget", str(ledger.path), "--release", "mine", code=2)
+    run("budget", str(ledger.path), "--release", "ssss")
+    run("budget", str(ledger.path), "--release", "mine")
+    assert read_budget(ledger.path, 1e-5)["reserved"] == []
 
 
 def test_another_partition_without_noise_leaves_no_owner_protected(tmp_path: Path) -> None:
@@ -148,6 +184,32 @@ def test_what_is_left_is_never_rounded_up(tmp_path: Path) -> None:
     found = read_budget(ledger.path, 1e-5, Policy(**POLICY))
     found["policy"] |= {"spent": 2.9912, "left": 5.0088}
     assert "ε = 3.00 of 8 is spent, 5.00 is left" in lines(found)[0]
+
+
+def killed_while_writing(path: Path, started: Any) -> None:
+    connection = sqlite3.connect(path, isolation_level=None)
+    # What does not fit in the cache goes to the file before the commit.
+    connection.execute("PRAGMA cache_size = 1")
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("UPDATE releases SET steps = 0, reply = randomblob(9000)")
+    started.set()
+    signal.pause()
+
+
+def test_a_ledger_whose_writer_was_killed_can_be_read(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "l.sqlite")
+    for number in range(1, 30):
+        write(ledger, release(round=number), b"reply" * 999)
+    before = read_budget(ledger.path, 1e-5)
+    context = multiprocessing.get_context("fork")
+    started = context.Event()
+    process = context.Process(target=killed_while_writing, args=(ledger.path, started))
+    process.start()
+    assert started.wait(60)
+    process.kill()
+    process.join()
+    assert (tmp_path / "l.sqlite-journal").stat().st_size > 0
+    assert read_budget(ledger.path, 1e-5) == before
 
 
 def run(*arguments: str, code: int = 0) -> str:
@@ -196,7 +258,7 @@ def test_what_runs_have_reserved_is_shown_and_can_be_released(tmp_path: Path) ->
     assert row["epsilon"] == epsilon([Steps(0.1, 1.0, 7)], 1e-5)
     assert "Unused reservations" in lines(read_budget(ledger.path, 1e-5))[0]
     assert json.loads(run("budget", str(ledger.path), "--release", "rrrr", "--json"))["reserved"] == []
-    assert "no run with this id has a reservation" in run("budget", str(ledger.path), "--release", "rrrr", code=2)
+    assert "no such run has a reservation" in run("budget", str(ledger.path), "--release", "rrrr", code=2)
 
 
 @pytest.mark.parametrize(

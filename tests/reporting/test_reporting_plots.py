@@ -167,9 +167,9 @@ def test_a_method_has_one_colour_in_every_figure(make_run, make_metrics):
     assert seen == {looks(["as-lora"])["as-lora"].colour}
 
 
-def test_up_to_21_methods_look_different():
-    names = [*_FIXED_PLACES, *(f"new {i}" for i in range(21 - len(_FIXED_PLACES)))]
-    assert len({(look.colour, look.dashes) for look in looks(names).values()}) == 21
+def test_up_to_28_methods_look_different():
+    names = [*_FIXED_PLACES, *(f"new {i}" for i in range(28 - len(_FIXED_PLACES)))]
+    assert len({(look.colour, look.dashes) for look in looks(names).values()}) == 28
     assert len(looks(f"m{i}" for i in range(30))) == 30
 
 

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
 
 import lorica
-from lorica.config import TaskConfig
+from lorica.adapters.base_files import resolve_base
+from lorica.config import ExperimentConfig, load
 from lorica.errors import UserError
 from lorica.files import to_json
 from lorica.reporting.checksums import COVERED, write_checksums
@@ -28,7 +31,6 @@ from lorica.run.divergence import Diverged, check_finite, check_metrics
 from lorica.run.folder import keep_rounds
 from lorica.run.lock import LOCK, locked
 from lorica.run.result import Result
-from tests.killed import kill_run_at
 
 SMALL = [
     "federation.clients=2",
@@ -108,24 +110,6 @@ def test_the_lock_leaves_nothing_behind_and_readers_need_none(tmp_path: Path, fi
     assert not (tmp_path / "a").exists()
     with locked(finished.config.folder):
         write_report(finished.config.folder)
-
-
-# All calls of a run that is never interrupted.
-MOMENTS = [(name, call) for name, most in (("replace", 24), ("fsync", 39), ("mkdir", 44)) for call in range(1, most)]
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("function", "call"),
-    [("replace", 21), *(pytest.param(*one, marks=pytest.mark.slow) for one in MOMENTS)],
-)
-def test_killed_before_a_rename_or_sync_it_ends_as_uninterrupted(
-    tmp_path: Path, some_digits: list[str], whole: Result, function: str, call: int
-) -> None:
-    if not kill_run_at(overrides(tmp_path, some_digits), function, call):
-        pytest.skip("the run has fewer calls")
-    again = lorica.Experiment.load(overrides=overrides(tmp_path, some_digits))
-    assert_as_uninterrupted(again.run(), whole)
 
 
 @pytest.mark.parametrize("lost", ["report.html", "accuracy.png", "checksums.json", "privacy.json", "adapter"])
@@ -259,35 +243,76 @@ def test_rounds_are_kept_up_to_the_checkpoint_or_the_file_is_damaged(tmp_path: P
     assert path.read_text() == ""
 
 
+def of_files(train: Path, test: Path, *more: str) -> ExperimentConfig:
+    task = [f"task.train={train}", f"task.test={{one: {test}}}", "task.type=text-classification"]
+    return load(overrides=[*task, *more])
+
+
 def test_changed_data_are_named_and_files_that_are_gone_are_not(tmp_path: Path) -> None:
     train, test = tmp_path / "train.csv", tmp_path / "test.csv"
     train.write_text("text,label\na,b\n")
     test.write_text("text,label\nc,d\n")
-    task = TaskConfig(type="text-classification", train=str(train), test={"one": str(test)})
-    found = fingerprints(task)
-    write_fingerprints(tmp_path, "run", found)
-    check_fingerprints(tmp_path, task)
+    config = of_files(train, test)
+    write_fingerprints(tmp_path, "run", fingerprints(config))
+    check_fingerprints(tmp_path, config, fingerprints(config))
     for path, key in ((train, r"task\.train"), (test, r"task\.test\.one")):
         content = path.read_text()
         path.write_text(content + "e,f\n")
         with pytest.raises(UserError, match=rf"^{key} = .*{path.name}.*have changed since run.*Set name to a new run"):
-            check_fingerprints(tmp_path, task)
+            check_fingerprints(tmp_path, config, fingerprints(config))
         path.unlink()
-        check_fingerprints(tmp_path, task)
+        check_fingerprints(tmp_path, config, fingerprints(config))
         path.write_text(content)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_changed_image_that_a_table_names_is_a_change_of_the_data(tmp_path: Path, kind: str) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("L", (8, 8), len(name)).save(tmp_path / name)
+    path = tmp_path / f"table.{kind}"
+    rows = [{"image": "a.png", "label": "x"}, {"image": "b.png", "label": "y"}]
+    if kind == "csv":
+        path.write_text("image,label\na.png,x\nb.png,y\n")
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    config = load(overrides=[f"task.train={path}", f"task.test={path}"])
+    before = fingerprints(config)
+    assert fingerprints(config) == before
+    Image.new("L", (8, 8), 200).save(tmp_path / "b.png")
+    assert fingerprints(config)["task.train"] != before["task.train"]
+    (tmp_path / "b.png").unlink()
+    assert fingerprints(config)["task.train"] != before["task.train"]
+
+
+def test_changed_models_are_named(tmp_path: Path, whole: Result) -> None:
+    base = shutil.copytree(Path(resolve_base("lorica:glyph-vit")), tmp_path / "base")
+    start = shutil.copytree(whole.adapter, tmp_path / "start")
+    data = tmp_path / "data.csv"
+    data.write_text("text,label\na,b\n")
+    config = of_files(data, data, f"model.base={base}", f"lora.start={start}")
+    write_fingerprints(tmp_path, "run", fingerprints(config))
+    for path, key in ((base / "config.json", r"model\.base"), (start / "adapter_model.safetensors", r"lora\.start")):
+        content = path.read_bytes()
+        path.write_bytes(content + b" ")
+        with pytest.raises(UserError, match=rf"^{key} = .*have changed since run"):
+            check_fingerprints(tmp_path, config, fingerprints(config))
+        path.write_bytes(content)
+    check_fingerprints(tmp_path, config, fingerprints(config))
 
 
 def test_a_fingerprint_cannot_be_guessed_without_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train = tmp_path / "train.csv"
     train.write_text("text,label\na,b\n")
-    task = TaskConfig(type="text-classification", train=str(train), test="lorica:digits/test")
-    first = fingerprints(task)
+    config = of_files(train, train)
+    first = fingerprints(config)
     write_fingerprints(tmp_path, "run", first)
     monkeypatch.setenv("LORICA_HOME", str(tmp_path / "another"))
-    assert fingerprints(task) != first
+    assert fingerprints(config)["task.train"] != first["task.train"]
     # Nothing can be compared with another key.
     train.write_text("text,label\nother,b\n")
-    check_fingerprints(tmp_path, task)
+    check_fingerprints(tmp_path, config, fingerprints(config))
 
 
 def test_a_stopped_run_does_not_go_on_with_other_records(
@@ -323,7 +348,7 @@ def test_a_stopped_run_does_not_go_on_with_other_records(
 def test_a_run_that_diverges_stops_and_leaves_no_adapter(tmp_path: Path, some_digits: list[str]) -> None:
     """With learning rates inside their bounds, without noise."""
     small = [one for one in SMALL if not one.startswith("privacy")]
-    some = [*small, *some_digits, f"output={tmp_path}", "privacy=none", "federation.weights=records"]
+    some = [*small, *some_digits, f"output={tmp_path}", "privacy=none"]
     rates = ["optimizer.lr=1e6", "server.lr=1e6", "method.name=fed-avg"]
     experiment = lorica.Experiment.load(overrides=[*some, *rates, "federation.local_steps=4"])
     for _ in range(2):

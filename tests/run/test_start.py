@@ -279,7 +279,7 @@ def test_a_resumed_run_needs_no_folder_but_refuses_a_changed_one(
         lorica.Experiment(stopped).run(on_round=stop)
     tensors = saved(copy)
     safetensors.torch.save_file({key: 2 * value for key, value in tensors.items()}, copy / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"^lora\.start = .*its weights have changed since the run continued"):
+    with pytest.raises(UserError, match=r"^lora\.start = .*its files have changed since run continued"):
         lorica.Experiment(stopped).run()
     shutil.rmtree(copy)
     resumed = lorica.Experiment(stopped).run()

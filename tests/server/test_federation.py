@@ -51,6 +51,8 @@ def test_weights_follow_their_formula() -> None:
     assert client_weights("records", plans) == pytest.approx({0: 100 / 450, 1: 300 / 450, 2: 50 / 450})
     inverse = np.array([1 / sigma**2 for _, sigma in clients])
     assert list(client_weights("noise", plans).values()) == pytest.approx(list(inverse / inverse.sum()))
+    bare = [plan_client(number, n, 20, 10, PrivacyConfig(noise="none")) for number, (n, _) in enumerate(clients)]
+    assert client_weights("noise", bare) == client_weights("records", bare)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import transformers
 from lorica.config import TaskConfig
 from lorica.errors import UserError
 from lorica.files import cache_folder
-from lorica.tasks.cache import Arrays, cached_arrays
+from lorica.tasks.cache import ABANDONED_SECONDS, Arrays, cached_arrays
 from lorica.tasks.causal import conversations
 from lorica.tasks.causal import tokenising as causal_tokenising
 from lorica.tasks.causal.tokenising import tokenise_causal
@@ -291,3 +293,14 @@ def test_questions_of_other_input_are_not_served_from_the_cache(tmp_path: Path) 
     assert count(lengths=(10, 1, 3)) == 7
     assert count(folder=other) == 8
     assert count() == 8
+
+
+def test_what_a_killed_process_left_is_deleted_after_a_day() -> None:
+    place = cache_folder() / "records"
+    for name, age in ((".old.x", 2 * ABANDONED_SECONDS), (".new.x", 0.0)):
+        (place / name).mkdir(parents=True)
+        (place / name / "pixels").write_bytes(b"private")
+        then = time.time() - age
+        os.utime(place / name, (then, then))
+    cached_arrays(["key"], lambda arrays: arrays.append("x", np.arange(3)))
+    assert {path.name for path in place.glob(".*")} == {".new.x"}

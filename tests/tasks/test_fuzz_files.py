@@ -1,4 +1,7 @@
-"""Mutated data files: whatever happens to them, a task is loaded or a `UserError` says why not, and soon."""
+"""Mutated data files: whatever happens to them, a task is loaded or a `UserError` says why not, and soon.
+
+`LORICA_FUZZ_SEED` chooses other mutations.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from lorica.config import TaskConfig
 from lorica.errors import UserError
 from lorica.tasks.label_counts import public_counts
 from lorica.tasks.loading import load_task, load_training
+from tests.fuzzing import draws_of
 from tests.tasks.conftest import WORDS
 
 LONGEST_SECONDS = 10
@@ -140,7 +144,7 @@ def check(kind: Callable[[Path], dict[str, Any]], seeds: range, folder: Path, ba
         place = folder / str(seed)
         place.mkdir()
         keys = kind(place)
-        draws = random.Random(f"{kind.__name__} {seed}")
+        draws = draws_of(kind.__name__, seed)
         mutate_one(place, draws)
         source = str(place / keys["train"])
         config = TaskConfig(**keys | {"train": source, "test": source})
@@ -165,10 +169,7 @@ def test_mutated_files_are_loaded_or_refused(
     bases = {False: text_base, True: grey_base}
     # Without a mutation there is nothing to refuse.
     assert len(load_task(TaskConfig(**keys | {"train": source, "test": source}), bases["image" in keys["type"]]).train)
-    loaded = check(kind, range(20), tmp_path, bases)
-    assert loaded < 20
-    # Hardly a changed byte of Parquet goes unnoticed.
-    assert loaded > 0 or keys["train"].endswith(".parquet")
+    assert check(kind, range(20), tmp_path, bases) < 20
 
 
 @pytest.mark.slow

@@ -8,20 +8,18 @@ import json
 import logging
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from lorica.config import TaskConfig
+from lorica.config import TaskConfig, validate
 from lorica.errors import UserError
 from lorica.tasks.formats import columns as columns_module
 from lorica.tasks.formats.image_folder import read_image_folder
 from lorica.tasks.formats.json_lines import LINES
 from lorica.tasks.labels import UNKNOWN, label_indices, label_names, label_numbers
-from lorica.tasks.overlap import check_sources
 from lorica.tasks.owners import source_names
 from lorica.tasks.readers import read
 
@@ -262,11 +260,9 @@ def test_what_is_no_file_is_never_opened(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["", "a\0b.csv", "x" * 5000 + ".csv", "~nobody-of-this-name/x.csv", "/" + "a/" * 3000])
 def test_what_is_no_path_is_refused(name: str) -> None:
-    config = TaskConfig(type="text-classification", train=name, test="b.csv")
-    with suppress(UserError):
-        check_sources(config)
+    content = {"type": "text-classification", "train": name, "test": "b.csv"}
     with pytest.raises(UserError, match=r"^task\.train"):
-        read(config, "task.train", name)
+        read(validate(TaskConfig, content, prefix="task"), "task.train", name)
 
 
 def test_files_of_loricas_own_are_no_data(tmp_path: Path) -> None:

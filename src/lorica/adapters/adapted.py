@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +110,17 @@ class AdaptedModel:
             if not _same_pair(self._merged.get(site.name), merged.get(site.name)):
                 self._set_frozen(site, merged.get(site.name))
 
-    def trained(self, name: str, rank: int | None, tensors: Mapping[str, Tensor]) -> TrainedTensor:
+    def frozen_weight(self, site: Site) -> Tensor:
+        """The weight of a site without its factors and without what was merged, `(d_out, d_in)`, fp32, on the CPU."""
+        layer = self._layer(site)
+        weight = self._frozen.get(site.name, _writable_weight(layer)).detach().float().cpu()
+        return weight.T if _is_transposed(layer) else weight
+
+    def trained(self, name: str, ranks: Sequence[int] | None, tensors: Mapping[str, Tensor]) -> TrainedTensor:
         """The location of a tensor to train, and the view of its gradient that is trained.
 
         Args:
-            rank: the client's rank, to which gradients are cut; None for the full rank.
+            ranks: the ranks to which the gradient of a factor is cut; None for all.
             tensors: the adapter, with the fixed factor `SITE.B` for the gradient of `SITE.R`:
                 `∂L/∂R = Bᵀ ∂L/∂(B R)`.
         """
@@ -122,10 +128,10 @@ class AdaptedModel:
             factor = factor_b(site_of(name))
             basis = tensors[factor].to(self.device)
             return self.tensors[factor]._replace(view=lambda gradient: basis.T @ gradient)
-        if rank is None or not is_factor(name):
+        if ranks is None or not is_factor(name):
             return self.tensors[name]
-        rows = is_a(name)
-        return self.tensors[name]._replace(view=lambda g: g[:, :rank] if rows else g[:, :, :rank])
+        axis, kept = 1 if is_a(name) else 2, torch.tensor(ranks, device=self.device)
+        return self.tensors[name]._replace(view=lambda gradient: gradient.index_select(axis, kept))
 
     @contextmanager
     def perturbed(self, ratio: float, generator: torch.Generator) -> Iterator[None]:

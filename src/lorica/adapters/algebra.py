@@ -13,6 +13,9 @@ from torch import Tensor
 
 from lorica.adapters.names import Pair
 
+SINGULAR = 1e-6
+"""A singular value so small beside the largest one is rounding of fp32 factors."""
+
 
 def weighted_sum(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     """`Σ_k w_k X_k`, summed in the given order. Smaller tensors are padded with zeros at the end of each axis.
@@ -83,6 +86,19 @@ def truncated(pair: Pair, rank: int, balanced: bool = False) -> Pair:
     return _split(*product_svd(pair), rank, balanced, pair[0])
 
 
+def principal(weight: Tensor, rank: int) -> Pair:
+    """`(B, A)` of the best rank-`rank` approximation of a matrix, `U_r S_r^½` and `S_r^½ V_rᵀ`, by a dense SVD in fp64.
+
+    >>> b, a = principal(torch.diag(torch.tensor([1.0, 4.0])), rank=1)
+    >>> (b @ a).abs(), b.abs()
+    (tensor([[0., 0.],
+            [0., 4.]]), tensor([[0.],
+            [2.]]))
+    """
+    u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
+    return _split(u, s, vt, rank, True, weight)
+
+
 def truncated_dense(pair: Pair, rank: int) -> Pair:
     """As `truncated`, through a dense SVD in the inputs' precision: slower, to compare the cost."""
     u, s, vt = torch.linalg.svd(pair[0] @ pair[1], full_matrices=False)
@@ -144,16 +160,29 @@ def inner(first: Pair, second: Pair) -> float:
     return float((b * a).sum())
 
 
-def rotation_towards(a: Tensor, reference: Tensor) -> Tensor:
-    """The orthogonal `R (r, r)` that minimises `‖Rᵀ A - A_ref‖_F`: `U Vᵀ` of `A A_refᵀ` (orthogonal Procrustes).
+def rotation_towards(value: Tensor, reference: Tensor) -> Tensor:
+    """The rotation `R (r, r)` that minimises `‖Rᵀ X - X_ref‖_F`, with `det R = 1` (Kabsch's algorithm), fp64.
 
-    >>> a, quarter_turn = torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
-    >>> rotation_towards(a, quarter_turn) @ quarter_turn.double()
+    `U Vᵀ` of `X X_refᵀ`; if that is a reflection, the direction of the smallest singular value is turned round. Where
+    `X X_refᵀ` is singular the minimiser is not unique, and R is the identity.
+
+    Args:
+        value, reference: `(r, n)`, as a factor A; pass the transpose of a factor B.
+
+    >>> value, quarter_turn = torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
+    >>> rotation_towards(value, quarter_turn) @ quarter_turn.double()
+    tensor([[1., 0.],
+            [0., 1.]], dtype=torch.float64)
+    >>> rotation_towards(value, torch.zeros(2, 2))
     tensor([[1., 0.],
             [0., 1.]], dtype=torch.float64)
     """
-    u, _, vt = torch.linalg.svd(a.double() @ reference.double().T)
-    rotation: Tensor = u @ vt
+    u, s, vt = torch.linalg.svd(value.double() @ reference.double().T)
+    if s[-1] <= SINGULAR * s[0]:
+        return torch.eye(len(s), dtype=s.dtype)
+    signs = torch.ones_like(s)
+    signs[-1] = torch.linalg.det(u @ vt).sign()
+    rotation: Tensor = (u * signs) @ vt
     return rotation
 
 

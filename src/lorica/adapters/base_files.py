@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lorica.errors import UserError
 from lorica.files import sha256_of
+from lorica.paths import user_path
 
 EMBEDDED = "lorica:"
 # Files that transformers never reads to load a PyTorch model: a new README or weights for another framework do not
@@ -30,6 +31,8 @@ def resolve_base(base: str) -> str:
         if not (folder / "config.json").is_file():
             raise UserError("model.base", base, "no such embedded model", "set model.base=lorica:glyph-vit")
         return str(folder)
+    user_path("model.base", base)
+    # `./NAME` must stay apart from the hub id `NAME`, which a `Path` would not keep.
     base = os.path.expanduser(base)
     if Path(base).is_dir():
         if not (Path(base) / "config.json").is_file():

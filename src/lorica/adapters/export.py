@@ -20,7 +20,8 @@ from lorica.adapters.names import Pair
 from lorica.adapters.state import fold, stack_pairs
 from lorica.config import ModelConfig, TaskConfig
 from lorica.errors import UserError
-from lorica.files import sha256_of
+from lorica.files import read_json, sha256_of
+from lorica.paths import user_path
 from lorica.pretrained import damaged_file
 from lorica.tasks.kind import kind_of
 
@@ -107,7 +108,7 @@ def check_exported(folder: Path) -> None:
     for place in places:
         try:
             # Earlier versions of Lorica wrote no checksums.
-            sums = json.loads((place / DESCRIPTION).read_bytes()).get("sha256", {})
+            sums = read_json(place / DESCRIPTION).get("sha256", {})
             wrong = next((name for name, found in sums.items() if sha256_of(place / name) != found), None)
         except (OSError, ValueError, AttributeError):
             wrong = DESCRIPTION
@@ -130,15 +131,16 @@ def read_export(folder: str | Path, base: str | None = None) -> Export:
         UserError: the folder was not written by Lorica, contains one adapter per client, or a file is missing or
             damaged; the base model is not on this machine, or is another one.
     """
-    path = Path(folder) / DESCRIPTION
+    folder = user_path("adapter", folder)
+    path = folder / DESCRIPTION
     if not path.is_file():
-        own = sorted(found.parent.name for found in Path(folder).glob(f"client-*/{DESCRIPTION}"))
+        own = sorted(found.parent.name for found in folder.glob(f"client-*/{DESCRIPTION}"))
         if own:
             raise UserError(
                 "adapter",
                 str(folder),
                 "it contains one adapter per client",
-                f"load one of them, such as {Path(folder) / own[0]}",
+                f"load one of them, such as {folder / own[0]}",
             )
         inside = Path(folder) / "adapter"
         remedy = f"give {inside}" if inside.is_dir() else "give the adapter folder of a run, such as runs/NAME/adapter"

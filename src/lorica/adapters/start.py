@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 from collections.abc import Mapping
@@ -24,6 +23,8 @@ from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState
 from lorica.config import ExperimentConfig, LoraSection
 from lorica.errors import UserError
+from lorica.files import read_json
+from lorica.paths import user_path
 
 LARGEST_JSON = 2**22
 """Maximum number of bytes in a JSON file of an adapter."""
@@ -115,7 +116,7 @@ def _refuse(folder: str, problem: str, remedy: str) -> NoReturn:
 
 
 def _weights_in(folder: str) -> bytes:
-    path = Path(folder).expanduser()
+    path = user_path("lora.start", folder)
     if not path.is_dir():
         _refuse(folder, "no such folder", _COPY)
     own = sorted(found.parent.name for found in path.glob(f"client-*/{WEIGHTS}"))
@@ -135,13 +136,10 @@ def _read_json(folder: str, path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError("it is too large")
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it is not a JSON object")
-        return content
+        return read_json(path)
     except FileNotFoundError:
         _refuse(folder, f"it has no {path.name}", _COPY)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         _refuse(folder, f"{path.name} is damaged ({type(error).__name__})", "get another copy of the adapter")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -37,12 +37,20 @@ class AdapterState:
             [1., 1., 1.]])
     """
 
-    def __init__(self, sites: list[Site], tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, sites: list[Site], tensors: Mapping[str, Tensor], frozen_weight: Callable[[Site], Tensor] | None = None
+    ) -> None:
         self.sites = sites
+        self._frozen_weight = frozen_weight
         self.tensors = dict(tensors)
         self.versions = dict.fromkeys(self.tensors, 0)
         self.merged: dict[str, Pair] = {}
         self.epoch = 0
+
+    def frozen_weight(self, site: Site) -> Tensor:
+        """The public frozen weight `W0` of a site, without what was merged, `(d_out, d_in)`, fp32."""
+        assert self._frozen_weight is not None, "this adapter has no base model"
+        return self._frozen_weight(site)
 
     @property
     def head(self) -> list[str]:
@@ -136,3 +144,26 @@ def leading(name: str, value: Tensor, rank: int | None) -> Tensor:
     if is_a(name):
         return value[:rank]
     return value[:, :rank] if is_b(name) else value
+
+
+def at_ranks(name: str, value: Tensor, ranks: Sequence[int] | None) -> Tensor:
+    """The rows of a factor A or columns of a factor B at some ranks; None for all.
+
+    >>> at_ranks("layer.0.query.A", torch.eye(3), ranks=[0, 2])
+    tensor([[1., 0., 0.],
+            [0., 0., 1.]])
+    """
+    if ranks is None:
+        return value
+    return value.index_select(0 if is_a(name) else 1, torch.tensor(ranks, device=value.device))
+
+
+def with_ranks(name: str, value: Tensor, ranks: Sequence[int], part: Tensor) -> Tensor:
+    """A factor with other rows (A) or columns (B) at some ranks: the inverse of `at_ranks`.
+
+    >>> with_ranks("layer.0.query.A", torch.zeros(3, 2), ranks=[2], part=torch.ones(1, 2))
+    tensor([[0., 0.],
+            [0., 0.],
+            [1., 1.]])
+    """
+    return value.index_copy(0 if is_a(name) else 1, torch.tensor(ranks, device=value.device), part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,10 @@ from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.messages import Delivery, Projection, Request, Training
 from lorica.owner.client import Client
-from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client
+from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, make_cohort
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.lifetime import History, histories
-from lorica.privacy.plan import ClientPlan, Refused, plan_run
+from lorica.privacy.plan import ClientPlan, Refused, plan_cohort, plan_run
 from lorica.privacy.statement import Account, accounts_of
 from lorica.run.divergence import check_finite
 from lorica.run.setup import Prepared, prepare
@@ -202,6 +203,7 @@ def _reserve(ledger: Ledger, clients: list[Client], run: str, limit: float | Non
     for client in clients:
         client.check_records(run, datasets.get(client.number, set()))
     ledger.introduce({client.records.fingerprint(): client.records.tags for client in clients})
+    ledger.introduce_run(run, clients[0].run_name)
     reservations = [one for client in clients if (one := client.reservation(run)) is not None]
     if reservations:
         ledger.reserve(reservations, lambda _: _check_lifetimes(ledger, clients, run, limit))
@@ -227,13 +229,13 @@ def _check_lifetimes(ledger: Ledger, clients: list[Client], run: str, limit: flo
 def _beyond(limit: float, life: float, history: History, run: str, client: Client) -> UserError:
     problem = f"with this run, the total ε of client {client.number} would be {life:.3f}"
     remedy = "lower privacy.epsilon, run fewer rounds, or raise privacy.max_lifetime_epsilon"
-    holders = sorted({one.run for one in history.holders(run)})
+    holders = sorted({(one.run, client.ledger.file_of(one.ledger)) for one in history.holders(run)})
     if holders:
-        problem += f", including reservations of run {', '.join(holders)}"
-        remedy += (
-            "; or finish that run, or release its reservation: "
-            f"lorica budget {client.ledger.path} --release {holders[0]}"
-        )
+        names = client.ledger.run_names()
+        listed = [f"{names[held]} ({held:.8})" if held in names else held[:8] for held, _ in holders]
+        problem += f", including what is reserved for run {', '.join(listed)}"
+        commands = [f"lorica budget {shlex.quote(str(file))} --release {held:.8}" for held, file in holders]
+        remedy += f"; or finish what has reserved it, or release that: {' and '.join(commands)}"
     return UserError("privacy.max_lifetime_epsilon", limit, problem, remedy)
 
 
@@ -256,6 +258,15 @@ def prepare_local(
     dataset = task.train.fingerprint()
     task = by_privacy_unit(config, task)
     prepared = prepare(config, task)
+    if config.privacy.unit == "client":
+        members, plan = divide(config, task), plan_cohort(config, prepared.method.client_level)
+        ledger = open_ledger(ledger_path(config, dataset))
+        return prepared, LocalEngine(
+            prepared.model,
+            prepared.state,
+            {0: make_cohort(config, plan, task.train, members, ledger, dataset)},
+            config.privacy.max_lifetime_epsilon,
+        )
     parts = [hold_out(config, part) for part in divide(config, task)]
     plans = [plan_run(config, client, len(records)) for client, (records, _) in enumerate(parts)]
     ledger = open_ledger(ledger_path(config, dataset))

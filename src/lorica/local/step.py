@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.names import factor_a, factor_b, is_a, is_b, is_factor, site_of
+from lorica.config import LocalConfig
 from lorica.local.preconditioning import precondition
 from lorica.local.smoothing import NOISE_ENERGY, smooth
 from lorica.privacy.released import Released, post_process
@@ -38,6 +39,13 @@ class LocalStep:
     kept: float = 1.0
     damping: float | None = None
     perturbation: float = 0.0
+
+    @classmethod
+    def of(cls, local: LocalConfig) -> LocalStep:
+        """The configured transformations, without those that a method asks for."""
+        return cls(
+            proximal=local.fedprox, damping=local.damping if local.scaled_gd else None, perturbation=local.flat_lora
+        )
 
     def active(self, trained: tuple[str, ...], step: int) -> list[str]:
         """Names of the tensors trained in a local step, counted from 0."""

@@ -134,6 +134,7 @@ class ASLoRA(Method):
         privacy="sound; score is free post-processing",
     )
     refuses = REFUSES | SCORED
+    client_level = 1
 
     class Options(GaugeOptions):
         granularity: Literal["layer", "module", "tied"] = "layer"

@@ -63,6 +63,8 @@ class Method(ABC):
         refuses: component (`lorica.methods.components.COMPONENTS`) -> why the method does not support it. A method
             that supports different ranks leaves out `client_ranks` and yields `Train(ranks=server.ranks)`.
         personal: each client has its own model; these are evaluated and exported.
+        client_level: the number of exchanges in a round, if the method needs nothing in them but the mean over the
+            clients, so that `privacy.unit: client` can noise that; 0 if it needs more.
         merges: the method adds to the frozen weights (`AdapterState.merge`).
     """
 
@@ -70,6 +72,7 @@ class Method(ABC):
     about: ClassVar[About]
     refuses: Mapping[str, str] = {"client_ranks": "all its clients must have the same rank"}
     personal: ClassVar[bool] = False
+    client_level: ClassVar[int] = 0
     merges: ClassVar[bool] = False
 
     class Options(Strict):

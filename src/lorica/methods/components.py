@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.methods.base import Method
 from lorica.privacy.shared_noise import check_shared, shares_noise
 
+FEW_CLIENTS = 100
+"""Below so many clients in a round, client-level noise drowns what they learn."""
+logger = logging.getLogger(__name__)
 COMPONENTS = {
     "frozen_head": ("model.head", "a frozen head"),
     "client_ranks": ("lora.client_ranks", "ranks that differ between clients"),
@@ -76,6 +81,8 @@ def check_components(config: ExperimentConfig, method: Method) -> None:
     if config.federation.secure_sum:
         _check_secure_sum(config)
     check_shared(config)
+    if config.privacy.unit == "client":
+        _check_client_level(config, method)
     sgd = config.optimizer.name == "sgd"
     known_noise = config.server.denoise != "none" or config.server.optimizer == "fedadam"
     shaping = {"local.scaled_gd": config.local.scaled_gd, "local.scaffold": config.local.scaffold}
@@ -159,6 +166,53 @@ def _check_secure_sum(config: ExperimentConfig) -> None:
                 f"not supported with federation.secure_sum: {reason}",
                 f"change {key}, or set federation.secure_sum to false",
             )
+
+
+def _check_client_level(config: ExperimentConfig, method: Method) -> None:
+    federation, privacy = config.federation, config.privacy
+    single = "the noise is added to the mean of the updates, and single replies are not seen"
+    clashes = [
+        ("engine", config.engine, config.engine != "local", "nodes do not trust the server, and add noise themselves"),
+        (
+            "method.name",
+            method.name,
+            not method.client_level or "secure_sum" in method.refuses,
+            f"with these options, {method.name} needs more than the mean update of a round",
+        ),
+        ("federation.secure_sum", True, federation.secure_sum, "the server is trusted with single updates"),
+        ("privacy.noise_against", privacy.noise_against, privacy.noise_against != "replies", "clients add no noise"),
+        ("server.aggregate", config.server.aggregate, config.server.aggregate != "mean", single),
+        ("local.scaffold", True, config.local.scaffold, single),
+        ("lora.client_ranks", config.lora.client_ranks, config.lora.client_ranks is not None, single),
+        (
+            "federation.weights",
+            federation.weights,
+            federation.weights != "uniform",
+            "a client of more weight would need more noise",
+        ),
+        ("federation.min_clients", federation.min_clients, federation.min_clients is not None, "no client is missing"),
+        (
+            "federation.private_test",
+            federation.private_test,
+            federation.private_test > 0,
+            "clients of a simulation have no ledger of their own",
+        ),
+    ]
+    for key, value, on, reason in clashes:
+        if on:
+            raise UserError(
+                key,
+                value,
+                f"not supported with privacy.unit = client: {reason}",
+                f"change {key}, or set privacy.unit=record",
+            )
+    if privacy.private and federation.participants < FEW_CLIENTS:
+        logger.warning(
+            "privacy.unit = client with %d clients in a round: the noise of standard deviation σC/%d in each "
+            "coordinate of the mean update will exceed what clients learn; it takes some hundred clients in a round",
+            federation.participants,
+            federation.participants,
+        )
 
 
 def chosen_components(config: ExperimentConfig) -> dict[str, object]:

@@ -26,6 +26,8 @@ class Train:
         steps: noisy steps of this exchange; None for all steps of the round, which its exchanges share.
         local: transformations of the noisy gradient; None for the configured ones (`Server.local`).
         ranks: client -> number of leading ranks that it gets and trains; other clients train all ranks.
+        slices: client -> site name -> the ranks that it trains, ascending. It gets all ranks, trains nothing at a site
+            that is left out, and its updates in `Replies` are zero there. Other clients train all ranks.
         personal: names of trained tensors that stay with the clients, which start from their own values.
         sketch_columns: clients send sketches of their products with so many columns (`Replies.sketches`) instead of
             factor updates.
@@ -36,6 +38,7 @@ class Train:
     steps: int | None = None
     local: LocalStep | None = None
     ranks: Mapping[int, int] = field(default_factory=dict)
+    slices: Mapping[int, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     personal: frozenset[str] = frozenset()
     sketch_columns: int | None = None
     last_step_energy: bool = False

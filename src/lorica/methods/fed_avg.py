@@ -28,6 +28,8 @@ class FedAvg(Method):
         privacy="sound; noise quadratic",
     )
 
+    client_level = 1
+
     def round(self, server: Server) -> Round:
         replies = yield Train("AB")
         server.step(replies)

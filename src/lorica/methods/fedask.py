@@ -6,6 +6,7 @@ import torch
 from pydantic import Field
 
 from lorica.adapters.algebra import truncated
+from lorica.adapters.state import Factors
 from lorica.config import Strict
 from lorica.methods.base import About, Method
 from lorica.methods.components import NEW_BASIS, OWN_AGGREGATION
@@ -60,10 +61,14 @@ class FedASK(Method):
 
     options: Options
 
+    def trained(self, server: Server) -> Factors:
+        """The factors that clients train."""
+        return "B" if server.private else "AB"
+
     def round(self, server: Server) -> Round:
         narrowest = min(min(site.d_in, site.d_out) for site in self.sites)
         columns = min(self.sites[0].rank + self.options.oversampling, narrowest)
-        trained = yield Train("B" if server.private else "AB", ranks=server.ranks, sketch_columns=columns)
+        trained = yield Train(self.trained(server), ranks=server.ranks, sketch_columns=columns)
         while True:
             bases = {name: torch.linalg.qr(sketch.double()).Q.float() for name, sketch in trained.mean_sketch.items()}
             projected = yield Project(bases)

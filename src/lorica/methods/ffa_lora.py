@@ -32,6 +32,8 @@ class FFALoRA(Method):
         privacy="sound; noise linear",
     )
 
+    client_level = 1
+
     class Options(Strict):
         orthonormal_a: bool = False
         """Make the rows of A orthonormal before the first round."""

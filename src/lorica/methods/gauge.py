@@ -51,6 +51,7 @@ class GaugedMethod(Method):
     """A method that trains one factor of each product in a round, at the same rank for all clients."""
 
     refuses = REFUSES | SAME_RANKS
+    client_level = 1
 
     class Options(GaugeOptions):
         """The gauge alone."""

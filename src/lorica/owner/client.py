@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.names import ENERGY, SKETCH, Pair, is_factor
-from lorica.adapters.state import leading, stack_pairs
+from lorica.adapters.state import leading, stack_pairs, with_ranks
 from lorica.errors import UserError
 from lorica.files import append_line, to_json
 from lorica.local.optimizers import make_optimizer
@@ -51,6 +51,7 @@ class Client:
         seed: public seed, for dropout masks, sketches, perturbations and reproducible noise.
         private_test: the owner's test records; their results stay with the owner.
         policy: the owner's limits over all runs; None if one process simulates all owners.
+        run_name: name of the run, for the owner's account of the ledger.
         held: the server's tensors as last received.
         merged: site name -> `(B, A)` merged into the frozen weight.
         sequence: number of the last request; None before the first.
@@ -66,6 +67,7 @@ class Client:
     unit: PrivacyUnit = RECORD
     private_test: Records | None = None
     policy: Policy | None = None
+    run_name: str = ""
     held: dict[str, Tensor] = field(default_factory=dict)
     merged: dict[str, Pair] = field(default_factory=dict)
     sequence: int | None = None
@@ -110,7 +112,7 @@ class Client:
             sampling_rate=self.plan.terms.sampling_rate,
             noise_multiplier=self.plan.noise_multiplier,
             clip_norm=self.plan.terms.clip_norm,
-            steps=request.work.steps if isinstance(request.work, Training) else 0,
+            steps=self._steps_of(request),
             noise=self.plan.noise,
             request=digest,
             unit=self.unit,
@@ -122,8 +124,17 @@ class Client:
         if isinstance(request.work, Training):
             released, kept = self._train(model, request, request.work, own, charge.seed)
         else:
-            released, kept = project(request.work.bases, self.held, own), None
+            released, kept = self._project(model, request, request.work, own, charge.seed), None
         return self.ledger.attach(charge, Reply(self.number, released).encode(), kept)
+
+    def _steps_of(self, request: Request) -> int:
+        """Noisy steps of a request. A projection is a function of earlier releases."""
+        return request.work.steps if isinstance(request.work, Training) else 0
+
+    def _project(
+        self, model: AdaptedModel, request: Request, work: Projection, own: Mapping[str, Released], seed: bytes | None
+    ) -> dict[str, Released]:
+        return project(work.bases, self.held, own)
 
     def check_records(self, run: str, datasets: set[str]) -> None:
         """Refuse to go on with a run that started with other records.
@@ -155,6 +166,7 @@ class Client:
             allow: called with the unused reservations of other runs, under the ledger's lock.
         """
         self.introduce()
+        self.ledger.introduce_run(run, self.run_name)
         planned = self.reservation(run)
         if planned is None:
             allow([])
@@ -247,14 +259,40 @@ class Client:
         adapter = self.held | {name: released.tensor for name, released in personal.items()}
         adapter = {name: leading(name, value, work.rank).to(model.device) for name, value in adapter.items()}
         model.merge(self.merged)
-        model.write(adapter)
-        start = {name: adapter[name] for name in work.trained}
-        places = {name: model.trained(name, work.rank, adapter) for name in work.trained}
-        optimizer = make_optimizer(work.optimizer, work.rates)
         randomness = self._reproducible(request) if seed is None else SecureRandomness(seed)
+        updates, gradients = self._steps(model, request, work, adapter, self.records, randomness)
+        moved = {
+            name: _after(work.part(name, adapter[name]), update, personal.get(name)) for name, update in updates.items()
+        }
+        released = {name: update for name, update in updates.items() if name not in work.personal}
+        kept = {name: value for name, value in moved.items() if name in work.personal}
+        if work.sketch_columns is not None:
+            sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
+            # The prefix separates these factors from those of other rounds and from other tensors kept at the client.
+            kept |= {f"{_sketched_in(request.round)}{name}": moved[name] for name in moved if is_factor(name)}
+            released = {name: value for name, value in released.items() if not is_factor(name)} | sketches
+        if work.last_step_energy:
+            released |= {f"{ENERGY}{name}": post_process(_energy, gradient) for name, gradient in gradients.items()}
+        return released, kept or None
+
+    def _steps(
+        self,
+        model: AdaptedModel,
+        request: Request,
+        work: Training,
+        adapter: dict[str, Tensor],
+        records: Records,
+        randomness: Randomness,
+    ) -> tuple[dict[str, Released], dict[str, Released]]:
+        """The updates after all steps from an adapter, and the noisy gradients of the last one."""
+        model.write(adapter)
+        parts = {name: work.part(name, value) for name, value in adapter.items()}
+        start = {name: parts[name] for name in work.trained}
+        places = {name: model.trained(name, work.ranks(name), adapter) for name in work.trained}
+        optimizer = make_optimizer(work.optimizer, work.rates)
         updates: dict[str, Released] = {}
         gradients: dict[str, Released] = {}
-        values = adapter
+        values = parts
         model.peft_model.train()
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             _seed_dropout(randomness.dropout_seed(), model.device)
@@ -266,7 +304,7 @@ class Client:
                         model.peft_model,
                         model.losses,
                         active,
-                        self.records,
+                        records,
                         work.terms,
                         randomness,
                         self.micro_batch_tokens,
@@ -274,20 +312,10 @@ class Client:
                 shaped = transform_gradients(gradients, values, start, work.corrections, work.local)
                 for name, increment in optimizer.step(shaped, values).items():
                     updates[name] = post_process(torch.add, updates[name], increment) if name in updates else increment
-                values = adapter | {name: start[name] + update.tensor for name, update in updates.items()}
-                model.write(values)
+                values = parts | {name: start[name] + update.tensor for name, update in updates.items()}
+                model.write(adapter | _whole(work, adapter, {name: values[name] for name in updates}))
         model.peft_model.eval()
-        moved = {name: _after(start[name], update, personal.get(name)) for name, update in updates.items()}
-        released = {name: update for name, update in updates.items() if name not in work.personal}
-        kept = {name: value for name, value in moved.items() if name in work.personal}
-        if work.sketch_columns is not None:
-            sketches = sketch(adapter, moved, work.sketch_columns, self.seed, request.round)
-            # The prefix separates these factors from those of other rounds and from other tensors kept at the client.
-            kept |= {f"{_sketched_in(request.round)}{name}": moved[name] for name in moved if is_factor(name)}
-            released = {name: value for name, value in released.items() if not is_factor(name)} | sketches
-        if work.last_step_energy:
-            released |= {f"{ENERGY}{name}": post_process(_energy, gradient) for name, gradient in gradients.items()}
-        return released, kept or None
+        return updates, gradients
 
     @contextmanager
     def _perturbed(self, model: AdaptedModel, request: Request, work: Training, step: int) -> Iterator[None]:
@@ -320,6 +348,15 @@ def _sketched_in(round_number: int) -> str:
 def private_metrics_path(ledger: Path) -> Path:
     """The file with the results of private tests, next to the ledger."""
     return ledger.with_name(f"{ledger.name.removesuffix('.sqlite').removesuffix('.ledger')}.private-metrics.jsonl")
+
+
+def _whole(work: Training, adapter: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Trained tensors with the ranks that rest."""
+    whole = {}
+    for name, part in parts.items():
+        ranks = work.ranks(name)
+        whole[name] = part if ranks is None else with_ranks(name, adapter[name], ranks, part)
+    return whole
 
 
 def _after(start: Tensor, update: Released, before: Released | None) -> Released:

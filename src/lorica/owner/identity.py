@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import stat
 from pathlib import Path
 
 from lorica.errors import UserError
 from lorica.files import write_atomically
+from lorica.paths import user_path
 from lorica.secure_sum.identity import Identity
 
 PRIVATE, PUBLIC = "identity.key", "identity.pub"
@@ -23,7 +25,7 @@ def make_identity(folder: Path, name: str) -> str:
     Raises:
         UserError: the files cannot be written or read, or the name is invalid.
     """
-    path = folder.expanduser() / PRIVATE
+    path = user_path("DIR", folder) / PRIVATE
     if not re.fullmatch("[A-Za-z0-9_.@-]{1,100}", name):
         raise UserError("--name", name, "not 1 to 100 characters", "use letters, digits, -, _, . and @")
     if path.exists():
@@ -49,7 +51,9 @@ def read_identity(path: Path) -> Identity:
         problem = f"cannot be read ({error.strerror})"
         raise UserError("node-config.identity", str(path), problem, "create one with `lorica flower keys`") from error
     if others:
-        raise UserError("node-config.identity", str(path), "other accounts can read it", f"run chmod 600 {path}")
+        raise UserError(
+            "node-config.identity", str(path), "other accounts can read it", f"run chmod 600 {shlex.quote(str(path))}"
+        )
     try:
         return Identity.from_pem(content)
     except ValueError as error:

@@ -131,11 +131,30 @@ class Node:
                 raise Refused("the server asks for a masked input of a different round or exchange than announced")
             return Input(decode(self._reply_to(request, agreement)), derived=isinstance(request.work, Projection))
 
-        path = self._folder / "sum.json"
-        kept = Part.from_bytes(path.read_bytes()) if path.is_file() else Part()
-        kept, reply = run_client_stage(kept, self._requirements(), question, given)
-        write_atomically(path, kept.to_bytes(), mode=0o600)
+        kept, reply = run_client_stage(self._part(), self._requirements(), question, given)
+        write_atomically(self._part_path, kept.to_bytes(), mode=0o600)
         return reply
+
+    @property
+    def _part_path(self) -> Path:
+        return self._folder / "sum.json"
+
+    def _part(self) -> Part:
+        """What is stored of this run's sums.
+
+        Raises:
+            UserError: it is damaged, or another version of Lorica wrote it. It cannot be done without: it remembers
+                which inputs became part of a sum, so that no second sum of them reveals one.
+        """
+        path = self._part_path
+        if not path.is_file():
+            return Part()
+        try:
+            return Part.from_bytes(path.read_bytes())
+        except SummationError as error:
+            # An older copy would not know the latest sums.
+            remedy = "leave this run to the other nodes, and take part in a new one"
+            raise UserError(path.name, str(path), str(error), remedy) from None
 
     def _requirements(self) -> Requirements:
         """The current policy's requirements on a sum."""

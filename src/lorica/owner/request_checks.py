@@ -59,6 +59,9 @@ def _training(work: Training, model: Mapping[str, Shape], sites: Mapping[str, Sh
         return "its learning rates do not match the tensors that it trains"
     if not set(work.personal) <= set(work.trained):
         return "it keeps tensors at the client that it does not train"
+    wrong = _slices(work, sites, rank)
+    if wrong is not None:
+        return wrong
     if work.personal and work.sketch_columns is not None:
         # A sketch of tensors kept from earlier rounds could be summed a second time, over other clients.
         return "it asks for sketches of tensors that it keeps at the client"
@@ -67,6 +70,19 @@ def _training(work: Training, model: Mapping[str, Shape], sites: Mapping[str, Sh
     if work.sketch_columns is not None and not 1 <= work.sketch_columns <= _max_dim(sites):
         return f"sketches with {work.sketch_columns} columns"
     return _tensors(work.corrections, model, work.rank, whole=False)
+
+
+def _slices(work: Training, sites: Mapping[str, Shape], rank: int) -> str | None:
+    if not work.slices:
+        return None
+    if work.rank is not None or work.personal or work.sketch_columns is not None:
+        return "it trains single ranks, and cuts the factors, sketches them or keeps factors at the client"
+    if work.slices.keys() != {site_of(name) for name in work.trained if is_factor(name)}:
+        return "the sites of the ranks that it trains are not those of the tensors that it trains"
+    for site, ranks in work.slices.items():
+        if site not in sites or not ranks or list(ranks) != sorted({each for each in ranks if 0 <= each < rank}):
+            return f"it trains the ranks {ranks!r:.80} of {site!r:.80}, but the model has rank {rank}"
+    return None
 
 
 def _tensors(tensors: Mapping[str, Tensor], model: Mapping[str, Shape], rank: int | None, whole: bool) -> str | None:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorica.config import Strict, validate
+from pydantic import field_validator
+
+from lorica.config import Strict, check_paths, validate
 from lorica.errors import UserError
 from lorica.files import home_folder
 
@@ -35,6 +37,8 @@ class NodeSettings(Strict):
     """Keep a process with the base model and the data alive between messages."""
     worker_idle: float = 900.0
     """How many seconds without a message until that process ends."""
+
+    _paths = field_validator("data", "base", "policy", "identity", "ledger", "folder")(check_paths)
 
     @classmethod
     def of(cls, node_config: Mapping[str, Any]) -> NodeSettings:

@@ -12,11 +12,13 @@ from lorica.adapters.base_model import resolve_device
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.files import home_folder
+from lorica.local.step import LocalStep
 from lorica.owner.client import Client
+from lorica.owner.cohort import Cohort
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.ledger_file import ledger_beside
 from lorica.privacy.plan import ClientPlan
-from lorica.privacy.unit import RECORD, PrivacyUnit
+from lorica.privacy.unit import CLIENT, RECORD, PrivacyUnit
 from lorica.streams import stream_seed
 from lorica.tasks.groups import by_group
 from lorica.tasks.owners import first_source
@@ -113,4 +115,37 @@ def make_client(
         seed=config.seed,
         micro_batch_tokens=config.federation.pass_tokens(resolve_device(config.model.device).type),
         private_test=private_test,
+        run_name=config.name,
+    )
+
+
+def make_cohort(
+    config: ExperimentConfig,
+    plan: ClientPlan,
+    records: Records,
+    members: list[Records],
+    ledger: Ledger,
+    dataset: str,
+) -> Cohort:
+    """All clients of a simulation as one owner (`privacy.unit: client`).
+
+    Args:
+        records: the records of all clients together.
+        members: the records of each client.
+        dataset: fingerprint of the whole data set.
+    """
+    return Cohort(
+        number=0,
+        records=records,
+        plan=plan,
+        ledger=ledger,
+        dataset=dataset,
+        unit=CLIENT,
+        seed=config.seed,
+        micro_batch_tokens=config.federation.pass_tokens(resolve_device(config.model.device).type),
+        members=members,
+        optimizer=config.optimizer,
+        steps=config.federation.local_steps,
+        batch_size=config.federation.batch_size,
+        local=LocalStep.of(config.local),
     )

@@ -65,6 +65,15 @@ def epsilon_rdp(steps: Iterable[Steps], delta: float) -> float:
     return epsilon_from_rdp(total_rdp(steps), delta)
 
 
+def delta_curve(steps: Iterable[Steps], epsilons: np.ndarray) -> np.ndarray:
+    """The δ of a composition at each ε, by privacy loss distributions: an upper bound, as `epsilon`.
+
+    >>> delta_curve([Steps(sampling_rate=1.0, noise_multiplier=1.0, count=1)], np.array([1.0])).round(3)
+    array([0.127])
+    """
+    return np.asarray(_composed(merged_steps(steps)).get_delta_for_epsilon(epsilons))
+
+
 def epsilon_above(limit: float, steps: Iterable[Steps], delta: float) -> float | None:
     """`epsilon` if it is above `limit`, else None.
 
@@ -130,8 +139,12 @@ def _epsilon(steps: tuple[Steps, ...], delta: float) -> float:
         return float("inf")
     if _extreme(steps):
         return epsilon_rdp(steps, delta)
+    return float(_composed(steps).get_epsilon_for_delta(delta))
+
+
+def _composed(steps: tuple[Steps, ...]) -> PrivacyLossDistribution:
     parts = [_loss_distribution(step.sampling_rate, step.noise_multiplier).self_compose(step.count) for step in steps]
-    return float(reduce(PrivacyLossDistribution.compose, parts).get_epsilon_for_delta(delta))
+    return reduce(PrivacyLossDistribution.compose, parts)
 
 
 def _extreme(steps: tuple[Steps, ...]) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from lorica.errors import UserError
-from lorica.files import cache_folder, write_atomically
+from lorica.files import cache_folder, read_json, write_atomically
 from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION, LEAST_NOISE, Steps, epsilon
 
 CALIBRATION_TOLERANCE = 1e-4
@@ -99,7 +99,7 @@ def _checksum(path: Path, noise_multiplier: float) -> int:
 def _stored(path: Path) -> float | None:
     """A noise multiplier from the cache; None if there is none, or if its file is damaged."""
     try:
-        record = json.loads(path.read_bytes())
+        record = read_json(path)
         known = float(record["noise_multiplier"])
         if record["crc32"] == _checksum(path, known):
             return known

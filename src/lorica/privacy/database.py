@@ -38,14 +38,24 @@ def reading(path: Path, only: bool = False) -> Iterator[sqlite3.Connection]:
     """A consistent snapshot of an existing database.
 
     Args:
-        only: open the file read-only, so that an interrupted write is not rolled back either.
+        only: open the file read-only, unless a process was killed in the middle of a write, which is then rolled back.
 
     Raises:
         sqlite3.Error: the file is missing or damaged.
     """
-    with closing(_connect(path, "ro" if only else "rw")) as connection:
+    with closing(_connect(path, "ro" if only and not _interrupted(path) else "rw")) as connection:
         connection.execute("BEGIN")
         yield connection
+
+
+def _interrupted(path: Path) -> bool:
+    """Whether a killed process left a journal that must be rolled back before the file can be read."""
+    with closing(_connect(path, "ro")) as connection:
+        try:
+            connection.execute("SELECT 1 FROM sqlite_master")
+        except sqlite3.OperationalError as error:
+            return error.sqlite_errorname == "SQLITE_READONLY_ROLLBACK"
+    return False
 
 
 def create(path: Path) -> None:

@@ -84,6 +84,12 @@ class Home:
             found = connection.execute("SELECT ledger FROM heads WHERE path = ? AND rows > 0", (_place(path),))
             return {row[0] for row in found}
 
+    def file_of(self, ledger: str) -> Path | None:
+        """Where the ledger with this id was last used; None if unknown."""
+        with self._reading() as connection:
+            row = connection.execute("SELECT path FROM heads WHERE ledger = ?", (ledger,)).fetchone()
+        return None if row is None else Path(row[0])
+
     def remember(self, ledger: str, path: Path, head: Head, exposures: Iterable[Exposure] = ()) -> None:
         """Store a ledger's head, path and exposures. Known counts never decrease."""
         with self.writing() as connection:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import sqlite3
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from lorica.privacy.ledger_rows import (
     end,
     exposures_of,
     insert,
+    names_of,
     pending_of,
     prepare,
     release_of,
@@ -70,6 +72,7 @@ class Ledger:
         self.path = path
         self._home = Home() if home is None else home
         self._introduced: set[str] = set()
+        self._named: tuple[str, str] | None = None
         self._members: dict[tuple[str, str], bool] = {}
         self._sums = Sums()
         with self._errors():
@@ -279,6 +282,23 @@ class Ledger:
             self._members |= {(records, name): name in members for name in unasked}
         return [as_release(one, steps) for one, steps in found if self._members[records, one.records]]
 
+    def introduce_run(self, run: str, name: str) -> None:
+        """Store the name of a run, by which the owner's account of the ledger shows it."""
+        if self._named == (run, name):
+            return
+        with self._errors(), database.transaction(self.path) as connection:
+            connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?)", (run, name))
+        self._named = (run, name)
+
+    def run_names(self) -> dict[str, str]:
+        """Id -> name of the runs in this ledger, where it is known."""
+        with self._reading() as connection:
+            return names_of(connection)
+
+    def file_of(self, ledger: str) -> Path:
+        """Where the ledger with this id was last used."""
+        return self.path if ledger == self.identity else self._home.file_of(ledger) or self.path
+
     def reserve(
         self, planned: Sequence[Exposure], allow: Callable[[list[Release]], None] = lambda reserved: None
     ) -> None:
@@ -331,7 +351,7 @@ class Ledger:
                 str(self.path),
                 f"this is not the ledger last used here: {problem}",
                 "restore the newest copy of the file, or if it is lost, accept the loss with "
-                f"lorica budget {self.path} --accept",
+                f"lorica budget {shlex.quote(str(self.path))} --accept",
             ) from None
         except _DamagedReply as problem:
             raise UserError(
@@ -348,7 +368,7 @@ class Ledger:
                 str(self.path),
                 f"the ledger is damaged ({error})",
                 "restore the newest copy of the file; if there is none, move the file away and accept the loss with "
-                f"lorica budget {self.path} --accept",
+                f"lorica budget {shlex.quote(str(self.path))} --accept",
             ) from error
         except OSError as error:
             raise self._unusable(error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from lorica.errors import UserError
 from lorica.files import home_folder
+from lorica.paths import user_path
 from lorica.privacy import database, record_sets
 from lorica.privacy.chain import Broken, verify
 from lorica.privacy.exposures import Exposure, merged
@@ -22,6 +24,7 @@ from lorica.privacy.ledger_rows import (
     chained,
     exposures_of,
     link_all,
+    names_of,
     prepare,
     release_of,
 )
@@ -36,6 +39,7 @@ class Book:
         own: exposures in the file; empty if an earlier version of Lorica wrote it.
         problem: why the file is not the ledger last used here; None if it is.
         indexed: fingerprints of the records stored in the file.
+        names: id -> name of the runs, where it is known.
     """
 
     path: Path
@@ -43,6 +47,7 @@ class Book:
     own: list[Exposure]
     problem: str | None
     indexed: frozenset[str]
+    names: dict[str, str]
 
     def members(self, records: Collection[str]) -> record_sets.Members:
         """As `Ledger.members`."""
@@ -76,9 +81,9 @@ def find_ledger(path: Path, lost: bool = False) -> Path:
     Raises:
         UserError: there is no such file, or no ledger next to it.
     """
-    path = path.expanduser().absolute()
+    path = user_path("ledger", path).absolute()
     beside = ledger_beside(path)
-    if beside.is_file() or (lost and Home().at(beside)):
+    if os.path.isfile(beside) or (lost and Home().at(beside)):
         return beside
     if lost and Home().at(path):
         return path
@@ -126,7 +131,7 @@ def read_ledger(path: Path) -> Book:
         rows = connection.execute(f"SELECT {CHARGED} FROM releases ORDER BY id").fetchall()
         entries = [(row[0], release_of(row[1:])) for row in rows]
         if "ledger" not in tables:
-            return Book(path, entries, [], None, frozenset())
+            return Book(path, entries, [], None, frozenset(), {})
         (identity,) = connection.execute("SELECT identity FROM ledger").fetchone()
         home, problem = Home(), None
         if home.at(path) - {identity}:
@@ -136,20 +141,21 @@ def read_ledger(path: Path) -> Book:
         except Broken as broken:
             problem = str(broken)
         indexed = frozenset(row[0] for row in connection.execute("SELECT records FROM record_sets"))
-        return Book(path, entries, exposures_of(connection, identity), problem, indexed)
+        return Book(path, entries, exposures_of(connection, identity), problem, indexed, names_of(connection))
 
 
 def release_reservation(path: Path, run: str) -> None:
-    """Release the unused reservation of the run whose id starts with `run`.
+    """Release the unused reservation of the run with this name, or whose id starts with `run`.
 
     Raises:
-        UserError: no run with this id has a reservation, or several have.
+        UserError: no such run has a reservation, or several have.
     """
     ledger = Ledger(path)
+    names = ledger.run_names()
     held = sorted({one.run for one in ledger.exposures() if one.ledger == ledger.identity and one.outstanding})
-    found = [name for name in held if name.startswith(run)]
+    found = [one for one in held if one.startswith(run) or names.get(one) == run]
     if len(found) != 1:
-        problem = "no run with this id has a reservation" if not found else "several runs start with this id"
+        problem = "no such run has a reservation" if not found else "several runs have this name or start of an id"
         remedy = f"choose one of: {', '.join(held)}" if held else "remove --release, since nothing is reserved"
         raise UserError("--release", run, problem, remedy)
     ledger.end(found[0])

@@ -28,6 +28,8 @@ _SCHEMA = (
     )
     """,
     "CREATE TABLE IF NOT EXISTS ledger (identity TEXT NOT NULL)",
+    # For people: ids decide, and a server may choose any name.
+    "CREATE TABLE IF NOT EXISTS runs (run TEXT PRIMARY KEY, name TEXT NOT NULL)",
     """
     CREATE TABLE IF NOT EXISTS reservations (
         run TEXT NOT NULL, client INTEGER NOT NULL, owner TEXT NOT NULL, unit TEXT NOT NULL, noise TEXT NOT NULL,
@@ -217,6 +219,13 @@ def insert(connection: sqlite3.Connection, release: Release, previous: str) -> C
     content = connection.execute(f"SELECT {CHARGED} FROM releases WHERE id = ?", (row,)).fetchone()
     connection.execute("UPDATE releases SET chain = ? WHERE id = ?", (link(previous, content), row))
     return Charge(row, seed)
+
+
+def names_of(connection: sqlite3.Connection) -> dict[str, str]:
+    """Id -> name of the runs in a ledger; of those that an older version of Lorica wrote, no name is known."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone() is None:
+        return {}
+    return dict(connection.execute("SELECT run, name FROM runs WHERE name <> ''"))
 
 
 def exposures_of(

@@ -1,4 +1,7 @@
-"""The noisy gradient of DP-SGD: sample a batch, clip each example's gradient, sum, add noise, divide."""
+"""The noisy gradient of DP-SGD: sample a batch, clip each example's gradient, sum, add noise, divide.
+
+For client-level DP, the same with clients and their updates.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from lorica.privacy.clipping import clipped_sum
@@ -103,6 +107,40 @@ def noisy_gradient(
         )
         for name, value in clipped_sum(gradients, terms.clip_norm).items():
             total[name] += value
+    return _released(total, terms, randomness)
+
+
+def noisy_mean_update(
+    update_of: Callable[[int], Mapping[str, Tensor]],
+    clients: int,
+    shapes: Mapping[str, torch.Size],
+    terms: Terms,
+    randomness: Randomness,
+) -> dict[str, Released]:
+    """`(Σ_{k∈S} clip_C(U_k) + N(0, σ²C² I)) / K₀` over the updates of a Poisson sample `S` of clients.
+
+    One release of the subsampled Gaussian mechanism with (`q`, `σ`) whose unit is a client. `K₀`, the expected number
+    of clients, is public and fixed: with the actual number, leaving out one client would change every other term.
+    McMahan et al., arXiv 1710.06963, with flat clipping and the estimator of fixed denominator.
+
+    Args:
+        update_of: number of a client -> its update, which depends on no other client's data.
+        clients: number of clients, of whom each is in the sample with probability `q`.
+        shapes: name -> shape of each tensor. An empty sample has the sum zero.
+        terms: with `K₀` as the batch size.
+
+    Returns:
+        name -> released mean update, fp32.
+    """
+    total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    for number in poisson_sample(clients, terms.sampling_rate, randomness).tolist():
+        update = {name: value[None] for name, value in update_of(number).items()}
+        for name, value in clipped_sum(update, terms.clip_norm).items():
+            total[name] += value.cpu()
+    return _released(total, terms, randomness)
+
+
+def _released(total: Mapping[str, Tensor], terms: Terms, randomness: Randomness) -> dict[str, Released]:
     noise_std = terms.noise_multiplier * terms.clip_norm if terms.private else 0.0
     return {
         name: _release((add_noise(value, noise_std, randomness) / terms.batch_size).float())

@@ -13,6 +13,7 @@ from lorica.privacy.accounting import Steps, epsilon, epsilon_rdp
 from lorica.privacy.calibration import calibrate, calibrate_many
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.shared_noise import SharedNoise, check_shared
+from lorica.privacy.unit import PrivacyUnit
 from lorica.schedule import participation_counts
 
 MOST_CALIBRATED = 50
@@ -150,12 +151,13 @@ def plan_client(
     if not privacy.private:
         terms = Terms(rate, batch_size, privacy.largest_norm, 0.0)
         return ClientPlan(client, records, terms, max_steps, None, "none")
+    noun = PrivacyUnit.of(privacy).noun
+    of = "" if noun == "client" else f" of client {client}"
     if privacy.noise == "secure" and privacy.delta >= 1 / records:
         raise UserError(
             "privacy.delta",
             privacy.delta,
-            f"not below 1/{records}, one over the number of records of client {client}: publishing one random record "
-            "would satisfy it",
+            f"not below 1/{records}, one over the number of {noun}s{of}: publishing one random {noun} would satisfy it",
             f"choose at most {0.1 / records:.0e}",
         )
     if privacy.noise_multiplier is not None:
@@ -200,6 +202,22 @@ def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
     return plan_client(
         client, records, federation.batch_size, steps, config.privacy, federation.min_clients, calibration
     )
+
+
+def plan_cohort(config: ExperimentConfig, exchanges: int = 1) -> ClientPlan:
+    """The plan of a run with `privacy.unit: client`: all clients as one owner whose records are clients.
+
+    Each exchange is one step with `q = K₀/N`, where `K₀` is the expected number of the N clients in it.
+
+    Args:
+        exchanges: of a round, each of which has its own sample of clients.
+
+    Raises:
+        UserError: as `plan_client`.
+    """
+    federation = config.federation
+    steps = federation.rounds * exchanges
+    return plan_client(0, federation.clients, federation.participants, steps, config.privacy)
 
 
 def planned_steps(config: ExperimentConfig, client: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -20,6 +20,22 @@ from lorica.privacy.shared_noise import shares_noise
 from lorica.privacy.unit import PrivacyUnit
 from lorica.strict_yaml import read_yaml_file
 from lorica.tasks.kind import kind_of, kinds
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """A limit on ε against one adversary.
+
+    Attributes:
+        key: of the policy.
+        step: one step of the plan, as the adversary sees it.
+        own_noise: whether the adversary gets this owner's own replies, which only its own noise protects.
+    """
+
+    key: str
+    epsilon: float
+    step: Steps
+    own_noise: bool
 
 
 class Policy(Strict):
@@ -148,11 +164,11 @@ class Policy(Strict):
         if plan.noise == "none":
             return
         self._review_bounds(plan.noise_multiplier, plan.terms.clip_norm)
-        for key, limit, step in self._limits(plan):
-            cost = epsilon_above(limit, [replace(step, count=plan.max_steps)], self.delta)
+        for limit in self._limits(plan):
+            cost = epsilon_above(limit.epsilon, [replace(limit.step, count=plan.max_steps)], self.delta)
             if cost is not None:
                 steps = f"{plan.max_steps} steps that cost ε = {cost:.4g} at δ = {self.delta:g}"
-                _refuse(key, steps, f"the limit is {limit:g}")
+                _refuse(limit.key, steps, f"the limit is {limit.epsilon:g}")
 
     def review_proposal(self, config: ExperimentConfig, records: int, steps: int) -> None:
         """Refuse a proposal by its public numbers, before noise is calibrated to it.
@@ -240,17 +256,18 @@ class Policy(Strict):
             raise Refused(
                 f"policy.unit: the ledger holds releases with unit = '{found}', which do not compose with '{unit}'"
             )
-        for key, limit, step in self._limits(plan):
-            seen = releases if key == "max_epsilon" else [release.by_own_noise() for release in releases]
-            life = lifetime_above(limit, seen, None, self.delta, replace(step, count=steps), unit)
+        for limit in self._limits(plan):
+            seen = [release.by_own_noise() for release in releases] if limit.own_noise else releases
+            planned = replace(limit.step, count=steps)
+            life = lifetime_above(limit.epsilon, seen, None, self.delta, planned, unit)
             if life is not None:
                 total = f"ε = {life:.4g} at δ = {self.delta:g}"
                 proposed = f"{steps} steps that would bring the total cost of all releases from this data to {total}"
-                limits = f"the limit is {limit:g}"
+                limits = f"the limit is {limit.epsilon:g}"
                 if reserved:
                     holders = ", ".join(sorted({f"{one.run:.8}" for one in reserved}))
                     limits += f", and part of it is reserved for run {holders}"
-                _refuse(key, proposed, limits)
+                _refuse(limit.key, proposed, limits)
 
     def spent(self, releases: Iterable[Release]) -> float:
         """ε at the owner's δ of all releases in a ledger.
@@ -262,11 +279,11 @@ class Policy(Strict):
             return float("inf")
         return lifetime_epsilon(releases, None, self.delta)
 
-    def _limits(self, plan: ClientPlan) -> list[tuple[str, float, Steps]]:
-        """Each limit on ε: its key, its value, and a step of the plan as that adversary sees it."""
-        limits = [("max_epsilon", self.max_epsilon, plan.steps(1))]
+    def _limits(self, plan: ClientPlan) -> list[_Limit]:
+        limits = [_Limit("max_epsilon", self.max_epsilon, plan.steps(1), own_noise=False)]
         if self.max_epsilon_own_noise is not None:
-            limits.append(("max_epsilon_own_noise", self.max_epsilon_own_noise, plan.own_steps(1)))
+            key = "max_epsilon_own_noise"
+            limits.append(_Limit(key, self.max_epsilon_own_noise, plan.own_steps(1), own_noise=True))
         return limits
 
     def _unlisted_noise(self, releases: list[Release]) -> set[str]:

@@ -24,11 +24,11 @@ class Spent:
 
     Args:
         past: participants of the rounds before.
-        local_steps: steps of a participant in a round.
+        steps: noisy steps of a participant in a round.
     """
 
-    def __init__(self, past: Iterable[Iterable[int]], local_steps: int) -> None:
-        self._local_steps = local_steps
+    def __init__(self, past: Iterable[Iterable[int]], steps: int) -> None:
+        self._steps = steps
         self._rounds = Counter(client for participants in past for client in participants)
         self._new = set(self._rounds)
         self._compositions: OrderedDict[Kind, Composition] = OrderedDict()
@@ -59,7 +59,7 @@ class Spent:
             kind = (step.sampling_rate, step.noise_multiplier, delta)
             most[kind] = max(most.get(kind, 0), self._rounds[client])
         for kind, rounds in most.items():
-            value = self._epsilon(kind, rounds * self._local_steps)
+            value = self._epsilon(kind, rounds * self._steps)
             self._largest[own] = max(self._largest.get(own, 0.0), value)
 
     def _epsilon(self, kind: Kind, count: int) -> float:

@@ -11,7 +11,7 @@ from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.lifetime import histories
 from lorica.privacy.plan import ClientPlan
-from lorica.privacy.unit import RECORD, PrivacyUnit
+from lorica.privacy.unit import CLIENT, RECORD, PrivacyUnit
 
 ASSUMPTIONS = [
     "Clients hold disjoint records, so the guarantee of the federation is that of its weakest client.",
@@ -19,6 +19,13 @@ ASSUMPTIONS = [
     "Which record belongs to which client is public; the partition of a simulation is fixed before training.",
     "Whether a record is held out (federation.private_test) depends on its own content and the public seed alone.",
     "The choice of records in each batch is known to the owner only.",
+]
+CLIENT_ASSUMPTIONS = [
+    "The server is trusted: it sees each client's update, and adds the noise to their sum.",
+    "The number of clients, the expected number in a round, and learning rates are public.",
+    "Which clients take part in a step is known to the server only.",
+    "Clients hold disjoint records; how a simulation divides them is fixed before training.",
+    "A client's records affect its own update only.",
 ]
 OWN_NOISE_ASSUMPTIONS = [
     "The server and the other owners may see every message; each owner adds its noise before anything leaves it.",
@@ -31,15 +38,15 @@ SHARED_NOISE_ASSUMPTIONS = [
 NOT_COVERED = [
     "The test set: it is public, and the server evaluates on it in every round.",
     "The choice of hyper-parameters by looking at the results of several runs; each run is charged to the ledger.",
-    "The number of records of each client.",
     "Running time and memory use.",
 ]
 MECHANISM = "Gaussian noise of standard deviation σC on the sum, divided by the expected batch size"
+RECORD_COUNTS = "The number of records of each client."
+CLIENT_MECHANISM = "Gaussian noise of standard deviation σC on the sum, divided by the expected number of clients"
 SHARED_MECHANISM = (
     "Gaussian noise on the secure sum of the owners' gradients, of which each owner adds a part: the parts of any "
     "min_clients - colluding owners together have at least each owner's noise multiplier σ"
 )
-VOID_DELTA = "A δ of at least one over the number of records, which publishing one random record would satisfy"
 UNPROTECTED = {
     "none": "All records: the run was trained without differential privacy.",
     "reproducible": "An attacker who knows or guesses the seed, since the noise and the batches follow from it.",
@@ -90,8 +97,10 @@ def accounts_of(
     return accounts
 
 
-def adversary(plan: ClientPlan) -> str:
+def adversary(plan: ClientPlan, unit: PrivacyUnit = RECORD) -> str:
     """Against whom the guarantee of a run holds, in words."""
+    if unit == CLIENT:
+        return "everyone who sees the global model of every round, except the server, which is trusted"
     if plan.shared is None:
         return "the server and all other owners together, who see every message"
     colluding = plan.shared.colluding
@@ -105,8 +114,25 @@ def adversary(plan: ClientPlan) -> str:
 
 def relation(unit: PrivacyUnit) -> str:
     """The neighbouring relation in words: how two data sets differ (`accounting.NEIGHBOURS`)."""
+    if unit == CLIENT:
+        return "zero-out: one client contributes zero to every round; the number of clients is public"
     what = "one record contributes" if unit == RECORD else "all records of one group contribute"
     return f"zero-out: {what} zero to every batch; the number of {unit.noun}s is public"
+
+
+def sampler(unit: PrivacyUnit) -> str:
+    """How the sample of a step is drawn, in words."""
+    if unit == CLIENT:
+        return "Poisson: each client enters each step independently with probability q = expected clients / clients"
+    noun = unit.noun
+    return f"Poisson: each {noun} enters each batch independently with probability q = batch size / {noun}s"
+
+
+def clipped(unit: PrivacyUnit) -> str:
+    """What is clipped, in words."""
+    if unit == CLIENT:
+        return "flat: the whole update of each client, norm at most C"
+    return f"flat: the gradient of each {unit.noun} over all trained tensors together, norm at most C"
 
 
 def privacy_statement(
@@ -130,20 +156,20 @@ def privacy_statement(
     """
     noise, shared = next(iter(plans.values())).noise, next(iter(plans.values())).shared
     noun = unit.noun
-    clipped = all(math.isfinite(plan.terms.clip_norm) for plan in plans.values())
+    clips = all(math.isfinite(plan.terms.clip_norm) for plan in plans.values())
     clients = []
     for client, plan in sorted(plans.items()):
         own = accounts[client]
         row: dict[str, Any] = {
             "client": client,
-            "records": plan.records,
+            f"{noun}s" if unit == CLIENT else "records": plan.records,
             "sampling_rate": plan.terms.sampling_rate,
             "batch_size": plan.terms.batch_size,
             "steps": own.steps,
             "planned_steps": plan.max_steps,
             "releases": own.releases,
         }
-        if clipped:
+        if clips:
             row["clip_norm"] = plan.terms.clip_norm
         if plan.delta is not None:
             row |= {
@@ -160,24 +186,34 @@ def privacy_statement(
             if own.lifetime_epsilon is not None and math.isfinite(own.lifetime_epsilon):
                 row["lifetime_epsilon"] = own.lifetime_epsilon
         clients.append(row)
+    if unit == CLIENT:
+        assumptions, mechanism = CLIENT_ASSUMPTIONS, CLIENT_MECHANISM
+    elif shared is None:
+        assumptions, mechanism = [*ASSUMPTIONS, *OWN_NOISE_ASSUMPTIONS], MECHANISM
+    else:
+        assumptions, mechanism = [*ASSUMPTIONS, *SHARED_NOISE_ASSUMPTIONS], SHARED_MECHANISM
     ledgers = {own.ledger for own in accounts.values() if own.ledger is not None}
     statement: dict[str, Any] = {
         "private_release": noise == "secure",
         "noise": noise,
         "unit": str(unit),
-        "adversary": adversary(next(iter(plans.values()))),
+        "adversary": adversary(next(iter(plans.values())), unit),
         "relation": relation(unit),
-        "sampler": f"Poisson: each {noun} enters each batch independently with probability q = batch size / {noun}s",
+        "sampler": sampler(unit),
         "clients": clients,
-        "assumptions": [*ASSUMPTIONS, *(OWN_NOISE_ASSUMPTIONS if shared is None else SHARED_NOISE_ASSUMPTIONS)],
-        "not_covered": [*([UNPROTECTED[noise]] if noise in UNPROTECTED else []), *NOT_COVERED],
+        "assumptions": assumptions,
+        "not_covered": [
+            *([UNPROTECTED[noise]] if noise in UNPROTECTED else []),
+            *NOT_COVERED,
+            *([] if unit == CLIENT else [RECORD_COUNTS]),
+        ],
         "ledger": ", ".join(sorted(ledgers)) or "with each owner",
     }
-    if clipped:
-        statement["clipping"] = f"flat: the gradient of each {noun} over all trained tensors together, norm at most C"
+    if clips:
+        statement["clipping"] = clipped(unit)
     if noise != "none":
         statement |= {
-            "mechanism": SHARED_MECHANISM if shared is not None else MECHANISM,
+            "mechanism": mechanism,
             "accountant": f"{ACCOUNTANT} (pessimistic, grid {DISCRETIZATION:g}); cross-check by RDP",
             "delta": max(plan.delta for plan in plans.values() if plan.delta is not None),
             "target_epsilon": target_epsilon,
@@ -196,7 +232,9 @@ def privacy_statement(
         )
     void = [str(plan.client) for plan in plans.values() if plan.void_delta]
     if void:
-        statement["not_covered"].append(f"{VOID_DELTA} (clients {', '.join(void)})")
+        what = "client" if unit == CLIENT else "record"
+        problem = f"A δ of at least one over the number of {what}s, which publishing one random {what} would satisfy"
+        statement["not_covered"].append(problem if unit == CLIENT else f"{problem} (clients {', '.join(void)})")
     if any(own.lifetime_epsilon == math.inf for own in accounts.values()):
         statement["not_covered"].append(
             "Earlier releases of the same data with another unit of privacy: they do not compose."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from lorica.privacy.ledger import Release
 from lorica.privacy.ledger_file import Book, find_ledger, read_ledger
 from lorica.privacy.lifetime import history
 from lorica.privacy.policy import Policy
-from lorica.privacy.unit import PrivacyUnit
+from lorica.privacy.unit import RECORD, PrivacyUnit
 from lorica.reporting.style import rounded_up
 
 SHOWN_OF_A_DIGEST = 8
@@ -29,8 +29,9 @@ SHOWN_OF_A_DIGEST = 8
 def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[str, Any]:
     """JSON-able account of a ledger. Each ε is computed by PLD at the same δ; null means infinity.
 
-    `runs` has a row for each run, client and kind of noise, with the ε of that run alone. `owners` has a row for each
-    set of records, with the ε of the most exposed record, from this ledger and the index in Lorica's home folder.
+    `runs` has a row for each run, client and kind of noise, with the ε of that run alone; `name` is null if unknown.
+    `owners` has a row for each set of records, with the ε of the most exposed record, from this ledger and the index
+    in Lorica's home folder.
     `reserved` has the unused reservations of runs. `policy` composes everything in the ledger, as
     `Policy.review_release` does. `problem` says what is wrong with the ledger; null if nothing is.
 
@@ -52,35 +53,45 @@ def read_budget(path: Path, delta: float, policy: Policy | None = None) -> dict[
     return {
         "ledger": str(ledger),
         "delta": delta,
-        "runs": [_run_row(rows, delta) for rows in runs.values()],
+        "runs": [_run_row(rows, delta, book.names) for rows in runs.values()],
         "owners": [_records_row(book, *key, delta) for key in dict.fromkeys(map(_of_records, releases))],
-        "reserved": [_reserved_row(one, delta) for one in book.own if one.outstanding],
+        "reserved": [_reserved_row(one, delta, book.names) for one in book.own if one.outstanding],
         "policy": None if policy is None else _policy_row(releases, policy),
         "problem": book.problem,
     }
 
 
 def budget_table(budget: dict[str, Any]) -> Group:
-    """The account for the terminal. Unprotected releases are red, and ids are shortened to 8 characters."""
+    """The account for the terminal. Unprotected releases are red, and ids are shortened to 8 characters.
+
+    Each run has a table of its own, under its name, so that no word is broken at 80 columns.
+    """
+    delta = f"{budget['delta']:g}"
     parts: list[RenderableType] = [
-        Text(f"Ledger {budget['ledger']}"),
+        # Not wrapped: it can be copied.
+        Text(f"Ledger {budget['ledger']}", overflow="ignore", no_wrap=True),
+        Text(f"\nReleases (ε of each run alone, at δ = {delta}; times in UTC)", style="bold"),
+    ]
+    headings = ["Client", "Records of", "Rounds", "Steps", "q", "σ", "C", "ε"]
+    runs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in budget["runs"]:
+        runs.setdefault((row["run"], row["noise"], row["unit"]), []).append(row)
+    cells = [_run_cells(row) for row in budget["runs"]]
+    widths = [max(len(row[place]) for row in [headings, *cells]) for place in range(len(headings))]
+    for rows in runs.values():
+        bare = rows[0]["noise"] != "secure"
+        parts += [_run_heading(rows), _table(headings, [(_run_cells(row), bare) for row in rows], widths)]
+    parts += [
+        Text(f"Lifetime of the data (ε of all runs, at δ = {delta})", style="bold"),
         _table(
-            f"Releases (ε of each run alone, at δ = {budget['delta']:g}; times in UTC)",
-            ["Run", "Client", "Records of", "Released", "Rounds", "Steps", "q", "σ", "C", "Noise", "Unit", "ε"],
-            [(_run_cells(row), row["noise"] != "secure") for row in budget["runs"]],
-            # These columns are also in the other table.
-            foldable={"Records of", "Unit"},
-        ),
-        _table(
-            f"Lifetime of the data (ε of all runs, at δ = {budget['delta']:g})",
             ["Data set", "Records of", "Unit", "Runs", "Releases", "Unprotected", "ε"],
             [(_records_cells(row), row["unprotected"] > 0) for row in budget["owners"]],
         ),
     ]
     if budget["reserved"]:
-        rows = [(_reserved_cells(row), False) for row in budget["reserved"]]
-        title = "Unused reservations (release one with --release RUN)"
-        parts.append(_table(title, ["Run", "Client", "Steps", "ε"], rows))
+        parts.append(Text("Unused reservations (release one with --release RUN)", style="bold"))
+        held = [(_reserved_cells(row), False) for row in budget["reserved"]]
+        parts.append(_table(["Run", "Client", "Steps", "ε"], held))
     if budget["problem"] is not None:
         text = f"This is not the ledger last used here: {budget['problem']}. Restore the newest copy of the file."
         parts.append(Text(text, style="bold red"))
@@ -100,7 +111,7 @@ def _of_records(release: Release) -> tuple[str, str, PrivacyUnit]:
     return release.dataset, release.records, release.unit
 
 
-def _run_row(entries: list[tuple[float, Release]], delta: float) -> dict[str, Any]:
+def _run_row(entries: list[tuple[float, Release]], delta: float, names: Mapping[str, str]) -> dict[str, Any]:
     times = [time for time, _ in entries]
     releases = [release for _, release in entries]
     run, client, dataset, records, noise, unit = _of_run(releases[0])
@@ -108,6 +119,7 @@ def _run_row(entries: list[tuple[float, Release]], delta: float) -> dict[str, An
     cost = epsilon([release.cost for release in releases], delta) if noise == "secure" else math.inf
     return {
         "run": run,
+        "name": names.get(run),
         "client": client,
         "dataset": dataset,
         "owner": records,
@@ -141,10 +153,11 @@ def _records_row(book: Book, dataset: str, records: str, unit: PrivacyUnit, delt
     }
 
 
-def _reserved_row(exposure: Exposure, delta: float) -> dict[str, Any]:
+def _reserved_row(exposure: Exposure, delta: float, names: Mapping[str, str]) -> dict[str, Any]:
     cost = replace(exposure.cost(reserved=True), count=exposure.outstanding)
     return {
         "run": exposure.run,
+        "name": names.get(exposure.run),
         "client": exposure.client,
         "owner": exposure.records,
         "steps": exposure.outstanding,
@@ -162,19 +175,30 @@ def _policy_row(releases: list[Release], policy: Policy) -> dict[str, Any]:
     }
 
 
+def _run_heading(rows: list[dict[str, Any]]) -> Text:
+    """Which run its rows belong to: name, id, when, and what protects what."""
+    first = rows[0]
+    period = _period(min(row["first"] for row in rows), max(row["last"] for row in rows))
+    noise = {"secure": "", "none": ", no noise"}.get(first["noise"], f", {first['noise']} noise")
+    unit = "" if first["unit"] == str(RECORD) else f", unit: {first['unit']}"
+    return Text(f"\n{_run_name(first)}: {period}{noise}{unit}", style="red" if noise else "")
+
+
+def _run_name(row: dict[str, Any]) -> str:
+    """`NAME (ID)`, or the id of a run without a known name; the id is shortened."""
+    short = row["run"][:SHOWN_OF_A_DIGEST]
+    return short if row["name"] is None else f"{row['name']} ({short})"
+
+
 def _run_cells(row: dict[str, Any]) -> list[str]:
     return [
-        row["run"][:SHOWN_OF_A_DIGEST],
         str(row["client"]),
         row["owner"][:SHOWN_OF_A_DIGEST],
-        _period(row["first"], row["last"]),
         str(row["rounds"]),
         str(row["steps"]),
         _numbers(row["sampling_rates"]),
         _numbers(row["noise_multipliers"]),
         _numbers(row["clip_norms"]),
-        row["noise"],
-        row["unit"],
         rounded_up(_number(row["epsilon"])),
     ]
 
@@ -186,8 +210,7 @@ def _records_cells(row: dict[str, Any]) -> list[str]:
 
 
 def _reserved_cells(row: dict[str, Any]) -> list[str]:
-    name = row["run"][:SHOWN_OF_A_DIGEST]
-    return [name, str(row["client"]), str(row["steps"]), rounded_up(_number(row["epsilon"]))]
+    return [_run_name(row), str(row["client"]), str(row["steps"]), rounded_up(_number(row["epsilon"]))]
 
 
 def _period(first: str, last: str) -> str:
@@ -198,20 +221,17 @@ def _period(first: str, last: str) -> str:
     return f"{start} to {end[11:] if start[:10] == end[:10] else end}"
 
 
-def _table(
-    title: str, headings: list[str], rows: list[tuple[list[str], bool]], foldable: Collection[str] = ()
-) -> Table:
-    """A table whose rows are red if flagged; foldable columns are left out if all their cells are equal."""
-    kept = [
-        place
-        for place, heading in enumerate(headings)
-        if heading not in foldable or len({cells[place] for cells, _ in rows}) > 1
-    ]
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_style="bold", title_justify="left", padding=(0, 1, 0, 0))
-    for place in kept:
-        table.add_column(headings[place], overflow="fold")
+def _table(headings: list[str], rows: list[tuple[list[str], bool]], widths: Sequence[int] | None = None) -> Table:
+    """A table whose rows are red if flagged.
+
+    Args:
+        widths: the least width of each column, so that several tables look like one.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading, width in zip(headings, widths or [0] * len(headings), strict=True):
+        table.add_column(heading, overflow="fold", min_width=width)
     for cells, bare in rows:
-        table.add_row(*(Text(cells[place]) for place in kept), style="red" if bare else None)
+        table.add_row(*map(Text, cells), style="red" if bare else None)
     return table
 
 

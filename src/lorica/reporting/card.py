@@ -7,10 +7,12 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from lorica.files import write_atomically
 from lorica.markdown import code, inline
 from lorica.registry import TASK_KINDS, registered
+from lorica.reporting.audit import AUDIT_LINE, audit_line
 from lorica.reporting.clients import GUARANTEE, client_rows, left_out_text
-from lorica.reporting.run_folder import Run, clipping, metric_name, not_private, outcome
+from lorica.reporting.run_folder import Run, client_level, clipping, metric_name, not_private, outcome, read_run
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
 from lorica.tasks.readers import HUB_ID, READERS
 
@@ -36,19 +38,21 @@ def model_card(run: Run, loading: str) -> str:
     version = run.environment.get("lorica")
     trained_with = "Lorica" if version is None else f"Lorica {inline(version)}"
     start = run.environment.get("start")
+    audited = "" if run.audit is None else f"* {inline(audit_line(run.audit))}\n"
     started = f"* Started from: adapter `{code(start['name'])}`, SHA-256 `{code(start['sha256'])}`\n" if start else ""
+    where = " in a simulation with a trusted server" if client_level(run) else " on data that never left its owners"
     return f"""---
 {_front_matter(run).to_yaml()}
 ---
 
 # {inline(run.name)}
 {warning}
-A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that never left its owners.
+A LoRA adapter for `{code(base)}`, trained with {trained_with}{where}.
 
 * Method: `{code(run.method)}`
 {started}* Test {inline(metric_name(run.metrics))}: {score_text(run)}
 * Rounds: {rounds_text(run)}
-
+{audited}
 ## How to load it
 
 {loading}
@@ -56,6 +60,21 @@ A LoRA adapter for `{code(base)}`, trained with {trained_with} on data that neve
 ## Privacy
 
 {_privacy(run)}"""
+
+
+def add_audit(folder: Path) -> None:
+    """Write the line of the audit into the model cards of a finished run, in place of that of an earlier one.
+
+    Raises:
+        UserError: as `read_run`, or the folder is not writable.
+    """
+    run = read_run(folder)
+    for path in sorted((folder / "adapter").rglob("README.md")):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        kept = [line for line in lines if not line.startswith(f"* {AUDIT_LINE}")]
+        place = next(index for index, line in enumerate(kept) if line.startswith("* Rounds: "))
+        added = [] if run.audit is None else [f"* {inline(audit_line(run.audit))}"]
+        write_atomically(path, "\n".join([*kept[: place + 1], *added, *kept[place + 1 :]]).encode())
 
 
 def _front_matter(run: Run) -> ModelCardData:
@@ -124,7 +143,9 @@ def _privacy(run: Run) -> str:
     table = markdown_table(headings, [[inline(cell) for cell in row] for row in rows])
     return "\n".join(
         [
-            "Each client has its own guarantee, for its own records.",
+            "All clients have the same guarantee, for everything that a client has."
+            if client_level(run)
+            else "Each client has its own guarantee, for its own records.",
             "",
             *lines,
             "",

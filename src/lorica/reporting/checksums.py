@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from lorica.errors import UserError
-from lorica.files import sha256_of, write_atomically
+from lorica.files import read_json, sha256_of, write_atomically
 
 CHECKSUMS = "checksums.json"
 COVERED = (
@@ -36,8 +36,8 @@ def files_are_whole(folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        sums = dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError):
+        sums = read_json(path)
+    except ValueError:
         raise UserError(
             CHECKSUMS, str(path), "the file is damaged", "delete it and run again, and it is written again"
         ) from None

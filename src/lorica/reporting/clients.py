@@ -11,6 +11,7 @@ from lorica.reporting.style import rounded_up
 _COLUMNS: dict[str, tuple[str, str | None]] = {
     "client": ("Client", "{}"),
     "records": ("Records", "{:,}"),
+    "clients": ("Clients", "{:,}"),
     "sampling_rate": ("Sampling rate q", "{:.4g}"),
     "noise_multiplier": ("Noise multiplier σ", "{:.4g}"),
     "own_noise_multiplier": ("Own noise multiplier", "{:.4g}"),
@@ -27,10 +28,10 @@ ALL = tuple(_COLUMNS)
 SHARED = ("own_noise_multiplier", "epsilon_own_noise")
 """Columns that are shown only if the clients share the noise."""
 GUARANTEE = (
-    *("client", "records", "sampling_rate", "noise_multiplier", "own_noise_multiplier", "clip_norm"),
+    *("client", "records", "clients", "sampling_rate", "noise_multiplier", "own_noise_multiplier", "clip_norm"),
     *("steps", "epsilon", "epsilon_own_noise", "delta"),
 )
-SHORT = ("client", "records", "noise_multiplier", "steps", "epsilon", "epsilon_own_noise", "delta")
+SHORT = ("client", "records", "clients", "noise_multiplier", "steps", "epsilon", "epsilon_own_noise", "delta")
 
 
 MOST_CLIENTS = 200
@@ -41,10 +42,14 @@ def client_rows(clients: list[dict[str, Any]], columns: Sequence[str] = ALL) -> 
     """Headings, and one row per client in the order of their numbers. Missing values are dashes.
 
     Of more than `MOST_CLIENTS` clients, those with the largest ε are shown, or with the most records if they are equal.
+    With client-level DP there is one row for all clients.
     """
     if len(clients) > MOST_CLIENTS:
         clients = sorted(clients, key=lambda one: (one.get("epsilon") or 0, one.get("records") or 0), reverse=True)
         clients = clients[:MOST_CLIENTS]
+    together = any("clients" in client for client in clients)
+    hidden = ("client", "records") if together else ("clients",)
+    columns = [key for key in columns if key not in hidden]
     columns = [key for key in columns if key not in SHARED or any(key in client for client in clients)]
     headings = [_COLUMNS[key][0] for key in columns]
     return headings, [[_cell(client, key) for key in columns] for client in sorted(clients, key=_number)]

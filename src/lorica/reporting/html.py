@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lorica.files import to_json, write_atomically
+from lorica.reporting.audit import audit_notes, audit_rows
 from lorica.reporting.benchmark import Benchmark
 from lorica.reporting.benchmark_figures import epsilon_figure, setting_figure
 from lorica.reporting.benchmark_tables import benchmark_headings, benchmark_markdown, benchmark_rows, setting_notes
@@ -33,6 +34,7 @@ from lorica.reporting.plots import (
 from lorica.reporting.run_folder import (
     Run,
     bytes_sent,
+    client_level,
     clipping,
     guarantee,
     metric_name,
@@ -73,7 +75,7 @@ def write_report(folder: str | Path) -> Path:
     run = read_run(folder)
     figures: dict[str, Figure] = {name: draw(run) for name, draw in _plots(run).items()}
     files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
-    if run.clients:
+    if run.clients and not client_level(run):
         figures["clients"] = clients_figure(run)
     page = _render("report.html.j2", _run_view(run) | {"figures": _drawings(figures)})
     for name, content in (files | {"report.html": page.encode()}).items():
@@ -269,6 +271,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "clipping": clipping(run),
         "terms": [(name, privacy[key]) for key, name in PRIVACY_TERMS if privacy.get(key)],
         "target": None if privacy.get("target_epsilon") is None else f"{privacy['target_epsilon']:g}",
+        "together": client_level(run),
         "client_headings": headings,
         "client_rows": rows,
         "clients_left_out": left_out_text(len(run.clients)),
@@ -276,6 +279,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "open_clients": len(rows) <= MOST_OPEN_ROWS,
         "assumptions": privacy.get("assumptions") or [],
         "not_covered": privacy.get("not_covered") or [],
+        "audit": None if run.audit is None else (*audit_rows(run.audit), audit_notes(run.audit)),
         "coin_flips": near_coin_flips(run),
         "traffic": _traffic(run),
         "left_out": missing_text(run.metrics),

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorica.config import experiment_of
 from lorica.errors import UserError
+from lorica.files import read_json
+from lorica.paths import user_path
 from lorica.reporting.checksums import files_are_whole, remedy
 from lorica.strict_yaml import read_yaml_file
 
+AUDIT = "audit.json"
 METRIC_NAMES = {"f1": "F1", "matthews": "Matthews correlation", "pearson": "Pearson correlation"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """The content of a run folder, with one line of metrics per round, sorted by round."""
+    """The content of a run folder, with one line of metrics per round, sorted by round.
+
+    Attributes:
+        audit: the audit of this experiment (`lorica audit run`); None if there is none, or only one of another
+            experiment.
+    """
 
     config: dict[str, Any]
     environment: dict[str, Any]
@@ -25,6 +35,7 @@ class Run:
     privacy: dict[str, Any] | None
     folder: Path
     partition: dict[str, Any] | None = None
+    audit: dict[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -66,13 +77,13 @@ def read_run(folder: str | Path) -> Run:
     """Read a run folder.
 
     An incomplete last line, left by a crash, is ignored. If a round was run twice (in a resumed run), the later line
-    counts. Decisions of unfinished rounds are ignored. environment.json, decisions.jsonl, privacy.json and
-    partition.json may be missing.
+    counts. Decisions of unfinished rounds are ignored. environment.json, decisions.jsonl, privacy.json,
+    partition.json and audit.json may be missing.
 
     Raises:
         UserError: no such folder, not a run folder, a damaged file, or no finished round.
     """
-    folder = Path(folder)
+    folder = user_path("run", folder)
     if not folder.is_dir():
         raise UserError("run", str(folder), "no such folder", "give the folder of a run, such as runs/NAME")
     for name in ("config.yaml", "metrics.jsonl"):
@@ -89,15 +100,22 @@ def read_run(folder: str | Path) -> Run:
         raise UserError("run", str(folder), "no round is finished", "resume the run until it has finished a round")
     finished = {row["round"] for row in metrics}
     decisions = [row for row in _read_rounds(folder / "decisions.jsonl") if row["round"] in finished]
+    config, audit = read_yaml_file(folder / "config.yaml", "config.yaml"), _read_json(folder / AUDIT)
     return Run(
-        config=read_yaml_file(folder / "config.yaml", "config.yaml"),
+        config=config,
         environment=_read_json(folder / "environment.json") or {},
         metrics=metrics,
         decisions=decisions,
         privacy=_read_json(folder / "privacy.json"),
         folder=folder,
         partition=_read_json(folder / "partition.json"),
+        audit=audit if audit is not None and audit.get("experiment") == experiment_hash(config) else None,
     )
+
+
+def experiment_hash(config: dict[str, Any]) -> str:
+    """SHA-256 (hexadecimal) of what makes an experiment, to know an audit's experiment again."""
+    return hashlib.sha256(json.dumps(experiment_of(config), sort_keys=True).encode()).hexdigest()
 
 
 def outcome(metrics: list[dict[str, Any]]) -> Outcome:
@@ -215,6 +233,11 @@ def not_private(run: Run) -> str | None:
     return None
 
 
+def client_level(run: Run) -> bool:
+    """Whether the unit of privacy is a client, so that all clients have one guarantee."""
+    return (run.privacy or {}).get("unit") == "client"
+
+
 def clipping(run: Run) -> str:
     """ "clipped to norm 2" or "not clipped", for runs without noise, whose clip is no part of a guarantee."""
     norms = {client["clip_norm"] for client in run.clients if client.get("clip_norm") is not None}
@@ -246,11 +269,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        problem = f"the file is damaged: not valid JSON ({error})"
-        raise UserError(path.name, str(path), problem, remedy(path.name)) from None
-    if not isinstance(content, dict):
-        problem = "the file is damaged: not a JSON object"
-        raise UserError(path.name, str(path), problem, remedy(path.name))
-    return content
+        return read_json(path)
+    except ValueError as error:
+        raise UserError(path.name, str(path), f"the file is damaged ({error})", remedy(path.name)) from None

@@ -12,7 +12,12 @@ INK, MUTED, RULE, PAPER = "#1f2933", "#5f6b76", "#d9dee3", "#ffffff"
 
 # Okabe and Ito's colour-blind-safe palette, with a dark wine red instead of yellow, which is too light on white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4a1540")
-DASHES: tuple[tuple[int, tuple[float, ...]], ...] = ((0, ()), (0, (5, 2)), (0, (1.5, 1.5)))
+DASHES: tuple[tuple[int, tuple[float, ...]], ...] = (
+    (0, ()),
+    (0, (5, 2)),
+    (0, (1.5, 1.5)),
+    (0, (5, 1.5, 1.5, 1.5)),
+)
 FACTOR_COLOURS = {"A": "#2f6d9c", "B": "#f3cb80", "AB": "#4a1540", "R": "#009e73", "": "#eceff1"}
 FACTOR_NAMES = {"A": "A", "B": "B", "AB": "A and B", "R": "R", "": "neither"}
 
@@ -21,7 +26,8 @@ FACTOR_NAMES = {"A": "A", "B": "B", "AB": "A and B", "R": "R", "": "neither"}
 _FIXED_PLACES = (
     *("as-lora", "ffa-lora", "ro-lora", "la-lora", "fed-avg", "fedask", "random-lora"),
     *("fedsvd", "flex-lora", "flora", "fedex-lora", "lora-fair", "fedsa-lora", "het-lora"),
-    *("fed-rac-lora", "deer", "fed-sb", "fedrot-lora", "galore-avg", "head-only"),
+    *("fed-rac-lora", "deer", "fed-sb", "fedrot-lora", "galore-avg", "head-only", "lora-a2"),
+    *("consensus-avg", "frlora", "fed-power"),
 )
 
 RC = {
@@ -70,7 +76,7 @@ class Look:
 
 
 def looks(methods: Iterable[str]) -> dict[str, Look]:
-    """A look per method, all different for up to 21 methods, and the same for a method in every figure.
+    """A look per method, all different for up to 28 methods, and the same for a method in every figure.
 
     Only a method without a fixed position can change its look, if another method has taken its position.
     """

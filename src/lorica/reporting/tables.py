@@ -16,6 +16,7 @@ from lorica.reporting.factors import FactorRow, factor_rows
 from lorica.reporting.run_folder import (
     Run,
     bytes_sent,
+    client_level,
     clipping,
     guarantee,
     metric_name,
@@ -187,14 +188,15 @@ def _summary_table(run: Run) -> Table:
     else:
         lifetime = max((client.get("lifetime_epsilon") or 0 for client in run.clients), default=0)
         more = f"; ε = {rounded_up(lifetime)} over the lifetime of the data" if lifetime > spent[0] else ""
-        where = f"largest of {len(run.clients)} clients"
+        where = "each client" if client_level(run) else f"largest of {len(run.clients)} clients"
         table.add_row("Privacy", f"ε = {rounded_up(spent[0])}, δ = {rounded_up(spent[1])} ({where}){more}")
         own = own_noise_epsilon(run)
         if own is not None:
             alone = f"ε = {rounded_up(own)} against a server that sees single replies"
             table.add_row("", f"against a server that sees only sums; {alone}")
     table.add_row("Rounds", f"{rounds_text(run)}, {duration(seconds_per_round(run.metrics))} each")
-    table.add_row("Traffic", f"{human_bytes(up)} up, {human_bytes(down)} down, over all clients and rounds")
+    if not client_level(run):
+        table.add_row("Traffic", f"{human_bytes(up)} up, {human_bytes(down)} down, over all clients and rounds")
     left_out = missing_text(run.metrics)
     if left_out:
         table.add_row("Left out", left_out)

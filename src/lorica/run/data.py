@@ -1,31 +1,38 @@
-"""Whether the data of a run are still those that it started with."""
+"""Whether the data and models of a run are still those that it started with."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
 
-from lorica.config import TaskConfig
+from lorica.adapters.base_files import hash_of_base, resolve_base
+from lorica.adapters.start import hash_of_start
+from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.files import write_atomically
+from lorica.files import read_json, write_atomically
+from lorica.paths import user_path
 from lorica.privacy.home import Home
 from lorica.tasks.owners import source_names
+from lorica.tasks.readers import named_images
 
 DATA = "data.json"
 _CHUNK = 2**20
 
 
-def fingerprints(task: TaskConfig) -> dict[str, str]:
-    """Key of the configuration -> fingerprint of its local files; sources that are no local files have none.
+def fingerprints(config: ExperimentConfig) -> dict[str, str]:
+    """Key of the configuration -> fingerprint of its local files: data, base model, adapter to start from.
 
-    A fingerprint is keyed BLAKE2b (RFC 7693) of the files' contents and names. Without the key, which is secret and
-    stays in Lorica's home folder, nobody can test a guess of the private data against it.
+    Sources that are no local files have none. A fingerprint of data is keyed BLAKE2b (RFC 7693) of the files' contents
+    and names. Without the key, which is secret and stays in Lorica's home folder, nobody can test a guess of the
+    private data against it.
 
     Raises:
         UserError: a file cannot be read.
     """
+    task = config.task
     tests = task.test if isinstance(task.test, dict) else {"": task.test}
     sources = {"task.train": source_names(task.train)}
     sources |= {f"task.test.{name}".rstrip("."): [test] for name, test in tests.items()}
@@ -33,7 +40,17 @@ def fingerprints(task: TaskConfig) -> dict[str, str]:
     for key, names in sources.items():
         paths = [Path(name).expanduser() for name in names]
         if all(path.exists() for path in paths):
-            found[key] = _fingerprint(key, paths, secret)
+            files = [file for path in paths for file in _files(path)]
+            for name, path in zip(names, paths, strict=True):
+                images = [(path.parent / image, image) for image in named_images(task, key, name)]
+                # The reader says which record's image is missing.
+                files += [image for image in images if os.path.isfile(image[0])]
+            found[key] = _fingerprint(key, files, secret)
+    base, start = resolve_base(config.model.base), config.lora.start
+    if Path(base).is_dir():
+        found["model.base"] = hash_of_base(base)
+    if start is not None and user_path("lora.start", start).is_dir():
+        found["lora.start"] = hash_of_start(start)
     return found
 
 
@@ -49,14 +66,17 @@ def belongs_to(folder: Path, run: str) -> bool:
     Call it after `check_fingerprints`.
     """
     path = folder / DATA
-    return not path.is_file() or json.loads(path.read_bytes()).get("run") == run
+    return not path.is_file() or read_json(path).get("run") == run
 
 
-def check_fingerprints(folder: Path, task: TaskConfig) -> None:
-    """Refuse to go on, or to show a result, if the data have changed since the run started.
+def check_fingerprints(folder: Path, config: ExperimentConfig, data: dict[str, str]) -> None:
+    """Refuse to go on, or to show a result, if the data or the models have changed since the run started.
 
-    Sources that cannot be compared are not checked: those that are gone, and all of them if Lorica's home folder is
-    not the one in which the run started.
+    What cannot be compared is not checked: files that are gone, and data if Lorica's home folder is not the one in
+    which the run started.
+
+    Args:
+        data: `fingerprints` as they are now.
 
     Raises:
         UserError: names the source that has changed, or `data.json` is damaged.
@@ -65,7 +85,7 @@ def check_fingerprints(folder: Path, task: TaskConfig) -> None:
     if not path.is_file():
         return
     try:
-        stored = json.loads(path.read_bytes())
+        stored = read_json(path)
         key, files = stored["key"], dict(stored["files"])
     except (ValueError, KeyError, TypeError):
         raise UserError(
@@ -75,30 +95,30 @@ def check_fingerprints(folder: Path, task: TaskConfig) -> None:
             "delete it if you know that the data have not changed since the run started, or start a new run with "
             "another name",
         ) from None
-    if key != _key_name(Home().key()):
-        return
-    for name, now in fingerprints(task).items():
-        if name in files and files[name] != now:
-            section, _, test = name.removeprefix("task.").partition(".")
-            source = getattr(task, section)
+    another_home = key != _key_name(Home().key())
+    for name, now in data.items():
+        keyed = name.startswith("task.")
+        if name in files and files[name] != now and not (keyed and another_home):
+            section, key, *test = name.split(".", 2)
+            value = getattr(getattr(config, section), key)
             raise UserError(
                 name,
-                source[test] if test else source,
-                f"these data have changed since run {folder.name} started",
-                "set name to a new run for the changed data, or restore the earlier data",
+                value[test[0]] if test else value,
+                f"its files have changed since run {folder.name} started",
+                "set name to a new run for the changed files, or restore the earlier ones",
             )
 
 
-def _fingerprint(key: str, paths: list[Path], secret: bytes) -> str:
+def _fingerprint(key: str, files: list[tuple[Path, str]], secret: bytes) -> str:
+    """The fingerprint of files, given with the names that count."""
     content = blake2b(key=secret)
     try:
-        for path in paths:
-            for file, name in _files(path):
-                own = blake2b(key=secret)
-                with file.open("rb") as opened:
-                    while chunk := opened.read(_CHUNK):
-                        own.update(chunk)
-                content.update(json.dumps([name, own.hexdigest()]).encode())
+        for file, name in files:
+            own = blake2b(key=secret)
+            with file.open("rb") as opened:
+                while chunk := opened.read(_CHUNK):
+                    own.update(chunk)
+            content.update(json.dumps([name, own.hexdigest()]).encode())
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
         raise UserError(key, str(error.filename), problem, "make the file readable") from error

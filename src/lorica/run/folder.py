@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import subprocess
 import uuid
@@ -13,33 +14,48 @@ from typing import Any
 
 import torch
 
-from lorica.config import ExperimentConfig
+from lorica.config import ExperimentConfig, experiment_of
 from lorica.errors import UserError
-from lorica.files import INCOMPLETE, remove_incomplete, write_atomically
+from lorica.files import INCOMPLETE, read_json, remove_incomplete, write_atomically
 from lorica.reporting.checksums import remedy
+from lorica.reporting.run_folder import AUDIT
 from lorica.run.data import DATA, belongs_to, check_fingerprints, write_fingerprints
 from lorica.run.lock import LOCK
 from lorica.strict_yaml import read_yaml_file
 
 ENVIRONMENT = "environment.json"
+logger = logging.getLogger(__name__)
 
 
-def claim_folder(folder: Path, config: ExperimentConfig) -> None:
+def claim_folder(folder: Path, config: ExperimentConfig, data: dict[str, str]) -> None:
     """Check that the run folder is empty, or contains the same experiment on the same data.
+
+    Args:
+        data: `lorica.run.data.fingerprints`.
 
     Raises:
         UserError: the folder contains another experiment, was not written by Lorica or is damaged, or the data have
             changed since the run started.
     """
+    if has_experiment(folder, config):
+        check_fingerprints(folder, config, data)
+
+
+def has_experiment(folder: Path, config: ExperimentConfig) -> bool:
+    """Whether a run folder contains this experiment, rather than nothing. Looks at no data.
+
+    Raises:
+        UserError: the folder contains another experiment, was not written by Lorica or is damaged.
+    """
     path = folder / "config.yaml"
-    if not folder.exists() or all(file.name == LOCK or file.name.endswith(INCOMPLETE) for file in folder.iterdir()):
-        return
+    if not folder.exists() or all(_is_not_of_a_run(file.name) for file in folder.iterdir()):
+        return False
     if not path.is_file():
         raise UserError(
             "name", config.name, f"{folder} exists and is not a run folder", "choose another name or output"
         )
-    found = _experiment(_read_config(path))
-    wanted = _experiment(config.model_dump(mode="json"))
+    found = experiment_of(_read_config(path))
+    wanted = experiment_of(config.model_dump(mode="json"))
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:
         raise UserError(
@@ -48,7 +64,12 @@ def claim_folder(folder: Path, config: ExperimentConfig) -> None:
             f"{folder} contains another experiment, which differs in: {', '.join(different)}",
             f"choose another name, or delete {folder}",
         )
-    check_fingerprints(folder, config.task)
+    return True
+
+
+def _is_not_of_a_run(name: str) -> bool:
+    """An experiment may be audited before it runs."""
+    return name in (LOCK, AUDIT) or name.endswith(INCOMPLETE)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -63,13 +84,6 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, problem: str) -> UserError:
     return UserError(path.name, str(path), f"the file is damaged ({problem})", remedy(path.name))
-
-
-def _experiment(content: dict[str, Any]) -> dict[str, Any]:
-    """The keys that must stay the same when a run is resumed: not where it runs, nor how many clients it waits for."""
-    kept = {key: value for key, value in content.items() if key not in ("output", "engine", "flower")}
-    federation = {key: value for key, value in content.get("federation", {}).items() if key != "min_clients"}
-    return kept | {"federation": federation}
 
 
 def started_from(folder: Path) -> dict[str, str] | None:
@@ -99,8 +113,8 @@ def _environment(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        return read_json(path)
+    except ValueError as error:
         raise _damaged(path, str(error)) from error
 
 
@@ -159,6 +173,8 @@ def keep_rounds(path: Path, first: int, last: int) -> None:
         UserError: a line of an earlier round is damaged or missing.
     """
     if not path.is_file():
+        if last >= first:
+            logger.warning("%s is missing: the report begins with round %d", path, last + 1)
         return
     content = path.read_bytes()
     lines = content.splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from lorica.errors import UserError
 LOCK = ".lock"
 logger = logging.getLogger(__name__)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_MOST_ATTEMPTS = 100
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -32,7 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock; names it.
     """
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    created = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         descriptor = _acquire(folder)
     except OSError as error:
@@ -57,12 +59,14 @@ def locked(folder: Path) -> Iterator[None]:
 def _acquire(folder: Path) -> int:
     """An open file that holds the lock."""
     path = folder / LOCK
-    while True:
+    for attempt in itertools.count():
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:
-            # Another process has just deleted the empty folder.
+            # Another process has just deleted the empty folder; or the current folder of this one is deleted.
+            if attempt == _MOST_ATTEMPTS:
+                raise
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,6 +86,7 @@ def _acquire(folder: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)
+    raise AssertionError("unreachable")
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -52,18 +52,21 @@ def read_result(folder: Path) -> Result:
     return Result(folder, folder / "adapter", run.metrics, run.privacy or {})
 
 
-def finished_result(config: ExperimentConfig) -> Result | None:
+def finished_result(config: ExperimentConfig, data: dict[str, str]) -> Result | None:
     """The result of this experiment if its run has already finished, else None.
 
     A report that is missing, because the run was killed before it was written, is written. Call it under the lock of
     the run folder (`lorica.run.lock`).
+
+    Args:
+        data: `lorica.run.data.fingerprints`.
 
     Raises:
         UserError: the run folder contains another experiment, is damaged, or the data have changed.
     """
     folder = config.folder
     whole = files_are_whole(folder)
-    claim_folder(folder, config)
+    claim_folder(folder, config, data)
     if not whole or not (folder / "adapter").is_dir():
         return None
     check_exported(folder / "adapter")

@@ -31,7 +31,7 @@ from lorica.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lorica.run.divergence import check_finite, check_metrics, warn_of_growth
 from lorica.run.folder import keep_rounds, open_run
 from lorica.run.result import Result, read_result
-from lorica.run.setup import Prepared
+from lorica.run.setup import Prepared, server_steps
 from lorica.server.federation import Engine, Federation
 
 OnStart = Callable[[Prepared, Federation, int], None]
@@ -92,7 +92,8 @@ def train(
         metrics = {"round": finished} | _evaluate(prepared, federation)
         if not (folder / "metrics.jsonl").is_file():
             append_line(folder / "metrics.jsonl", to_json(metrics))
-    spent = Spent(prepared.schedule[:finished], config.federation.local_steps)
+    steps = prepared.method.client_level if config.privacy.unit == "client" else federation.server.local_steps
+    spent = Spent(prepared.schedule[:finished], steps)
     while federation.server.round < config.federation.rounds:
         on_round(_one_round(prepared, federation, spent))
     return _finish(prepared, federation)
@@ -105,19 +106,16 @@ def assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoin
         run: id under which the ledger records the run.
     """
     config = prepared.config
+    optimizer, local_steps = server_steps(config)
     server = Server(
         model=prepared.state,
         rounds=config.federation.rounds,
         terms={},
-        optimizer=config.optimizer,
-        local_steps=config.federation.local_steps,
-        full_rates=learning_rates(config.optimizer, list(prepared.state.tensors)),
+        optimizer=optimizer,
+        local_steps=local_steps,
+        full_rates=learning_rates(optimizer, list(prepared.state.tensors)),
         seed=config.seed,
-        local=LocalStep(
-            proximal=config.local.fedprox,
-            damping=config.local.damping if config.local.scaled_gd else None,
-            perturbation=config.local.flat_lora,
-        ),
+        local=LocalStep() if config.privacy.unit == "client" else LocalStep.of(config.local),
         ranks=prepared.ranks,
         aggregate=make_aggregate(config.server),
         optimize=make_server_optimizer(config.server),
@@ -141,6 +139,7 @@ def assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoin
         weighting=config.federation.weights,
         min_clients=config.federation.min_clients,
         secure_sum=config.federation.secure_sum,
+        trusted=config.privacy.unit == "client",
     )
 
 
@@ -157,14 +156,15 @@ def _one_round(prepared: Prepared, federation: Federation, spent: Spent) -> dict
     if last or server.round % prepared.config.federation.evaluate_every == 0:
         metrics |= _evaluate(prepared, federation)
     metrics |= spent.add(prepared.schedule[server.round - 1], federation.plans)
-    metrics |= {
-        "seconds": time.perf_counter() - started,
-        "server_seconds": traffic.server_seconds,
-        "participants": traffic.participants,
-        "missing": traffic.missing,
-        "bytes_up": traffic.bytes_up,
-        "bytes_down": traffic.bytes_down,
-    }
+    metrics |= {"seconds": time.perf_counter() - started, "server_seconds": traffic.server_seconds}
+    if prepared.config.privacy.unit != "client":
+        # The guarantee of client-level DP counts on it that nobody knows who took part.
+        metrics |= {
+            "participants": traffic.participants,
+            "missing": traffic.missing,
+            "bytes_up": traffic.bytes_up,
+            "bytes_down": traffic.bytes_down,
+        }
     decisions = {"round": server.round, "factors": traffic.factors} | prepared.method.decisions()
     append_line(folder / "decisions.jsonl", to_json(decisions))
     append_line(folder / "metrics.jsonl", to_json(metrics))

@@ -8,10 +8,10 @@ from typing import Any
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.loading import check_isolated, load_model
-from lorica.adapters.start import hash_of_start, read_start
+from lorica.adapters.start import read_start
 from lorica.adapters.state import AdapterState
 from lorica.aggregation.robust import check_aggregate
-from lorica.config import ExperimentConfig, FederationConfig
+from lorica.config import ExperimentConfig, FederationConfig, OptimizerConfig
 from lorica.errors import UserError
 from lorica.methods.base import Method, make_method
 from lorica.methods.components import check_components
@@ -54,14 +54,16 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
         UserError: names the key, the value and the remedy.
     """
     model = load_model(config, task)
-    state = AdapterState(model.sites, model.read())
+    state = AdapterState(model.sites, model.read(), model.frozen_weight)
     method = make_method(config.method, model.sites)
     federation = config.federation
-    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
+    if config.privacy.unit == "client":
+        # The clients are one owner to the server, which samples them in secret.
+        schedule = [[0]] * federation.rounds
+    else:
+        schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
     ranks = _client_ranks(config)
     check_method(config, method)
-    if federation.weights == "noise" and not config.privacy.private:
-        raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
     apart = config.engine == "flower" and config.flower.superlink is not None
     if apart and federation.weights != "uniform" and federation.max_records is None:
         raise UserError(
@@ -78,6 +80,16 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     return Prepared(config, task, model, state, method, schedule, ranks, start=start)
 
 
+def server_steps(config: ExperimentConfig) -> tuple[OptimizerConfig, int]:
+    """Optimiser and number of local steps as the server sees them.
+
+    With `privacy.unit: client` the mean update itself is released: one step of rate 1.
+    """
+    if config.privacy.unit == "client":
+        return OptimizerConfig(lr=1.0), 1
+    return config.optimizer, config.federation.local_steps
+
+
 def check_method(config: ExperimentConfig, method: Method) -> None:
     """Check that the method supports everything that the experiment combines it with.
 
@@ -86,8 +98,10 @@ def check_method(config: ExperimentConfig, method: Method) -> None:
     """
     federation = config.federation
     fewest = _fewest_replies(federation, federation.participants)
-    # With a secure sum, the server sees one combined reply.
-    method.check(config.optimizer, 1 if federation.secure_sum else fewest, federation.local_steps)
+    # With a secure sum, and with client-level DP, the server sees one combined reply.
+    single = federation.secure_sum or config.privacy.unit == "client"
+    optimizer, local_steps = server_steps(config)
+    method.check(optimizer, 1 if single else fewest, local_steps)
     check_components(config, method)
     check_aggregate(config.server, fewest)
 
@@ -102,13 +116,6 @@ def _begin(
     recorded = started_from(config.folder)
     if recorded is not None and has_checkpoint(config.folder / "checkpoint") and not Path(folder).expanduser().exists():
         return recorded
-    if recorded is not None and hash_of_start(folder) != recorded["sha256"]:
-        raise UserError(
-            "lora.start",
-            folder,
-            f"its weights have changed since the run {config.name} started from them",
-            "restore the folder, or choose another name",
-        )
     start = read_start(config, model, task.label_names, merges)
     start.apply(state, merges)
     return {"name": start.name, "sha256": start.sha256}

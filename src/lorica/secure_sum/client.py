@@ -78,7 +78,7 @@ class State:
                 fields[name] = {int(client): bytes.fromhex(value) for client, value in fields[name].items()}
             fields["agreement"], fields["survivors"] = Agreement.of(fields["agreement"]), tuple(fields["survivors"])
             return cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError, SummationError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, SummationError):
             raise SummationError("the stored state of this client is damaged") from None
 
 

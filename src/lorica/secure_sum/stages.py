@@ -112,7 +112,7 @@ class Part:
                 None if given is None else (given[0], given[1]),
                 {(row[0], row[1]): Shown(*row[2:]) for row in fields["shown"]},
             )
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
             raise SummationError("the stored state of this client is damaged") from None
 
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from lorica.adapters.names import ENERGY, SKETCH, Pair, under
-from lorica.adapters.state import AdapterState, Factors, leading
+from lorica.adapters.names import ENERGY, SKETCH, Pair, is_factor, site_of, under
+from lorica.adapters.state import AdapterState, Factors, leading, with_ranks
 from lorica.errors import UserError
 from lorica.messages import Delivery, Projection, Request, Training, size
 from lorica.methods.base import Method
@@ -24,7 +25,7 @@ from lorica.privacy.statement import Account
 from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.quantisation import coordinates
 from lorica.secure_sum.setup import Setup
-from lorica.server.reply_checks import Expected, check_reply, expected_reply
+from lorica.server.reply_checks import Expected, check_reply, expected_reply, reply_shapes
 from lorica.server.shared_noise import agreed_noise, shared_setup, shared_terms
 
 Weighting = Literal["uniform", "records", "noise"]
@@ -112,6 +113,7 @@ class Federation:
         schedule: participants of each round; index 0 is round 1.
         weighting: how clients are weighted in a mean.
         secure_sum: whether replies are added up under masks.
+        trusted: replies come from this process, so only their shapes are checked.
         min_clients: minimum number of replies in a round; None requires the replies of all participants.
     """
 
@@ -124,6 +126,7 @@ class Federation:
     weighting: Weighting
     min_clients: int | None = None
     secure_sum: bool = False
+    trusted: bool = False
     _sent: dict[int, SentState] = field(default_factory=dict)
     _joined: set[int] = field(default_factory=set)
 
@@ -183,6 +186,8 @@ class Federation:
                 started = time.perf_counter()
                 released = self._accept_replies(requests, arrived, expected, traffic)
                 replies = replace(_replies(released, self._weights(traffic)), aggregate=self.server.aggregate)
+            if isinstance(asked, Train) and asked.slices:
+                replies = self._whole(replies, asked)
             if isinstance(asked, Train):
                 traffic.factors = _union(traffic.factors, _per_site(asked, self.server))
             if isinstance(asked, Train) and self.server.scaffold is not None:
@@ -194,6 +199,26 @@ class Federation:
         self.server.finish_round()
         traffic.server_seconds += time.perf_counter() - started
         return traffic
+
+    def _whole(self, replies: Replies, train: Train) -> Replies:
+        """The replies with updates of whole factors: zero at the ranks that a client did not train."""
+        factors = [name for name in self.server.model.trained(train.factors) if is_factor(name)]
+
+        def whole(updates: Mapping[str, Tensor], slices: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+            zeros = {name: torch.zeros_like(self.server.model.tensors[name]) for name in factors}
+            return dict(updates) | {
+                name: with_ranks(name, zero, slices[site_of(name)], updates[name]) if name in updates else zero
+                for name, zero in zeros.items()
+            }
+
+        if replies.means is not None:
+            # A sum has members of one shape only.
+            return replace(replies, means=whole(replies.means, next(iter(train.slices.values()))))
+        updates = {
+            client: whole(sent, train.slices[client]) if client in train.slices else sent
+            for client, sent in replies.updates.items()
+        }
+        return replace(replies, updates=updates)
 
     def _weights(self, traffic: Traffic) -> dict[int, float]:
         return client_weights(self.weighting, [self.plans[client] for client in traffic.participants])
@@ -234,6 +259,8 @@ class Federation:
         )
 
     def _expected(self, request: Request, expected: Mapping[int, Expected]) -> Expected:
+        if self.trusted:
+            return Expected(reply_shapes(request, self.server.model.tensors))
         records, earlier = self.plans[request.client].records, expected.get(request.client)
         return expected_reply(request, records, self.server.model.tensors, self.server.seed, earlier)
 
@@ -307,6 +334,8 @@ class Federation:
             if isinstance(work, Training):
                 corrections = {} if scaffold is None else scaffold.corrections(client, work.trained)
                 work = replace(work, terms=server.terms[client], rank=rank, corrections=corrections)
+                if isinstance(asked, Train) and client in asked.slices:
+                    work = _sliced(work, asked.slices[client])
             tensors = self._changed(sent, rank, versions)
             restart, increments = self._new_increments(sent, merged)
             requests[client] = Request(
@@ -354,6 +383,12 @@ class Federation:
         return restart, new_ranks(model, have)
 
 
+def _sliced(work: Training, slices: Mapping[str, tuple[int, ...]]) -> Training:
+    """The same work for these ranks alone."""
+    trained = tuple(name for name in work.trained if not is_factor(name) or site_of(name) in slices)
+    return replace(work, trained=trained, rates={name: work.rates[name] for name in trained}, slices=slices)
+
+
 def new_ranks(model: AdapterState, have: Mapping[str, int]) -> dict[str, Pair]:
     """Site -> `(B, A)`: the merged ranks after the first `have[site]`. Sites without new ranks are left out."""
     found = {}
@@ -368,9 +403,10 @@ def client_weights(weighting: str, plans: list[ClientPlan]) -> dict[int, float]:
     """Weights of the participants of a round; they sum to 1.
 
     `uniform`: equal. `records`: `n_k`. `noise`: `1/τ_k²`, which minimises the noise variance of the mean, or `1/τ_k` if
-    the clients share the noise, so that nobody adds more than its own part of it.
+    the clients share the noise, so that nobody adds more than its own part of it. Without noise, `noise` means
+    `records`, the weights of FedAvg.
     """
-    if weighting == "records":
+    if weighting == "records" or (weighting == "noise" and plans[0].noise == "none"):
         values = np.array([plan.records for plan in plans], dtype=float)
     elif weighting == "noise":
         values = np.array([plan.noise_std ** (-2 if plan.shared is None else -1) for plan in plans])

@@ -46,7 +46,6 @@ from scipy import stats
 from torch import Tensor
 
 from lorica.adapters.names import is_a, is_factor, other_factor
-from lorica.adapters.state import leading
 from lorica.local.optimizers import AdamW
 from lorica.local.smoothing import NOISE_ENERGY
 from lorica.messages import Training
@@ -81,7 +80,7 @@ def update_bounds(work: Training, records: int, model: Mapping[str, Tensor]) -> 
         records: `n`.
         model: all global tensors.
     """
-    tensors = {name: leading(name, value, work.rank) for name, value in model.items()}
+    tensors = {name: work.part(name, value) for name, value in model.items()}
     active = active_steps(work)
     if work.optimizer.name == "adamw":
         coordinates = _adamw(work, tensors, active)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.names import ENERGY, SKETCH, factor_a, factor_b, is_b, is_factor, site_of
-from lorica.adapters.state import leading
 from lorica.local.sketches import sketch_matrix
 from lorica.messages import Projection, Request, Training
 from lorica.server.reply_bounds import ROUNDING, active_steps, gradient_bound, norm, update_bounds
@@ -81,7 +80,7 @@ def reply_shapes(request: Request, model: Mapping[str, Tensor]) -> dict[str, tup
         return {}
     active = active_steps(work)
     sketched = [site_of(name) for name in active if is_b(name)] if work.sketch_columns is not None else []
-    shapes = {name: tuple(leading(name, model[name], work.rank).shape) for name in _sent(work, active)}
+    shapes = {name: tuple(work.part(name, model[name]).shape) for name in _sent(work, active)}
     shapes |= {f"{SKETCH}{site}": (model[factor_b(site)].shape[0], work.sketch_columns or 0) for site in sketched}
     return shapes | {f"{ENERGY}{name}": () for name in _with_energy(work, active)}
 
@@ -127,7 +126,7 @@ def _training(
     seed: int,
     round_number: int,
 ) -> Expected:
-    tensors = {name: leading(name, value, work.rank) for name, value in model.items()}
+    tensors = {name: work.part(name, value) for name, value in model.items()}
     active = active_steps(work)
     sent, sketched = _sent(work, active), [name.removeprefix(SKETCH) for name in shapes if name.startswith(SKETCH)]
     bounds = update_bounds(work, records, model)

@@ -9,9 +9,10 @@ import math
 import os
 import shutil
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lorica.files import cache_folder, sync_folder
 
 VERSION = 2
 LAYOUT = "arrays.json"
+ABANDONED_SECONDS = 24 * 3600.0
 _CHUNK = 2**24
 _folder: ContextVar[Path | None] = ContextVar("folder of prepared records", default=None)
 logger = logging.getLogger(__name__)
@@ -83,6 +85,7 @@ def cached_arrays(key: Iterable[str], make: Callable[[Arrays], None]) -> dict[st
     try:
         if not _is_whole(final):
             final.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            _remove_abandoned(final.parent)
             temporary = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{name}."))
             try:
                 arrays = Arrays(temporary)
@@ -105,6 +108,14 @@ def cached_arrays(key: Iterable[str], make: Callable[[Arrays], None]) -> dict[st
             f"prepared records cannot be stored there ({error.strerror})",
             "free disk space, or set the environment variable LORICA_HOME to a folder with more space",
         ) from error
+
+
+def _remove_abandoned(parent: Path) -> None:
+    """Delete what killed processes left; younger folders may belong to a process that is still writing."""
+    for folder in parent.glob(".*"):
+        with suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > ABANDONED_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -14,7 +14,7 @@ from lorica.tasks.formats.columns import check_columns
 from lorica.tasks.formats.csv_file import read_csv
 from lorica.tasks.formats.image_folder import read_image_folder
 from lorica.tasks.formats.json_lines import read_json_lines
-from lorica.tasks.formats.parquet_file import read_parquet
+from lorica.tasks.formats.parquet_file import names_images, read_parquet
 from lorica.tasks.formats.paths import check_regular, local_path
 from lorica.tasks.kind import TaskKind, kind_of
 
@@ -83,6 +83,22 @@ def read(
     source = Source(key, name, _plain(table, key, name), folder, private)
     _check_complete(source, optional={config.label} if private and kind.labels != "none" else set())
     return source
+
+
+def named_images(config: TaskConfig, key: str, name: str) -> list[str]:
+    """The image files that a table names, as it spells them; empty for a source that holds its images.
+
+    Raises:
+        UserError: as `read`.
+    """
+    path = local_path(name, key)
+    suffix = path.suffix.lower()
+    if "image" not in kind_of(config).columns or suffix not in READERS or not path.is_file():
+        return []
+    if suffix == ".parquet" and not names_images(path, config.image):
+        return []
+    table = READERS[suffix](path, key, {config.image: "task.image"})
+    return [value for value in table.column(config.image).to_pylist() if isinstance(value, str)]
 
 
 def _read_table(

@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lorica.errors import UserError
 from lorica.files import write_atomically
+from lorica.paths import user_path
 from lorica.registry import METHODS, registered
 
 TEMPLATES = Path(__file__).parent / "method"
@@ -35,7 +36,7 @@ def write_package(name: str, folder: Path) -> Path:
         raise UserError(
             "NAME", name, "a method of this name is installed", "choose a name that `lorica methods` does not list"
         )
-    package = folder / f"lorica-{name}"
+    package = user_path("--folder", folder) / f"lorica-{name}"
     if os.path.lexists(package):
         raise UserError("--folder", str(folder), f"{package} exists", "choose another folder or another name")
     for path, content in _files(name).items():

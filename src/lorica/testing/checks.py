@@ -31,7 +31,7 @@ from lorica.adapters.names import (
     other_factor,
     site_of,
 )
-from lorica.adapters.state import AdapterState, leading
+from lorica.adapters.state import AdapterState, leading, with_ranks
 from lorica.config import PrivacyConfig
 from lorica.errors import UserError
 from lorica.local.sketches import sketch_matrix
@@ -277,6 +277,13 @@ def check_clients(recording: Recording) -> None:
                 start = sent[name] if between is None else sent[name] @ between
                 kept = torch.equal(leading(name, ends[client].tensors[name], rank), start)
                 recording.require(kept, f"{where} changed {name}, which it was not to train")
+            for name in filter(is_factor, request.work.trained if request.work.slices else ()):
+                moved = ends[client].tensors[name] - sent[name]
+                trained = request.work.slices[site_of(name)]
+                kept = torch.equal(
+                    moved, with_ranks(name, torch.zeros_like(moved), trained, request.work.part(name, moved))
+                )
+                recording.require(kept, f"{where} changed ranks of {name} that it was not to train")
 
 
 def untrained(request: Request, end: ClientModel) -> set[str]:
@@ -471,7 +478,7 @@ def centralised_updates(recording: Recording) -> list[tuple[str, Tensor, Tensor]
                 omega = sketch_matrix(some.server.seed, request.round, site, a.shape[1], update.shape[1])
                 found.append((name, update, b @ (a @ omega)))
             elif name in end:
-                found.append((name, update, end[name] - start[name]))
+                found.append((name, update, work.part(name, end[name] - start[name])))
     return found
 
 
@@ -487,6 +494,9 @@ def _descend(model: AdaptedModel, work: Training, start: Mapping[str, Tensor], e
                 gradient = start[b].T @ gradients[b]
             else:
                 gradient = leading(name, gradients[name], work.rank)
+            if work.slices and is_factor(name):
+                kept = work.part(name, gradient)
+                gradient = with_ranks(name, torch.zeros_like(gradient), work.slices[site_of(name)], kept)
             if work.local.damping is not None and is_factor(name):
                 gradient = _scaled(name, gradient, values, work.local.damping)
             moved[name] = values[name] - work.rates[name] * gradient
@@ -537,7 +547,7 @@ def check_start(recording: Recording) -> None:
     draws = torch.Generator().manual_seed(0)
     shapes = {name: value.shape for name, value in recording.adapters[0].tensors.items() if not is_middle(name)}
     given = Adapter({name: torch.randn(shape, generator=draws) for name, shape in shapes.items()}, {})
-    model = AdapterState(sites, given.tensors)
+    model = AdapterState(sites, given.tensors, recording.federation.server.model.frozen_weight)
     type(method)(method.options, sites).start(model, 0)
     for site in sites:
         kept = torch.allclose(dense(model, site), dense(given, site), rtol=0, atol=1e-4)

@@ -140,7 +140,7 @@ def tiny_federation(
         UserError: no such method, or an option that it does not have.
     """
     model, start = _shared_model(seed, rank)
-    state = AdapterState(model.sites, start)
+    state = AdapterState(model.sites, start, model.frozen_weight)
     made = _make(method, dict(options or {}), model.sites)
     made.start(state, seed)
     schedule = participation_schedule(clients, rounds, clients if participants is None else participants, seed)
@@ -206,7 +206,7 @@ def resume(some: Federation, checkpoint: Checkpoint) -> Federation:
     """A new federation, set to where another one stopped."""
     some.server.round = checkpoint.round
     some.server.model.assign(checkpoint.adapter)
-    some.server.model.merge(checkpoint.merged)
+    some.server.model.merged = dict(checkpoint.merged)
     some.server.load_state_dict(checkpoint.server)
     some.method.load_state_dict(checkpoint.method)
     return some

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -129,7 +130,10 @@ class FlowerEngine:
             requests: the requests among the messages, which clients are charged for.
         """
         replies = {}
-        for client, content in self._ask(run, contents).items():
+        # A delivery goes to those who are there.
+        delivery = any(isinstance(request.work, Delivery) for request in requests.values())
+        needed = 0 if delivery else self._config.federation.min_clients or len(contents)
+        for client, content in self._ask(run, contents, needed).items():
             try:
                 reply, account = content["reply"], decode_account(content["account"])
                 if not isinstance(reply, bytes):
@@ -163,28 +167,43 @@ class FlowerEngine:
         )
         self._accounts[client] = Account(most, paid.releases)
 
-    def _ask(self, run: str, contents: Mapping[int, Mapping[str, str | bytes]]) -> dict[int, Mapping[str, Any]]:
-        """Send each client its message and wait for the answers, at most `flower.timeout` seconds."""
-        connected = set(self._grid.get_node_ids())
+    def _ask(
+        self, run: str, contents: Mapping[int, Mapping[str, str | bytes]], needed: int
+    ) -> dict[int, Mapping[str, Any]]:
+        """Send each client its message and wait for the answers, at most `flower.timeout` seconds.
+
+        A node whose connection is lost, such as a suspended machine, is left out if enough others are there. Otherwise
+        it gets the message again when it is back within `flower.wait` seconds; a repeated request is answered with the
+        stored reply.
+
+        Args:
+            needed: number of answers without which the round cannot continue.
+        """
+        waiting = dict.fromkeys(contents, time.monotonic())
         sent: dict[str, int] = {}
-        for client, content in contents.items():
-            if self._nodes.get(client) not in connected:
-                logger.warning("client %d is not connected", client)
-                continue
-            message = self._message(run, self._nodes[client], MessageType.TRAIN, content)
-            sent |= dict.fromkeys(self._grid.push_messages([message]), client)
-        answers = {}
+        answers: dict[int, Mapping[str, Any]] = {}
         deadline = time.monotonic() + self._config.flower.timeout
-        while sent and time.monotonic() < deadline:
-            for message in self._grid.pull_messages(list(sent)):
+        while (waiting or sent) and time.monotonic() < deadline:
+            connected = set(self._grid.get_node_ids()) if waiting else set()
+            for client, since in list(waiting.items()):
+                if self._nodes.get(client) in connected:
+                    message = self._message(run, self._nodes[client], MessageType.TRAIN, contents[client])
+                    sent |= dict.fromkeys(self._grid.push_messages([message]), client)
+                    del waiting[client]
+                elif len(answers) + len(sent) >= needed or time.monotonic() > since + self._config.flower.wait:
+                    logger.warning("client %d is not connected", client)
+                    del waiting[client]
+            for message in self._grid.pull_messages(list(sent)) if sent else []:
                 client = sent.pop(message.metadata.reply_to_message_id)
                 answer = _read_answer(message)
-                if isinstance(answer, str):
-                    logger.warning("client %d %s", client, answer)
-                else:
+                if not isinstance(answer, str):
                     answers[client] = answer
-            time.sleep(POLL_SECONDS if sent else 0)
-        for client in sent.values():
+                    continue
+                logger.warning("client %d %s", client, answer)
+                if message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE:
+                    waiting[client] = time.monotonic()
+            time.sleep(POLL_SECONDS if sent or waiting else 0)
+        for client in (*sent.values(), *waiting):
             logger.warning("client %d has not answered within %g seconds", client, self._config.flower.timeout)
         return answers
 

@@ -16,6 +16,7 @@ from lorica.engines.flower.policy_draft import draft_policy
 from lorica.engines.flower.processes import connect, environment, free_port, run_app, start, stop
 from lorica.errors import UserError
 from lorica.files import write_atomically
+from lorica.paths import user_path
 
 
 def write_app(config: ExperimentConfig, folder: Path) -> None:
@@ -26,6 +27,9 @@ def write_app(config: ExperimentConfig, folder: Path) -> None:
     """
     import tomli_w
 
+    folder = user_path("DIR", folder)
+    if folder.exists() and not folder.is_dir():
+        raise UserError("DIR", str(folder), "it is a file", "choose a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise UserError("DIR", str(folder), "the folder is not empty", "choose a new folder")
     app = {

@@ -60,10 +60,10 @@ def serve(config: ExperimentConfig, grid: Grid) -> Result:
 
 
 def _serve(config: ExperimentConfig, grid: Grid) -> Result:
-    finished = finished_result(config)
+    data = fingerprints(config)
+    finished = finished_result(config, data)
     if finished is not None:
         return finished
-    data = fingerprints(config.task)
     if config.flower.superlink is None:
         # A simulation: the training data are here too.
         check_sources(config.task)

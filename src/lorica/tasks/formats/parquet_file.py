@@ -16,6 +16,18 @@ PIECE = 64 * 2**20
 FEWEST_ROWS, MOST_ROWS = 64, 65536
 
 
+def names_images(path: Path, column: str) -> bool:
+    """Whether a column of images holds their paths; false, too, if the file is damaged or has no such column."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        kind = parquet.read_schema(path).field(column).type
+    except (KeyError, pa.ArrowException, OSError):
+        return False
+    return str(kind) in ("string", "large_string", "string_view")
+
+
 def read_parquet(path: Path, key: str, wanted: dict[str, str]) -> pa.Table:
     """Read the wanted columns, piece by piece, so that a file that expands without bound is refused in time.
 

@@ -6,6 +6,7 @@ import stat
 from pathlib import Path
 
 from lorica.errors import UserError
+from lorica.paths import user_path
 
 
 def local_path(name: str, key: str) -> Path:
@@ -14,12 +15,9 @@ def local_path(name: str, key: str) -> Path:
     Raises:
         UserError: it is empty, or no path.
     """
-    if not name or "\0" in name:
-        raise UserError(key, name, "it is not a path", "give the path of a file or a folder")
-    try:
-        return Path(name).expanduser()
-    except RuntimeError:
-        raise UserError(key, name, "there is no such home folder", "write the path out") from None
+    if not name:
+        raise UserError(key, name, "it is empty", "give the path of a file or a folder")
+    return user_path(key, name)
 
 
 def check_regular(path: Path, key: str) -> None:

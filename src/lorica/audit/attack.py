@@ -1,0 +1,84 @@
+"""Attacks on releases: which canaries were included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.linalg import cho_factor, cho_solve
+
+# A canary whose share is this much smaller than the largest one leaves no trace that could be read.
+LEAST_SHARE = 0.02
+
+
+class Ridge:
+    """Ridge regression of releases on the canaries' shares, over all releases with the same coins.
+
+    In units of the noise's standard deviation, a release is `z = Σ_i β_i s_i + N(0, I)`, where `s_i` is what canary `i`
+    adds. With the prior `β_i ~ N(m, v)`, the posterior mean of `β - m` is `(Σ S Sᵀ + I/v)⁻¹ Σ S (z - m Sᵀ1)`, with the
+    sums over the releases. Inner products `s_i·z` alone have no power where the shares overlap.
+
+    Args:
+        canaries: number of canaries.
+        mean: `m`, the mean of what a canary's coin makes of its share.
+        variance: `v`.
+    """
+
+    def __init__(self, canaries: int, mean: float = 0.5, variance: float = 0.25) -> None:
+        self._mean, self._variance = mean, variance
+        self._gram = np.zeros((canaries, canaries))
+        self._products = np.zeros(canaries)
+
+    def add(self, values: np.ndarray, shares: np.ndarray) -> None:
+        """Add a release.
+
+        Args:
+            values: `z`, (d,).
+            shares: `S`, (canaries, d).
+        """
+        gram = shares @ shares.T
+        self._gram += gram
+        self._products += shares @ values - self._mean * gram.sum(axis=1)
+
+    def scores(self) -> np.ndarray:
+        """(canaries,), the posterior mean of `β - m`."""
+        system = self._gram + np.eye(len(self._gram)) / self._variance
+        return np.asarray(cho_solve(cho_factor(system), self._products))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The least-squares fit of a release by the canaries' shares.
+
+    Attributes:
+        visible: (canaries,) bool, which canaries leave a trace that can be read.
+        values: of the visible ones, what they added in units of their shares.
+        deviations: of `values`, from the noise.
+        energy: `Σ z²` of what is left over, in units of the noise's variance.
+        left: number of coordinates less that of the fitted values.
+    """
+
+    visible: np.ndarray
+    values: np.ndarray
+    deviations: np.ndarray
+    energy: float
+    left: int
+
+
+def fit(values: np.ndarray, shares: np.ndarray) -> Fit:
+    """Fit a release by least squares.
+
+    Args:
+        values: (d,), in units of the noise's standard deviation.
+        shares: (canaries, d), likewise.
+    """
+    norms = np.linalg.norm(shares, axis=1)
+    visible = norms > LEAST_SHARE * norms.max(initial=0.0)
+    own = shares[visible]
+    if not len(own):
+        return Fit(visible, np.zeros(0), np.zeros(0), float(values @ values), len(values))
+    inverse = np.linalg.inv(own @ own.T)
+    found = inverse @ (own @ values)
+    rest = values - found @ own
+    deviations = np.sqrt(np.diag(inverse))
+    return Fit(visible, found, deviations, float(rest @ rest), len(values) - len(own))
