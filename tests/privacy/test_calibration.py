@@ -1,4 +1,4 @@
-"""Noise for many sampling rates at the cost of a few, never less than the exact noise."""
+"""Noise for many sampling rates at the cost of a few."""
 
 from __future__ import annotations
 

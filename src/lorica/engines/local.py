@@ -62,9 +62,8 @@ class LocalEngine:
         self._model, self._state = model, state
         self.clients = clients
         self.max_lifetime_epsilon = max_lifetime_epsilon
-        self._plans = {number: client.plan for number, client in clients.items()}
+        self._joined: dict[str, dict[int, ClientPlan]] = {}
         self._parts: dict[int, Part] = {}
-        self._reserved: set[str] = set()
         self._last_rounds: dict[int, int] = {}
 
     @property
@@ -85,7 +84,7 @@ class LocalEngine:
             UserError: the run would exceed an owner's limit, reservations of other runs included, or it started with
                 other records.
         """
-        if run not in self._reserved:
+        if run not in self._joined:
             try:
                 for ledger, clients in self._ledgers().items():
                     _reserve(ledger, clients, run, self.max_lifetime_epsilon)
@@ -93,8 +92,8 @@ class LocalEngine:
                 for ledger in self._ledgers():
                     ledger.end(run)
                 raise
-            self._reserved.add(run)
-        return self._plans
+            self._joined[run] = {number: client.plan for number, client in self.clients.items()}
+        return self._joined[run]
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         """Each client's reply to its request, computed in the order of client ids."""

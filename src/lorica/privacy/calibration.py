@@ -23,7 +23,7 @@ CALIBRATION_TOLERANCE = 1e-4
 MOST_NOISE = 1e6
 # Sampling rates at which noise is calibrated for interpolation: 2^(-j/2).
 NODES_AN_OCTAVE = 2
-# Relative. Interpolated logarithms were between 1.1e-4 too low and 3.1e-4 too high (tests/privacy/test_calibration.py).
+# Relative. tests/privacy/test_calibration.py compares noise raised by it with the exact noise and the target ε.
 INTERPOLATION_MARGIN = 5e-4
 
 
@@ -63,7 +63,7 @@ def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: fl
 
 
 def calibrate_many(sampling_rate: float, steps: int, target_epsilon: float, delta: float) -> float:
-    """As `calibrate`, for any number of sampling rates at the cost of a few: at most about 0.1 % more, and never less.
+    """As `calibrate`, for any number of sampling rates at the cost of a few.
 
     `log σ` is interpolated over `log q` by the cubic through the four nearest of the rates `2^(-j/2)`, whose noise is
     calibrated, and raised by `INTERPOLATION_MARGIN`. Above `q = 2^(-1/2)`, and where a node has no noise in
