@@ -41,7 +41,7 @@ def participation_counts(clients: int, rounds: int, participants: int, seed: int
     """Number of rounds in which each client takes part, by the same schedule.
 
     >>> participation_counts(clients=5, rounds=4, participants=2, seed=0)
-    (1, 3, 1, 2, 1)
+    (1, 2, 1, 2, 2)
     """
     schedule = participation_schedule(clients, rounds, participants, seed)
     return tuple(np.bincount(np.concatenate(schedule), minlength=clients).tolist())

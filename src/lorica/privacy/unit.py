@@ -42,7 +42,7 @@ class PrivacyUnit:
             ValueError: not a unit of privacy in this version.
 
         >>> PrivacyUnit.parse("group patient, at most 8 records")
-        PrivacyUnit(column='patient', group_records=8)
+        PrivacyUnit(column='patient', group_records=8, whole_client=False)
         """
         if text in ("record", "client"):
             return cls(whole_client=text == "client")
