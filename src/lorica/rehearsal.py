@@ -156,7 +156,7 @@ def _measure(prepared: Prepared, engine: LocalEngine, folder: Path) -> dict[str,
 
     clients = {number: on_public_records(client) for number, client in engine.clients.items()}
     shorter = replace(prepared, config=config.model_copy(update={"federation": smaller}))
-    server = assemble(shorter, LocalEngine(model, clients), "timed")
+    server = assemble(shorter, LocalEngine(model, shorter.state, clients), "timed")
     server.join()
     started = time.perf_counter()
     task.evaluate(model.peft_model, federation.pass_tokens(model.device.type), model.device)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import numpy as np
+
 from lorica.streams import numpy_stream
 
 
@@ -30,6 +34,17 @@ def participation_schedule(clients: int, rounds: int, participants: int, seed: i
             chosen = chosen + fresh[:needed]
         schedule.append(sorted(chosen))
     return schedule
+
+
+@lru_cache(maxsize=8)
+def participation_counts(clients: int, rounds: int, participants: int, seed: int) -> tuple[int, ...]:
+    """Number of rounds in which each client takes part, by the same schedule.
+
+    >>> participation_counts(clients=5, rounds=4, participants=2, seed=0)
+    (1, 2, 1, 2, 2)
+    """
+    schedule = participation_schedule(clients, rounds, participants, seed)
+    return tuple(np.bincount(np.concatenate(schedule), minlength=clients).tolist())
 
 
 def client_ranks(rule: list[int] | str | None, clients: int, rank: int, seed: int) -> dict[int, int]:

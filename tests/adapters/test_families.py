@@ -72,7 +72,9 @@ def federation(model: AdaptedModel, family: str, folder: Path, privacy: Any, cli
         full_rates=rates,
         seed=0,
     )
-    return Federation("run", method, server, LocalEngine(model, members), plans, [list(range(clients))], "uniform")
+    return Federation(
+        "run", method, server, LocalEngine(model, state, members), plans, [list(range(clients))], "uniform"
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

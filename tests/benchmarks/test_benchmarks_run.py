@@ -28,6 +28,7 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
             ["--shapes", "roberta-large", "--width", "32", "--ranks", "2", "--repeats", "1", "--plot", os.devnull],
             2,
         ),
+        ("scale.py", ["--clients", "4,6", "--rounds", "2", "--participants", "3", "--rows", "100"], 2),
         # It fails if the four ways do not end with the same adapter.
         ("federation.py", ["--quick"], 2),
     ],

@@ -291,6 +291,15 @@ def test_a_run_says_so_and_hides_who_took_part(tmp_path: Path, caplog: pytest.Lo
     assert "Which clients took part is secret" in (result.folder / "report.html").read_text()
 
 
+@pytest.mark.parametrize("method", ["ffa-lora", "fed-power"])
+def test_the_epsilon_of_a_round_counts_its_exchanges(method: str, tmp_path: Path) -> None:
+    own = [f"output={tmp_path}", f"privacy.ledger={tmp_path}/ledger.sqlite", f"method.name={method}"]
+    result = lorica.Experiment(load(None, [*SMALL, *BRIEF, *UNIT, *own])).run()
+    *_, last = map(json.loads, (result.folder / "metrics.jsonl").read_text().splitlines())
+    (row,) = json.loads((result.folder / "privacy.json").read_text())["clients"]
+    assert last["epsilon"] == pytest.approx(row["epsilon"], abs=1e-6)
+
+
 def test_a_dry_run_trains_on_public_records_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = [f"output={tmp_path}", f"privacy.ledger={tmp_path}/ledger.sqlite", "method.name=ffa-lora"]
     config, seen = load(None, [*SMALL, *BRIEF, *UNIT, *own]), set()

@@ -19,17 +19,17 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from lorica.errors import UserError
-from lorica.privacy import accounting
+from lorica.privacy import accounting, calibration
 from lorica.privacy.accounting import (
     RDP_ORDERS,
     Steps,
-    calibrate,
     epsilon,
     epsilon_from_rdp,
     epsilon_rdp,
     epsilons_from_rdp,
     rdp_curve,
 )
+from lorica.privacy.calibration import calibrate
 
 GRID = [
     (0.016, 0.8, 500, 1e-5),
@@ -96,7 +96,7 @@ def noises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
         return compute(sigma, **options)
 
     monkeypatch.setattr(accounting, "from_gaussian_mechanism", count)
-    monkeypatch.setattr(accounting, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(calibration, "cache_folder", lambda: tmp_path)
     accounting._epsilon.cache_clear()
     accounting._loss_distribution.cache_clear()
     return asked
@@ -132,7 +132,7 @@ def test_a_target_that_takes_no_noise_is_one_clear_error(
 
 
 def test_a_target_that_no_noise_meets_is_one_clear_error(noises: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounting, "MOST_NOISE", 40.0)
+    monkeypatch.setattr(calibration, "MOST_NOISE", 40.0)
     with pytest.raises(UserError, match=r"privacy\.epsilon = 0\.1: it requires a noise multiplier above"):
         calibrate(0.5, 1000, 0.1, 1e-5)
     assert len(noises) <= 3

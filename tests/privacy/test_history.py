@@ -55,7 +55,7 @@ def release(values: Sequence[object], run: str, **changes: Any) -> Release:
 
 
 def introduce(ledger: Ledger, values: Sequence[object]) -> str:
-    ledger.introduce(name(values), lambda: (digests(values), np.ones(len(values), dtype=np.int64)))
+    ledger.introduce({name(values): lambda: (digests(values), np.ones(len(values), dtype=np.int64))})
     return name(values)
 
 
@@ -238,7 +238,7 @@ def test_a_hundred_thousand_records_take_about_a_second(tmp_path: Path) -> None:
     ones = np.ones(len(tags), dtype=np.int64)
     ledger = Ledger(tmp_path / "l.sqlite")
     start = time.process_time()
-    ledger.introduce("all", lambda: (tags, ones))
+    ledger.introduce({"all": lambda: (tags, ones)})
     write(ledger, replace(release(PEOPLE, "first"), records="all"))
     assert history(ledger, "data", "all").epsilon(DELTA) == ONE_RUN
     # Generous: the machine that runs the tests may be slow.
@@ -251,7 +251,7 @@ def planned(ledger: Ledger, values: Sequence[object], run: str, steps: int) -> E
 
 def test_what_a_run_has_reserved_counts_until_it_ends(tmp_path: Path) -> None:
     ledger, other = Ledger(tmp_path / "l.sqlite"), Ledger(tmp_path / "other.sqlite")
-    ledger.reserve(planned(ledger, PEOPLE, "first", 10))
+    ledger.reserve([planned(ledger, PEOPLE, "first", 10)])
     write(ledger, release(PEOPLE, "first"))
     for where in (ledger, other):
         found = of(where, [*PEOPLE, "one more"])
@@ -264,7 +264,7 @@ def test_what_a_run_has_reserved_counts_until_it_ends(tmp_path: Path) -> None:
         assert found.above(whole, DELTA, ("first", 0), Steps(Q, SIGMA, 10 - STEPS)) is None
     seen: list[list[tuple[str, int]]] = []
     ledger.reserve(
-        planned(ledger, PEOPLE, "second", 3), lambda held: seen.append([(one.run, one.steps) for one in held])
+        [planned(ledger, PEOPLE, "second", 3)], lambda held: seen.append([(one.run, one.steps) for one in held])
     )
     assert seen == [[("first", 10 - STEPS)]]
     ledger.end("first", 0)
@@ -279,14 +279,14 @@ def test_nothing_is_reserved_for_a_run_that_is_refused(tmp_path: Path) -> None:
         raise UserError("privacy.max_lifetime_epsilon", 1.0, "too much", "less")
 
     with pytest.raises(UserError, match="too much"):
-        ledger.reserve(planned(ledger, PEOPLE, "first", 10), refuse)
+        ledger.reserve([planned(ledger, PEOPLE, "first", 10)], refuse)
     assert of(ledger, PEOPLE).holders("second") == []
 
 
 def test_the_owner_gives_back_what_an_abandoned_run_holds(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "l.sqlite")
     for run in ("abandoned", "absent-minded"):
-        ledger.reserve(planned(ledger, PEOPLE, run, 10))
+        ledger.reserve([planned(ledger, PEOPLE, run, 10)])
     with pytest.raises(UserError, match="several runs"):
         release_reservation(ledger.path, "ab")
     with pytest.raises(UserError, match="no such run has a reservation"):

@@ -13,6 +13,7 @@ from lorica.errors import UserError
 from lorica.privacy import database
 from lorica.privacy.ledger import Earlier, Ledger, Release
 from lorica.privacy.ledger_file import find_ledger, ledger_beside, read_ledger
+from lorica.privacy.ledger_rows import insert
 from lorica.privacy.plan import Refused
 from lorica.privacy.released import _release
 from tests.ledgers import write
@@ -100,11 +101,12 @@ def test_what_is_allowed_does_not_count_the_attempt_itself(tmp_path: Path) -> No
     seen: list[tuple[int, list[Release]]] = []
 
     def allow(earlier: Earlier) -> None:
-        seen.append((earlier.steps("one", 0), earlier.releases()))
+        seen.append((earlier.steps("one", 0), earlier.costs()))
 
     ledger.charge(second, allow)
     ledger.charge(second, allow)
-    assert seen == [(5, [RELEASE])] * 2
+    cost = Release("", "", "", 0, 0, 0.1, 1.2, 0.0, 5, "secure", "")
+    assert seen == [(5, [cost])] * 2
 
     def refuse(earlier: Earlier) -> None:
         raise Refused
@@ -267,3 +269,90 @@ def test_reading_makes_no_ledger(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_ledger(tmp_path / "absent.sqlite")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", "lorica-home", "other.sqlite"]
+
+
+def test_replies_of_a_run_that_has_ended_are_deleted_when_the_next_one_ends(tmp_path: Path) -> None:
+    """Not before: the server of the last run may have stopped before it wrote its result, and ask again."""
+    ledger = Ledger(tmp_path / "l.sqlite")
+    runs = [replace(RELEASE, run=name, request=name) for name in ("one", "two", "three")]
+    for run in runs:
+        write(ledger, run, b"reply")
+    ledger.end("one")
+    ledger.end("one", 0)
+    assert ledger.recall("one", 0, "one") == b"reply"
+    ledger.end("two", 0)
+    # "three" goes on.
+    assert [ledger.recall(run.run, 0, run.run) is not None for run in runs] == [False, True, True]
+    # A run that is resumed after its end goes on too.
+    write(ledger, replace(runs[1], round=2, request="again"))
+    ledger.end("three")
+    assert ledger.recall("two", 0, "again") == b"reply"
+    assert ledger.steps("one", 0) == 5
+
+
+def test_costs_are_the_sums_of_all_rows_also_those_of_another_process(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    ledger, other = Ledger(path), Ledger(path)
+    assert ledger.costs() == []
+    shared = replace(RELEASE, noise_multiplier=2.0, own_noise_multiplier=1.0)
+    for writer, row in ((ledger, RELEASE), (other, replace(RELEASE, run="two")), (other, shared)):
+        write(writer, row)
+    cost = Release("", "", "", 0, 0, 0.1, 1.2, 0.0, 10, "secure", "")
+    assert ledger.costs() == [cost, replace(cost, noise_multiplier=2.0, steps=5, own_noise_multiplier=1.0)]
+    write(ledger, replace(RELEASE, client=3, noise="none", steps=1))
+    assert other.costs() == [*ledger.costs()[:2], replace(cost, noise="none", steps=1)]
+    # All of what a policy asks about, row by row.
+    assert sum(one.steps for one in other.costs()) == sum(row.steps for row in ledger.releases())
+    assert ledger.charged("one") == {0: (10, 2), 3: (1, 1)}
+    assert ledger.datasets("two") == {0: {"data"}}
+
+
+def test_a_message_reads_no_rows_of_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite's own count of steps does not grow with the rows of other runs."""
+
+    def steps(rows: int) -> int:
+        ledger = Ledger(tmp_path / f"{rows}.sqlite")
+        with database.transaction(ledger.path) as connection:
+            tip = ledger.identity
+            for number in range(rows):
+                insert(connection, replace(RELEASE, run="past", round=number, request=str(number)), tip)
+                (tip,) = connection.execute("SELECT chain FROM releases ORDER BY id DESC").fetchone()
+        ledger = Ledger(ledger.path)
+        ledger.costs()
+        done = [0]
+        connect = database._connect
+
+        def counting(path: Path, mode: str) -> sqlite3.Connection:
+            connection = connect(path, mode)
+            connection.set_progress_handler(lambda: done.__setitem__(0, done[0] + 1) or 0, 10)
+            return connection
+
+        with monkeypatch.context() as patched:
+            patched.setattr(database, "_connect", counting)
+            for number in (1, 2):
+                request = str(number)
+                assert ledger.recall("one", 0, request) is None
+                assert ledger.last_round("one", 0) == number - 1
+                ledger.kept("one", 0, number)
+                charge = ledger.charge(replace(RELEASE, round=number, request=request), lambda earlier: earlier.costs())
+                ledger.attach(charge, b"reply")
+                ledger.costs()
+                ledger.elsewhere("alice", reserved=True)
+                ledger.steps("one", 0)
+        return done[0]
+
+    assert steps(1000) < 1.2 * steps(10)
+
+
+def test_a_ledger_without_an_index_gets_one(tmp_path: Path) -> None:
+    path = tmp_path / "l.sqlite"
+    write(Ledger(path), RELEASE, b"reply")
+    with sqlite3.connect(path) as connection:
+        connection.execute("DROP INDEX releases_by_client")
+        connection.execute("DROP TABLE ended")
+    assert Ledger(path).recall("one", 0, "first") == b"reply"
+    with sqlite3.connect(path) as connection:
+        plan = connection.execute(
+            "EXPLAIN QUERY PLAN SELECT steps FROM releases WHERE run = '' AND client = 0"
+        ).fetchall()
+    assert "releases_by_client" in str(plan)

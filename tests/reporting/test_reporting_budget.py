@@ -164,7 +164,7 @@ def test_a_reservation_is_released_by_the_name_of_its_run(tmp_path: Path) -> Non
         held = Exposure(
             ledger.identity, number, 0, "o" * 64, steps=0, planned=12, releases=0, own_noise_multiplier=1.0, **terms
         )
-        ledger.reserve(held)
+        ledger.reserve([held])
     assert "several runs have this name" in run("budget", str(ledger.path), "--release", "mine", code=2)
     run("budget", str(ledger.path), "--release", "ssss")
     run("budget", str(ledger.path), "--release", "mine")
@@ -251,7 +251,7 @@ def test_what_runs_have_reserved_is_shown_and_can_be_released(tmp_path: Path) ->
     terms = {"unit": RECORD, "noise": "secure", "sampling_rate": 0.1, "noise_multiplier": 1.0}
     terms["own_noise_multiplier"] = 1.0
     held = Exposure(ledger.identity, "r" * 32, 0, "o" * 64, steps=0, planned=12, releases=0, **terms)
-    ledger.reserve(held)
+    ledger.reserve([held])
     write(ledger, release())
     (row,) = read_budget(ledger.path, 1e-5)["reserved"]
     assert (row["run"], row["client"], row["steps"]) == ("r" * 32, 0, 7)

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,8 +15,11 @@ from PIL import Image
 from lorica.errors import UserError
 from lorica.reporting import html
 from lorica.reporting.card import model_card
+from lorica.reporting.clients import client_rows
 from lorica.reporting.comparison import ComparedRun
 from lorica.reporting.html import write_comparison, write_report
+from lorica.reporting.partition import partition_figure
+from lorica.reporting.plots import clients_figure
 from lorica.reporting.run_folder import read_run
 
 EVIL = '<script>alert("x")</script>'
@@ -427,3 +431,30 @@ def test_a_browser_draws_the_page(make_run, tmp_path):
     # The banner's wash and the method's line: style sheet and figure were both applied.
     assert (np.abs(pixels - (0xFD, 0xF0, 0xED)).sum(axis=2) == 0).sum() > 10_000
     assert (np.abs(pixels - (0x00, 0x72, 0xB2)).sum(axis=2) < 6).sum() > 500
+
+
+def test_of_many_clients_a_report_and_a_card_show_those_that_spend_most(make_run):
+    folder = make_run(clients=1000, rounds=3, factors=lambda *_: "B")
+    statement = json.loads((folder / "privacy.json").read_text())
+    for number, client in enumerate(statement["clients"]):
+        client["epsilon"] = 1.0 + number / 1000
+    (folder / "privacy.json").write_text(json.dumps(statement))
+    page = Page(write_report(folder))
+    check_self_contained(page)
+    assert (folder / "report.html").stat().st_size < 300_000
+    assert page.text.count("all 1,000 are in privacy.json") == 1
+    run = read_run(folder)
+    headings, rows = client_rows(run.clients)
+    place = headings.index("Client")
+    assert [row[place] for row in rows] == [str(number) for number in range(800, 1000)]
+    card = model_card(run, "")
+    assert "all 1,000 are in privacy.json" in card
+    assert card.count("\n| ") == 200 + 1 + 1
+    assert html._traffic(run)[0] == ["0", "3", "147 kB", "295 kB"]
+    figure = clients_figure(run)
+    assert [sum(bar.get_height() for bar in panel.patches) for panel in figure.axes] == [1000, 1000]
+    partition = {"labels": ["a", "b"], "clients": [{"client": n, "counts": [n, n % 2]} for n in range(201)]}
+    records, labels = partition_figure(replace(run, partition=partition)).axes
+    assert sum(bar.get_height() for bar in records.patches) == sum(bar.get_height() for bar in labels.patches) == 201
+    assert records.patches[-1].get_height() >= 1
+    assert figure.get_size_inches()[1] < 4

@@ -3,10 +3,12 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lorica.tasks.records import cheapest_cuts
+from lorica.testing.records import TinyRecords
 
 
 def cost(lengths: list[int], rows: list[int], ends: tuple[int, ...], tokens: int) -> float:
@@ -39,3 +41,16 @@ def test_thousands_of_records_are_cut_quickly_and_with_little_padding() -> None:
     ends = cheapest_cuts(lengths, 1024)
     padded = sum((end - start) * lengths[end - 1] for start, end in itertools.pairwise([0, *ends]))
     assert padded < 1.05 * lengths.sum()
+
+
+def test_all_records_are_cut_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, cuts = TinyRecords.texts(20), []
+    monkeypatch.setattr("lorica.tasks.records.cheapest_cuts", lambda *args: cuts.append(args) or cheapest_cuts(*args))
+    first = texts.passes(40)
+    assert texts.passes(40) is first
+    assert len(cuts) == 1
+    expected = list(texts.micro_batch_indices(np.arange(20), 40))
+    assert all(np.array_equal(one, other) for one, other in zip(first, expected, strict=True))
+    # Another size is cut otherwise, and so are other records.
+    assert len(texts.passes(80)) < len(first)
+    assert sum(map(len, texts.subset(np.arange(5)).passes(40))) == 5

@@ -6,14 +6,10 @@ import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lorica.adapters.base_model import BaseModel
 from lorica.adapters.names import FIXED, Pair, factor_b, is_a, is_b, is_factor, is_middle, middle, site_of
@@ -27,6 +23,10 @@ from lorica.privacy.gradients import TrainedTensor
 from lorica.streams import stream_seed
 from lorica.tasks.classification import Classification
 from lorica.tasks.records import Batch, Objective
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
 CROSS_ENTROPY = Classification()
 HEAD_WEIGHT, HEAD_BIAS = "head.weight", "head.bias"
@@ -164,6 +164,8 @@ class AdaptedModel:
             raise RuntimeError(f"parameters must stay frozen, but these require gradients: {', '.join(unfrozen[:3])}")
 
     def _layer(self, site: Site) -> LoraLayer:
+        from peft.tuners.lora import LoraLayer
+
         layer = self.peft_model.base_model.model.get_submodule(site.name)
         assert isinstance(layer, LoraLayer)
         return layer
@@ -215,6 +217,11 @@ def adapt(
         UserError: `lora.target_modules` matches nothing, the rank exceeds the size of a linear map, or the model does
             not support `model.gradient_checkpointing`.
     """
+    # PEFT takes seconds to import, and nothing before this needs it.
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+    from transformers.pytorch_utils import Conv1D
+
     targets = match_targets(base.model, lora.target_modules, base.head, base.new_modules)
     # Modules that are not in the base checkpoint, such as a new head, are saved with the adapter.
     saved = [base.head, *base.new_modules] if config.head == "train" or base.head_is_new else base.new_modules
@@ -290,6 +297,8 @@ def _checkpoint_layers(model: nn.Module, base: str) -> None:
     The recomputation triggers the forward hooks again, on copies that receive no gradient; the outputs of the first
     pass receive it. This holds for PyTorch's non-reentrant checkpoints only.
     """
+    from transformers import PreTrainedModel
+
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     try:
         with warnings.catch_warnings():
@@ -306,6 +315,8 @@ def _checkpoint_layers(model: nn.Module, base: str) -> None:
 
 
 def _is_transposed(layer: LoraLayer) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
     return isinstance(layer.get_base_layer(), Conv1D)
 
 

@@ -8,12 +8,10 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import EMBEDDED, base_identity, resolve_base
@@ -26,6 +24,9 @@ from lorica.files import read_json, sha256_of
 from lorica.paths import user_path
 from lorica.pretrained import damaged_file
 from lorica.tasks.kind import kind_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DESCRIPTION = "lorica.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -183,6 +184,8 @@ def load_adapter(folder: str | Path, base: str | None = None, device: str = "cpu
 def load_exported(folder: str | Path, export: Export, device: str = "cpu") -> PreTrainedModel:
     """As `load_adapter`, of an adapter whose description has been read."""
     target = resolve_device(device)
+    from peft import PeftModel
+
     try:
         for_peft = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         # PEFT imports the module named in `megatron_core`.

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import safetensors
 import safetensors.torch
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
@@ -210,6 +209,8 @@ def _factors(folder: str, saved: Mapping[str, Tensor], sites: list[Site]) -> dic
 
 def _scales(folder: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], sites: list[Site]) -> list[float]:
     """PEFT's `γ = lora_alpha / r`, or `lora_alpha / √r`, at each linear map."""
+    from peft.utils.other import get_pattern_key
+
     patterns = config.get("alpha_pattern") or {}
     try:
         alphas = [

@@ -114,6 +114,16 @@ def stack_pairs(first: Pair | None, second: Pair) -> Pair:
     return torch.cat([first[0], second[0]], dim=1), torch.cat([first[1], second[1]], dim=0)
 
 
+def earlier_ranks(model: AdapterState, newer: Mapping[str, Pair]) -> dict[str, Pair]:
+    """The merged ranks of a model without the newest ones, `newer`: what `stack_pairs` completes to all of them."""
+    found = {}
+    for name, (b, a) in model.merged.items():
+        rank = b.shape[1] - (newer[name][0].shape[1] if name in newer else 0)
+        if rank:
+            found[name] = (b[:, :rank], a[:rank])
+    return found
+
+
 def fold(pair: Pair) -> Pair:
     """A pair with the same product and at most full rank: the product itself and an identity matrix."""
     b, a = pair

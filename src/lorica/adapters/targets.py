@@ -5,10 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lorica.adapters.mean_pooled import MeanPooledConfig
 from lorica.errors import UserError
@@ -39,6 +36,8 @@ def match_targets(
     Raises:
         UserError: an entry of `targets` matches no linear map; names the available ones.
     """
+    from transformers.pytorch_utils import Conv1D
+
     linear = [
         name
         for name, module in model.named_modules()
@@ -81,6 +80,8 @@ def _named(target: str, linear: list[str]) -> list[str]:
 
 def _without_other_towers(model: nn.Module, linear: list[str]) -> list[str]:
     """Leave out the maps that text inputs do not reach: they would add noise to every step and learn nothing."""
+    from transformers import PreTrainedModel
+
     if "text" not in getattr(model, "input_modalities", "text"):
         return linear
     towers = [
@@ -92,6 +93,8 @@ def _without_other_towers(model: nn.Module, linear: list[str]) -> list[str]:
 
 
 def _usual_targets(model: nn.Module, linear: list[str]) -> list[str] | str:
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
     if _named("query", linear) and _named("value", linear):
         return ["query", "value"]
     config = getattr(model, "config", None)

@@ -196,7 +196,7 @@ class Auditor:
                 )
                 for owner in owners
             }
-            engine = WatchedEngine(model, clients)
+            engine = WatchedEngine(model, state, clients)
             federation = Federation(
                 run=RUN,
                 method=made,

@@ -198,7 +198,7 @@ def _train(config: ExperimentConfig, task: Task, records: Records, on_round: Cal
             owner: WatchedClient(**vars(make_client(config, plan, canaries[owner], None, ledger, RUN)))
             for owner, plan in plans.items()
         }
-        engine = WatchedEngine(prepared.model, clients)
+        engine = WatchedEngine(prepared.model, prepared.state, clients)
         federation = assemble(prepared, engine, RUN)
         federation.join()
         before = _losses(prepared, federation, canaries)

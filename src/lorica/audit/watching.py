@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.names import Pair
+from lorica.adapters.state import AdapterState
 from lorica.engines.local import LocalEngine
 from lorica.messages import Projection, Request, Training
 from lorica.owner.client import Client
@@ -81,8 +82,8 @@ class WatchedEngine(LocalEngine):
         sums: in order.
     """
 
-    def __init__(self, model: AdaptedModel, clients: Mapping[int, WatchedClient]) -> None:
-        super().__init__(model, clients)
+    def __init__(self, model: AdaptedModel, state: AdapterState, clients: Mapping[int, WatchedClient]) -> None:
+        super().__init__(model, state, clients)
         self.sums: list[Summed] = []
 
     def sum(self, requests: Mapping[int, Request], agreement: Agreement) -> tuple[list[int], dict[str, Tensor]]:

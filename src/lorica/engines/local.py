@@ -13,15 +13,16 @@ from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import resolve_base
+from lorica.adapters.state import AdapterState, earlier_ranks, leading
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
-from lorica.messages import Projection, Request, Training
+from lorica.messages import Delivery, Projection, Request, Training
 from lorica.owner.client import Client
 from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, make_client, make_cohort
 from lorica.privacy.ledger import Ledger
-from lorica.privacy.lifetime import history
+from lorica.privacy.lifetime import History, histories
 from lorica.privacy.plan import ClientPlan, Refused, plan_cohort, plan_run
-from lorica.privacy.statement import Account, account
+from lorica.privacy.statement import Account, accounts_of
 from lorica.run.divergence import check_finite
 from lorica.run.setup import Prepared, prepare
 from lorica.secure_sum.agreement import Agreement
@@ -40,23 +41,41 @@ logger = logging.getLogger(__name__)
 class LocalEngine:
     """Runs the clients one after another. Each writes its tensors into the shared model in place.
 
+    A client that sits a round out forgets what the server sent it, so that memory does not grow with the number of
+    clients; before its next request it gets the same tensors back from the server's state.
+
     Attributes:
         clients: number -> client.
         max_lifetime_epsilon: limit of each owner over all runs on the same data; None for no limit.
+
+    Args:
+        state: the server's adapter.
     """
 
     def __init__(
-        self, model: AdaptedModel, clients: Mapping[int, Client], max_lifetime_epsilon: float | None = None
+        self,
+        model: AdaptedModel,
+        state: AdapterState,
+        clients: Mapping[int, Client],
+        max_lifetime_epsilon: float | None = None,
     ) -> None:
-        self._model = model
+        self._model, self._state = model, state
         self.clients = clients
         self.max_lifetime_epsilon = max_lifetime_epsilon
+        self._joined: dict[str, dict[int, ClientPlan]] = {}
         self._parts: dict[int, Part] = {}
-        self._reserved: set[str] = set()
+        self._last_rounds: dict[int, int] = {}
 
     @property
     def ledger(self) -> str:
-        return ", ".join(sorted({str(client.ledger.path) for client in self.clients.values()}))
+        return ", ".join(sorted(str(ledger.path) for ledger in self._ledgers()))
+
+    def _ledgers(self) -> dict[Ledger, list[Client]]:
+        """Ledger -> its clients: one, unless the clients were made with several."""
+        found: dict[Ledger, list[Client]] = {}
+        for client in self.clients.values():
+            found.setdefault(client.ledger, []).append(client)
+        return found
 
     def join(self, run: str) -> dict[int, ClientPlan]:
         """All clients. Their ledgers reserve the budget of the whole run.
@@ -65,21 +84,54 @@ class LocalEngine:
             UserError: the run would exceed an owner's limit, reservations of other runs included, or it started with
                 other records.
         """
-        if run not in self._reserved:
+        if run not in self._joined:
             try:
-                for client in self.clients.values():
-                    client.check_records(run)
-                    client.reserve(run, lambda _, client=client: self._check_lifetime(client, run))  # type: ignore[misc]
+                for ledger, clients in self._ledgers().items():
+                    _reserve(ledger, clients, run, self.max_lifetime_epsilon)
             except UserError:
-                for client in self.clients.values():
-                    client.ledger.end(run, client.number)
+                for ledger in self._ledgers():
+                    ledger.end(run)
                 raise
-            self._reserved.add(run)
-        return {number: client.plan for number, client in self.clients.items()}
+            self._joined[run] = {number: client.plan for number, client in self.clients.items()}
+        return self._joined[run]
 
     def exchange(self, requests: Mapping[int, Request]) -> dict[int, dict[str, Tensor]]:
         """Each client's reply to its request, computed in the order of client ids."""
+        deliveries = {number: one.work for number, one in requests.items() if isinstance(one.work, Delivery)}
+        if deliveries:
+            return self._deliver(requests, deliveries)
+        self._remind(requests)
         return {number: self._reply(number, requests[number]) for number in sorted(requests)}
+
+    def _deliver(
+        self, requests: Mapping[int, Request], deliveries: Mapping[int, Delivery]
+    ) -> dict[int, dict[str, Tensor]]:
+        """As each client's `reply_to`, with one write to the ledger for all of them."""
+        first = next(iter(requests.values()))
+        if deliveries[first.client].final:
+            for ledger in self._ledgers():
+                ledger.end(first.run)
+        for number, work in sorted(deliveries.items()):
+            self.clients[number].test_privately(self._model, requests[number], work)
+        return {number: {} for number in deliveries}
+
+    def _remind(self, requests: Mapping[int, Request]) -> None:
+        """Let the clients that sat the last round out forget the server's tensors, and remind them when they are asked.
+
+        A request brings all tensors that have changed since the client's last one, so the others are the server's own.
+        """
+        for number, request in requests.items():
+            client = self.clients[number]
+            if client.sequence is None and request.sequence > 0:
+                rank = request.work.rank if isinstance(request.work, Training) else None
+                client.held = {name: leading(name, value, rank) for name, value in self._state.tensors.items()}
+                client.merged = {} if request.restart else earlier_ranks(self._state, request.increments)
+                client.sequence = request.sequence - 1
+            self._last_rounds[number] = request.round
+        current = max(request.round for request in requests.values())
+        for number in [number for number, last in self._last_rounds.items() if last < current]:
+            self.clients[number].forget()
+            del self._last_rounds[number]
 
     def _reply(self, number: int, request: Request, agreement: Agreement | None = None) -> dict[str, Tensor]:
         """One client's reply.
@@ -114,6 +166,7 @@ class LocalEngine:
                     logger.warning("client %d refuses: %s", number, error)
             return answers
 
+        self._remind(requests)
         return add_up(agreement, ask)
 
     def _run_stage(self, number: int, request: Request, question: str) -> bytes:
@@ -131,37 +184,58 @@ class LocalEngine:
 
     def accounts(self, run: str) -> dict[int, Account]:
         """Each client's account of this run, from its ledger."""
-        return {
-            number: account(client.ledger, client.dataset, client.records.fingerprint(), run, client.plan, client.unit)
-            for number, client in self.clients.items()
-        }
+        found: dict[int, Account] = {}
+        for ledger, clients in self._ledgers().items():
+            plans = {client.number: client.plan for client in clients}
+            records = {client.number: client.records.fingerprint() for client in clients}
+            found |= accounts_of(ledger, clients[0].dataset, run, plans, records, clients[0].unit)
+        return dict(sorted(found.items()))
 
     def personal(self, run: str, round_number: int) -> dict[int, dict[str, Tensor]]:
         """Each client's personal tensors after a round (`Client.personal`)."""
         return {number: client.personal(run, round_number) for number, client in self.clients.items()}
 
-    def _check_lifetime(self, client: Client, run: str) -> None:
-        plan, limit = client.plan, self.max_lifetime_epsilon
-        if limit is None or plan.noise != "secure" or plan.delta is None:
-            return
-        remaining = plan.steps(plan.max_steps - client.ledger.steps(run, client.number))
-        if remaining.count == 0:
+
+def _reserve(ledger: Ledger, clients: list[Client], run: str, limit: float | None) -> None:
+    """Reserve the budgets of a run's clients in their ledger, unless one of them would exceed its lifetime's limit."""
+    datasets = ledger.datasets(run)
+    for client in clients:
+        client.check_records(run, datasets.get(client.number, set()))
+    ledger.introduce({client.records.fingerprint(): client.records.tags for client in clients})
+    ledger.introduce_run(run, clients[0].run_name)
+    reservations = [one for client in clients if (one := client.reservation(run)) is not None]
+    if reservations:
+        ledger.reserve(reservations, lambda _: _check_lifetimes(ledger, clients, run, limit))
+
+
+def _check_lifetimes(ledger: Ledger, clients: list[Client], run: str, limit: float | None) -> None:
+    if limit is None:
+        return
+    charged = ledger.charged(run)
+    found = histories(ledger, clients[0].dataset, {client.records.fingerprint() for client in clients})
+    for client in clients:
+        plan = client.plan
+        remaining = plan.steps(plan.max_steps - charged.get(client.number, (0, 0))[0])
+        if plan.delta is None or remaining.count == 0:
             # All of it is released: only the run's last files may be missing.
-            return
-        found = history(client.ledger, client.dataset, client.records.fingerprint())
-        life = found.above(limit, plan.delta, (run, client.number), remaining, client.unit)
-        if life is None:
-            return
-        problem = f"with this run, the total ε of client {client.number} would be {life:.3f}"
-        remedy = "lower privacy.epsilon, run fewer rounds, or raise privacy.max_lifetime_epsilon"
-        holders = sorted({(one.run, client.ledger.file_of(one.ledger)) for one in found.holders(run)})
-        if holders:
-            names = client.ledger.run_names()
-            listed = [f"{names[held]} ({held:.8})" if held in names else held[:8] for held, _ in holders]
-            problem += f", including what is reserved for run {', '.join(listed)}"
-            commands = [f"lorica budget {shlex.quote(str(file))} --release {held:.8}" for held, file in holders]
-            remedy += f"; or finish what has reserved it, or release that: {' and '.join(commands)}"
-        raise UserError("privacy.max_lifetime_epsilon", limit, problem, remedy)
+            continue
+        history = found[client.records.fingerprint()]
+        life = history.above(limit, plan.delta, (run, client.number), remaining, client.unit)
+        if life is not None:
+            raise _beyond(limit, life, history, run, client)
+
+
+def _beyond(limit: float, life: float, history: History, run: str, client: Client) -> UserError:
+    problem = f"with this run, the total ε of client {client.number} would be {life:.3f}"
+    remedy = "lower privacy.epsilon, run fewer rounds, or raise privacy.max_lifetime_epsilon"
+    holders = sorted({(one.run, client.ledger.file_of(one.ledger)) for one in history.holders(run)})
+    if holders:
+        names = client.ledger.run_names()
+        listed = [f"{names[held]} ({held:.8})" if held in names else held[:8] for held, _ in holders]
+        problem += f", including what is reserved for run {', '.join(listed)}"
+        commands = [f"lorica budget {shlex.quote(str(file))} --release {held:.8}" for held, file in holders]
+        remedy += f"; or finish what has reserved it, or release that: {' and '.join(commands)}"
+    return UserError("privacy.max_lifetime_epsilon", limit, problem, remedy)
 
 
 def prepare_local(
@@ -188,6 +262,7 @@ def prepare_local(
         ledger = open_ledger(ledger_path(config, dataset))
         return prepared, LocalEngine(
             prepared.model,
+            prepared.state,
             {0: make_cohort(config, plan, task.train, members, ledger, dataset)},
             config.privacy.max_lifetime_epsilon,
         )
@@ -199,7 +274,7 @@ def prepare_local(
         for plan, (records, private_test) in zip(plans, parts, strict=True)
     }
     prepared = replace(prepared, partition=_shown_partition(config, task, [records for records, _ in parts]))
-    return prepared, LocalEngine(prepared.model, clients, config.privacy.max_lifetime_epsilon)
+    return prepared, LocalEngine(prepared.model, prepared.state, clients, config.privacy.max_lifetime_epsilon)
 
 
 def _shown_partition(config: ExperimentConfig, task: Task, parts: list[Records]) -> dict[str, Any] | None:

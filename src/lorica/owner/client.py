@@ -89,7 +89,7 @@ class Client:
         if isinstance(request.work, Delivery):
             if request.work.final:
                 self.ledger.end(request.run, self.number)
-            self._test_privately(model, request, request.work)
+            self.test_privately(model, request, request.work)
             return Reply(self.number, {}).encode()
         self._receive(request)
         if self.plan.shared is not None:
@@ -136,19 +136,26 @@ class Client:
     ) -> dict[str, Released]:
         return project(work.bases, self.held, own)
 
-    def check_records(self, run: str) -> None:
+    def check_records(self, run: str, datasets: set[str]) -> None:
         """Refuse to go on with a run that started with other records.
 
+        Args:
+            datasets: the data sets that this client's releases in the run are about (`Ledger.datasets`).
+
         Raises:
-            UserError: the ledger has releases of this run about another data set.
+            UserError: they include another one.
         """
-        if self.ledger.datasets(run, self.number) - {self.dataset}:
+        if datasets - {self.dataset}:
             raise UserError(
                 "task.train",
                 str(self.ledger.path),
                 f"the training data have changed since run {run:.8} started, as this ledger shows",
                 "restore the earlier data, or set name to a new run for the changed data",
             )
+
+    def forget(self) -> None:
+        """Forget all that the server sent: its next request must contain everything."""
+        self.held, self.merged, self.sequence = {}, {}, None
 
     def reserve(self, run: str, allow: Callable[[list[Release]], None]) -> None:
         """Reserve the budget of a whole run, unless `allow` raises. The end of the run releases the rest.
@@ -160,10 +167,17 @@ class Client:
         """
         self.introduce()
         self.ledger.introduce_run(run, self.run_name)
-        if self.plan.noise != "secure":
+        planned = self.reservation(run)
+        if planned is None:
             allow([])
-            return
-        planned = Exposure(
+        else:
+            self.ledger.reserve([planned], allow)
+
+    def reservation(self, run: str) -> Exposure | None:
+        """What this client reserves for a whole run; None without secret noise."""
+        if self.plan.noise != "secure":
+            return None
+        return Exposure(
             ledger=self.ledger.identity,
             run=run,
             client=self.number,
@@ -177,11 +191,10 @@ class Client:
             releases=0,
             own_noise_multiplier=self.plan.terms.noise_multiplier,
         )
-        self.ledger.reserve(planned, allow)
 
     def introduce(self) -> None:
         """Store the records in the ledger, so that each one is recognised in other files."""
-        self.ledger.introduce(self.records.fingerprint(), self.records.tags)
+        self.ledger.introduce({self.records.fingerprint(): self.records.tags})
 
     def _own_noise_multiplier(self, request: Request) -> float | None:
         """The noise multiplier of this client's own noise, if it shares the noise with others."""
@@ -200,7 +213,7 @@ class Client:
         steps = request.work.steps
         if self.policy is not None:
             elsewhere = self.ledger.elsewhere(self.records.fingerprint())
-            self.policy.review_release([*earlier.releases(), *elsewhere], self.unit, self.plan, steps)
+            self.policy.review_release([*earlier.costs(), *elsewhere], self.unit, self.plan, steps)
         self.plan.check(request.work.terms, earlier.steps(request.run, self.number) + steps)
 
     def _receive(self, request: Request) -> None:
@@ -225,7 +238,8 @@ class Client:
             raise Refused(f"client {self.number}: round {request.round} has no sketch to project")
         return factors
 
-    def _test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:
+    def test_privately(self, model: AdaptedModel, request: Request, work: Delivery) -> None:
+        """Evaluate a delivered model on the owner's test records, if there are any. The result stays with the owner."""
         if self.private_test is None:
             return
         model.merge(work.merged)
@@ -281,7 +295,7 @@ class Client:
         values = parts
         model.peft_model.train()
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(randomness.dropout_seed())
+            _seed_dropout(randomness.dropout_seed(), model.device)
             for step in range(work.steps):
                 model.assert_frozen()
                 active = {name: places[name] for name in work.local.active(work.trained, step)}
@@ -317,6 +331,13 @@ class Client:
 
     def _reproducible(self, request: Request) -> Randomness:
         return ReproducibleRandomness(self.seed, request.round, request.exchange, self.number)
+
+
+def _seed_dropout(seed: int, device: torch.device) -> None:
+    """As `torch.manual_seed`, which keeps a stack trace of every call for as long as CUDA is not initialised."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)
 
 
 def _sketched_in(round_number: int) -> str:

@@ -31,7 +31,7 @@ from lorica.owner.setup import by_privacy_unit, divide, hold_out, ledger_path, m
 from lorica.privacy.ledger import Ledger, Release
 from lorica.privacy.plan import ClientPlan, Refused, plan_run, planned_steps
 from lorica.privacy.policy import Policy, load_policy
-from lorica.privacy.statement import Account, charged
+from lorica.privacy.statement import Account
 from lorica.secure_sum.agreement import Agreement
 from lorica.secure_sum.identity import Identity, Member
 from lorica.secure_sum.requirements import Requirements
@@ -89,7 +89,8 @@ class Node:
         self._identity = _identity(settings, self._config, policy)
         self._client = make_client(self._config, self.plan, records, private_test, ledger, dataset)
         self._check_pinned()
-        self._client.check_records(invitation.run)
+        datasets = ledger.datasets(invitation.run).get(settings.client, set())
+        self._client.check_records(invitation.run, datasets)
         self._review()
         self._warn_of_sums(policy)
         write_atomically(self._invitation_path, invitation.encode().encode(), mode=0o600)
@@ -213,7 +214,8 @@ class Node:
     def account(self) -> Account:
         """The cost of this run so far. The cost of other runs is not shared."""
         client = self._client
-        return charged(client.ledger.releases(client.dataset), self._invitation.run, client.number)
+        steps, releases = client.ledger.charged(self._invitation.run).get(client.number, (0, 0))
+        return Account(steps, releases)
 
     def _policy(self) -> Policy | None:
         if self._settings.policy is not None:
@@ -233,7 +235,7 @@ class Node:
             if policy is not None:
                 left = self.plan.max_steps - client.ledger.steps(self._invitation.run, client.number)
                 elsewhere = client.ledger.elsewhere(client.records.fingerprint(), reserved=True)
-                releases = [*client.ledger.releases(), *elsewhere]
+                releases = [*client.ledger.costs(), *elsewhere]
                 policy.review_release(releases, client.unit, self.plan, left, reserved)
 
         client.reserve(self._invitation.run, allow)

@@ -1,4 +1,4 @@
-"""Privacy accounting: the ε of releases, and the noise for a target ε. PLD by dp-accounting, with RDP as a cross-check.
+"""Privacy accounting: the ε of releases. PLD by dp-accounting, with RDP as a cross-check.
 
 Neighbouring data sets (`NEIGHBOURS`): one record of one client contributes zero to every sum instead of its clipped
 gradient. Both have the same number n of records, so n and what follows from it (q = b/n, σ) are public. Kairouz et al.,
@@ -10,33 +10,23 @@ trained tensors from earlier releases is adaptive composition at fixed (q, σ) a
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import zlib
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from functools import lru_cache, reduce
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, reduce
 from importlib.metadata import version
-from pathlib import Path
 
 import dp_accounting
 import numpy as np
 from dp_accounting import NeighboringRelation, rdp
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
-from scipy.optimize import brentq
-
-from lorica.errors import UserError
-from lorica.files import cache_folder, read_json, write_atomically
 
 # Pessimistic rounding on this grid overstates ε by less than 0.1 % and is ten times faster than the default grid.
 DISCRETIZATION = 1e-3
 # Integer orders only: fractional orders converge slowly at high sampling rates, and dp-accounting then drops them.
 RDP_ORDERS = [*range(2, 65), 80, 96, 128, 192, 256, 512, 1024]
-CALIBRATION_TOLERANCE = 1e-4
-# Range of calibrated noise. With less, one step on all records costs ε = 34 at δ = 1e-5; with more, no run can learn.
-LEAST_NOISE, MOST_NOISE = 0.2, 1e6
-# Beyond these limits, or with less noise, computing a loss distribution takes gigabytes or minutes.
+# With less noise, or beyond these limits, computing a loss distribution takes gigabytes or minutes.
+LEAST_NOISE = 0.2
 MOST_STEPS, MOST_EPSILON = 10**6, 1000.0
 ACCOUNTANT = f"dp-accounting {version('dp-accounting')} PLD"
 NEIGHBOURS = NeighboringRelation.REPLACE_SPECIAL
@@ -131,78 +121,6 @@ def epsilons_from_rdp(curves: np.ndarray, delta: float) -> np.ndarray:
     return found
 
 
-def calibrate(sampling_rate: float, steps: int, target_epsilon: float, delta: float) -> float:
-    """The smallest noise multiplier (to 1e-4) with which `steps` steps cost at most `target_epsilon` at `delta`.
-
-    Brent's method between two powers of two times `LEAST_NOISE`. Results are cached on disk in Lorica's cache folder,
-    since a calibration takes about a second.
-
-    Raises:
-        UserError: the result would be outside `LEAST_NOISE` … `MOST_NOISE`.
-
-    >>> noise_multiplier = calibrate(sampling_rate=0.1, steps=10, target_epsilon=3.0, delta=1e-5)
-    >>> round(epsilon([Steps(0.1, noise_multiplier, 10)], delta=1e-5), 2)
-    3.0
-    """
-    key = [sampling_rate, steps, target_epsilon, delta, DISCRETIZATION, CALIBRATION_TOLERANCE, LEAST_NOISE, ACCOUNTANT]
-    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    path = cache_folder() / "noise-multipliers" / f"{name}.json"
-    known = _stored(path)
-    if known is not None:
-        return known
-
-    def excess(sigma: float) -> float:
-        return epsilon([Steps(sampling_rate, sigma, steps)], delta) - target_epsilon
-
-    # The noise of a Gaussian mechanism whose sensitivity is the mean number of times that a record is sampled.
-    guess = sampling_rate * math.sqrt(2 * steps * math.log(1 / delta)) / target_epsilon
-    low, high = _bracket(excess, target_epsilon, guess)
-    noise_multiplier = float(brentq(excess, low, high, xtol=CALIBRATION_TOLERANCE))
-    while excess(noise_multiplier) > 0:
-        noise_multiplier += CALIBRATION_TOLERANCE
-    record = asdict(Steps(sampling_rate, noise_multiplier, steps)) | {"epsilon": target_epsilon, "delta": delta}
-    record["crc32"] = _checksum(path, noise_multiplier)
-    write_atomically(path, json.dumps(record).encode())
-    return noise_multiplier
-
-
-def _checksum(path: Path, noise_multiplier: float) -> int:
-    """The name of the file stands for the terms."""
-    return zlib.crc32(f"{path.stem} {noise_multiplier!r}".encode())
-
-
-def _stored(path: Path) -> float | None:
-    """A noise multiplier from the cache; None if there is none, or if its file is damaged."""
-    try:
-        record = read_json(path)
-        known = float(record["noise_multiplier"])
-        if record["crc32"] == _checksum(path, known):
-            return known
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    return None
-
-
-def _bracket(excess: Callable[[float], float], target_epsilon: float, guess: float) -> tuple[float, float]:
-    """`σ` and `2σ` around the root of a decreasing function.
-
-    The search starts near the guess, or at a noise whose loss distribution is small, and moves towards the root: far
-    below the root, loss distributions are large.
-    """
-    high = LEAST_NOISE * 2.0 ** max(4, math.ceil(math.log2(guess / LEAST_NOISE)))
-    while high <= MOST_NOISE and excess(high) > 0:
-        high *= 2
-    if high > MOST_NOISE:
-        problem = f"it requires a noise multiplier above {MOST_NOISE:g}"
-        raise UserError("privacy.epsilon", target_epsilon, problem, "raise privacy.epsilon")
-    while high > LEAST_NOISE and excess(high / 2) <= 0:
-        high /= 2
-    if high <= LEAST_NOISE:
-        problem = f"it allows a noise multiplier below {LEAST_NOISE:g}, which protects nothing"
-        raise UserError("privacy.epsilon", target_epsilon, problem, "lower privacy.epsilon or privacy.delta")
-    return high / 2, high
-
-
 def merged_steps(steps: Iterable[Steps]) -> tuple[Steps, ...]:
     """Equal mechanisms merged and sorted, so that equal compositions have the same cache key."""
     counts: dict[tuple[float, float], int] = {}
@@ -212,14 +130,14 @@ def merged_steps(steps: Iterable[Steps]) -> tuple[Steps, ...]:
     return tuple(Steps(q, sigma, count) for (q, sigma), count in sorted(counts.items()) if count > 0)
 
 
-@lru_cache(maxsize=4096)
+# Numbers, of which a run needs one for each kind of step: not bounded, since a bound below that would recompute all.
+@cache
 def _epsilon(steps: tuple[Steps, ...], delta: float) -> float:
     if not steps:
         return 0.0
     if any(step.noise_multiplier == 0 for step in steps):
         return float("inf")
-    extreme = any(step.noise_multiplier < LEAST_NOISE or step.count > MOST_STEPS for step in steps)
-    if extreme or _least_epsilon(steps) > MOST_EPSILON:
+    if _extreme(steps):
         return epsilon_rdp(steps, delta)
     return float(_composed(steps).get_epsilon_for_delta(delta))
 
@@ -227,6 +145,52 @@ def _epsilon(steps: tuple[Steps, ...], delta: float) -> float:
 def _composed(steps: tuple[Steps, ...]) -> PrivacyLossDistribution:
     parts = [_loss_distribution(step.sampling_rate, step.noise_multiplier).self_compose(step.count) for step in steps]
     return reduce(PrivacyLossDistribution.compose, parts)
+
+
+def _extreme(steps: tuple[Steps, ...]) -> bool:
+    """Whether a loss distribution would take gigabytes or minutes."""
+    far = any(step.noise_multiplier < LEAST_NOISE or step.count > MOST_STEPS for step in steps)
+    return far or _least_epsilon(steps) > MOST_EPSILON
+
+
+class Composition:
+    """The composition of one kind of step while its number grows, such as that of a client from round to round.
+
+    Adding as many steps as the time before costs one convolution, a few milliseconds. `epsilon` of a number of steps
+    costs many times that, since it looks for the range of the composed losses anew. Both are upper bounds, and differ
+    by less than 1e-6, since each cuts off other tails of 1e-15, pessimistically.
+
+    Attributes:
+        count: number of steps so far.
+
+    Args:
+        step: its `count` does not matter.
+    """
+
+    def __init__(self, step: Steps, delta: float) -> None:
+        self._step, self._delta = step, delta
+        self.count = 0
+        self._losses: PrivacyLossDistribution | None = None
+        self._added: tuple[int, PrivacyLossDistribution] | None = None
+        self._epsilon = 0.0
+
+    def epsilon(self, count: int) -> float:
+        """ε of `count` steps, at least as many as in the call before."""
+        steps = replace(self._step, count=count)
+        if count == 0 or self._step.noise_multiplier == 0 or _extreme((steps,)):
+            return epsilon([steps], self._delta)
+        if count > self.count:
+            added = self._several(count - self.count)
+            self._losses = added if self._losses is None else self._losses.compose(added)
+            self.count = count
+            self._epsilon = float(self._losses.get_epsilon_for_delta(self._delta))
+        return self._epsilon
+
+    def _several(self, count: int) -> PrivacyLossDistribution:
+        if self._added is None or self._added[0] != count:
+            one = _loss_distribution(self._step.sampling_rate, self._step.noise_multiplier)
+            self._added = (count, one.self_compose(count))
+        return self._added[1]
 
 
 def _least_epsilon(steps: tuple[Steps, ...]) -> float:
@@ -241,7 +205,7 @@ def _least_epsilon(steps: tuple[Steps, ...]) -> float:
     return mean - 3 * math.sqrt(variance) - 1
 
 
-@lru_cache(maxsize=1024)
+@cache
 def _loss_moments(sampling_rate: float, noise_multiplier: float) -> tuple[float, float]:
     """Mean and variance of one step's loss `log(1 - q + q e^((2x - 1)/(2σ²)))`, `x ~ (1 - q) N(0, σ²) + q N(1, σ²)`."""
     x = np.linspace(-10 * noise_multiplier, 1 + 10 * noise_multiplier, 4001)
@@ -254,7 +218,8 @@ def _loss_moments(sampling_rate: float, noise_multiplier: float) -> tuple[float,
     return mean, float(weights @ (loss - mean) ** 2)
 
 
-@lru_cache(maxsize=1024)
+# Arrays of up to a megabyte: few are kept.
+@lru_cache(maxsize=64)
 def _loss_distribution(sampling_rate: float, noise_multiplier: float) -> PrivacyLossDistribution:
     return from_gaussian_mechanism(
         noise_multiplier,
@@ -264,7 +229,7 @@ def _loss_distribution(sampling_rate: float, noise_multiplier: float) -> Privacy
     )
 
 
-@lru_cache(maxsize=1024)
+@cache
 def _rdp_of_one_step(sampling_rate: float, noise_multiplier: float) -> np.ndarray:
     accountant = rdp.RdpAccountant(RDP_ORDERS, NEIGHBOURS)
     accountant.compose(

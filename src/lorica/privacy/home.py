@@ -7,11 +7,9 @@ ledger. If the index is deleted as well, nothing on this machine can detect that
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import numpy as np
 
 from lorica.errors import UserError
 from lorica.files import home_folder, private_folder
@@ -127,7 +125,7 @@ class Home:
             (ledger, run, client),
         )
 
-    def members(self, records: str) -> dict[str, np.ndarray]:
+    def members(self, records: Collection[str]) -> record_sets.Members:
         """`record_sets.members`."""
         with self._reading() as connection:
             return record_sets.members(connection, records)

@@ -5,34 +5,36 @@ from __future__ import annotations
 import hashlib
 import shlex
 import sqlite3
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from lorica.errors import UserError
 from lorica.privacy import database, record_sets
 from lorica.privacy.chain import Broken, verify
-from lorica.privacy.exposures import Exposure, merged, terms_of
+from lorica.privacy.exposures import Exposure, merged
 from lorica.privacy.home import Home
 from lorica.privacy.ledger_rows import (
     COLUMNS,
+    TERMS,
     Charge,
     Release,
+    Sums,
+    advanced,
     as_release,
     chained,
+    end,
     exposures_of,
-    head_of,
     insert,
-    link_of,
     names_of,
     pending_of,
     prepare,
     release_of,
+    reserve,
     steps_of,
+    terms_in_row,
+    tip_of,
 )
 from lorica.privacy.released import Released, _release
 from lorica.tensors import decode, encode
@@ -72,6 +74,7 @@ class Ledger:
         self._introduced: set[str] = set()
         self._named: tuple[str, str] | None = None
         self._members: dict[tuple[str, str], bool] = {}
+        self._sums = Sums()
         with self._errors():
             expected = self._home.at(path)
             if expected and not path.exists():
@@ -85,6 +88,7 @@ class Ledger:
             seen = self._home.head(self.identity)
             with database.reading(path) as connection:
                 head = verify(self.identity, chained(connection), seen)
+                self._tip = tip_of(connection, head)
             self._home.remember(self.identity, path, head)
 
     def charge(self, release: Release, allow: Callable[[Earlier], None] | None = None) -> Charge:
@@ -106,19 +110,17 @@ class Ledger:
             raise ValueError(f"a release cannot have {release.steps} steps")
         with self._errors(), database.transaction(self.path) as connection:
             # The whole chain was verified when the file was opened.
-            head = head_of(connection, self.identity)
-            seen = self._home.head(self.identity)
-            if seen is not None and seen.rows > 0 and link_of(connection, seen.rows) != seen.link:
-                raise Broken("rows are missing")
+            tip = advanced(connection, self._tip, self._home.head(self.identity))
             charge = pending_of(connection, release)
             if allow is not None:
-                allow(Earlier(connection, charge))
+                allow(Earlier(connection, None if charge is None else charge.row, release, self._sums))
             if charge is None:
-                charge = insert(connection, release, head.link)
-                head = head_of(connection, self.identity)
+                charge = insert(connection, release, tip.head.link)
+                tip = advanced(connection, tip, None)
             exposures = exposures_of(connection, self.identity, release.run, release.client)
+        self._tip = tip
         # After the row: a crash in between leaves a charge without a release, which is then repeated.
-        self._home.remember(self.identity, self.path, head, exposures)
+        self._home.remember(self.identity, self.path, tip.head, exposures)
         return charge
 
     def attach(self, charge: Charge, reply: bytes, kept: Mapping[str, Released] | None = None) -> bytes:
@@ -145,10 +147,13 @@ class Ledger:
                 "SELECT run, client, round, reply, reply_sha256 FROM releases WHERE id = ?", (charge.row,)
             ).fetchone()
             over = (run, client, number - KEPT_ROUNDS)
-            connection.execute("UPDATE releases SET reply = NULL WHERE run = ? AND client = ? AND round <= ?", over)
+            connection.execute(
+                "UPDATE releases SET reply = NULL WHERE run = ? AND client = ? AND round <= ? AND reply IS NOT NULL",
+                over,
+            )
             # What the client kept last in these rounds is still its own, if it took no part in later ones.
             connection.execute(
-                "UPDATE releases SET kept = NULL WHERE run = ? AND client = ? AND round < "
+                "UPDATE releases SET kept = NULL WHERE run = ? AND client = ? AND kept IS NOT NULL AND round < "
                 "(SELECT MAX(round) FROM releases WHERE run = ? AND client = ? AND round <= ? AND kept IS NOT NULL)",
                 (run, client, *over),
             )
@@ -187,11 +192,20 @@ class Ledger:
             query = "SELECT COALESCE(MAX(round), 0) FROM releases WHERE run = ? AND client = ?"
             return int(connection.execute(query, (run, client)).fetchone()[0])
 
-    def datasets(self, run: str, client: int) -> set[str]:
-        """The data sets that a client's releases in a run are about: one, unless the data have changed."""
+    def charged(self, run: str) -> dict[int, tuple[int, int]]:
+        """Client -> number of steps and of releases charged to it in a run."""
         with self._reading() as connection:
-            query = "SELECT DISTINCT dataset FROM releases WHERE run = ? AND client = ?"
-            return {str(row[0]) for row in connection.execute(query, (run, client))}
+            query = "SELECT client, SUM(steps), COUNT(*) FROM releases WHERE run = ? GROUP BY client"
+            return {client: (steps, releases) for client, steps, releases in connection.execute(query, (run,))}
+
+    def datasets(self, run: str) -> dict[int, set[str]]:
+        """Client -> the data sets that its releases in a run are about: one, unless the data have changed."""
+        found: dict[int, set[str]] = {}
+        with self._reading() as connection:
+            query = "SELECT DISTINCT client, dataset FROM releases WHERE run = ?"
+            for client, dataset in connection.execute(query, (run,)):
+                found.setdefault(client, set()).add(dataset)
+        return found
 
     def releases(self, dataset: str | None = None) -> list[Release]:
         """All releases of a data set (default: of all data sets in the file), oldest first."""
@@ -199,35 +213,36 @@ class Ledger:
             query = f"SELECT {COLUMNS} FROM releases WHERE dataset = COALESCE(?, dataset) ORDER BY id"
             return [release_of(row) for row in connection.execute(query, (dataset,))]
 
-    def introduce(self, records: str, tags: Callable[[], tuple[np.ndarray, np.ndarray]]) -> None:
-        """Store the records behind a fingerprint, here and in Lorica's home folder.
+    def costs(self) -> list[Release]:
+        """The cost of all releases in the file: one row for each kind of noise, unit and (q, σ), with all its steps."""
+        with self._reading() as connection:
+            return self._sums.update(connection).costs(besides=None)
+
+    def introduce(self, sets: Mapping[str, record_sets.Tags]) -> None:
+        """Store the records behind fingerprints, here and in Lorica's home folder.
 
         They are then recognised in other files, orders and ledgers.
 
         Args:
-            records: `Records.fingerprint()`.
-            tags: `Records.tags`.
+            sets: `Records.fingerprint()` -> `Records.tags`.
         """
-        if records in self._introduced:
+        new = {records: tags for records, tags in sets.items() if records not in self._introduced}
+        if not new:
             return
         with self._errors(), database.transaction(self.path) as connection:
-            record_sets.add(connection, records, tags)
-            exposures = [one for one in exposures_of(connection, self.identity) if one.records == records]
+            record_sets.add(connection, new)
+            exposures = [one for one in exposures_of(connection, self.identity) if one.records in new]
         with self._home.writing() as connection:
-            record_sets.add(connection, records, tags)
+            record_sets.add(connection, new)
             self._home.note(connection, exposures)
-        self._introduced.add(records)
+        self._introduced |= new.keys()
 
-    def members(self, records: str) -> dict[str, np.ndarray]:
-        """Fingerprint -> (n,) bool: which of a client's n records are in another set, in this or any other ledger.
-
-        Empty if the client's records were never stored (`introduce`).
-        """
+    def members(self, records: Collection[str]) -> record_sets.Members:
+        """Of each set of records, which are in another set, in this or any other ledger. Sets that were never stored
+        (`introduce`) are left out."""
         with self._reading() as connection:
             found = record_sets.members(connection, records)
-        for name, inside in self._home.members(records).items():
-            found[name] = found[name] | inside if name in found else inside
-        return found
+        return record_sets.united(found, self._home.members(records))
 
     def exposures(self) -> list[Exposure]:
         """All known exposures, from this and all other ledgers."""
@@ -250,19 +265,22 @@ class Ledger:
             reserved: include steps that other runs have reserved.
         """
         with self._reading() as connection:
-            own = {terms_of(one): one for one in exposures_of(connection, self.identity)}
-        known = self._home.exposures()
-        unasked = {one.records for one in known if (records, one.records) not in self._members}
-        if unasked:
-            members = self._home.members(records)
-            self._members |= {(records, name): name in members for name in unasked}
+            here = self._sums.update(connection).steps()
+            if reserved:
+                for *terms, steps in connection.execute(f"SELECT {TERMS}, steps FROM reservations"):
+                    here[tuple(terms)] = max(here.get(tuple(terms), 0), steps)
         found = []
-        for one in known:
-            here = own.get(terms_of(one))
-            steps = one.cost(reserved).count - (0 if here is None else max(here.steps, here.planned if reserved else 0))
-            if steps > 0 and self._members[records, one.records]:
-                found.append(as_release(one, steps))
-        return found
+        for one in self._home.exposures():
+            steps = one.cost(reserved).count
+            if one.ledger == self.identity:
+                steps -= here.get(terms_in_row(one), 0)
+            if steps > 0:
+                found.append((one, steps))
+        unasked = {one.records for one, _ in found if (records, one.records) not in self._members}
+        if unasked:
+            members = self._home.members([records]).get(records, {})
+            self._members |= {(records, name): name in members for name in unasked}
+        return [as_release(one, steps) for one, steps in found if self._members[records, one.records]]
 
     def introduce_run(self, run: str, name: str) -> None:
         """Store the name of a run, by which the owner's account of the ledger shows it."""
@@ -281,39 +299,40 @@ class Ledger:
         """Where the ledger with this id was last used."""
         return self.path if ledger == self.identity else self._home.file_of(ledger) or self.path
 
-    def reserve(self, planned: Exposure, allow: Callable[[list[Release]], None] | None = None) -> None:
-        """Reserve the budget of a whole run before its first step. Later charges use up the reservation.
+    def reserve(
+        self, planned: Sequence[Exposure], allow: Callable[[list[Release]], None] = lambda reserved: None
+    ) -> None:
+        """Reserve the budgets of clients for a whole run before its first step. Later charges use up the reservations.
 
-        A resumed run replaces its own reservation.
+        A resumed run replaces its own reservations.
 
         Args:
-            allow: called with the unused reservations of other runs in this file; nothing is reserved if it raises. The
+            planned: one for each client of the run.
+            allow: called with the unused reservations of others in this file; nothing is reserved if it raises. The
                 ledger stays locked, so no other run can reserve or be charged between this check and the reservation.
 
         Raises:
-            UserError: the reservation cannot be written.
+            UserError: a reservation cannot be written.
         """
-        run, client = planned.run, planned.client
+        ours = {(one.run, one.client) for one in planned}
         with self._errors(), database.transaction(self.path) as connection, self._home.writing() as home:
-            if allow is not None:
-                others = [
-                    one for one in exposures_of(connection, self.identity) if (one.run, one.client) != (run, client)
-                ]
-                allow([as_release(one, one.outstanding) for one in others if one.outstanding])
-            connection.execute("DELETE FROM reservations WHERE run = ? AND client = ?", (run, client))
-            values = (run, client, planned.records, str(planned.unit), planned.noise)
-            terms = (planned.sampling_rate, planned.noise_multiplier, planned.planned, time.time())
-            own = planned.own_noise_multiplier
-            connection.execute("INSERT INTO reservations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, *terms, own))
-            self._home.end(home, self.identity, run, client)
-            self._home.note(home, exposures_of(connection, self.identity, run, client))
+            holders = set(connection.execute("SELECT run, client FROM reservations")) - ours
+            others = [one for holder in sorted(holders) for one in exposures_of(connection, self.identity, *holder)]
+            allow([as_release(one, one.outstanding) for one in others if one.outstanding])
+            for one in planned:
+                reserve(connection, one)
+                self._home.end(home, self.identity, one.run, one.client)
+                self._home.note(home, exposures_of(connection, self.identity, one.run, one.client))
 
     def end(self, run: str, client: int | None = None) -> None:
-        """Release the unused reservation of a run or of one client, and erase the seeds of rows without a reply."""
+        """End a run, for all its clients in this file or for one of them: release the unused reservations, and erase
+        the seeds of rows without a reply.
+
+        Replies of runs that ended before are deleted. Those of this run are kept until the next one ends: its server
+        may have stopped before it wrote the result.
+        """
         with self._errors(), database.transaction(self.path) as connection:
-            where = "WHERE run = ? AND client = COALESCE(?, client)"
-            connection.execute(f"DELETE FROM reservations {where}", (run, client))
-            connection.execute(f"UPDATE releases SET seed = NULL {where}", (run, client))
+            end(connection, run, client)
         with self._home.writing() as home:
             self._home.end(home, self.identity, run, client)
 
@@ -383,17 +402,14 @@ class Earlier:
     """The charges before a release, read under the ledger's lock."""
 
     _connection: sqlite3.Connection
-    _pending: Charge | None
+    _pending: int | None
+    _release: Release
+    _sums: Sums
 
     def steps(self, run: str, client: int) -> int:
         """Number of steps charged to a client in a run."""
-        return steps_of(self._connection, run, client, self._besides)
+        return steps_of(self._connection, run, client, self._pending or 0)
 
-    def releases(self) -> list[Release]:
-        """All releases in the file, oldest first."""
-        query = f"SELECT {COLUMNS} FROM releases WHERE id <> ? ORDER BY id"
-        return [release_of(row) for row in self._connection.execute(query, (self._besides,))]
-
-    @property
-    def _besides(self) -> int:
-        return 0 if self._pending is None else self._pending.row
+    def costs(self) -> list[Release]:
+        """As `Ledger.costs`."""
+        return self._sums.update(self._connection).costs(None if self._pending is None else self._release)

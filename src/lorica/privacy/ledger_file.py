@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from lorica.errors import UserError
 from lorica.files import home_folder
@@ -51,15 +49,13 @@ class Book:
     indexed: frozenset[str]
     names: dict[str, str]
 
-    def members(self, records: str) -> dict[str, np.ndarray]:
+    def members(self, records: Collection[str]) -> record_sets.Members:
         """As `Ledger.members`."""
-        if records not in self.indexed:
+        if self.indexed.isdisjoint(records):
             return {}
         with database.reading(self.path, only=True) as connection:
             found = record_sets.members(connection, records)
-        for name, inside in Home().members(records).items():
-            found[name] = found[name] | inside if name in found else inside
-        return found
+        return record_sets.united(found, {name: own for name, own in Home().members(records).items() if name in found})
 
     def exposures(self) -> list[Exposure]:
         """As `Ledger.exposures`."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from lorica.privacy import record_sets
 from lorica.privacy.accounting import Steps
-from lorica.privacy.chain import Head, link
+from lorica.privacy.chain import Broken, Head, link
 from lorica.privacy.exposures import Exposure, merged
 from lorica.privacy.randomness import secret_seed
 from lorica.privacy.unit import RECORD, PrivacyUnit
@@ -37,6 +37,9 @@ _SCHEMA = (
         own_noise_multiplier REAL, PRIMARY KEY (run, client)
     )
     """,
+    # Runs that have ended, whose replies are still stored.
+    "CREATE TABLE IF NOT EXISTS ended (run TEXT NOT NULL, client INTEGER NOT NULL, PRIMARY KEY (run, client))",
+    "CREATE INDEX IF NOT EXISTS releases_by_client ON releases (run, client, round)",
 )
 # Columns that older versions of Lorica did not create.
 _ADDED = {
@@ -160,22 +163,54 @@ def chained(connection: sqlite3.Connection) -> Iterator[tuple[object, ...]]:
     return connection.execute(f"SELECT {CHARGED}, chain FROM releases ORDER BY id")
 
 
-def head_of(connection: sqlite3.Connection, identity: str) -> Head:
-    (rows,) = connection.execute("SELECT COUNT(*) FROM releases").fetchone()
-    last = connection.execute("SELECT chain FROM releases ORDER BY id DESC LIMIT 1").fetchone()
-    return Head(rows, identity if last is None else last[0])
+@dataclass(frozen=True)
+class Tip:
+    """The last row of a chain that this process has read.
+
+    Attributes:
+        head: number and link of that row.
+        row: its id; 0 if there is none.
+    """
+
+    head: Head
+    row: int
 
 
-def link_of(connection: sqlite3.Connection, number: int) -> str | None:
-    """The link of a row by its number, counted from 1; None if there is no such row."""
-    query = "SELECT chain FROM releases ORDER BY id LIMIT 1 OFFSET ?"
-    row = connection.execute(query, (number - 1,)).fetchone()
-    return None if row is None else str(row[0])
+def tip_of(connection: sqlite3.Connection, head: Head) -> Tip:
+    """The last row of a chain that has just been read to its end."""
+    (row,) = connection.execute("SELECT COALESCE(MAX(id), 0) FROM releases").fetchone()
+    return Tip(head, row)
+
+
+def advanced(connection: sqlite3.Connection, tip: Tip, seen: Head | None) -> Tip:
+    """The present end of the chain, reading only the rows that were written after `tip`.
+
+    Args:
+        seen: the last head, stored in another place.
+
+    Raises:
+        Broken: the row of `tip` has changed, or the chain does not contain `seen`.
+    """
+    rows = connection.execute("SELECT id, chain FROM releases WHERE id >= ? ORDER BY id", (max(tip.row, 1),)).fetchall()
+    if tip.row and (not rows or rows.pop(0) != (tip.row, tip.head.link)):
+        raise Broken("rows are missing")
+    ahead = 0 if seen is None else seen.rows - tip.head.rows
+    if seen is not None and ahead > 0 and (ahead > len(rows) or rows[ahead - 1][1] != seen.link):
+        raise Broken("rows are missing")
+    return Tip(Head(tip.head.rows + len(rows), rows[-1][1]), rows[-1][0]) if rows else tip
+
+
+def erase_seeds(connection: sqlite3.Connection, run: str, client: int | None) -> None:
+    """Erase the seeds of a run's rows, or of those of one client."""
+    where, values = _of(run, client)
+    connection.execute(f"UPDATE releases SET seed = NULL {where} AND seed IS NOT NULL", values)
 
 
 def insert(connection: sqlite3.Connection, release: Release, previous: str) -> Charge:
+    """Add a row to the end of the chain, whose last link is `previous`."""
     seed = None if release.noise == "reproducible" else secret_seed()
-    connection.execute("UPDATE releases SET seed = NULL WHERE run = ? AND client = ?", (release.run, release.client))
+    erase_seeds(connection, release.run, release.client)
+    connection.execute("DELETE FROM ended WHERE run = ? AND client = ?", (release.run, release.client))
     values = (time.time(), *_row_of(release), seed)
     marks = ", ".join("?" * len(values))
     row = connection.execute(f"INSERT INTO releases ({CHARGED}, seed) VALUES ({marks})", values).lastrowid
@@ -197,15 +232,100 @@ def exposures_of(
     connection: sqlite3.Connection, identity: str, run: str | None = None, client: int | None = None
 ) -> list[Exposure]:
     """The exposures in a ledger's rows and reservations, by default of all runs."""
-    which = "WHERE run = COALESCE(?, run) AND client = COALESCE(?, client)"
+    where, values = _of(run, client)
     own = "COALESCE(own_noise_multiplier, noise_multiplier)"
-    done = f"SELECT {TERMS}, SUM(steps), 0, COUNT(*), MIN({own}) FROM releases {which} GROUP BY {TERMS}"
-    planned = f"SELECT {TERMS}, 0, steps, 0, {own} FROM reservations {which}"
-    rows = [row for query in (done, planned) for row in connection.execute(query, (run, client))]
+    done = f"SELECT {TERMS}, SUM(steps), 0, COUNT(*), MIN({own}) FROM releases {where} GROUP BY {TERMS}"
+    planned = f"SELECT {TERMS}, 0, steps, 0, {own} FROM reservations {where}"
+    rows = [row for query in (done, planned) for row in connection.execute(query, values)]
     return merged(
         Exposure(identity, run, client, records, PrivacyUnit.parse(unit), *rest)
         for run, client, records, unit, *rest in rows
     )
+
+
+def _of(run: str | None, client: int | None) -> tuple[str, tuple[str | int, ...]]:
+    """The condition for the rows of a run, or of one of its clients, and its values."""
+    if run is None:
+        return "", ()
+    return ("WHERE run = ?", (run,)) if client is None else ("WHERE run = ? AND client = ?", (run, client))
+
+
+class Sums:
+    """Steps and releases of all rows by their terms, kept up to date by reading the new rows only."""
+
+    def __init__(self) -> None:
+        self._row = 0
+        self._found: dict[tuple[Any, ...], list[int]] = {}
+
+    def update(self, connection: sqlite3.Connection) -> Sums:
+        """Read the rows written since the last call. Rows are never changed or deleted, and a transaction reads the
+        rows of others before it adds its own."""
+        (last,) = connection.execute("SELECT COALESCE(MAX(id), 0) FROM releases").fetchone()
+        terms = f"{TERMS}, own_noise_multiplier"
+        query = f"SELECT SUM(steps), COUNT(*), {terms} FROM releases WHERE id > ? GROUP BY {terms}"
+        for steps, releases, *key in connection.execute(query, (self._row,)):
+            total = self._found.setdefault(tuple(key), [0, 0])
+            total[0] += steps
+            total[1] += releases
+        self._row = last
+        return self
+
+    def steps(self) -> dict[tuple[Any, ...], int]:
+        """Steps by `TERMS`."""
+        found: dict[tuple[Any, ...], int] = {}
+        for key, (steps, _) in self._found.items():
+            found[key[:-1]] = found.get(key[:-1], 0) + steps
+        return found
+
+    def costs(self, besides: Release | None) -> list[Release]:
+        """All rows, summed over runs, clients and records: one release for each kind of noise, unit and (q, σ).
+
+        Args:
+            besides: one row that is left out.
+        """
+        found: dict[tuple[Any, ...], list[int]] = {}
+        left_out = []
+        if besides is not None:
+            own = (besides.run, besides.client, besides.records, str(besides.unit), besides.noise)
+            key = (*own, besides.sampling_rate, besides.noise_multiplier, besides.own_noise_multiplier)
+            left_out.append((key, [-besides.steps, -1]))
+        for key, (steps, releases) in [*self._found.items(), *left_out]:
+            total = found.setdefault(key[3:], [0, 0])
+            total[0] += steps
+            total[1] += releases
+        return [
+            Release("", "", "", 0, 0, rate, sigma, 0.0, steps, noise, "", PrivacyUnit.parse(unit), own)
+            for (unit, noise, rate, sigma, own), (steps, releases) in found.items()
+            if releases
+        ]
+
+
+def terms_in_row(exposure: Exposure) -> tuple[Any, ...]:
+    """An exposure's `TERMS`."""
+    own = (exposure.run, exposure.client, exposure.records, str(exposure.unit))
+    return (*own, exposure.noise, exposure.sampling_rate, exposure.noise_multiplier)
+
+
+def reserve(connection: sqlite3.Connection, planned: Exposure) -> None:
+    """Write the reservation of a client for a run in place of an earlier one."""
+    values = (*terms_in_row(planned), planned.planned, time.time(), planned.own_noise_multiplier)
+    columns = f"{TERMS}, steps, time, own_noise_multiplier"
+    marks = ", ".join("?" * len(values))
+    connection.execute(f"INSERT OR REPLACE INTO reservations ({columns}) VALUES ({marks})", values)
+
+
+def end(connection: sqlite3.Connection, run: str, client: int | None) -> None:
+    """As `lorica.privacy.ledger.Ledger.end`."""
+    where, values = _of(run, client)
+    connection.execute(f"DELETE FROM reservations {where}", values)
+    erase_seeds(connection, run, client)
+    connection.execute(
+        "UPDATE releases SET reply = NULL WHERE id IN (SELECT releases.id FROM ended CROSS JOIN releases "
+        "USING (run, client) WHERE ended.run <> ? AND reply IS NOT NULL)",
+        (run,),
+    )
+    connection.execute("DELETE FROM ended WHERE run <> ?", (run,))
+    connection.execute(f"INSERT OR IGNORE INTO ended SELECT DISTINCT run, client FROM releases {where}", values)
 
 
 def as_release(exposure: Exposure, steps: int) -> Release:

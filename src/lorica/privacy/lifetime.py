@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +67,9 @@ class History:
             unit: unit of privacy of the future steps. Releases with other units do not compose and make ε infinite.
             reserved: also count reservations of other runs.
         """
+        alike = self._same_for_all(client, planned, unit, reserved)
+        if alike is not None:
+            return epsilon(alike, delta)
         cases = self._cases(client, planned, unit, reserved)
         bounds = cases.bounds(delta)
         largest = 0.0
@@ -91,6 +94,9 @@ class History:
 
         Fast if the RDP bound is below the limit.
         """
+        alike = self._same_for_all(client, planned, unit, reserved=True)
+        if alike is not None:
+            return epsilon_above(limit, alike, delta)
         if self._cases(client, planned, unit, reserved=True).bounds(delta).max() <= limit:
             return None
         life = self.epsilon(delta, client, planned, unit, reserved=True)
@@ -105,6 +111,20 @@ class History:
     def holders(self, run: str) -> list[Exposure]:
         """Exposures with unused reservations of other runs."""
         return [one for one in self.exposures if one.outstanding and one.run != run and one.noise == "secure"]
+
+    def _same_for_all(
+        self, client: tuple[str, int] | None, planned: Steps | None, unit: PrivacyUnit, reserved: bool
+    ) -> list[Steps] | None:
+        """The composition of every record, if all were always used together, by one client of a run and with this unit:
+        the usual case, and the only one whose cost does not grow with the number of records. Otherwise None."""
+        private = [one for one in self.exposures if one.noise == "secure"]
+        clients = {(one.ledger, one.run, one.client) for one in private}
+        together = not self.unindexed and self.members.keys() == {self.records}
+        if not together or len({key[:2] for key in clients}) < len(clients) or any(one.unit != unit for one in private):
+            return None
+        runs = _by_run(private, self.records, client, reserved)
+        costs = [cost for of_run in runs for steps in of_run.values() for _, cost in steps]
+        return [*costs, *([] if planned is None else [planned])]
 
     def _cases(
         self, client: tuple[str, int] | None, planned: Steps | None, unit: PrivacyUnit, reserved: bool
@@ -201,18 +221,37 @@ class _Cases:
 
 
 def history(ledger: Ledger | Book, dataset: str, records: str) -> History:
-    """The history of a client's records, from its ledger and the index in Lorica's home folder.
+    """The history of one client's records: `histories`."""
+    return histories(ledger, dataset, [records])[records]
+
+
+def histories(ledger: Ledger | Book, dataset: str, records: Collection[str]) -> dict[str, History]:
+    """The history of each client's records, from their ledger and the index in Lorica's home folder, read once.
 
     Args:
         dataset: fingerprint of the whole training data, by which old releases are found.
-        records: fingerprint of the client's records.
+        records: fingerprints of the clients' records.
     """
-    # Records that were never stored are known at least as a whole.
-    members = ledger.members(records) or {records: np.ones(1, dtype=bool)}
-    exposures = [one for one in ledger.exposures() if one.records in members]
-    own_runs = {one.run for one in exposures if one.records == records}
-    unindexed = [one for one in ledger.unindexed(dataset) if one.records not in members and one.run not in own_runs]
-    return History(records, exposures, members, unindexed)
+    known, exposures, unindexed = ledger.members(records), _by_records(ledger.exposures()), ledger.unindexed(dataset)
+    found = {}
+    for name in records:
+        # Records that were never stored are known at least as a whole.
+        members = known.get(name) or {name: np.ones(1, dtype=bool)}
+        own_runs = {one.run for one in exposures.get(name, ())}
+        found[name] = History(
+            name,
+            [one for other in members for one in exposures.get(other, ())],
+            members,
+            [one for one in unindexed if one.records not in members and one.run not in own_runs],
+        )
+    return found
+
+
+def _by_records(exposures: Iterable[Exposure]) -> dict[str, list[Exposure]]:
+    found: dict[str, list[Exposure]] = {}
+    for one in exposures:
+        found.setdefault(one.records, []).append(one)
+    return found
 
 
 def _by_run(

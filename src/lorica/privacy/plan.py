@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lorica.config import ExperimentConfig, PrivacyConfig
 from lorica.errors import UserError
-from lorica.privacy.accounting import Steps, calibrate, epsilon, epsilon_rdp
+from lorica.privacy.accounting import Steps, epsilon, epsilon_rdp
+from lorica.privacy.calibration import calibrate, calibrate_many
 from lorica.privacy.mechanism import Terms
 from lorica.privacy.shared_noise import SharedNoise, check_shared
 from lorica.privacy.unit import PrivacyUnit
-from lorica.schedule import participation_schedule
+from lorica.schedule import participation_counts
+
+MOST_CALIBRATED = 50
+"""Maximum number of clients of a run whose noise is calibrated one by one; beyond it, `calibrate_many` interpolates."""
 
 
 class Refused(Exception):
@@ -121,6 +126,7 @@ def plan_client(
     max_steps: int,
     privacy: PrivacyConfig,
     min_clients: int | None = None,
+    calibration: Callable[[float, int, float, float], float] = calibrate,
 ) -> ClientPlan:
     """Compute one client's terms; the noise multiplier is calibrated to `max_steps` at the true sampling rate.
 
@@ -128,6 +134,7 @@ def plan_client(
 
     Args:
         min_clients: minimum number of members of a secure sum, for shared noise.
+        calibration: gives the noise multiplier for (q, steps, ε, δ).
 
     Raises:
         UserError: the batch size exceeds the client's records; secure noise with δ ≥ 1/records; no noise multiplier
@@ -157,7 +164,7 @@ def plan_client(
         noise_multiplier = privacy.noise_multiplier
     else:
         assert privacy.epsilon is not None
-        noise_multiplier = calibrate(rate, max_steps, privacy.epsilon, privacy.delta) if max_steps else 1.0
+        noise_multiplier = calibration(rate, max_steps, privacy.epsilon, privacy.delta) if max_steps else 1.0
     terms = Terms(rate, batch_size, privacy.largest_norm, noise_multiplier)
     shared = None
     if privacy.noise_against == "sums":
@@ -190,7 +197,11 @@ def plan_run(config: ExperimentConfig, client: int, records: int) -> ClientPlan:
             "raise federation.max_records, or ask the owner to declare fewer (records in its policy)",
         )
     steps = planned_steps(config, client)
-    return plan_client(client, records, federation.batch_size, steps, config.privacy, federation.min_clients)
+    # A public number decides, so that servers and owners compute the same plan.
+    calibration = calibrate if federation.clients <= MOST_CALIBRATED else calibrate_many
+    return plan_client(
+        client, records, federation.batch_size, steps, config.privacy, federation.min_clients, calibration
+    )
 
 
 def plan_cohort(config: ExperimentConfig, exchanges: int = 1) -> ClientPlan:
@@ -212,5 +223,5 @@ def plan_cohort(config: ExperimentConfig, exchanges: int = 1) -> ClientPlan:
 def planned_steps(config: ExperimentConfig, client: int) -> int:
     """Number of noisy steps that the schedule assigns to a client."""
     federation = config.federation
-    schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
-    return federation.local_steps * sum(client in participants for participants in schedule)
+    counts = participation_counts(federation.clients, federation.rounds, federation.participants, config.seed)
+    return federation.local_steps * counts[client]

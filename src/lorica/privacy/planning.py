@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lorica.privacy.accounting import calibrate
+from lorica.privacy.calibration import calibrate
 
 NEAR = 1.2
 """A batch is large enough if the run's noise is at most this many times the least possible."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lorica.privacy.accounting import ACCOUNTANT, DISCRETIZATION
-from lorica.privacy.ledger import Ledger, Release
-from lorica.privacy.lifetime import history
+from lorica.privacy.ledger import Ledger
+from lorica.privacy.lifetime import histories
 from lorica.privacy.plan import ClientPlan
 from lorica.privacy.unit import CLIENT, RECORD, PrivacyUnit
 
@@ -72,24 +72,29 @@ class Account:
     ledger: str | None = None
 
 
-def charged(releases: Iterable[Release], run: str, client: int) -> Account:
-    """The account of one client in a run, without any information on other runs."""
-    own = [release for release in releases if release.run == run and release.client == client]
-    return Account(sum(release.steps for release in own), len(own))
+def accounts_of(
+    ledger: Ledger,
+    dataset: str,
+    run: str,
+    plans: Mapping[int, ClientPlan],
+    records: Mapping[int, str],
+    unit: PrivacyUnit,
+) -> dict[int, Account]:
+    """Each client's account of a run, from one ledger that is read once.
 
-
-def account(ledger: Ledger, dataset: str, records: str, run: str, plan: ClientPlan, unit: PrivacyUnit) -> Account:
-    """One client's account, from its ledger."""
-    found = history(ledger, dataset, records)
-    life = None
-    if plan.noise == "secure" and plan.delta is not None:
-        life = found.epsilon(plan.delta, (run, plan.client), unit=unit)
-    return replace(
-        charged(ledger.releases(dataset), run, plan.client),
-        lifetime_epsilon=life,
-        unprotected=found.unprotected,
-        ledger=str(ledger.path),
-    )
+    Args:
+        records: client -> fingerprint of its records.
+    """
+    charged, found = ledger.charged(run), histories(ledger, dataset, set(records.values()))
+    accounts = {}
+    for client, plan in plans.items():
+        history = found[records[client]]
+        life = None
+        if plan.noise == "secure" and plan.delta is not None:
+            life = history.epsilon(plan.delta, (run, client), unit=unit)
+        steps, releases = charged.get(client, (0, 0))
+        accounts[client] = Account(steps, releases, life, history.unprotected, str(ledger.path))
+    return accounts
 
 
 def adversary(plan: ClientPlan, unit: PrivacyUnit = RECORD) -> str:

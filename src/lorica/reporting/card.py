@@ -11,7 +11,7 @@ from lorica.files import write_atomically
 from lorica.markdown import code, inline
 from lorica.registry import TASK_KINDS, registered
 from lorica.reporting.audit import AUDIT_LINE, audit_line
-from lorica.reporting.clients import GUARANTEE, client_rows
+from lorica.reporting.clients import GUARANTEE, client_rows, left_out_text
 from lorica.reporting.run_folder import Run, client_level, clipping, metric_name, not_private, outcome, read_run
 from lorica.reporting.tables import PRIVACY_TERMS, markdown_table, rounds_text, score_text
 from lorica.tasks.readers import HUB_ID, READERS
@@ -150,7 +150,7 @@ def _privacy(run: Run) -> str:
             *lines,
             "",
             table,
-            "ε and δ are rounded up.",
+            " ".join(["ε and δ are rounded up.", left_out_text(len(run.clients))]).strip(),
             "",
             "### Assumptions",
             "",

@@ -18,7 +18,7 @@ from lorica.reporting.benchmark import Benchmark
 from lorica.reporting.benchmark_figures import epsilon_figure, setting_figure
 from lorica.reporting.benchmark_tables import benchmark_headings, benchmark_markdown, benchmark_rows, setting_notes
 from lorica.reporting.choices import median_signal_to_noise, near_coin_flips
-from lorica.reporting.clients import client_rows
+from lorica.reporting.clients import MOST_CLIENTS, client_rows, left_out_text
 from lorica.reporting.comparison import ComparedRun, comparison_content, summarise
 from lorica.reporting.drawing import Figure, rc_context
 from lorica.reporting.factors import factor_rows
@@ -274,6 +274,8 @@ def _run_view(run: Run) -> dict[str, Any]:
         "together": client_level(run),
         "client_headings": headings,
         "client_rows": rows,
+        "clients_left_out": left_out_text(len(run.clients)),
+        "traffic_left_out": len(run.clients) > MOST_CLIENTS,
         "open_clients": len(rows) <= MOST_OPEN_ROWS,
         "assumptions": privacy.get("assumptions") or [],
         "not_covered": privacy.get("not_covered") or [],
@@ -302,16 +304,19 @@ def _subtitle(run: Run) -> str:
 
 
 def _traffic(run: Run) -> list[list[str]]:
-    """Per client: number of rounds, bytes up, bytes down."""
-    clients = {client for row in run.metrics for key in ("bytes_up", "bytes_down") for client in row.get(key, {})}
+    """Per client: number of rounds, bytes up, bytes down. Of many clients, those that sent most."""
+    totals: dict[str, list[int]] = {}
+    for row in run.metrics:
+        for client, count in row.get("bytes_down", {}).items():
+            totals.setdefault(client, [0, 0, 0])[2] += count
+        for client, count in row.get("bytes_up", {}).items():
+            own = totals.setdefault(client, [0, 0, 0])
+            own[0] += 1
+            own[1] += count
+    shown = sorted(totals, key=lambda client: -totals[client][1])[:MOST_CLIENTS]
     return [
-        [
-            client,
-            f"{sum(client in row.get('bytes_up', {}) for row in run.metrics):,}",
-            human_bytes(sum(row.get("bytes_up", {}).get(client, 0) for row in run.metrics)),
-            human_bytes(sum(row.get("bytes_down", {}).get(client, 0) for row in run.metrics)),
-        ]
-        for client in sorted(clients, key=lambda client: (len(client), client))
+        [client, f"{totals[client][0]:,}", *map(human_bytes, totals[client][1:])]
+        for client in sorted(shown, key=lambda client: (len(client), client))
     ]
 
 

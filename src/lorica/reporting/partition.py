@@ -7,8 +7,9 @@ import math
 import numpy as np
 
 from lorica.errors import UserError
+from lorica.reporting.clients import MOST_CLIENTS
 from lorica.reporting.drawing import Axes, Figure, MaxNLocator, Outline, PathPatch, Rectangle, rc_context
-from lorica.reporting.plots import LABEL_HEIGHT, WIDTH
+from lorica.reporting.plots import LABEL_HEIGHT, WIDTH, histograms
 from lorica.reporting.run_folder import Run
 from lorica.reporting.style import INK, MUTED, PAPER, RC, RULE, shortened
 
@@ -23,7 +24,8 @@ def partition_figure(run: Run) -> Figure:
     """A heat map of clients (rows) by labels (columns), darker for more records, with each client's total.
 
     Counts are written in the cells if they fit. With more than 200 labels, neighbouring labels are grouped so that
-    columns stay visible; the axis label gives the size of the groups.
+    columns stay visible; the axis label gives the size of the groups. Of more than 200 clients, the figure has
+    histograms of their records and of their numbers of labels.
 
     Raises:
         UserError: partition.json is missing or has no counts.
@@ -33,6 +35,8 @@ def partition_figure(run: Run) -> Figure:
         problem = "partition.json is missing or has no counts"
         raise UserError("run", str(run.folder), problem, "choose a run with simulated clients")
     counts = np.array([client["counts"] for client in clients], dtype=np.int64)
+    if len(clients) > MOST_CLIENTS:
+        return histograms([("Records", counts.sum(axis=1).tolist()), ("Labels", (counts > 0).sum(axis=1).tolist())])
     labels = [str(label) for label in (run.partition or {})["labels"]]
     names = [_client_name(client) for client in clients]
     group = math.ceil(counts.shape[1] / MOST_COLUMNS)

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec
 
 from lorica.errors import UserError
 from lorica.reporting.choices import median_signal_to_noise
+from lorica.reporting.clients import MOST_CLIENTS
 from lorica.reporting.comparison import ComparedRun, by_method, summarise
 from lorica.reporting.drawing import Axes, Figure, MaxNLocator, Outline, PathPatch, Rectangle, rc_context
 from lorica.reporting.factors import factor_rounds, factor_rows
@@ -32,6 +33,7 @@ WIDTH = 9.0
 TICK_ROOM = 0.42
 MOST_MARKED_ROUNDS = 40
 LABEL_HEIGHT = 0.155
+MOST_BINS = 40
 
 Arguments = ParamSpec("Arguments")
 
@@ -161,7 +163,7 @@ def choices_figure(run: Run) -> Figure:
 
 @_styled
 def clients_figure(run: Run) -> Figure:
-    """Bars with the records and, with DP, the noise multiplier of each client.
+    """Bars with the records and, with DP, the noise multiplier of each client; of many clients, histograms of both.
 
     Raises:
         UserError: privacy.json lists no clients.
@@ -174,6 +176,8 @@ def clients_figure(run: Run) -> Figure:
     shown = [("records", "Records", "{:,.0f}")]
     if any(client.get("noise_multiplier") for client in clients):
         shown.append(("noise_multiplier", "Noise multiplier σ (noise std / clipping norm)", "{:.2f}"))
+    if len(clients) > MOST_CLIENTS:
+        return histograms([(title, [float(client.get(key) or 0) for client in clients]) for key, title, _ in shown])
     row_height = min(0.3, max(0.02, 4.8 / len(clients)))
     height = max(0.5, row_height * len(clients))
     labelled = row_height >= LABEL_HEIGHT
@@ -201,6 +205,22 @@ def clients_figure(run: Run) -> Figure:
             _row_labels(panel, [f"client {client['client']}" for client in clients])
         else:
             panel.set_yticks([])
+    return figure
+
+
+@_styled
+def histograms(shown: Sequence[tuple[str, Sequence[float]]]) -> Figure:
+    """Number of clients by the size of each quantity: its title, and its value at each client."""
+    height, left, top, bottom, between = 1.9, 0.85, 0.42, 0.35, 0.85
+    figure = Figure(figsize=(WIDTH, height + top + bottom))
+    width = (WIDTH - left - 0.55 - between) / 2
+    for place, (title, values) in enumerate(shown):
+        panel = _axes(figure, left + place * (width + between), bottom, width, height)
+        panel.hist(values, bins=MOST_BINS, color="#8fa3b3")
+        panel.xaxis.set_major_locator(MaxNLocator(4))
+        panel.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        panel.grid(axis="y")
+        _name_axis(panel, f"Clients by {title[0].lower()}{title[1:]}")
     return figure
 
 

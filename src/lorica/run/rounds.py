@@ -20,6 +20,7 @@ from lorica.files import append_line, replaced_folder, to_json, write_atomically
 from lorica.local.optimizers import learning_rates
 from lorica.local.step import LocalStep
 from lorica.methods.server import Server
+from lorica.privacy.spent import Spent
 from lorica.privacy.statement import privacy_statement
 from lorica.privacy.unit import PrivacyUnit
 from lorica.reporting.card import model_card
@@ -91,8 +92,10 @@ def train(
         metrics = {"round": finished} | _evaluate(prepared, federation)
         if not (folder / "metrics.jsonl").is_file():
             append_line(folder / "metrics.jsonl", to_json(metrics))
+    steps = prepared.method.client_level if config.privacy.unit == "client" else federation.server.local_steps
+    spent = Spent(prepared.schedule[:finished], steps)
     while federation.server.round < config.federation.rounds:
-        on_round(_one_round(prepared, federation))
+        on_round(_one_round(prepared, federation, spent))
     return _finish(prepared, federation)
 
 
@@ -140,7 +143,7 @@ def assemble(prepared: Prepared, engine: Engine, run: str, checkpoint: Checkpoin
     )
 
 
-def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
+def _one_round(prepared: Prepared, federation: Federation, spent: Spent) -> dict[str, Any]:
     folder = prepared.config.folder
     started = time.perf_counter()
     traffic = federation.round()
@@ -152,20 +155,7 @@ def _one_round(prepared: Prepared, federation: Federation) -> dict[str, Any]:
     last = server.round == server.rounds
     if last or server.round % prepared.config.federation.evaluate_every == 0:
         metrics |= _evaluate(prepared, federation)
-    exchanges = prepared.method.client_level if prepared.config.privacy.unit == "client" else 1
-    spent = {
-        number: exchanges * server.local_steps * sum(number in who for who in prepared.schedule[: server.round])
-        for number, plan in federation.plans.items()
-        if plan.delta is not None
-    }
-    if spent:
-        metrics["epsilon"] = max(federation.plans[number].epsilon(steps) for number, steps in spent.items())
-    own = [
-        federation.plans[number].epsilon_own_noise(steps)
-        for number, steps in spent.items()
-        if federation.plans[number].shared is not None
-    ]
-    metrics |= {"epsilon_own_noise": max(own)} if own else {}
+    metrics |= spent.add(prepared.schedule[server.round - 1], federation.plans)
     metrics |= {"seconds": time.perf_counter() - started, "server_seconds": traffic.server_seconds}
     if prepared.config.privacy.unit != "client":
         # The guarantee of client-level DP counts on it that nobody knows who took part.

@@ -128,10 +128,15 @@ class Federation:
     secure_sum: bool = False
     trusted: bool = False
     _sent: dict[int, SentState] = field(default_factory=dict)
+    _joined: set[int] = field(default_factory=set)
 
     def join(self) -> None:
         """Add the clients that have joined since the last call."""
-        self.plans |= self.engine.join(self.run)
+        joined = self.engine.join(self.run)
+        if joined.keys() <= self._joined:
+            return
+        self._joined |= joined.keys()
+        self.plans |= joined
         self.server.terms = {client: plan.terms for client, plan in self.plans.items()}
         if self._shares_noise:
             self.server.terms = shared_terms(self.plans, client_weights(self.weighting, list(self.plans.values())))
@@ -320,6 +325,8 @@ class Federation:
         else:
             common = Projection({name: basis.contiguous() for name, basis in asked.bases.items()})
         requests = {}
+        # One copy for all participants.
+        versions, merged = dict(server.model.versions), {n: p[0].shape[1] for n, p in server.model.merged.items()}
         for client in participants:
             sent = self._sent.setdefault(client, SentState())
             rank = asked.ranks.get(client) if isinstance(asked, Train) else sent.rank
@@ -329,8 +336,8 @@ class Federation:
                 work = replace(work, terms=server.terms[client], rank=rank, corrections=corrections)
                 if isinstance(asked, Train) and client in asked.slices:
                     work = _sliced(work, asked.slices[client])
-            tensors = self._changed(sent, rank)
-            restart, increments = self._new_increments(sent)
+            tensors = self._changed(sent, rank, versions)
+            restart, increments = self._new_increments(sent, merged)
             requests[client] = Request(
                 self.run, client, server.round, exchange, tensors, work, increments, restart, sent.requests
             )
@@ -354,25 +361,25 @@ class Federation:
             last_step_energy=train.last_step_energy,
         )
 
-    def _changed(self, sent: SentState, rank: int | None) -> dict[str, Tensor]:
+    def _changed(self, sent: SentState, rank: int | None, versions: dict[str, int]) -> dict[str, Tensor]:
         """Tensors that the client does not have yet; all tensors if its rank has grown."""
         model = self.server.model
-        versions = {} if _has_grown(sent.rank, rank) else sent.versions
+        known = {} if _has_grown(sent.rank, rank) else sent.versions
         changed = {
             # Contiguous, as after decoding: other layouts can round differently, and engines must agree bit for bit.
             name: leading(name, value, rank).contiguous()
             for name, value in model.tensors.items()
-            if versions.get(name) != model.versions[name]
+            if known.get(name) != versions[name]
         }
-        sent.rank, sent.versions = rank, dict(model.versions)
+        sent.rank, sent.versions = rank, versions
         return changed
 
-    def _new_increments(self, sent: SentState) -> tuple[bool, dict[str, Pair]]:
+    def _new_increments(self, sent: SentState, merged: dict[str, int]) -> tuple[bool, dict[str, Pair]]:
         """Merged ranks that the client does not have yet, and whether they replace all that it has."""
         model = self.server.model
         restart = sent.epoch != model.epoch
         have = {} if restart else sent.merged
-        sent.epoch, sent.merged = model.epoch, {name: pair[0].shape[1] for name, pair in model.merged.items()}
+        sent.epoch, sent.merged = model.epoch, merged
         return restart, new_ranks(model, have)
 
 

@@ -101,6 +101,6 @@ def _logits(model: Any, records: Records, passes: Passes) -> Tensor:
 
 def _passes(model: Any, records: Records, tokens: int, device: torch.device | str) -> Any:
     """For each micro-batch: the places of its records, the batch, and what the model makes of it."""
-    for places in records.micro_batch_indices(np.arange(len(records)), tokens):
+    for places in records.passes(tokens):
         batch = records.batch(places).to(device)
         yield places, batch, model(**batch.inputs)

@@ -135,6 +135,16 @@ class Records(ABC):
             yield order[start:end]
             start = end
 
+    def passes(self, tokens: int) -> list[np.ndarray]:
+        """`micro_batch_indices` of all records: a test set is cut once, and not at each evaluation."""
+        if tokens not in self._passes:
+            self._passes[tokens] = list(self.micro_batch_indices(np.arange(len(self)), tokens))
+        return self._passes[tokens]
+
+    @cached_property
+    def _passes(self) -> dict[int, list[np.ndarray]]:
+        return {}
+
     def tags(self) -> tuple[np.ndarray, np.ndarray]:
         """What each record is known again by, in whichever file it comes.
 

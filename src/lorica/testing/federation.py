@@ -81,7 +81,7 @@ class RecordingEngine(LocalEngine):
     """
 
     def __init__(self, model: AdaptedModel, clients: Mapping[int, Client], server: Server) -> None:
-        super().__init__(model, clients)
+        super().__init__(model, server.model, clients)
         self._server = server
         self.models: list[Adapter] = []
         self.requests: list[dict[int, Request]] = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -86,8 +85,8 @@ def evaluate(model: Any, records: CausalRecords, tokens: int, device: torch.devi
         total = torch.zeros((), dtype=torch.float64, device=device)
         count = torch.zeros((), dtype=torch.int64, device=device)
         right = torch.zeros((), dtype=torch.int64, device=device)
-        for batch in records.micro_batches(np.arange(len(records)), tokens):
-            batch = batch.to(device)
+        for indices in records.passes(tokens):
+            batch = records.batch(indices).to(device)
             logits = model(**batch.inputs).logits
             values, learned = _token_losses(logits, batch.labels)
             total += values.sum(dtype=torch.float64)

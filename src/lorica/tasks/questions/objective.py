@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,7 +87,7 @@ def evaluate(
     total = dict.fromkeys(("exact_match", "f1"), 0.0)
     with evaluating(model):
         loss = torch.zeros((), dtype=torch.float64, device=device)
-        for indices in records.micro_batch_indices(np.arange(len(records)), tokens):
+        for indices in records.passes(tokens):
             batch = records.batch(indices).to(device)
             outputs = model(**batch.inputs)
             loss += losses(outputs, batch).sum(dtype=torch.float64)
