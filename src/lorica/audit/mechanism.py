@@ -165,7 +165,7 @@ class Auditor:
     def observe(self, method: type[Method], setting: Setting) -> Observation:
         """Run the federation of a method and a setting, with ledgers of its own that are deleted afterwards."""
         model, start = self._model(setting.width)
-        state = AdapterState(model.sites, start)
+        state = AdapterState(model.sites, start, model.frozen_weight)
         made = make_method(MethodConfig(name=method.name), model.sites)
         steps = _local_steps(made, setting)
         made.start(state, SEED)
