@@ -21,7 +21,8 @@ SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "claims.py"
 @pytest.fixture(scope="module")
 def claims() -> ModuleType:
     spec = importlib.util.spec_from_file_location("claims", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["claims"] = module
     spec.loader.exec_module(module)
