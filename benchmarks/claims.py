@@ -13,6 +13,7 @@ so that the mean loss can reach its minimum. Curvatures `c` differ between layer
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import tempfile
@@ -42,7 +43,7 @@ from lorica.methods.base import make_method
 from lorica.methods.server import Server
 from lorica.privacy.plan import ClientPlan, plan_client
 from lorica.run.variants import parse_variant
-from lorica.server.federation import Federation
+from lorica.server.federation import Federation, TooFewReplies
 from lorica.streams import torch_stream
 from lorica.tasks.loading import load_task
 from lorica.testing.federation import RecordingEngine, tiny_federation
@@ -165,7 +166,12 @@ def run(label: str, rate: float, noise_multiplier: float, seed: int) -> Course:
         out_of_reach = _out_of_reach(engine, state)
         tied.append(min(sum(each[factor] for each in out_of_reach) for factor in (0, 1)))
         free.append(sum(map(min, out_of_reach)))
-        federation.round()
+        try:
+            federation.round()
+        except TooFewReplies:
+            # The server refuses updates that are not finite: the run has diverged.
+            losses += [math.inf] * (ROUNDS + 1 - len(losses))
+            break
         losses.append(engine.loss(state))
     return Course(losses, tied, free)
 
@@ -241,7 +247,7 @@ def tuned(label: str, noise_multiplier: float, seeds: int) -> tuple[float, list[
         rate: statistics.fmean(run(label, rate, noise_multiplier, seed).losses[-1] for seed in (100, 101, 102))
         for rate in RATES
     }
-    rate = min(tried, key=lambda rate: tried[rate] if math.isfinite(tried[rate]) else math.inf)
+    rate = min(tried, key=tried.__getitem__)
     return rate, [run(label, rate, noise_multiplier, seed) for seed in range(seeds)]
 
 
@@ -415,4 +421,6 @@ def identical(one: Any, other: Any) -> bool:
 
 
 if __name__ == "__main__":
+    # A rate with which a method diverges is not chosen; every refused update would be a warning.
+    logging.getLogger("lorica").setLevel(logging.ERROR)
     app()
