@@ -13,6 +13,7 @@ so that the mean loss can reach its minimum. Curvatures `c` differ between layer
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import statistics
@@ -34,6 +35,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import lorica
+from lorica.adapters.base_files import resolve_base
 from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState, Factors
 from lorica.config import OptimizerConfig, PrivacyConfig, load
@@ -270,8 +272,8 @@ def _rounds_to(courses: list[Course], part: float) -> str:
 
 def spread(values: list[float]) -> str:
     """Mean ± sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{statistics.fmean(values):.3g} ± {deviation:.2g}"
+    deviation = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3g}{deviation}"
 
 
 @app.command()
@@ -306,12 +308,13 @@ def _hessian(label: str, overrides: list[str], rounds: int, seed: int, probes: i
         result = lorica.Experiment(parse_variant(label, config).config).run()
         console.print(f"{label}, seed {seed}: {100 * result.score:.1f} %")
         model = lorica.load_adapter(result.adapter)
-    records = load_task(config.task, config.model.base).test
+        targets = json.loads((result.adapter / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
+    records = load_task(config.task, resolve_base(config.model.base)).test
     batch = records.batch(np.arange(len(records)))
     adapted = {
         name: weight.detach().requires_grad_()
         for name, weight in model.named_parameters()
-        if name.endswith(".weight") and "lora_" not in name and any(part in name for part in config.lora.target_modules)
+        if name.endswith(".weight") and "lora_" not in name and any(target in name for target in targets)
     }
     # The fused kernels of attention have no second derivative.
     with sdpa_kernel(SDPBackend.MATH):
@@ -324,7 +327,7 @@ def _hessian(label: str, overrides: list[str], rounds: int, seed: int, probes: i
         inner = gradient @ torch.from_numpy(vector).to(gradient).flatten()
         return flat(torch.autograd.grad(inner, list(adapted.values()), retain_graph=True)).numpy()
 
-    return float(loss), *spectrum(product, gradient.numel(), seed, probes)
+    return loss.item(), *spectrum(product, gradient.numel(), seed, probes)
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
