@@ -91,6 +91,7 @@ The methods solve these problems in different ways.
   server sends more down.
 * **Personalise.** `fedsa-lora` averages A and leaves B and the head with the client, so every client has its own model.
 * **Project.** `galore-avg` trains the weight itself, along a projection of its gradient that all clients share.
+* **Leave it out.** `head-only` trains no adapter. It shows what the head learns alone, which is no merit of LoRA.
 
 ## A gauge for the factor that rests
 
@@ -242,7 +243,9 @@ def _components() -> str:
 
 
 def _spelled(component: str) -> str:
-    """The component's key, with its value where several components share the key."""
+    """The component's key, with its value where other values of the key are other components, or none."""
+    if component == "frozen_head":
+        return "model.head=freeze"
     key = COMPONENTS[component][0]
     return key if [key for key, _ in COMPONENTS.values()].count(key) == 1 else f"{key}={component}"
 

@@ -18,8 +18,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lorica import cli
+from lorica.benchmark.results import RESULTS, add_result
 from lorica.config import load
 from lorica.reporting.methods import method_rows
+from tests.benchmark.suites import finished, small_suite, write_suite
 
 COMMAND = Path(sys.executable).parent / "lorica"
 SMALL = [
@@ -261,3 +263,31 @@ def test_ctrl_c_keeps_finished_rounds(tmp_path: Path, some_digits: list[str]) ->
     assert process.returncode == 130
     assert "the same command resumes the run" in output
     assert list(checkpoints.glob("round-*"))
+
+
+def test_a_benchmark_is_reported_from_its_results(lorica: Callable[..., str], tmp_path: Path) -> None:
+    suite = small_suite(tmp_path)
+    suite.folder.mkdir()
+    for run in finished(suite, lambda planned: 0.5 + planned.rate / 10, most=10).values():
+        add_result(suite.folder, run)
+    before = (suite.folder / RESULTS).read_bytes()
+    output = lorica("benchmark", "suite.yaml", "--report-only", columns=300)
+    assert f"{suite.folder}/benchmark.html" in output
+    assert "10 of 32 runs are finished" in (suite.folder / "results.md").read_text()
+    assert "rank 1" in lorica("benchmark", "suite.yaml", "--report-only", "--settings", "rank 3", code=2)
+    assert (suite.folder / RESULTS).read_bytes() == before
+    overridden = lorica("benchmark", "suite.yaml", f"output={tmp_path}/other", "--report-only", columns=300)
+    assert f"{tmp_path}/other/small/benchmark.html" in overridden
+
+
+@pytest.mark.integration
+def test_a_benchmark_shows_its_runs_and_its_best_method(tmp_path: Path, some_digits: list[str]) -> None:
+    """In its own process, since it starts others."""
+    sweep = {"settings": {"axis": {"one": [], "two": ["lora.r=2"]}}, "methods": {"as-lora": "as-lora"}}
+    overrides = [*SMALL, *CHOSEN_NOISE, *some_digits, "federation.rounds=1"]
+    write_suite(tmp_path, overrides=overrides, sweeps=[sweep])
+    output = in_a_process(COMMAND, "benchmark", "suite.yaml", "--settings", "two", folder=tmp_path)
+    assert len(re.findall(r"^two; as-lora, rate \S+, seed \d+ \((tuning|result)\): \d+\.\d %", output, re.M)) == 4
+    assert "best so far: as-lora" in output
+    assert "4/4" in output
+    assert "4 of 8 runs are finished" in (tmp_path / "small/results.md").read_text()

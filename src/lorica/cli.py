@@ -25,7 +25,9 @@ import lorica
 from lorica.errors import UserError
 
 if TYPE_CHECKING:
+    from lorica.benchmark.suite import Suite
     from lorica.config import ExperimentConfig
+    from lorica.reporting.benchmark import BenchmarkRun
     from lorica.run.setup import Prepared
     from lorica.server.federation import Federation
 
@@ -115,6 +117,37 @@ def compare(
             )
         console.print(comparison_table(results))
         console.print(f"Comparison: {page}")
+
+
+@app.command()
+def benchmark(
+    suite: Annotated[Path, typer.Argument(help="Suite (YAML file): settings, methods, learning rates, seeds.")],
+    overrides: Overrides = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Number of runs at once, each in a process of its own.")] = 1,
+    settings: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Run only settings whose name contains TEXT.")
+    ] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Run nothing; write table, plots and page from what is finished.")
+    ] = False,
+) -> None:
+    """Tune methods alike and compare them over settings and seeds. Run it again to resume it."""
+    with _errors("Finished runs are kept; the same command continues."):
+        from lorica.benchmark.results import read_results
+        from lorica.benchmark.suite import load_suite
+
+        whole = load_suite(suite, overrides)
+        chosen = whole if settings is None else whole.only(settings)
+        if not report_only:
+            from lorica.benchmark.runner import run_suite, worker_processes
+
+            with _Runs(chosen) as runs, worker_processes(jobs) as executor:
+                run_suite(chosen, executor, jobs, runs.show)
+        from lorica.reporting.html import write_benchmark
+
+        results = read_results(whole.folder)
+        page = write_benchmark(whole.folder, whole.with_results(results))
+        console.print(f"Benchmark: {page}", soft_wrap=True)
 
 
 @app.command()
@@ -376,9 +409,56 @@ class _Rounds:
             raise KeyboardInterrupt
 
 
+class _Runs:
+    """Shows a benchmark: a line per run, and a progress bar with the best method so far in the current setting."""
+
+    def __init__(self, suite: Suite) -> None:
+        self._suite = suite
+        # The speed is that of the last hour: a run may take minutes.
+        self._progress = Progress(
+            TextColumn("runs"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            speed_estimate_period=3600,
+        )
+
+    def __enter__(self) -> _Runs:
+        from lorica.benchmark.results import read_results
+
+        found = self._suite.with_results(read_results(self._suite.folder))
+        for entry in found.entries:
+            if entry.refusal is not None:
+                text = f"Left out: {entry.method} with {entry.setting}. {entry.refusal}"
+                console.print(text, markup=False, soft_wrap=True)
+        self._task = self._progress.add_task("", total=found.planned, completed=found.finished)
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, run: BenchmarkRun, results: dict[str, BenchmarkRun]) -> None:
+        from lorica.reporting.benchmark import leader
+
+        score = "diverged" if run.score is None else f"{100 * run.score:.1f} %"
+        where = f"{run.setting}; {run.method}, rate {run.rate:g}, seed {run.seed} ({run.purpose})"
+        console.print(f"{where}: {score}, {run.seconds:.0f} s", markup=False, highlight=False, soft_wrap=True)
+        found = self._suite.with_results(results)
+        best = leader(found.by_setting()[run.setting])
+        text = "" if best is None else f"best so far: {best.method}, {100 * (best.mean or 0):.1f} %"
+        self._progress.update(self._task, completed=found.finished, description=escape(text))
+
+
 @contextmanager
-def _errors() -> Iterator[None]:
-    """Print a `UserError` as one line; Ctrl-C keeps the finished rounds."""
+def _errors(kept: str = "Finished rounds are kept; the same command resumes the run.") -> Iterator[None]:
+    """Print a `UserError` as one line; Ctrl-C keeps what is finished.
+
+    Args:
+        kept: what to say about that.
+    """
     try:
         yield
     except UserError as error:
@@ -386,7 +466,7 @@ def _errors() -> Iterator[None]:
         console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        console.print("Stopped. Finished rounds are kept; the same command resumes the run.")
+        console.print(f"Stopped. {kept}")
         raise typer.Exit(130) from None
 
 

@@ -551,6 +551,8 @@ def _mistake(problem: str, remedy: str) -> PydanticCustomError:
 
 def _spelled(content: Any) -> set[str]:
     """Every key that the user wrote; pydantic's error paths also hold names of union members, which nobody wrote."""
+    if isinstance(content, list):
+        return {key for value in content for key in _spelled(value)}
     if not isinstance(content, dict):
         return set()
     return set(content) | {key for value in content.values() for key in _spelled(value)}

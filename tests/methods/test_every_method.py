@@ -44,7 +44,8 @@ def test_it_holds_with_all_clients_and_with_half_of_them(
 def test_all_sites_move_and_all_planned_steps_are_taken(name: str, recordings: Recordings) -> None:
     recording = recordings(name)
     some = recording.federation
-    assert moved_sites(recording) == {site.name for site in some.server.model.sites} or recording.kind.personal
+    sites = set() if name == "head-only" else {site.name for site in some.server.model.sites}
+    assert moved_sites(recording) == sites or recording.kind.personal
     ledger = Ledger(recording.folder / "ledger.sqlite")
     assert {number: ledger.steps(RUN, number) for number in some.plans} == {
         number: plan.max_steps for number, plan in some.plans.items()

@@ -8,6 +8,7 @@ from lorica.methods.base import Method
 from lorica.privacy.shared_noise import check_shared, shares_noise
 
 COMPONENTS = {
+    "frozen_head": ("model.head", "a frozen head"),
     "client_ranks": ("lora.client_ranks", "ranks that differ between clients"),
     "fedprox": ("local.fedprox", "the proximal term of FedProx"),
     "scaffold": ("local.scaffold", "control variates"),
@@ -163,6 +164,7 @@ def _check_secure_sum(config: ExperimentConfig) -> None:
 def chosen_components(config: ExperimentConfig) -> dict[str, object]:
     """Component -> its configured value, for the components in use."""
     values: dict[str, object] = {
+        "frozen_head": "freeze" if config.model.head == "freeze" else None,
         "client_ranks": config.lora.client_ranks,
         "fedprox": config.local.fedprox or None,
         "scaffold": config.local.scaffold or None,

@@ -1,4 +1,4 @@
-"""The HTML pages of a run and of a comparison, each a single self-contained file."""
+"""The HTML pages of a run, of a comparison and of a benchmark, each a single self-contained file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lorica.files import to_json, write_atomically
+from lorica.reporting.benchmark import Benchmark
+from lorica.reporting.benchmark_figures import epsilon_figure, setting_figure
+from lorica.reporting.benchmark_tables import benchmark_headings, benchmark_markdown, benchmark_rows, setting_notes
 from lorica.reporting.choices import median_signal_to_noise, near_coin_flips
 from lorica.reporting.clients import client_rows
 from lorica.reporting.comparison import ComparedRun, summarise
@@ -134,6 +137,58 @@ def write_comparison(folder: str | Path, results: list[ComparedRun]) -> Path:
     for name, text in (files | {"comparison.html": page.encode()}).items():
         write_atomically(folder / name, text)
     return folder / "comparison.html"
+
+
+def write_benchmark(folder: str | Path, benchmark: Benchmark) -> Path:
+    """Write benchmark.html, results.md and the plots of a benchmark to a folder and return the path of the page.
+
+    A setting without a finished run has no plot. The page is written last, so a failure keeps the old page.
+
+    Raises:
+        UserError: the folder is not writable.
+    """
+    folder = Path(folder)
+    reference = benchmark.reference
+    settings, figures = [], {}
+    for number, (name, entries) in enumerate(benchmark.by_setting().items(), start=1):
+        figure = setting_figure(entries, reference) if any(entry.runs for entry in entries) else None
+        if figure is not None:
+            figures[f"setting-{number}"] = figure
+        settings.append(
+            {
+                "name": capital(name),
+                "figure": None if figure is None else figure_svg(figure, f"s{number}", f"Results with {name}"),
+                "rows": benchmark_rows(entries, reference),
+                "notes": setting_notes(entries),
+            }
+        )
+    groups = []
+    for number, (name, entries) in enumerate(benchmark.by_group().items(), start=1):
+        figure = epsilon_figure(entries)
+        if figure is not None:
+            figures[f"epsilon-{number}"] = figure
+            text = f"Accuracy against ε with {name}"
+            groups.append({"name": capital(name), "figure": figure_svg(figure, f"e{number}", text)})
+    page = _render(
+        "benchmark.html.j2",
+        {
+            "title": f"Benchmark {benchmark.name}",
+            "finished": benchmark.finished,
+            "planned": benchmark.planned,
+            "reference": reference,
+            "headings": benchmark_headings(benchmark),
+            "settings": settings,
+            "groups": groups,
+            "command": benchmark.command,
+            "versions": benchmark.versions(),
+            "suite": benchmark.suite,
+        },
+    )
+    files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
+    files |= {"results.md": benchmark_markdown(benchmark).encode(), "benchmark.html": page.encode()}
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return folder / "benchmark.html"
 
 
 def figure_svg(figure: Figure, name: str, description: str) -> Markup:

@@ -21,7 +21,7 @@ FACTOR_NAMES = {"A": "A", "B": "B", "AB": "A and B", "R": "R", "": "neither"}
 _FIXED_PLACES = (
     *("as-lora", "ffa-lora", "ro-lora", "la-lora", "fed-avg", "fedask", "random-lora"),
     *("fedsvd", "flex-lora", "flora", "fedex-lora", "lora-fair", "fedsa-lora", "het-lora"),
-    *("fed-rac-lora", "deer", "fed-sb", "fedrot-lora", "galore-avg"),
+    *("fed-rac-lora", "deer", "fed-sb", "fedrot-lora", "galore-avg", "head-only"),
 )
 
 RC = {

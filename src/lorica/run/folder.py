@@ -129,7 +129,7 @@ def open_run(
         "platform": platform.platform(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "git": _git_revision(),
+        "git": git_revision(),
     } | {package: version(package) for package in ("lorica", "torch", "transformers", "peft", "dp-accounting")}
     environment |= {} if start is None else {"start": start}
     write_atomically(folder / "config.yaml", config.to_yaml().encode())
@@ -178,7 +178,8 @@ def _round_of(line: bytes) -> int | None:
         return None
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """The commit of the checkout that Lorica runs from, with `-dirty` after local changes; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -42,7 +42,23 @@ def conduct(
     on_start: OnStart,
     on_round: Callable[[dict[str, Any]], None],
 ) -> Result:
-    """Run the remaining rounds over an engine and write everything to the run folder.
+    """Run the remaining rounds over an engine and write everything to the run folder, with the report.
+
+    Arguments and errors are those of `train`.
+    """
+    result = train(prepared, engine, data, on_start, on_round)
+    write_report(result.folder)
+    return result
+
+
+def train(
+    prepared: Prepared,
+    engine: Engine,
+    data: dict[str, str],
+    on_start: OnStart = lambda prepared, federation, finished_rounds: None,
+    on_round: Callable[[dict[str, Any]], None] = lambda metrics: None,
+) -> Result:
+    """Run the remaining rounds over an engine and write everything to the run folder, except for the report.
 
     Call it under the lock of the run folder (`lorica.run.lock`).
 
@@ -239,7 +255,6 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
             card = model_card(read_run(folder), f'import lorica\n\nmodel = lorica.load_adapter("{path}")')
             export_adapter(prepared.model, federation.server.model.merged, target / name, export, card)
     write_checksums(folder)
-    write_report(folder)
     result = read_result(folder)
     warn_of_growth(result.metrics)
     return result

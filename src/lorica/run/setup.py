@@ -59,11 +59,7 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     federation = config.federation
     schedule = participation_schedule(federation.clients, federation.rounds, federation.participants, config.seed)
     ranks = _client_ranks(config)
-    fewest = _fewest_replies(federation, len(schedule[0]))
-    # With a secure sum, the server sees one combined reply.
-    method.check(config.optimizer, 1 if federation.secure_sum else fewest, federation.local_steps)
-    check_components(config, method)
-    check_aggregate(config.server, fewest)
+    check_method(config, method)
     if federation.weights == "noise" and not config.privacy.private:
         raise UserError("federation.weights", "noise", "there is no noise without privacy", "choose uniform or records")
     apart = config.engine == "flower" and config.flower.superlink is not None
@@ -80,6 +76,20 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     check_isolated(config, model, task.test)
     method.start(state, config.seed)
     return Prepared(config, task, model, state, method, schedule, ranks, start=start)
+
+
+def check_method(config: ExperimentConfig, method: Method) -> None:
+    """Check that the method supports everything that the experiment combines it with.
+
+    Raises:
+        UserError: it does not, or too few clients take part.
+    """
+    federation = config.federation
+    fewest = _fewest_replies(federation, federation.participants)
+    # With a secure sum, the server sees one combined reply.
+    method.check(config.optimizer, 1 if federation.secure_sum else fewest, federation.local_steps)
+    check_components(config, method)
+    check_aggregate(config.server, fewest)
 
 
 def _begin(
