@@ -24,7 +24,7 @@ test: install-dev
 # The slow tests, and those over drawn examples again with ten times as many.
 test-all: install-dev
 	$(PYTEST) --durations 15
-	$(PYTEST) --durations 15 -m integration
+	$(PYTEST) --durations 15 -m "integration and not slow"
 	$(PYTEST) --durations 15 -m "slow or hypothesis" --hypothesis-profile thorough
 
 lint: install-dev
