@@ -488,10 +488,14 @@ def audit_mechanism(
 ) -> None:
     """Audit the installed mechanism without data, for every method. Exit code 1 if a promise is refuted."""
     with _errors(stdout_is_for_programs=as_json, kept="An audit keeps nothing; the same command starts again."):
+        import torch
+
         from lorica.audit.mechanism import audit_mechanism as audit_methods
         from lorica.reporting.audit import mechanism_table
 
         names = None if methods is None else [name.strip() for name in methods.split(",")]
+        # The models are so small that threads would only wait for each other.
+        torch.set_num_threads(1)
         with _progress("methods") as shown:
             found = audit_methods(names, epsilon, canaries, shown)
         if as_json:
