@@ -235,12 +235,13 @@ def not_private(run: Run) -> str | None:
 
 def client_level(run: Run) -> bool:
     """Whether the unit of privacy is a client, so that all clients have one guarantee."""
-    return (run.privacy or {}).get("unit") == "client"
+    return (run.privacy or run.config.get("privacy", {})).get("unit") == "client"
 
 
 def clipping(run: Run) -> str:
     """ "clipped to norm 2" or "not clipped", for runs without noise, whose clip is no part of a guarantee."""
-    norms = {client["clip_norm"] for client in run.clients if client.get("clip_norm") is not None}
+    clients = run.clients or [run.config.get("privacy", {})]
+    norms = {client["clip_norm"] for client in clients if client.get("clip_norm") is not None}
     return f"clipped to norm {max(norms):g}" if norms else "not clipped"
 
 
