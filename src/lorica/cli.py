@@ -119,8 +119,6 @@ def _rehearse(config: ExperimentConfig, as_json: bool) -> None:
 
 def _print_json(content: Any) -> None:
     """Print one JSON document on stdout; infinity and NaN, which JSON does not have, are null."""
-    from lorica.files import to_json
-
     typer.echo(to_json(content, indent=2, ensure_ascii=False))
 
 
@@ -484,7 +482,7 @@ def audit_mechanism(
     methods: Annotated[str | None, typer.Option(help="Comma-separated. Default: all registered methods.")] = None,
     epsilon: Annotated[float, typer.Option(help="The claim to attack, at δ = 1e-5.")] = 3.0,
     canaries: Annotated[int, typer.Option(help="Number of canaries; more give larger lower bounds.")] = 1024,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Audit the installed mechanism without data, for every method. Exit code 1 if a promise is refuted."""
     with _errors(stdout_is_for_programs=as_json, kept="An audit keeps nothing; the same command starts again."):
@@ -499,7 +497,7 @@ def audit_mechanism(
         with _progress("methods") as shown:
             found = audit_methods(names, epsilon, canaries, shown)
         if as_json:
-            typer.echo(to_json(found, indent=2))
+            _print_json(found)
         else:
             console.print(mechanism_table(found))
     if found["refuted"]:
@@ -513,7 +511,7 @@ def audit_experiment(
     ] = None,
     overrides: Overrides = None,
     canaries: Annotated[int, typer.Option(help="Number of canaries; more give larger lower bounds.")] = 1000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Audit an experiment with canaries from its public test set. Exit code 1 if the claim is refuted."""
     with _errors(stdout_is_for_programs=as_json, kept="An audit keeps nothing; the same command starts again."):
@@ -528,7 +526,7 @@ def audit_experiment(
             found = audit_run(experiment_config, canaries, shown)
         path = write_audit(experiment_config, found)
         if as_json:
-            typer.echo(to_json(found, indent=2))
+            _print_json(found)
         else:
             console.print(audit_table(found))
             console.print(f"Audit: {path}", highlight=False)
@@ -671,6 +669,8 @@ class _Rounds:
                     f"{', '.join(map(str, void))}: it is not below one over the number of records. Choose a smaller "
                     "privacy.delta."
                 )
+        page = escape(str(config.folder / "report.html"))
+        console.print(f"Report, from the first round on: {page}", soft_wrap=True, highlight=False)
         if finished:
             console.print(f"Resumed after round {finished}.")
         self._task = self._progress.add_task("rounds", total=config.federation.rounds, completed=finished)
