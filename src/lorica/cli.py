@@ -566,6 +566,42 @@ def flower_node(context: typer.Context) -> None:
         become_node(context.args)
 
 
+@flower.command("service", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def flower_service(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the two files, such as /etc/lorica.")],
+) -> None:
+    """Write a systemd service that runs an owner's node: a unit and its environment file. Takes the node's options."""
+    with _errors():
+        from lorica.engines.flower.service import write_service
+
+        unit = write_service(folder, context.args)
+        console.print(f"Written: {escape(str(unit.parent))}. Read the files, then, as root:", soft_wrap=True)
+        copy = f"cp {shlex.quote(str(unit))} /etc/systemd/system/"
+        for command in (copy, "systemctl daemon-reload", f"systemctl enable --now {unit.stem}"):
+            console.print(f"  {escape(command)}", soft_wrap=True, highlight=False)
+
+
+@flower.command("status")
+def flower_status(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="At a node its data; at the hub the run folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show whether a node, or a run at the hub, is well: processes, last round, ε left. Exit code 1 if it is not."""
+    with _errors(stdout_is_for_programs=as_json):
+        from lorica.engines.flower.status import hub_status, is_of_run, node_status
+        from lorica.reporting.health import hub_table, node_table
+
+        at_hub = is_of_run(path)
+        found = hub_status(path) if at_hub else node_status(path)
+        if as_json:
+            _print_json(found)
+        else:
+            console.print(hub_table(found) if at_hub else node_table(found))
+    if found["problems"]:
+        raise typer.Exit(1)
+
+
 @flower.command("keys")
 def flower_keys(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of identity.key and identity.pub.")],

@@ -35,6 +35,8 @@ from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.settings import NodeSettings
 
 START_SECONDS = 120.0
+LARGEST_LOG = 10 * 2**20
+"""Bytes of worker.log beyond which the next worker starts a new one, and keeps this one as worker.log.1."""
 logger = logging.getLogger(__name__)
 
 
@@ -162,6 +164,9 @@ def _try(address: Path) -> Connection | None:
 def _start(settings: NodeSettings, address: Path, node: int) -> subprocess.Popen[bytes]:
     log_path = private_folder(settings.place) / "worker.log"
     create_private(log_path)
+    if log_path.stat().st_size > LARGEST_LOG:
+        os.replace(log_path, log_path.with_name("worker.log.1"))
+        create_private(log_path)
     # The socket of an earlier worker, where nobody listens any more.
     address.unlink(missing_ok=True)
     arguments = [settings.model_dump_json(), str(address), str(node)]
