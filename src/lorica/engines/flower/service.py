@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
+from lorica.adapters.base_files import EMBEDDED
 from lorica.engines.flower.sealed import NODE_CONFIG, check_settings, option
 from lorica.errors import UserError
 from lorica.files import home_folder, private_folder, write_atomically
@@ -42,7 +43,10 @@ def write_service(folder: Path, arguments: Sequence[str]) -> Path:
     settings = check_settings(arguments)
     for key in ("data", "base", "policy", "identity", "ledger", "folder"):
         path = getattr(settings, key)
-        if path is not None and not Path(path).expanduser().is_absolute():
+        # The embedded model is no path.
+        if path is None or path.startswith(EMBEDDED):
+            continue
+        if not Path(path).expanduser().is_absolute():
             problem = "a service starts in another folder"
             raise UserError(f"node-config.{key}", path, problem, f"set {key} to {Path(path).absolute()}")
     folder = user_path("DIR", folder).absolute()

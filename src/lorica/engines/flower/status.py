@@ -125,7 +125,8 @@ def hub_status(folder: Path, home: Path | None = None) -> dict[str, Any]:
         nodes = ask_flwr(around, "supernode", "list", superlink)["nodes"]
         runs = ask_flwr(around, "list", superlink)["runs"]
     except UserError as error:
-        return found | {"nodes": None, "run": None, "problems": [f"the SuperLink does not answer ({error.problem})"]}
+        problem = f"the SuperLink does not answer ({' '.join(error.problem.split())})"
+        return found | {"nodes": None, "run": None, "problems": [] if finished else [problem]}
     found["nodes"] = [
         {
             "node": node["node-id"],
@@ -145,7 +146,7 @@ def _problems_at_hub(config: ExperimentConfig, found: dict[str, Any]) -> list[st
     online = sum(node["status"] == "online" for node in found["nodes"])
     needed = config.federation.min_clients or config.federation.participants
     if online < needed:
-        problems.append(f"{online} nodes are online, but a round needs {needed}")
+        problems.append(f"{online} of the {needed} nodes that a round needs are online")
     run = found["run"]
     if run is None or str(run["status"]).startswith("finished"):
         status = "it is not on this SuperLink" if run is None else f"it is {run['status']}"
