@@ -56,13 +56,13 @@ $(VENV)/installed: $(VENV)/torch pyproject.toml constraints.txt
 	@$(PIP) -c constraints.txt -e . && touch $@
 
 $(VENV)/installed-dev: $(VENV)/torch pyproject.toml constraints.txt
-	@echo "Installing Lorica with what its tests use: about DEVSIZE MB to download; two to several minutes ..."
+	@echo "Installing Lorica with what its tests use: about 450 MB to download; two to several minutes ..."
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@# Only its auditing module is used, as a second implementation, and that needs no JAX.
 	@$(PIP) -c constraints.txt --no-deps jax-privacy && touch $@ $(VENV)/installed $(VENV)/installed-docs
 
 $(VENV)/installed-docs: $(VENV)/torch pyproject.toml constraints.txt
-	@echo "Installing Lorica with what builds its pages: about DOCSIZE MB to download; a minute or two ..."
+	@echo "Installing Lorica with what builds its pages: about 200 MB to download; a minute or two ..."
 	@$(PIP) -c constraints.txt -e '.[docs]' && touch $@ $(VENV)/installed
 
 clean:
