@@ -1,4 +1,4 @@
-"""Every command of the guides and of the first page works in the order in which it stands there, on stand-ins for models and data."""
+"""Every command of the guides and of the first page works in its order, on stand-ins for models and data."""
 
 from __future__ import annotations
 
