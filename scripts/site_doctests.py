@@ -1,4 +1,4 @@
-"""Extension of Griffe: examples in docstrings as code. Outside a section of their own, Markdown takes `>>>` for quotations."""
+"""Extension of Griffe: examples in docstrings as code, since Markdown takes `>>>` for quotations."""
 
 from __future__ import annotations
 
