@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import trackio
+from trackio import init
 
 from lorica.tracking.base import PROJECT, TrackedRun
 
@@ -13,7 +13,7 @@ class Trackio:
     """Show them with `trackio show`. `TRACKIO_DIR` names a folder, `TRACKIO_SPACE_ID` a Space."""
 
     def __init__(self, run: TrackedRun) -> None:
-        self._run = trackio.init(
+        self._run = init(
             PROJECT,
             run.unique_name,
             config=dict(run.settings),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 # W&B reports its own errors to its makers, even offline, from its import on.
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
-import wandb
+from wandb import Settings, init
 
 from lorica.tracking.base import PROJECT, TrackedRun
 
@@ -17,7 +17,7 @@ class WandB:
     """`WANDB_MODE=offline` writes to the run folder only, for `wandb sync`; `WANDB_PROJECT` names a project."""
 
     def __init__(self, run: TrackedRun) -> None:
-        self._run = wandb.init(
+        self._run = init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=run.id,
             name=run.name,
@@ -25,7 +25,7 @@ class WandB:
             config=dict(run.settings),
             resume="allow",
             # Only what `log` gets: no output, code, command line or load of the machine.
-            settings=wandb.Settings(
+            settings=Settings(
                 console="off",
                 disable_code=True,
                 disable_git=True,
