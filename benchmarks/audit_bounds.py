@@ -40,6 +40,7 @@ def main(
     canaries: Annotated[str, typer.Option()] = "4000,15000",
     runs: Annotated[int, typer.Option()] = 20,
     delta: Annotated[float, typer.Option()] = 1e-5,
+    confidence: Annotated[float, typer.Option()] = CONFIDENCE,
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Print the mean and the standard deviation of both bounds over runs, and the largest f-DP bounds of all plans.
@@ -57,14 +58,21 @@ def main(
         for _ in track(range(runs), f"ε = {claim:g}, {count:,} canaries", console=Console(stderr=True)):
             included = draws.random(count) < 0.5
             scores = Scores(included / steps.noise_multiplier + draws.standard_normal(count), included)
-            found.append((one_run_bound(scores, delta, for_one_run), fdp_bound(scores, steps, delta, for_fdp)))
+            found.append(
+                (
+                    one_run_bound(scores, delta, for_one_run, confidence),
+                    fdp_bound(scores, steps, delta, for_fdp, confidence),
+                )
+            )
         means, deviations = np.mean(found, axis=0), np.std(found, axis=0)
         cells = [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in zip(means, deviations, strict=True)]
-        table.add_row(f"{claim:g}", f"{count:,}", *cells, *(_typical(count, steps, delta, low) for low in (0, 1)))
+        table.add_row(
+            f"{claim:g}", f"{count:,}", *cells, *(_typical(count, steps, delta, low, confidence) for low in (0, 1))
+        )
     Console().print(table)
 
 
-def _typical(canaries: int, steps: Steps, delta: float, low: int) -> str:
+def _typical(canaries: int, steps: Steps, delta: float, low: int, confidence: float) -> str:
     """The largest f-DP bound of expected scores, and the number of guesses that gives it.
 
     Args:
@@ -74,7 +82,8 @@ def _typical(canaries: int, steps: Steps, delta: float, low: int) -> str:
     for size in SIZES:
         made = size * (1 + low)
         if made <= canaries:
-            bounds.append((_bound(canaries, _expected(canaries, Plan(size, low * size), steps), steps, delta), made))
+            guesses = _expected(canaries, Plan(size, low * size), steps)
+            bounds.append((_bound(canaries, guesses, steps, delta, confidence), made))
     bound, made = max(bounds)
     return f"{bound:.2f} by {made} guesses"
 
@@ -86,7 +95,7 @@ def _expected(canaries: int, plan: Plan, steps: Steps) -> Guesses:
     return Guesses(plan.made, round(plan.made * norm.cdf(mean - threshold) / share))
 
 
-def _bound(canaries: int, guesses: Guesses, steps: Steps, delta: float) -> float:
+def _bound(canaries: int, guesses: Guesses, steps: Steps, delta: float, confidence: float) -> float:
     """The ε of the largest noise multiplier that these guesses refute, without a correction for several plans."""
 
     def noisier(logarithm: float) -> Steps:
@@ -95,7 +104,7 @@ def _bound(canaries: int, guesses: Guesses, steps: Steps, delta: float) -> float
     low, high = 0.0, math.log(32)
     while high - low > 0.005:
         middle = (low + high) / 2
-        refuted = fdp_refutes(canaries, guesses, trade_off_inverse(noisier(middle)), 1 - CONFIDENCE)
+        refuted = fdp_refutes(canaries, guesses, trade_off_inverse(noisier(middle)), 1 - confidence)
         low, high = (low, middle) if refuted else (middle, high)
     return epsilon([noisier(high)], delta)
 
