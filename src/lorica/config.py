@@ -268,7 +268,8 @@ class FederationConfig(Strict):
     """Evaluate on the public test set every N rounds, and after the last round."""
     micro_batch_tokens: int | None = Field(None, ge=1, lt=2**31)
     """Padded tokens (text) or patches (images) in one forward pass; by default 1,024 on a CPU, where small passes over
-    texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes results only by rounding."""
+    texts of equal length are fastest, and on a GPU as many as fit into half of the memory that the model leaves, at
+    most 32,768. It is halved when a GPU runs out of memory. Bounds memory; changes results only by rounding."""
 
     @model_validator(mode="after")
     def _a_schedule_is_short(self) -> FederationConfig:
@@ -286,10 +287,6 @@ class FederationConfig(Strict):
     def most_records(self, client: int) -> int | None:
         """`max_records` of a client; None for no limit."""
         return self.max_records[client] if isinstance(self.max_records, list) else self.max_records
-
-    def pass_tokens(self, device: str) -> int:
-        """`micro_batch_tokens`, or its default on a type of device."""
-        return self.micro_batch_tokens or (1024 if device == "cpu" else 32768)
 
     @field_validator("by")
     @classmethod

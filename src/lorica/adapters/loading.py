@@ -7,6 +7,7 @@ import torch
 
 from lorica.adapters.adapted import AdaptedModel, adapt
 from lorica.adapters.base_model import load_base, resolve_device
+from lorica.adapters.memory import pass_tokens
 from lorica.config import ExperimentConfig
 from lorica.privacy.isolation import check_isolation
 from lorica.streams import torch_stream
@@ -39,7 +40,8 @@ def check_isolated(config: ExperimentConfig, model: AdaptedModel, records: Recor
     model.write({name: 0.1 * torch.randn(value.shape, generator=draws) for name, value in drawn.items()})
     wanted = min(max(2, config.federation.batch_size), MOST_EXAMPLES)
     indices = np.resize(np.arange(len(records)), wanted)
-    passes = list(records.micro_batch_indices(indices, config.federation.pass_tokens(model.device.type)))
+    tokens = pass_tokens(config.federation.micro_batch_tokens, model.peft_model, model.device)
+    passes = list(records.micro_batch_indices(indices, tokens))
     largest = max(passes, key=len)
     batch = records.batch(largest if len(largest) > 1 else indices[:2]).to(model.device)
     # Quantised weights are not converted, and their kernels round differently for a single example.
