@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import numpy as np
 import torch
 
@@ -14,6 +16,9 @@ from lorica.streams import torch_stream
 from lorica.tasks.records import Records, Task
 
 MOST_EXAMPLES = 32
+# On x86 and on ARM, as PyTorch names them.
+BF16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
+logger = logging.getLogger(__name__)
 
 
 def load_model(config: ExperimentConfig, task: Task) -> AdaptedModel:
@@ -23,10 +28,20 @@ def load_model(config: ExperimentConfig, task: Task) -> AdaptedModel:
         UserError: names the key, the value and the remedy.
     """
     device = resolve_device(config.model.device)
+    if config.model.precision == "bf16" and device.type == "cpu" and not has_bf16():
+        logger.warning("model.precision=bf16 is much slower than fp32 on this CPU, which has no instructions for it")
     if config.model.threads is not None:
         torch.set_num_threads(config.model.threads)
     base = load_base(config.model, config.task.type, task.label_names, config.seed)
     return adapt(base, config.lora, config.model, config.seed, device, task.objective)
+
+
+def has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 matrices by itself. True where this PyTorch does not tell."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return True
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in BF16_INSTRUCTIONS)
 
 
 def check_isolated(config: ExperimentConfig, model: AdaptedModel, records: Records) -> None:
