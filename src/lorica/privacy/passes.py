@@ -81,8 +81,9 @@ def _clipped_pass(
 ) -> dict[str, Tensor] | None:
     """The clipped sum of one pass; None if the device is out of memory."""
     # Counted before the batch is moved: a number from a GPU would have to be waited for.
-    examples, moved = len(batch), batch.to(device)
+    examples = len(batch)
     try:
+        moved = batch.to(device)
         gradients = per_example_gradients(lambda: losses(model, moved), trained, examples, moved.example_of_row)
         return clipped_sum(gradients, clip_norm)
     except torch.OutOfMemoryError:
