@@ -2,8 +2,8 @@
 
     python benchmarks/dp_step.py --threads 1 --clock cpu
 
-Everything but the trained factors is frozen in all of them, dropout is off but in one row, and attention is `eager`. Before anything
-is timed, Lorica's and Opacus' clipped sums are compared.
+Everything but the trained factors is frozen in all of them, attention is `eager`, and dropout is off except in one row.
+Before anything is timed, Lorica's and Opacus' clipped sums are compared.
 """
 
 from __future__ import annotations
