@@ -195,10 +195,12 @@ def _factors(examples: Batch, marked: Tensor, poison: float) -> Tensor:
     return torch.where(by_example, poison, 1.0)
 
 
-@pytest.mark.parametrize("family", ["bert", "vit", "gpt2"])
+@pytest.mark.parametrize("family", ["vit", "gpt2"])
 def test_a_pass_waits_for_no_number_of_the_device(family: str) -> None:
     """On the meta device, which has shapes and no values, `bool`, `item` and `cpu` raise an error."""
     model = adapted(family)
+    # Elsewhere transformers itself asks whether a batch has padding.
+    model.peft_model.base_model.model.set_attn_implementation("eager")
     model.peft_model.to("meta")
     records = TinyRecords.of(batch(family, 4))
     found = clipped_batch(model.peft_model, model.losses, model.tensors, records, np.arange(4), C, 10**6)
