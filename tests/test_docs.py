@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -37,15 +41,47 @@ def test_the_methods_page_is_what_the_methods_say_and_send() -> None:
     assert set(registry()) <= set(sections)
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "CONTRIBUTING.md", "examples/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))],
-)
-def test_links_point_to_files(page: str) -> None:
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md", "benchmarks/README.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+
+
+def anchors(page: Path) -> set[str]:
+    """Those that GitHub and the site give a page's headings."""
+    text = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ +(.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_point_to_files_and_headings(page: str) -> None:
     path = ROOT / page
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]+)?\)", path.read_text(encoding="utf-8")):
-        if not target.startswith("http"):
-            assert (path.parent / target).exists(), f"{page} links to {target}"
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", path.read_text(encoding="utf-8")):
+        if target.startswith("http"):
+            continue
+        linked = path.parent / target if target else path
+        assert linked.exists(), f"{page} links to {target}"
+        if anchor and linked.suffix == ".md":
+            assert anchor in anchors(linked), f"{page} links to {target}#{anchor}"
+
+
+@pytest.mark.integration
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Strictly: a page that the navigation lacks, or a link or anchor that leads nowhere, is an error."""
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {entry["location"] for entry in json.loads((tmp_path / "search/search_index.json").read_text())["docs"]}
+    assert {"faq/#which-epsilon-should-i-choose", "configuration/#privacy", "api/#lorica.load_adapter"} <= found
+    interface = (tmp_path / "api/index.html").read_text(encoding="utf-8")
+    assert "PreTrainedModel" in interface
+    owners = (tmp_path / "privacy/index.html").read_text(encoding="utf-8")
+    assert "https://github.com/lorica-project/lorica/blob/main/README.md" in owners
+    for page in tmp_path.rglob("*.html"):
+        loaded = re.findall(
+            r'<(?:script|img|link rel="stylesheet")[^>]* (?:src|href)="(https?:[^"]+)', page.read_text()
+        )
+        assert loaded == [], f"{page} loads from elsewhere"
 
 
 def test_the_readme_lists_every_method() -> None:

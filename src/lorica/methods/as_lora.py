@@ -93,12 +93,12 @@ class ASLoRA(Method):
        orthonormal times 1/√3. Their product stays.
     3. Clients train the active factors; the server adds the weighted mean of their updates.
     4. The server scores each active block by its predicted decrease `a S`:
-       - `curvature`: `S_t = (Q_t + X_t)/2`, the trapezoidal rule for the directional derivative along the executed
+        - `curvature`: `S_t = (Q_t + X_t)/2`, the trapezoidal rule for the directional derivative along the executed
          noisy step (`lorica.methods.scores`). `X_t` is known only at the block's next activation, so a score is
          complete one activation later; before the first complete score, `Q` alone is used. With a gauge, `X_t` is an
          inner product in weight space, since bases change between activations.
-       - `energy`: `‖Ḡ‖² - d v`. It also replaces `Q` when a secure sum hides single updates.
-       - `last-step-energy`: `Σ_k w_k max(‖ĝ_k‖² - d τ_k², 0)` of the last local step. This is the released code's
+        - `energy`: `‖Ḡ‖² - d v`. It also replaces `Q` when a secure sum hides single updates.
+        - `last-step-energy`: `Σ_k w_k max(‖ĝ_k‖² - d τ_k², 0)` of the last local step. This is the released code's
          score in most rounds, computed here from the privatised gradient.
     5. `gain ← β gain + (1-β) a S` for the active blocks.
 
