@@ -13,14 +13,23 @@ from torch import Tensor
 
 from lorica.adapters.names import Pair, other_factor
 from lorica.adapters.sites import Site
-from lorica.adapters.state import Factors
+from lorica.adapters.state import AdapterState, Factors
 from lorica.aggregation.noise import mean_noise_variance, step_weights
 from lorica.config import OptimizerConfig
 from lorica.errors import UserError
 from lorica.methods.base import About, Method
 from lorica.methods.components import SCORED
 from lorica.methods.exchange import Replies, Round, Train
-from lorica.methods.gauge import REFUSES, SCALE, GaugeOptions, check_gauge, fix_gauge, refused_with
+from lorica.methods.gauge import (
+    REFUSES,
+    SCALE,
+    GaugeOptions,
+    check_gauge,
+    fix_gauge,
+    refused_with,
+    start_with,
+    trainable,
+)
 from lorica.methods.scores import (
     alignment,
     cross_client_energy,
@@ -31,7 +40,7 @@ from lorica.methods.scores import (
     shared_dimension,
     weight_alignment,
 )
-from lorica.methods.server import Server, is_zero
+from lorica.methods.server import Server
 
 
 @dataclass
@@ -87,8 +96,8 @@ class ASLoRA(Method):
 
     Round `t`:
 
-    1. Warm-up (the first tenth of the rounds, at least two): B in odd rounds, A in even ones. After that, `select`
-       decides. A layer whose B is zero trains B.
+    1. Warm-up (the first tenth of the rounds, at least two): the layers alternate. After that, `select` decides. A
+       layer with a factor that is zero trains that one.
     2. `gauge: orthonormal`: the server changes the basis of each layer's factors, so that the one that rests is
        orthonormal times 1/√3. Their product stays.
     3. Clients train the active factors; the server adds the weighted mean of their updates.
@@ -102,9 +111,9 @@ class ASLoRA(Method):
          score in most rounds, computed here from the privatised gradient.
     5. `gain ← β gain + (1-β) a S` for the active blocks.
 
-    `select: significance`: the factor that the layer did not train last, unless `|S_A - S_B|` exceeds `deviations` times
-    `√(s_A² + s_B²)`; then the one with the larger gain. So where noise hides the difference, layers alternate as in
-    RoLoRA, and without noise every choice follows the gains. A choice that follows noisy gains tends to stay: the
+    `select: significance`: the factor that the layer did not train last, unless `|S_A - S_B|` exceeds `deviations`
+    times `√(s_A² + s_B²)`; then the one with the larger gain. So where noise hides the difference, layers alternate as
+    in RoLoRA, and without noise every choice follows the gains. A choice that follows noisy gains tends to stay: the
     estimate for the factor at rest is as old as its last activation, and nothing shows how much the factor in use has
     left to gain. Alternating needs no estimate.
 
@@ -149,7 +158,7 @@ class ASLoRA(Method):
         select: Literal["significance", "softmax", "thompson"] = "significance"
         """How the gains determine the choice."""
         warm_up: float = Field(0.1, ge=0, le=1)
-        """Fraction of the rounds, at the start, that alternate B, A, B, A…; at least two rounds."""
+        """Fraction of the rounds, at the start, that alternate; at least two rounds."""
         ema: float = Field(0.5, ge=0, lt=1)
         """`β` of the gains' moving average."""
         deviations: float = Field(2.0, ge=0)
@@ -193,6 +202,9 @@ class ASLoRA(Method):
             raise UserError("method.freeze", True, reason, "set method.select=significance")
         check_gauge(self.options, self.sites)
 
+    def start(self, model: AdapterState, seed: int) -> None:
+        start_with(self.options, model, seed)
+
     def round(self, server: Server) -> Round:
         choice = self._choose(server)
         factors = {site.name: choice[group] for group, members in self.groups.items() for site in members}
@@ -209,7 +221,8 @@ class ASLoRA(Method):
         for group, members in self.groups.items():
             coin = coins.random()
             if server.round <= warm_up:
-                choice[group] = "B" if server.round % 2 else "A"
+                first = self.options.first
+                choice[group] = first if server.round % 2 else "A" if first == "B" else "B"
             else:
                 self.probabilities[group] = self._probability_of_a(group, server.round - warm_up)
                 if server.private and server.optimizer.name == "sgd":
@@ -217,8 +230,7 @@ class ASLoRA(Method):
                 choice[group] = "A" if coin < self.probabilities[group] else "B"
                 if self.options.freeze and self._harmful(group):
                     choice[group] = ""
-            if choice[group] == "A" and is_zero(server, members):
-                choice[group] = "B"
+            choice[group] = trainable(choice[group], server.model, members)
             self.latest[group] = choice[group] or self.latest[group]
         if not any(choice.values()) and not server.model.head:
             best = max(self.blocks, key=lambda key: self.blocks[key].gain or 0.0)
