@@ -141,7 +141,7 @@ def test_a_layer_alternates_until_its_gains_differ_significantly() -> None:
 
 
 def test_layers_alternate_under_noise_that_hides_their_gradients() -> None:
-    """Pure noise of the declared variance: the factor changes in nearly all rounds. Four deviations are never reached."""
+    """Pure noise of the declared variance: four deviations are not reached in 200 rounds."""
     draws = torch.Generator().manual_seed(3)
 
     def noise(name: str, client: int) -> torch.Tensor:

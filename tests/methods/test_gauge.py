@@ -222,7 +222,7 @@ def test_a_can_be_the_first_factor(name: str, tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_was_trained_before_keeps_its_product() -> None:
-    site, model = random_state()
+    _, model = random_state()
     start_with(GaugeOptions(first="A"), model, seed=0)
     assert set(model.versions.values()) == {0}
 
