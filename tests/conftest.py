@@ -13,6 +13,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from tests.reports import draw_nothing
+
 # No test may reach for a hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # As many processes as there are cores compute at once.
@@ -76,7 +78,7 @@ def some_digits(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 @pytest.fixture
 def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than a small run."""
-    monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ from lorica.run.result import Result
 from lorica.tasks import digits
 from lorica.tasks.classification import Classification
 from tests.killed import kill_run, run_until, start_command
+from tests.reports import draw_nothing
 
 Load = Callable[..., lorica.Experiment]
 SMALL = [
@@ -245,7 +246,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, experiment: Load) -> Callab
     def run(method: str) -> Result:
         steps = ["federation.local_steps=2", "federation.rounds=2"]
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("lorica.run.rounds.write_report", lambda folder: None)
+            draw_nothing(patched)
             return experiment(tmp_path_factory.mktemp(method), f"method.name={method}", *steps).run()
 
     return run

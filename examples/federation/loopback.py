@@ -9,8 +9,6 @@ The same command resumes a run that was stopped. docs/federation.md has the same
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import signal
 import subprocess
 import sys
@@ -18,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import trustme
 import yaml
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from pyarrow import parquet
 
 from lorica.adapters.base_files import hash_of_base
@@ -139,46 +136,27 @@ class Loopback:
 
 
 def write_certificates(folder: Path) -> None:
-    """An authority, and the SuperLink's certificate by it, for 127.0.0.1 and two days."""
+    """An authority, and the SuperLink's certificate by it, for this machine alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    authority, server = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
-    issuer = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "loopback authority")])
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")])
-    for file, name, key, extension in (
-        ("ca", issuer, authority, x509.BasicConstraints(ca=True, path_length=0)),
-        ("server", subject, server, names),
-    ):
-        now = datetime.datetime.now(datetime.UTC)
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(issuer)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + datetime.timedelta(days=2))
-            .add_extension(extension, critical=file == "ca")
-            .sign(authority, hashes.SHA256())
-        )
-        (folder / f"{file}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    write_private(folder / "server.key", server, serialization.PrivateFormat.PKCS8)
+    authority = trustme.CA(organization_name="loopback authority")
+    server = authority.issue_cert("127.0.0.1", "localhost")
+    (folder / "server.key").touch(mode=0o600)
+    server.private_key_pem.write_to_path(folder / "server.key")
+    server.cert_chain_pems[0].write_to_path(folder / "server.crt")
+    authority.cert_pem.write_to_path(folder / "ca.crt")
 
 
 def write_node_key(path: Path) -> Path:
     """A key to know a node by, as `ssh-keygen -t ecdsa -b 384` makes it; returns the path of its public half."""
     key = ec.generate_private_key(ec.SECP384R1())
-    write_private(path, key, serialization.PrivateFormat.OpenSSH)
+    path.touch(mode=0o600)
+    private = serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, *private))
     public = path.with_suffix(".key.pub")
     public.write_bytes(
         key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
     )
     return public
-
-
-def write_private(path: Path, key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat) -> None:
-    path.touch(mode=0o600)
-    path.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
 
 
 def toml(value: str | int) -> str:

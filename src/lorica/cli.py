@@ -119,8 +119,6 @@ def _rehearse(config: ExperimentConfig, as_json: bool) -> None:
 
 def _print_json(content: Any) -> None:
     """Print one JSON document on stdout; infinity and NaN, which JSON does not have, are null."""
-    from lorica.files import to_json
-
     typer.echo(to_json(content, indent=2, ensure_ascii=False))
 
 
@@ -484,7 +482,7 @@ def audit_mechanism(
     methods: Annotated[str | None, typer.Option(help="Comma-separated. Default: all registered methods.")] = None,
     epsilon: Annotated[float, typer.Option(help="The claim to attack, at δ = 1e-5.")] = 3.0,
     canaries: Annotated[int, typer.Option(help="Number of canaries; more give larger lower bounds.")] = 1024,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Audit the installed mechanism without data, for every method. Exit code 1 if a promise is refuted."""
     with _errors(stdout_is_for_programs=as_json, kept="An audit keeps nothing; the same command starts again."):
@@ -499,7 +497,7 @@ def audit_mechanism(
         with _progress("methods") as shown:
             found = audit_methods(names, epsilon, canaries, shown)
         if as_json:
-            typer.echo(to_json(found, indent=2))
+            _print_json(found)
         else:
             console.print(mechanism_table(found))
     if found["refuted"]:
@@ -513,7 +511,7 @@ def audit_experiment(
     ] = None,
     overrides: Overrides = None,
     canaries: Annotated[int, typer.Option(help="Number of canaries; more give larger lower bounds.")] = 1000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Audit an experiment with canaries from its public test set. Exit code 1 if the claim is refuted."""
     with _errors(stdout_is_for_programs=as_json, kept="An audit keeps nothing; the same command starts again."):
@@ -528,7 +526,7 @@ def audit_experiment(
             found = audit_run(experiment_config, canaries, shown)
         path = write_audit(experiment_config, found)
         if as_json:
-            typer.echo(to_json(found, indent=2))
+            _print_json(found)
         else:
             console.print(audit_table(found))
             console.print(f"Audit: {path}", highlight=False)
@@ -566,6 +564,42 @@ def flower_node(context: typer.Context) -> None:
         from lorica.engines.flower.sealed import become_node
 
         become_node(context.args)
+
+
+@flower.command("service", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def flower_service(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the two files, such as /etc/lorica.")],
+) -> None:
+    """Write a systemd service that runs an owner's node: a unit and its environment file. Takes the node's options."""
+    with _errors():
+        from lorica.engines.flower.service import write_service
+
+        unit = write_service(folder, context.args)
+        console.print(f"Written: {escape(str(unit.parent))}. Read the files, then, as root:", soft_wrap=True)
+        copy = f"cp {shlex.quote(str(unit))} /etc/systemd/system/"
+        for command in (copy, "systemctl daemon-reload", f"systemctl enable --now {unit.stem}"):
+            console.print(f"  {escape(command)}", soft_wrap=True, highlight=False)
+
+
+@flower.command("status")
+def flower_status(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="At a node its data; at the hub the run folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show whether a node, or a run at the hub, is well: processes, last round, ε left. Exit code 1 if it is not."""
+    with _errors(stdout_is_for_programs=as_json):
+        from lorica.engines.flower.status import hub_status, is_of_run, node_status
+        from lorica.reporting.health import hub_table, node_table
+
+        at_hub = is_of_run(path)
+        found = hub_status(path) if at_hub else node_status(path)
+        if as_json:
+            _print_json(found)
+        else:
+            console.print(hub_table(found) if at_hub else node_table(found))
+    if found["problems"]:
+        raise typer.Exit(1)
 
 
 @flower.command("keys")
@@ -671,6 +705,8 @@ class _Rounds:
                     f"{', '.join(map(str, void))}: it is not below one over the number of records. Choose a smaller "
                     "privacy.delta."
                 )
+        page = escape(str(config.folder / "report.html"))
+        console.print(f"Report, from the first round on: {page}", soft_wrap=True, highlight=False)
         if finished:
             console.print(f"Resumed after round {finished}.")
         self._task = self._progress.add_task("rounds", total=config.federation.rounds, completed=finished)

@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from lorica.errors import UserError
 from lorica.paths import path_problem
-from lorica.registry import TASK_KINDS, current_method_name, registered, remedy_for_unknown
+from lorica.registry import TASK_KINDS, TRACKERS, current_method_name, registered, remedy_for_unknown
 from lorica.strict_yaml import BOOLEANS, read_yaml, read_yaml_file
 
 DEFAULT_CONFIG = Path(__file__).parent / "defaults" / "digits.yaml"
@@ -498,6 +498,10 @@ class ExperimentConfig(Strict):
     """Folder in which the run folder `NAME` is created."""
     engine: Literal["local", "flower"] = "local"
     """What runs the clients: this process, or nodes that Flower connects."""
+    report_to: list[str] = []
+    """Trackers that get the run's public metrics, as in transformers: any of `tensorboard`, `wandb`, `trackio`,
+    `mlflow`, or one from another package. Each needs its own package, such as `pip install "lorica[wandb]"`. See
+    commands.md."""
     model: ModelConfig
     lora: LoraSection = LoraSection()
     task: TaskConfig
@@ -512,6 +516,19 @@ class ExperimentConfig(Strict):
     flower: FlowerConfig = FlowerConfig()
 
     _paths = field_validator("output")(check_paths)
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_tracker_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("report_to")
+    @classmethod
+    def _trackers_are_registered(cls, value: list[str]) -> list[str]:
+        for name in value:
+            if name not in registered(TRACKERS):
+                raise _mistake("no such tracker", remedy_for_unknown(name, registered(TRACKERS)))
+        return value
 
     @field_validator("privacy", mode="before")
     @classmethod
@@ -552,8 +569,9 @@ def load(source: str | Path | dict[str, Any] | None = None, overrides: list[str]
 
 
 def experiment_of(content: dict[str, Any]) -> dict[str, Any]:
-    """The keys that must stay the same when a run is resumed: not where it runs, nor how many clients it waits for."""
-    kept = {key: value for key, value in content.items() if key not in ("output", "engine", "flower")}
+    """The keys that must stay the same when a run is resumed: not where it runs, who is told, nor how many clients it
+    waits for."""
+    kept = {key: value for key, value in content.items() if key not in ("output", "engine", "report_to", "flower")}
     federation = {key: value for key, value in content.get("federation", {}).items() if key != "min_clients"}
     return kept | {"federation": federation}
 

@@ -1,4 +1,4 @@
-"""What can be named in a configuration because a package registers it: methods, kinds of task."""
+"""What can be named in a configuration because a package registers it: methods, kinds of task, trackers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
-METHODS, TASK_KINDS = "lorica.methods", "lorica.tasks"
+METHODS, TASK_KINDS, TRACKERS = "lorica.methods", "lorica.tasks", "lorica.trackers"
 # GaLore-avg is not FedGaLore (arXiv 2602.01746), whose name it had.
 FORMER_METHOD_NAMES = {"fed-galore": "galore-avg"}
 

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 from lorica.run.result import Result
+from tests.reports import draw_nothing
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def in_one_process(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Re
     @cache
     def run(*overrides: str) -> Result:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("lorica.run.rounds.write_report", lambda folder: None)
+            draw_nothing(patched)
             return local(Organisations(tmp_path_factory.mktemp("local")), "local", *overrides)
 
     return run

@@ -30,12 +30,13 @@ from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
 from tests.engines.real_processes import RealProcesses, until
 from tests.engines.test_flower_engine import assert_same, charged, grid, local
+from tests.reports import draw_nothing
 
 
 @pytest.fixture(autouse=True)
 def fresh_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     agreed.cache_clear()
-    monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
+    draw_nothing(monkeypatch)
     monkeypatch.setattr("lorica.engines.flower.engine.POLL_SECONDS", 0.01)
 
 

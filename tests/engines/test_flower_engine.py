@@ -32,6 +32,7 @@ from lorica.run.result import Result
 from lorica.tensors import TYPES
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
+from tests.reports import draw_nothing
 
 METHODS = sorted(registry())
 SHORT = ["federation.rounds=1", "federation.local_steps=1"]
@@ -41,7 +42,7 @@ SHORT = ["federation.rounds=1", "federation.local_steps=1"]
 def fresh_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     agreed.cache_clear()
     # Drawing takes longer than these runs.
-    monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
+    draw_nothing(monkeypatch)
     monkeypatch.setattr("lorica.engines.flower.engine.POLL_SECONDS", 0.01)
 
 

@@ -43,6 +43,7 @@ from lorica.server.reply_checks import check_reply, expected_reply
 from lorica.tensors import decode, encode
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
+from tests.reports import draw_nothing
 from tests.test_tensors import BAD, mutated
 
 RECORDS = 24
@@ -52,7 +53,7 @@ SHAPES = {"s.A": (2, 8), "s.B": (6, 2), "head.weight": (3, 6)}
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     agreed.cache_clear()
-    monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
+    draw_nothing(monkeypatch)
     monkeypatch.setattr("lorica.engines.flower.engine.POLL_SECONDS", 0.001)
 
 

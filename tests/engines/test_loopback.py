@@ -23,6 +23,7 @@ import torch
 from lorica.config import load
 from lorica.engines.flower.launch import launch, with_absolute_paths, write_app
 from lorica.engines.flower.processes import environment, run_app
+from lorica.engines.flower.status import hub_status, node_status
 from lorica.errors import UserError
 from lorica.experiment import Experiment
 from lorica.privacy.ledger import Ledger
@@ -106,6 +107,18 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     wait_until_none_runs(folder)
 
 
+def assert_well(federation: Any, folder: Path) -> None:
+    """`lorica flower status` of a finished run at the hub, and at a node that waits for the next one."""
+    hub = hub_status(folder, federation.home)
+    assert (hub["finished"], hub["round"], hub["problems"]) == (True, 2, [])
+    assert [node["status"] for node in hub["nodes"]] == ["online"] * 3
+    assert hub["run"]["status"] == "finished:completed"
+    node = node_status(federation.folder / "owner-0" / "digits.parquet")
+    assert (node["running"], node["connected"]) == (True, True)
+    assert node["runs"][0]["name"] == hub["name"]
+    assert node["runs"][0]["last_round"] == 2
+
+
 @pytest.mark.parametrize("method", ["as-lora", "fedask", "flora"])
 def test_the_adapter_is_that_of_the_local_engine_bit_for_bit(federation: Any, tmp_path: Path, method: str) -> None:
     folder = federation.folder
@@ -120,6 +133,7 @@ def test_the_adapter_is_that_of_the_local_engine_bit_for_bit(federation: Any, tm
     parts = local.federation.model_copy(update={"partition": "files"})
     result = Experiment(local.model_copy(update={"task": task, "federation": parts})).run()
     expected = safetensors.torch.load_file(result.adapter / "adapter_model.safetensors")
+    assert_well(federation, folder / method)
     found = safetensors.torch.load_file(folder / method / "adapter" / "adapter_model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

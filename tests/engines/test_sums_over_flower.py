@@ -27,6 +27,7 @@ from lorica.server.federation import TooFewReplies
 from lorica.tensors import decode
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations, invitation
+from tests.reports import draw_nothing
 
 Load = Callable[..., lorica.Experiment]
 SMALL = [
@@ -47,7 +48,7 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def fresh_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     # Drawing takes longer than these runs.
-    monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
+    draw_nothing(monkeypatch)
     monkeypatch.setattr("lorica.engines.flower.engine.POLL_SECONDS", 0.01)
     node.agreed.cache_clear()
 

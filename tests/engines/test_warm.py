@@ -115,6 +115,19 @@ def test_a_message_is_given_to_two_workers_and_no_third(
     assert len(asked) == 2
 
 
+def test_a_large_log_is_put_aside_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warm, "LARGEST_LOG", 10)
+    place = tmp_path / "data.lorica"
+    for written, expected in (("small", None), ("a large one", None), ("another large one", "a large one")):
+        path = warm.log_file(place)
+        aside = place / "worker.log.1"
+        assert (aside.read_text() if aside.exists() else None) == expected
+        path.write_text(written)
+    assert warm.log_file(place).read_text() == ""
+    assert aside.read_text() == "another large one"
+    assert {stat.S_IMODE(file.stat().st_mode) for file in place.iterdir()} == {0o600}
+
+
 @pytest.mark.integration
 @pytest.mark.usefixtures("sockets")
 def test_one_worker_answers_as_this_process_would_until_it_is_killed_or_idle(tmp_path: Path) -> None:

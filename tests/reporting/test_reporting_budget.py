@@ -28,6 +28,7 @@ from lorica.privacy.unit import RECORD
 from lorica.reporting.budget import budget_table, read_budget
 from lorica.run.result import Result
 from tests.ledgers import write
+from tests.reports import draw_nothing
 
 POLICY: dict[str, Any] = {
     "max_epsilon": 8.0,
@@ -63,7 +64,7 @@ def finished(
         ]
         own = [f"output={folder}", f"name={name}", f"federation.rounds={rounds}", f"privacy.ledger={ledger}"]
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr("lorica.run.rounds.write_report", lambda folder: None)
+            draw_nothing(patched)
             result = Experiment.load(None, [*small, *own]).run()
     return result, ledger
 

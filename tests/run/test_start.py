@@ -31,6 +31,7 @@ from lorica.tasks.loading import load_tests
 from lorica.testing.federation import dense
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
+from tests.reports import draw_nothing
 from tests.tasks.test_whole_runs import write_tokenizer
 
 METHODS = sorted(registry())
@@ -44,7 +45,7 @@ LOCAL = ["privacy=none", "engine=local", "flower.superlink=null"]
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     agreed.cache_clear()
     # Drawing takes longer than these runs.
-    monkeypatch.setattr("lorica.run.rounds.write_report", lambda folder: None)
+    draw_nothing(monkeypatch)
     monkeypatch.setattr("lorica.engines.flower.engine.POLL_SECONDS", 0.01)
 
 
@@ -56,7 +57,7 @@ def organisations(tmp_path_factory: pytest.TempPathFactory) -> Organisations:
 def finished(organisations: Organisations, name: str, method: str) -> Result:
     config = organisations.experiment(name, f"method.name={method}", "optimizer.lr=2", *LOCAL, *NOISE)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorica.run.rounds.write_report", lambda folder: None)
+        draw_nothing(patch)
         return lorica.Experiment(config).run()
 
 

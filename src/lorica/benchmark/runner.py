@@ -89,7 +89,7 @@ def run_once(planned: PlannedRun, software: Software) -> BenchmarkRun:
     started = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="lorica-") as folder:
         privacy = planned.config.privacy.model_copy(update={"ledger": f"{folder}/ledger.sqlite"})
-        config = planned.config.model_copy(update={"output": folder, "privacy": privacy})
+        config = planned.config.model_copy(update={"output": folder, "report_to": [], "privacy": privacy})
         try:
             prepared, engine = prepare_local(config)
             found = read_run(train(prepared, engine, data={}).folder)

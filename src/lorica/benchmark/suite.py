@@ -261,7 +261,9 @@ def digest_of(config: ExperimentConfig) -> str:
     adds changes no digest.
     """
     content = config.model_dump(
-        mode="json", exclude_defaults=True, exclude={"name": True, "output": True, "privacy": {"ledger"}}
+        mode="json",
+        exclude_defaults=True,
+        exclude={"name": True, "output": True, "report_to": True, "privacy": {"ledger"}},
     )
     _, options = find_method(config.method)
     content["method"] = options.model_dump(mode="json", exclude_defaults=True) | {"name": config.method.name}

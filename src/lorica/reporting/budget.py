@@ -128,6 +128,7 @@ def _run_row(entries: list[tuple[float, Release]], delta: float, names: Mapping[
         "first": datetime.fromtimestamp(min(times), UTC).isoformat(timespec="seconds"),
         "last": datetime.fromtimestamp(max(times), UTC).isoformat(timespec="seconds"),
         "rounds": len({release.round for release in releases}),
+        "last_round": max(release.round for release in releases),
         "releases": len(releases),
         "steps": sum(release.steps for release in releases),
         "sampling_rates": sorted({rate for rate, _, _ in terms}),

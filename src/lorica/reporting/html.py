@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,17 @@ from lorica.reporting.tables import (
 
 PNG_DPI = 160
 MOST_OPEN_ROWS = 25
+REFRESH_SECONDS = 5
+UNFINISHED = Markup('<meta name="run" content="unfinished">')
+"""In the page of a run without privacy.json, which is not the report of the finished run."""
 
 
-def write_report(folder: str | Path) -> Path:
+def write_report(folder: str | Path, live: bool = False) -> Path:
     """Write report.html and the figures accuracy, factors, choices and partition (.png) to a run folder.
+
+    Args:
+        live: the run goes on. The page loads itself again every `REFRESH_SECONDS` seconds and shows the ε spent so far.
+            It is the only file, which takes half the time.
 
     Returns:
         The path of the page.
@@ -73,20 +81,49 @@ def write_report(folder: str | Path) -> Path:
         UserError: as `read_run`, or the folder is not writable.
     """
     run = read_run(folder)
+    if live:
+        run = replace(run, privacy=_privacy_so_far(run))
     figures: dict[str, Figure] = {name: draw(run) for name, draw in _plots(run).items()}
-    files = {f"{name}.png": _png(figure) for name, figure in figures.items()}
+    files = {} if live else {f"{name}.png": _png(figure) for name, figure in figures.items()}
     if run.clients and not client_level(run):
         figures["clients"] = clients_figure(run)
-    page = _render("report.html.j2", _run_view(run) | {"figures": _drawings(figures)})
+    shown = _run_view(run) | (_spent_so_far(run) if live else {})
+    state = UNFINISHED if live or run.privacy is None else ""
+    shown |= {"live": live, "refresh": REFRESH_SECONDS, "state": state, "figures": _drawings(figures)}
+    page = _render("report.html.j2", shown)
     for name, content in (files | {"report.html": page.encode()}).items():
         write_atomically(run.folder / name, content)
     return run.folder / "report.html"
 
 
 def report_is_missing(folder: Path) -> bool:
-    """Whether report.html or one of the plots that belong to it is missing in the folder of a finished run."""
+    """Whether report.html or one of the plots that belong to it is missing in the folder of a finished run.
+
+    A report that was written before the run had finished counts as missing.
+    """
     names = ["report.html", *(f"{name}.png" for name in _plots(read_run(folder)))]
-    return not all((folder / name).is_file() and (folder / name).stat().st_size for name in names)
+    if not all((folder / name).is_file() and (folder / name).stat().st_size for name in names):
+        return True
+    return UNFINISHED.encode() in (folder / "report.html").read_bytes()
+
+
+def _privacy_so_far(run: Run) -> dict[str, Any]:
+    """What stands in for privacy.json while the run goes on."""
+    privacy = run.config["privacy"]
+    noise = privacy["noise"]
+    return {
+        "noise": noise,
+        "private_release": noise == "secure",
+        "unit": privacy["unit"],
+        "target_epsilon": None if noise == "none" else privacy["epsilon"],
+    }
+
+
+def _spent_so_far(run: Run) -> dict[str, str]:
+    """What replaces the cost of a finished run on the page, by the last line of metrics.jsonl."""
+    last, names = run.metrics[-1], {"epsilon": "epsilon", "epsilon_own_noise": "own_noise"}
+    spent = {names[key]: rounded_up(last[key]) for key in names if key in last}
+    return spent | {"delta": rounded_up(run.config["privacy"]["delta"])}
 
 
 def _plots(run: Run) -> dict[str, Callable[[Run], Figure]]:

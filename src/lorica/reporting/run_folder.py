@@ -95,11 +95,11 @@ def read_run(folder: str | Path) -> Run:
                 "give the folder of a run, such as runs/NAME",
             )
     files_are_whole(folder)
-    metrics = _read_rounds(folder / "metrics.jsonl")
+    metrics = read_rounds(folder / "metrics.jsonl")
     if not metrics or metrics[-1]["round"] < 1:
         raise UserError("run", str(folder), "no round is finished", "resume the run until it has finished a round")
     finished = {row["round"] for row in metrics}
-    decisions = [row for row in _read_rounds(folder / "decisions.jsonl") if row["round"] in finished]
+    decisions = [row for row in read_rounds(folder / "decisions.jsonl") if row["round"] in finished]
     config, audit = read_yaml_file(folder / "config.yaml", "config.yaml"), _read_json(folder / AUDIT)
     return Run(
         config=config,
@@ -235,16 +235,17 @@ def not_private(run: Run) -> str | None:
 
 def client_level(run: Run) -> bool:
     """Whether the unit of privacy is a client, so that all clients have one guarantee."""
-    return (run.privacy or {}).get("unit") == "client"
+    return (run.privacy or run.config.get("privacy", {})).get("unit") == "client"
 
 
 def clipping(run: Run) -> str:
     """ "clipped to norm 2" or "not clipped", for runs without noise, whose clip is no part of a guarantee."""
-    norms = {client["clip_norm"] for client in run.clients if client.get("clip_norm") is not None}
+    clients = run.clients or [run.config.get("privacy", {})]
+    norms = {client["clip_norm"] for client in clients if client.get("clip_norm") is not None}
     return f"clipped to norm {max(norms):g}" if norms else "not clipped"
 
 
-def _read_rounds(path: Path) -> list[dict[str, Any]]:
+def read_rounds(path: Path) -> list[dict[str, Any]]:
     """The lines of a JSONL file, sorted by round; empty if the file is missing."""
     if not path.is_file():
         return []

@@ -30,11 +30,13 @@ from lorica.reporting.run_folder import read_run
 from lorica.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lorica.run.divergence import check_finite, check_metrics, warn_of_growth
 from lorica.run.folder import keep_rounds, open_run
+from lorica.run.progress import Progress
 from lorica.run.result import Result, read_result
 from lorica.run.setup import Prepared, server_steps
 from lorica.server.federation import Engine, Federation
 
 OnStart = Callable[[Prepared, Federation, int], None]
+OnOpen = Callable[[str, int], None]
 
 
 def conduct(
@@ -46,11 +48,20 @@ def conduct(
 ) -> Result:
     """Run the remaining rounds over an engine and write everything to the run folder, with the report.
 
-    Arguments and errors are those of `train`.
+    The report is there from the first round on, and `report_to` is told of each round. Arguments are those of `train`.
+
+    Raises:
+        UserError: as `train`, or a tracker cannot be used.
     """
-    result = train(prepared, engine, data, on_start, on_round)
-    write_report(result.folder)
-    return result
+    with Progress(prepared) as progress:
+
+        def after(row: dict[str, Any]) -> None:
+            progress.round(row)
+            on_round(row)
+
+        result = train(prepared, engine, data, on_start, after, progress.open)
+        write_report(result.folder)
+        return result
 
 
 def train(
@@ -59,6 +70,7 @@ def train(
     data: dict[str, str],
     on_start: OnStart = lambda prepared, federation, finished_rounds: None,
     on_round: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    on_open: OnOpen = lambda run, finished: None,
 ) -> Result:
     """Run the remaining rounds over an engine and write everything to the run folder, except for the report.
 
@@ -66,6 +78,10 @@ def train(
 
     Args:
         data: fingerprints of the data (`lorica.run.data`), taken before they were read.
+        on_start: called once the clients have joined, with the number of rounds already finished.
+        on_round: called with the line of metrics.jsonl of each round, once there is a checkpoint of it.
+        on_open: called before the clients are asked to join, with the id of the run and the last round in
+            metrics.jsonl, -1 if there is none.
 
     Raises:
         UserError: the run exceeds a client's budget, too few clients take part, the run diverges, or a file of the run
@@ -81,6 +97,7 @@ def train(
     finished = federation.server.round
     keep_rounds(folder / "metrics.jsonl", 0, -1 if checkpoint is None else finished)
     keep_rounds(folder / "decisions.jsonl", 1, finished)
+    on_open(run, -1 if checkpoint is None else finished)
     federation.join()
     on_start(prepared, federation, finished)
     if checkpoint is None:
@@ -238,8 +255,6 @@ def _finish(prepared: Prepared, federation: Federation) -> Result:
         prepared.task.overlap,
         prepared.start,
     )
-    # `lorica report` may have been called in the middle of the run.
-    (folder / "report.html").unlink(missing_ok=True)
     write_atomically(folder / "privacy.json", to_json(statement, indent=2).encode())
     # If the personal models stay with their clients, export the tensors that all clients share.
     models = _models(prepared, federation) or {"": federation.server.evaluated}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lorica.run.checkpoint import has_checkpoint
 from lorica.run.folder import started_from
 from lorica.schedule import client_ranks, participation_schedule
 from lorica.tasks.records import Task
+from lorica.tracking.base import Tracker, find_trackers
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Prepared:
         ranks: client -> rank of its factors; empty if all clients use the full rank.
         partition: label counts of each simulated client (`partition.json`), if they may be shown.
         start: name and SHA-256 of the adapter that the run starts from (`lora.start`); None for a new adapter.
+        trackers: name -> class of those in `report_to`.
     """
 
     config: ExperimentConfig
@@ -42,6 +44,7 @@ class Prepared:
     ranks: dict[int, int]
     partition: dict[str, Any] | None = None
     start: dict[str, str] | None = None
+    trackers: dict[str, type[Tracker]] = field(default_factory=dict)
 
 
 def prepare(config: ExperimentConfig, task: Task) -> Prepared:
@@ -53,6 +56,7 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     Raises:
         UserError: names the key, the value and the remedy.
     """
+    trackers = find_trackers(config.report_to)
     model = load_model(config, task)
     state = AdapterState(model.sites, model.read(), model.frozen_weight)
     method = make_method(config.method, model.sites)
@@ -77,7 +81,7 @@ def prepare(config: ExperimentConfig, task: Task) -> Prepared:
     start = _begin(config, task, model, state, method.merges)
     check_isolated(config, model, task.test)
     method.start(state, config.seed)
-    return Prepared(config, task, model, state, method, schedule, ranks, start=start)
+    return Prepared(config, task, model, state, method, schedule, ranks, start=start, trackers=trackers)
 
 
 def server_steps(config: ExperimentConfig) -> tuple[OptimizerConfig, int]:

@@ -38,8 +38,7 @@ def write_app(config: ExperimentConfig, folder: Path) -> None:
         raise UserError("DIR", str(folder), "the folder is not empty", "choose a new folder")
     app = {
         "project": {
-            # Flower accepts letters, digits and hyphens, at most 32 characters.
-            "name": re.sub("[^a-z0-9]+", "-", f"lorica-{config.name}".lower())[:32].strip("-"),
+            "name": app_name(config),
             "version": "1.0.0",
             "description": f"Federated LoRA fine-tuning with Lorica: {config.name}",
             "license": {"file": "LICENSE"},
@@ -65,6 +64,11 @@ def write_app(config: ExperimentConfig, folder: Path) -> None:
         text = Template((templates / f"{name}.template").read_text(encoding="utf-8")).substitute(names)
         write_atomically(folder / name, text.encode())
     write_atomically(folder / "policy.yaml", draft_policy(config).encode())
+
+
+def app_name(config: ExperimentConfig) -> str:
+    """Name of the Flower app of an experiment: letters, digits and hyphens, at most 32 characters."""
+    return re.sub("[^a-z0-9]+", "-", f"lorica-{config.name}".lower())[:32].strip("-")
 
 
 def with_absolute_paths(config: ExperimentConfig) -> ExperimentConfig:

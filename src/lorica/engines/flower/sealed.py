@@ -17,12 +17,14 @@ from typing import NoReturn
 
 from lorica.adapters.base_files import hash_of_base
 from lorica.engines.flower.processes import environment
+from lorica.engines.flower.status import note_start
 from lorica.errors import UserError
 from lorica.files import home_folder, write_atomically
 from lorica.owner.identity import read_identity
 from lorica.owner.settings import NodeSettings
 from lorica.privacy.policy import load_policy
 
+NODE_CONFIG = "--node-config"
 RUN_CLIENT_APP = "from lorica.engines.flower.sealed import answer\n\nanswer()\n"
 REFUSE = 'raise SystemExit("this node runs only Lorica")\n'
 
@@ -38,12 +40,12 @@ def become_node(arguments: Sequence[str]) -> NoReturn:
             data or base model cannot be used.
     """
     around = environment()
-    check_settings(arguments)
-    from flwr.supercore.constant import TASK_TYPE_TO_COMMAND, TaskType
+    settings = check_settings(arguments)
+    from flwr.supercore.constant import SUPERLINK_DEFAULT_CLIENT_ADDRESS, TASK_TYPE_TO_COMMAND, TaskType
 
-    if any("--allow-runtime-dependency-installation".startswith(option) for option in arguments if option[:3] == "--a"):
-        option = "--allow-runtime-dependency-installation"
-        raise UserError("node", option, "apps could install packages on this machine", "remove this option")
+    refused = "--allow-runtime-dependency-installation"
+    if any(refused.startswith(given) for given in arguments if given[:3] == "--a"):
+        raise UserError("node", refused, "apps could install packages on this machine", "remove this option")
     commands = home_folder().absolute() / "flower-commands"
     for task, name in TASK_TYPE_TO_COMMAND.items():
         script = f"#!{sys.executable}\n{RUN_CLIENT_APP if task == TaskType.CLIENT_APP else REFUSE}"
@@ -52,26 +54,33 @@ def become_node(arguments: Sequence[str]) -> NoReturn:
     around["PATH"] = os.pathsep.join([str(commands), around["PATH"]])
     program = shutil.which("flower-supernode", path=around["PATH"])
     assert program is not None
+    note_start(settings, option(arguments, "--superlink") or SUPERLINK_DEFAULT_CLIENT_ADDRESS)
     os.execve(program, ["flower-supernode", *arguments], around)
 
 
-def check_settings(arguments: Sequence[str]) -> None:
-    """Check what `--node-config` names, so that its owner sees a mistake before the server asks.
+def option(arguments: Sequence[str], name: str) -> str | None:
+    """The value of a command-line option; None if it is not given."""
+    values = [value for given, value in pairwise(arguments) if given == name]
+    values += [given.partition("=")[2] for given in arguments if given.startswith(f"{name}=")]
+    return values[-1] if values else None
+
+
+def check_settings(arguments: Sequence[str]) -> NodeSettings:
+    """Read `--node-config` and check what it names, so that its owner sees a mistake before the server asks.
 
     Raises:
         UserError: names the key, its value and the remedy.
     """
     from flwr.common.config import parse_config_args
 
-    lines = [value for option, value in pairwise(arguments) if option == "--node-config"]
-    lines += [option.partition("=")[2] for option in arguments if option.startswith("--node-config=")]
-    if not lines:
-        raise UserError("--node-config", None, "required", 'add --node-config \'client=0 data="…" policy="…"\'')
+    line = option(arguments, NODE_CONFIG)
+    if line is None:
+        raise UserError(NODE_CONFIG, None, "required", 'add --node-config \'client=0 data="…" policy="…"\'')
     try:
-        given = parse_config_args(lines)
+        given = parse_config_args([line])
     except Exception:
         remedy = "write key=value pairs separated by spaces, and put texts in double quotes"
-        raise UserError("--node-config", " ".join(lines), "not readable", remedy) from None
+        raise UserError(NODE_CONFIG, line, "not readable", remedy) from None
     settings = NodeSettings.of(given)
     if settings.data is not None and not Path(settings.data).expanduser().exists():
         raise UserError("node-config.data", settings.data, "no such file or folder", "set data to an existing path")
@@ -85,6 +94,7 @@ def check_settings(arguments: Sequence[str]) -> None:
         if policy is not None and policy.base_models is not None and found not in policy.base_models:
             remedy = f"add {found} to base_models in the policy, or set base to another folder"
             raise UserError("node-config.base", settings.base, "the policy does not allow this model", remedy)
+    return settings
 
 
 def answer() -> None:

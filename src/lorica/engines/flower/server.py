@@ -90,6 +90,8 @@ def for_nodes(config: ExperimentConfig, task: Task, start: dict[str, str] | None
     if start is not None:
         lora = config.lora.model_copy(update={"start": f"sha256:{start['sha256']}"})
         config = config.model_copy(update={"lora": lora})
+    # A node has nothing to report, and may not even know the trackers.
+    config = config.model_copy(update={"report_to": []})
     known: dict[str, Any] = {"labels": task.label_names} if task.has_classes else {}
     if config.flower.superlink is None:
         return config.model_copy(update={"task": config.task.model_copy(update=known)})

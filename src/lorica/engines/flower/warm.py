@@ -35,6 +35,8 @@ from lorica.owner.refusals import ERROR, because_of
 from lorica.owner.settings import NodeSettings
 
 START_SECONDS = 120.0
+LARGEST_LOG = 10 * 2**20
+"""Bytes of worker.log beyond which the next worker starts a new one, and keeps this one as worker.log.1."""
 logger = logging.getLogger(__name__)
 
 
@@ -109,6 +111,16 @@ def runtime_folder() -> Path:
     return folder
 
 
+def log_file(place: Path) -> Path:
+    """The worker's log in the node's folder, which only the owner's account can read. A large one is put aside."""
+    path = private_folder(place) / "worker.log"
+    create_private(path)
+    if path.stat().st_size > LARGEST_LOG:
+        os.replace(path, path.with_name("worker.log.1"))
+        create_private(path)
+    return path
+
+
 def _ask_worker(
     settings: NodeSettings, invitation: str, request: bytes | None, question: str | None
 ) -> dict[str, str | bytes]:
@@ -160,8 +172,7 @@ def _try(address: Path) -> Connection | None:
 
 
 def _start(settings: NodeSettings, address: Path, node: int) -> subprocess.Popen[bytes]:
-    log_path = private_folder(settings.place) / "worker.log"
-    create_private(log_path)
+    log_path = log_file(settings.place)
     # The socket of an earlier worker, where nobody listens any more.
     address.unlink(missing_ok=True)
     arguments = [settings.model_dump_json(), str(address), str(node)]
