@@ -68,7 +68,7 @@ def test_a_run_without_the_noise_that_it_claims_is_refuted(monkeypatch: pytest.M
             "optimizer": {"lr": 0.5, "weight_decay": 0.1},
         },
         {"method": {"name": "fedask"}},
-        {"method": {"name": "lora-a2"}, "local": {"damping": 0.1}, "federation": SMALL | {"rounds": 4}},
+        {"method": {"name": "lora-a2"}, "local": {"scaled_gd": True}, "federation": SMALL | {"rounds": 4}},
         {"method": {"name": "fedsa-lora"}, "federation": SMALL | {"rounds": 3}},
         {"optimizer": {"name": "adamw", "lr": 0.01}},
         {"local": {"scaffold": True}, "method": {"name": "fed-avg"}, "federation": SMALL | {"rounds": 3}},
