@@ -56,7 +56,9 @@ RATES = (0.1, 0.3, 1.0, 3.0)
 RECORDS, BATCH, CLIP = 1000, 100, 100.0
 # The warm-up of two rounds, the least, since a tenth of the rounds would be enough to alternate to the minimum.
 BY_LAYER, TIED = "as-lora:warm_up=0", "as-lora:warm_up=0+granularity=tied"
-ALTERNATING = (BY_LAYER, TIED, "random-lora", "ro-lora")
+SOFTMAX = "as-lora:warm_up=0+select=softmax+ema=0.9"
+"""The paper's rule, in the gauge that all share."""
+ALTERNATING = (BY_LAYER, TIED, SOFTMAX, "random-lora", "ro-lora")
 METHODS = (*ALTERNATING, "ffa-lora", "fed-avg")
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, help="Put the claims of AS-LoRA's paper to the test."
@@ -355,7 +357,7 @@ def spectrum(product: Callable[[np.ndarray], np.ndarray], size: int, seed: int, 
 def privacy(rounds: int = 30) -> None:
     """Claim 4: the choices cost no privacy: they are the same for other private records, if the uploads are."""
     table = Table("score", "selection", "same choices and scores, bit for bit", "same with uploads of its own")
-    for score, select in product(("curvature", "energy", "last-step-energy"), ("softmax", "thompson")):
+    for score, select in product(("curvature", "energy", "last-step-energy"), ("significance", "softmax", "thompson")):
         options = {"score": score, "select": select}
         kept = _choices(options, rounds, records=0)
         others = _choices(options, rounds, records=100, uploads=kept.uploads)

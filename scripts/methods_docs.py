@@ -117,6 +117,10 @@ any adapted map. Where the basis changed, both factors travel down. State that t
 
 The gauge is Lorica's, not that of the papers: `method.gauge: none` is the papers' algorithm.
 
+`method.first` says which factor is trained first. LoRA starts with a random A and B at zero, so B has to be first:
+for a while, the update reads a few random directions of the layer's input. With `first: A` the roles are exchanged: B
+starts with random orthonormal columns and A at zero, and the first rounds learn which directions of the input matter.
+
 ## Two methods that are not here
 
 The Sketched Gaussian Mechanism on Matrix (SGMM, OpenReview 4xzpNtnowK) sends a random sketch `S U` of an update `U`

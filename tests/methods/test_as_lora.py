@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def test_a_is_not_trained_while_b_is_zero() -> None:
 
 
 @pytest.mark.parametrize("score", ["curvature", "energy", "last-step-energy"])
-@pytest.mark.parametrize("select", ["softmax", "thompson"])
+@pytest.mark.parametrize("select", ["significance", "softmax", "thompson"])
 def test_the_factor_with_the_larger_gradient_is_preferred(score: str, select: str) -> None:
     for a, b, low, high in ((10.0, 0.5, 0.75, 1.0), (0.5, 10.0, 0.0, 0.25)):
         method, server = make(rounds=60, score=score, select=select)
@@ -117,13 +118,41 @@ def test_the_factor_with_the_larger_gradient_is_preferred(score: str, select: st
 
 def test_probability_follows_the_formula() -> None:
     """Ratio 2 at t = 30 after a warm-up of 10: 0.717; from t = 55: 0.966 (methods.md 1.4)."""
-    method, _ = make()
+    method, _ = make(select="softmax")
     for group in method.groups:
         method.blocks[group, "A"].gain, method.blocks[group, "B"].gain = 2.0, 1.0
         assert method._probability_of_a(group, 20) == pytest.approx(0.717, abs=1e-3)
         assert method._probability_of_a(group, 45) == pytest.approx(0.966, abs=1e-3)
         method.blocks[group, "A"].gain = 10.0
         assert method._probability_of_a(group, 20) == pytest.approx(0.907, abs=1e-3)
+
+
+def test_a_layer_alternates_until_its_gains_differ_significantly() -> None:
+    """The standard deviation of the difference is 0.5; the two gains differ by 0.9, 1.1 and -1.1."""
+    method, _ = make(deviations=2.0)
+    group = next(iter(method.groups))
+    a, b = method.blocks[group, "A"], method.blocks[group, "B"]
+    a.variance, b.variance = 0.09, 0.16
+    for gain, chosen in ((1.9, {"A": "B", "B": "A"}), (2.1, {"A": "A", "B": "A"}), (-0.1, {"A": "B", "B": "B"})):
+        a.gain, b.gain = gain, 1.0
+        for latest in ("A", "B"):
+            method.latest[group] = latest
+            assert method._probability_of_a(group, 5) == float(chosen[latest] == "A")
+
+
+def test_layers_alternate_under_noise_that_hides_their_gradients() -> None:
+    """Pure noise of the declared variance: four deviations are not reached in 200 rounds."""
+    draws = torch.Generator().manual_seed(3)
+
+    def noise(name: str, client: int) -> torch.Tensor:
+        shape = {"A": (2, 6), "B": (5, 2)}.get(name[-1], (3, 5))
+        # Four local steps with noise of 1·1/10 each, averaged.
+        return 0.1 / 2 * torch.randn(shape, generator=draws)
+
+    method, server = make(rounds=200, deviations=4.0)
+    history = play(method, server, noise, 200)
+    changes = [one[SITES[0].name] != other[SITES[0].name] for one, other in itertools.pairwise(history)]
+    assert all(changes)
 
 
 def test_thompson_is_the_normal_probability_and_keeps_its_floor() -> None:
@@ -293,8 +322,9 @@ def test_granularity_says_what_decides_together(granularity: str, groups: int) -
         )
 
 
-def test_freeze_trains_neither_factor_of_a_layer_that_only_loses() -> None:
-    method, server = make(rounds=60, select="thompson", freeze=True)
+@pytest.mark.parametrize("select", ["significance", "thompson"])
+def test_freeze_trains_neither_factor_of_a_layer_that_only_loses(select: str) -> None:
+    method, server = make(rounds=60, select=select, freeze=True)
     server.round = 30
     for (group, _), block in method.blocks.items():
         block.gain, block.variance = (-1.0, 0.01) if group == "model.layers.1" else (1.0, 0.01)
@@ -342,9 +372,10 @@ def test_last_step_energy_uploads_one_number_a_tensor_and_the_default_nothing(tm
 
 def test_adam_refuses_scores_that_need_the_noise_variance() -> None:
     adam = OptimizerConfig(name="adamw")
-    make()[0].check(adam, 3, 4)
-    for options, clients in (({"score": "energy"}, 3), ({"select": "thompson"}, 3), ({}, 1)):
+    softmax = {"select": "softmax"}
+    make(**softmax)[0].check(adam, 3, 4)
+    for options, clients in ((softmax | {"score": "energy"}, 3), ({"select": "thompson"}, 3), ({}, 3), (softmax, 1)):
         with pytest.raises(UserError, match="adamw"):
             make(**options)[0].check(adam, clients, 4)
-    with pytest.raises(UserError, match="thompson"):
-        make(freeze=True)[0].check(OptimizerConfig(), 3, 4)
+    with pytest.raises(UserError, match="significance"):
+        make(select="softmax", freeze=True)[0].check(OptimizerConfig(), 3, 4)

@@ -16,7 +16,7 @@ from lorica.config import load
 from lorica.errors import UserError
 from lorica.methods.base import make_method
 from lorica.methods.components import NEW_BASIS, check_components
-from lorica.methods.gauge import SCALE, GaugeOptions, fix_gauge
+from lorica.methods.gauge import SCALE, GaugeOptions, fix_gauge, start_with, trainable
 from lorica.testing.checks import CHECKS, record
 from lorica.testing.federation import UNCLIPPED, dense, run_rounds, tiny_federation
 from tests.methods.conftest import REGISTRY
@@ -163,6 +163,8 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     *((name, {"gauge": "none"}) for name in GAUGED),
     ("as-lora", {"score": "energy", "select": "thompson", "freeze": True}),
     ("as-lora", {"score": "last-step-energy"}),
+    ("as-lora", {"select": "softmax"}),
+    *((name, {"first": "A"}) for name in GAUGED),
 ]
 
 
@@ -199,3 +201,43 @@ def test_the_step_does_not_depend_on_the_scale_of_the_factors(tmp_path: Path) ->
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(one.norm()))
     assert max(one.norm() for one in found[0]) > 1e-5
+
+
+@pytest.mark.parametrize("name", GAUGED)
+def test_a_can_be_the_first_factor(name: str, tmp_path: Path) -> None:
+    """The roles are exchanged: B is random and orthonormal, A is zero, so the model starts as it is and trains A."""
+    some = tiny_federation(name, tmp_path, {"first": "A"})
+    sites, tensors = some.server.model.sites, some.server.model.tensors
+    starts = [tensors[site.b] for site in sites]
+    for site, b in zip(sites, starts, strict=True):
+        torch.testing.assert_close(gram(b.T), torch.eye(site.rank).double() / 3, rtol=0, atol=1e-6)
+        assert not dense(some.server.model, site).any()
+    assert not torch.equal(starts[0], starts[1])
+    run_rounds(some, 2)
+    assert set(some.engine.requests[0][0].work.trained) >= {site.a for site in sites}
+    assert not set(some.engine.requests[0][0].work.trained) & {site.b for site in sites}
+    assert all(dense(some.server.model, site).any() for site in sites)
+    if name != "random-lora":
+        assert set(some.engine.requests[1][0].work.trained) >= {site.b for site in sites}
+
+
+def test_an_adapter_that_was_trained_before_keeps_its_product() -> None:
+    _, model = random_state()
+    start_with(GaugeOptions(first="A"), model, seed=0)
+    assert set(model.versions.values()) == {0}
+
+
+def test_a_first_factor_of_more_columns_than_rows_is_refused() -> None:
+    options = ["method.name=ro-lora", "method.gauge=none", "method.first=A"]
+    method = make_method(load(None, options).method, [random_state(d_out=3, rank=4)[0]])
+    with pytest.raises(UserError, match=r"lora\.r = 4.*method\.first=A.* at most 3.*method\.first=B"):
+        method.check(load().optimizer, 3, 1)
+
+
+def test_a_factor_that_has_no_gradient_is_not_trained() -> None:
+    site, model = random_state()
+    assert [trainable(factor, model, [site]) for factor in ("A", "B", "")] == ["A", "B", ""]
+    model.assign({site.b: torch.zeros(6, 2)})
+    assert [trainable(factor, model, [site]) for factor in ("A", "B", "")] == ["B", "B", ""]
+    model.assign({site.b: torch.ones(6, 2), site.a: torch.zeros(2, 5)})
+    assert [trainable(factor, model, [site]) for factor in ("A", "B", "")] == ["A", "A", ""]

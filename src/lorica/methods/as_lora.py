@@ -13,14 +13,23 @@ from torch import Tensor
 
 from lorica.adapters.names import Pair, other_factor
 from lorica.adapters.sites import Site
-from lorica.adapters.state import Factors
+from lorica.adapters.state import AdapterState, Factors
 from lorica.aggregation.noise import mean_noise_variance, step_weights
 from lorica.config import OptimizerConfig
 from lorica.errors import UserError
 from lorica.methods.base import About, Method
 from lorica.methods.components import SCORED
 from lorica.methods.exchange import Replies, Round, Train
-from lorica.methods.gauge import REFUSES, SCALE, GaugeOptions, check_gauge, fix_gauge, refused_with
+from lorica.methods.gauge import (
+    REFUSES,
+    SCALE,
+    GaugeOptions,
+    check_gauge,
+    fix_gauge,
+    refused_with,
+    start_with,
+    trainable,
+)
 from lorica.methods.scores import (
     alignment,
     cross_client_energy,
@@ -31,7 +40,7 @@ from lorica.methods.scores import (
     shared_dimension,
     weight_alignment,
 )
-from lorica.methods.server import Server, is_zero
+from lorica.methods.server import Server
 
 
 @dataclass
@@ -87,8 +96,8 @@ class ASLoRA(Method):
 
     Round `t`:
 
-    1. Warm-up (the first tenth of the rounds, at least two): B in odd rounds, A in even ones. After that, `select`
-       decides. A layer whose B is zero trains B.
+    1. Warm-up (the first tenth of the rounds, at least two): the layers alternate. After that, `select` decides. A
+       layer with a factor that is zero trains that one.
     2. `gauge: orthonormal`: the server changes the basis of each layer's factors, so that the one that rests is
        orthonormal times 1/√3. Their product stays.
     3. Clients train the active factors; the server adds the weighted mean of their updates.
@@ -102,19 +111,24 @@ class ASLoRA(Method):
          score in most rounds, computed here from the privatised gradient.
     5. `gain ← β gain + (1-β) a S` for the active blocks.
 
-    `select: softmax`: with `D = (S_A - S_B)/(|S_A| + |S_B|)` and temperature `T = max(0.1, 0.95^(t - warm-up))`, A is
-    chosen with probability `1/(1 + exp(-D/T))`. `select: thompson`: A is chosen with probability
-    `Φ((S_A - S_B)/√(s_A² + s_B²))`, clipped to `[floor, 1 - floor]`. The variance of an inactive block grows by
-    `(0.1 gain)²` per round, so no block is starved. With `freeze`, a layer trains neither factor while both gains are
-    below zero by a standard deviation.
+    `select: significance`: the factor that the layer did not train last, unless `|S_A - S_B|` exceeds `deviations`
+    times `√(s_A² + s_B²)`; then the one with the larger gain. So where noise hides the difference, layers alternate as
+    in RoLoRA, and without noise every choice follows the gains. A choice that follows noisy gains tends to stay: the
+    estimate for the factor at rest is as old as its last activation, and nothing shows how much the factor in use has
+    left to gain. Alternating needs no estimate.
 
-    Under DP each round records `|S_A - S_B|/√(s_A² + s_B²)` of every choice, its signal-to-noise ratio. If it is below
-    1 in most rounds, the choices were near to coin flips.
+    `select: softmax`, the paper's: with `D = (S_A - S_B)/(|S_A| + |S_B|)` and temperature `T = max(0.1, 0.95^(t -
+    warm-up))`, A is chosen with probability `1/(1 + exp(-D/T))`. `select: thompson`: A is chosen with probability
+    `Φ((S_A - S_B)/√(s_A² + s_B²))`, clipped to `[floor, 1 - floor]`.
 
-    The gauge (`lorica.methods.gauge`) is not in the paper; `gauge: none` is the paper's algorithm. Without it, noise on
-    A reaches the weight multiplied by B, and B grows with the noise that it has collected, so that under strict privacy
-    steps on A do more and more harm. With it, the gain is the same in all rounds, and gradients of A and B have the
-    same unit.
+    The variance of an inactive block grows by `(0.1 gain)²` per round, so no block is starved. With `freeze`, which
+    needs known variances, a layer trains neither factor while both gains are below zero by a standard deviation. Under
+    DP each round records `|S_A - S_B|/√(s_A² + s_B²)` of every choice, its signal-to-noise ratio.
+
+    The paper's algorithm is `gauge: none`, `select: softmax`, `ema: 0.9`. The gauge (`lorica.methods.gauge`) is not in
+    the paper. Without it, noise on A reaches the weight multiplied by B, and B grows with the noise that it has
+    collected, so that under strict privacy steps on A do more and more harm. With it, the gain is the same in all
+    rounds, and gradients of A and B have the same unit.
 
     Denoising may change the step, and so may server optimisers without a gauge, but scores always use the plain mean.
 
@@ -141,16 +155,18 @@ class ASLoRA(Method):
         """What shares one decision: the sites of a layer, each site by itself, or all sites."""
         score: Literal["curvature", "energy", "last-step-energy"] = "curvature"
         """How a factor's gain is predicted."""
-        select: Literal["softmax", "thompson"] = "softmax"
+        select: Literal["significance", "softmax", "thompson"] = "significance"
         """How the gains determine the choice."""
         warm_up: float = Field(0.1, ge=0, le=1)
-        """Fraction of the rounds, at the start, that alternate B, A, B, A…; at least two rounds."""
-        ema: float = Field(0.9, ge=0, lt=1)
+        """Fraction of the rounds, at the start, that alternate; at least two rounds."""
+        ema: float = Field(0.5, ge=0, lt=1)
         """`β` of the gains' moving average."""
+        deviations: float = Field(2.0, ge=0)
+        """With `significance`, how many standard deviations the gains have to differ by to break the alternation."""
         floor: float = Field(0.05, ge=0, le=0.5)
         """Minimum probability of either factor with `thompson`."""
         freeze: bool = False
-        """With `thompson`, let a layer train neither factor while both appear harmful."""
+        """With `significance` or `thompson`, let a layer train neither factor while both appear harmful."""
 
     options: Options
 
@@ -167,12 +183,13 @@ class ASLoRA(Method):
         for group, members in self.groups.items():
             self.blocks[group, "A"] = Block(members, "A")
             self.blocks[group, "B"] = Block(members, "B")
+        self.latest: dict[str, Factors] = dict.fromkeys(self.groups, "")
         self.probabilities: dict[str, float] = {}
         self.signal_to_noise: dict[str, float] = {}
 
     def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:
         if optimizer.name == "adamw" and (
-            self.options.score == "energy" or self.options.select == "thompson" or clients == 1
+            self.options.score == "energy" or self.options.select != "softmax" or clients == 1
         ):
             raise UserError(
                 "optimizer.name",
@@ -180,9 +197,13 @@ class ASLoRA(Method):
                 "AdamW rescales the noise, so the server does not know the noise variance of an update",
                 "use sgd, or set method.score=curvature and method.select=softmax with at least two clients per round",
             )
-        if self.options.freeze and self.options.select != "thompson":
-            raise UserError("method.freeze", True, "requires method.select=thompson", "set method.select=thompson")
+        if self.options.freeze and self.options.select == "softmax":
+            reason = "method.select=softmax does not use the variances of the gains, which tell harm from noise"
+            raise UserError("method.freeze", True, reason, "set method.select=significance")
         check_gauge(self.options, self.sites)
+
+    def start(self, model: AdapterState, seed: int) -> None:
+        start_with(self.options, model, seed)
 
     def round(self, server: Server) -> Round:
         choice = self._choose(server)
@@ -200,7 +221,8 @@ class ASLoRA(Method):
         for group, members in self.groups.items():
             coin = coins.random()
             if server.round <= warm_up:
-                choice[group] = "B" if server.round % 2 else "A"
+                first = self.options.first
+                choice[group] = first if server.round % 2 else "A" if first == "B" else "B"
             else:
                 self.probabilities[group] = self._probability_of_a(group, server.round - warm_up)
                 if server.private and server.optimizer.name == "sgd":
@@ -208,8 +230,8 @@ class ASLoRA(Method):
                 choice[group] = "A" if coin < self.probabilities[group] else "B"
                 if self.options.freeze and self._harmful(group):
                     choice[group] = ""
-            if choice[group] == "A" and is_zero(server, members):
-                choice[group] = "B"
+            choice[group] = trainable(choice[group], server.model, members)
+            self.latest[group] = choice[group] or self.latest[group]
         if not any(choice.values()) and not server.model.head:
             best = max(self.blocks, key=lambda key: self.blocks[key].gain or 0.0)
             choice[best[0]] = cast(Factors, best[1])
@@ -230,6 +252,10 @@ class ASLoRA(Method):
             relative = difference / max(abs(a.gain) + abs(b.gain), 1e-30)
             return 1 / (1 + math.exp(-min(max(relative / temperature, -30.0), 30.0)))
         deviation = math.sqrt(a.variance + b.variance)
+        if self.options.select == "significance":
+            if abs(difference) > self.options.deviations * deviation:
+                return float(difference > 0)
+            return float(self.latest[group] == "B")
         certainty = 0.5 * (1 + math.erf(difference / max(deviation, 1e-30) / math.sqrt(2)))
         return min(max(certainty, self.options.floor), 1 - self.options.floor)
 
@@ -335,12 +361,13 @@ class ASLoRA(Method):
         return {"probability_a": self.probabilities, "signal_to_noise": self.signal_to_noise}
 
     def state_dict(self) -> dict[str, Any]:
-        state = {}
+        state: dict[str, Any] = {"latest": dict(self.latest)}
         for (group, factor), block in self.blocks.items():
             state[f"{group}:{factor}"] = {key: getattr(block, key) for key in STATE_FIELDS}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.latest = dict(state["latest"])
         for (group, factor), block in self.blocks.items():
             for key, value in state[f"{group}:{factor}"].items():
                 setattr(block, key, value)

@@ -9,20 +9,21 @@ variance `v` in each coordinate of the trained factor has the energy `γ² s² v
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from lorica.adapters.algebra import with_orthonormal_columns, with_orthonormal_rows
+from lorica.adapters.algebra import orthonormal, with_orthonormal_columns, with_orthonormal_rows
 from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState, Factors
 from lorica.config import OptimizerConfig, Strict
 from lorica.errors import UserError
 from lorica.methods.base import Method
 from lorica.methods.components import NEW_BASIS, SAME_RANKS
+from lorica.streams import numpy_stream
 
 SCALE = 3**-0.5
 """`s`. PEFT's initial A has singular values near it: its entries have variance `1/(3 d_in)`."""
@@ -35,11 +36,14 @@ REFUSES: dict[str, str] = {
 
 
 class GaugeOptions(Strict):
-    """The option of methods that train one factor of a product."""
+    """The options of methods that train one factor of a product."""
 
     gauge: Literal["orthonormal", "none"] = "orthonormal"
     """`orthonormal`: before a round, change the basis of the factors so that the one that is not trained is orthonormal
     times 1/√3. Their product stays the same. `none`: leave them as training left them."""
+    first: Literal["A", "B"] = "B"
+    """The factor that is trained first. `B`, as in LoRA: A starts at random and B at zero. `A`: B starts with random
+    orthonormal columns times 1/√3 and A at zero."""
 
 
 def refused_with(options: GaugeOptions) -> dict[str, str]:
@@ -54,7 +58,7 @@ class GaugedMethod(Method):
     client_level = 1
 
     class Options(GaugeOptions):
-        """The gauge alone."""
+        """The gauge and the first factor."""
 
     options: Options
 
@@ -65,12 +69,15 @@ class GaugedMethod(Method):
     def check(self, optimizer: OptimizerConfig, clients: int, local_steps: int) -> None:
         check_gauge(self.options, self.sites)
 
+    def start(self, model: AdapterState, seed: int) -> None:
+        start_with(self.options, model, seed)
+
 
 def check_gauge(options: GaugeOptions, sites: list[Site]) -> None:
     """Check the ranks.
 
     Raises:
-        UserError: the rank of a site exceeds one of its dimensions, so that its factors cannot be orthonormal.
+        UserError: the rank of a site exceeds a dimension of a factor that has to be orthonormal.
     """
     for site in sites:
         smaller = min(site.d_in, site.d_out)
@@ -81,6 +88,38 @@ def check_gauge(options: GaugeOptions, sites: list[Site]) -> None:
                 f"with method.gauge=orthonormal the rank of {site.name} is at most {smaller}, its smaller dimension",
                 f"choose lora.r of at most {smaller}, or set method.gauge=none",
             )
+        if options.first == "A" and site.rank > site.d_out:
+            raise UserError(
+                "lora.r",
+                site.rank,
+                f"with method.first=A the rank of {site.name} is at most {site.d_out}, the number of its outputs",
+                f"choose lora.r of at most {site.d_out}, or set method.first=B",
+            )
+
+
+def start_with(options: GaugeOptions, model: AdapterState, seed: int) -> None:
+    """With `first: A`, exchange the roles of the factors in an adapter that is zero: `B ← s Q`, `A ← 0`.
+
+    `Q` has random orthonormal columns. A site whose B is not zero was trained before (`lora.start`) and stays as it is.
+    """
+    if options.first == "B":
+        return
+    draws = numpy_stream(seed, "first-factor")
+    for site in model.sites:
+        random = SCALE * orthonormal(site.d_out, site.rank, draws)
+        if not bool(model.tensors[site.b].any()):
+            model.assign({site.b: random, site.a: torch.zeros_like(model.tensors[site.a])})
+
+
+def trainable(factor: Factors, model: AdapterState, sites: Sequence[Site]) -> Factors:
+    """The factor to train: the chosen one, or the other one if that is zero at any of the sites.
+
+    `∂L/∂A = γ Bᵀ G` is zero while B is, and `∂L/∂B = γ G Aᵀ` while A is: training such a factor uploads only noise.
+    """
+    names = {"A": [site.b for site in sites], "B": [site.a for site in sites]}
+    if factor in names and not all(bool(model.tensors[name].any()) for name in names[factor]):
+        return "B" if factor == "A" else "A"
+    return factor
 
 
 def fix_gauge(options: GaugeOptions, model: AdapterState, factors: Mapping[str, Factors]) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from lorica.adapters.state import Factors
 from lorica.methods.base import About
 from lorica.methods.exchange import Round, Train
-from lorica.methods.gauge import GaugedMethod, fix_gauge
-from lorica.methods.server import Server, is_zero
+from lorica.methods.gauge import GaugedMethod, fix_gauge, trainable
+from lorica.methods.server import Server
 
 
 class RandomLoRA(GaugedMethod):
     """AS-LoRA without its score: an ablation.
 
     Idea: an independent fair coin chooses the factor for each layer and round. Under DP noise AS-LoRA's released score
-    is almost a coin flip, so this is the baseline that a score has to beat. A layer whose B is still zero trains B.
+    is almost a coin flip, so this is the baseline that a score has to beat. In the first round
+    all layers train the factor that is zero.
     Travels: the active factors up; with a gauge, both factors down where the choice changes. Aggregation is exact.
     DP: sound under the canonical step.
     """
@@ -31,11 +32,11 @@ class RandomLoRA(GaugedMethod):
     def round(self, server: Server) -> Round:
         coins = server.generator("random-lora")
         layers = {site.layer: [other for other in self.sites if other.layer == site.layer] for site in self.sites}
-        choice: dict[str, Factors] = {
-            layer: "A" if coins.random() < 0.5 and not is_zero(server, sites) else "B"
+        choice = {
+            layer: trainable("A" if coins.random() < 0.5 else "B", server.model, sites)
             for layer, sites in layers.items()
         }
-        factors = {site.name: choice[site.layer] for site in self.sites}
+        factors: dict[str, Factors] = {site.name: choice[site.layer] for site in self.sites}
         fix_gauge(self.options, server.model, factors)
         replies = yield Train(factors)
         server.step(replies)

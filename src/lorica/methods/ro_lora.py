@@ -18,8 +18,8 @@ class RoLoRA(GaugedMethod):
     DP: the paper has none; sound under the canonical step. Training starts with B, since A has no gradient while B is
     zero.
 
-    With `gauge: orthonormal`, which is not in the paper, the factor that rests is made orthonormal before each round.
-    `gauge: none` is the paper's algorithm.
+    With `first: A` the roles are exchanged: B starts at random and A at zero. With `gauge: orthonormal` the factor that
+    rests is made orthonormal before each round. Neither is in the paper, whose algorithm is `gauge: none`.
     """
 
     name = "ro-lora"
@@ -33,7 +33,9 @@ class RoLoRA(GaugedMethod):
     )
 
     def round(self, server: Server) -> Round:
-        factors: dict[str, Factors] = {site.name: "B" if server.round % 2 else "A" for site in self.sites}
+        first = self.options.first
+        other: Factors = "A" if first == "B" else "B"
+        factors: dict[str, Factors] = {site.name: first if server.round % 2 else other for site in self.sites}
         fix_gauge(self.options, server.model, factors)
         replies = yield Train(factors)
         server.step(replies)

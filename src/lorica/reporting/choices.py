@@ -22,13 +22,13 @@ def median_signal_to_noise(run: Run) -> list[tuple[int, float]]:
     return found
 
 
-def near_coin_flips(run: Run) -> str | None:
+def mostly_noise(run: Run) -> str | None:
     """A sentence that says so, if the median ratio is below 1 in most rounds; None otherwise."""
     ratios = [ratio for _, ratio in median_signal_to_noise(run)]
     below = sum(ratio < 1 for ratio in ratios)
     if 2 * below <= len(ratios):
         return None
     return (
-        f"The ratio was below 1 in {below} of {len(ratios)} rounds: the scores were mostly noise, and the choices were "
-        "near to coin flips."
+        f"The ratio was below 1 in {below} of {len(ratios)} rounds: the scores were mostly noise and said little "
+        "about which factor to train."
     )

@@ -18,7 +18,7 @@ from lorica.reporting.audit import audit_notes, audit_rows
 from lorica.reporting.benchmark import Benchmark
 from lorica.reporting.benchmark_figures import epsilon_figure, setting_figure
 from lorica.reporting.benchmark_tables import benchmark_headings, benchmark_markdown, benchmark_rows, setting_notes
-from lorica.reporting.choices import median_signal_to_noise, near_coin_flips
+from lorica.reporting.choices import median_signal_to_noise, mostly_noise
 from lorica.reporting.clients import MOST_CLIENTS, client_rows, left_out_text
 from lorica.reporting.comparison import ComparedRun, comparison_content, summarise
 from lorica.reporting.drawing import Figure, rc_context
@@ -317,7 +317,7 @@ def _run_view(run: Run) -> dict[str, Any]:
         "assumptions": privacy.get("assumptions") or [],
         "not_covered": privacy.get("not_covered") or [],
         "audit": None if run.audit is None else (*audit_rows(run.audit), audit_notes(run.audit)),
-        "coin_flips": near_coin_flips(run),
+        "mostly_noise": mostly_noise(run),
         "traffic": _traffic(run),
         "left_out": missing_text(run.metrics),
         "config": yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True),
