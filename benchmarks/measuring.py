@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from lorica.adapters.loading import has_bf16
+
 
 class Clock(StrEnum):
     """`wall`: time that passes. `cpu`: time of the processor; with one thread, what others run does not count."""
@@ -61,11 +63,6 @@ def machine(clock: Clock) -> str:
         f"{kind}, {os.cpu_count()} cores, {features}, threads: {torch.get_num_threads()}, {clock.value} clock, "
         f"load {load}; {packages}"
     )
-
-
-def has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 matrices by itself; where it does not, PyTorch is many times slower in bf16."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def verdict(met: bool) -> str:

@@ -263,6 +263,7 @@ def main(
     records: Annotated[int, typer.Option(help="Of all clients together.")] = RECORDS,
     clients: int = CLIENTS,
     precision: Annotated[Precision, typer.Option(help="Of the frozen base in Lorica.")] = Precision.fp32,
+    dropout: Annotated[bool, typer.Option(help="Of the frozen base in Lorica; the other way keeps it.")] = True,
     ablations: Annotated[bool, typer.Option(help="Also measure where the gain comes from.")] = True,
     threads: Annotated[int | None, typer.Option(help="Default: as many as PyTorch takes.")] = None,
     clock: Annotated[Clock, typer.Option(help="cpu, with one thread, on a machine that others use.")] = Clock.wall,
@@ -287,7 +288,7 @@ def main(
         config = {
             "name": "round",
             "output": scratch,
-            "model": {"base": folder, "precision": precision.value},
+            "model": {"base": folder, "precision": precision.value, "dropout": dropout},
             "lora": {"r": RANK, "lora_alpha": RANK, "target_modules": TARGETS},
             "task": {
                 "type": "text-classification",

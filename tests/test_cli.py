@@ -132,9 +132,30 @@ def test_account_prints_both_accountants(lorica: Callable[..., str]) -> None:
     assert "exactly one of --epsilon and --noise-multiplier" in lorica("account", *counts, code=2)
 
 
+def test_account_of_clients_says_what_is_protected_and_sampled(
+    lorica: Callable[..., str], for_scripts: Callable[..., tuple[Any, str]]
+) -> None:
+    counts = ["--records", "1000", "--batch-size", "300", "--steps", "100", "--noise-multiplier", "2"]
+    output = lorica("account", "--unit", "client", *counts)
+    assert "everything of one client" in output
+    assert "server is trusted" in " ".join(output.replace("│", " ").split())
+    assert "300 of 1,000 clients in a round, on average" in output
+    assert re.search(r"rounds +│ 100", output)
+    assert "steps" not in output
+    by_records = lorica("account", *counts)
+    assert "one record of the client" in by_records
+    assert "300 of 1,000 records in a step, on average" in by_records
+    # The same subsampled mechanism, whatever is sampled.
+    found, _ = for_scripts("account", "--unit", "client", *counts)
+    assert (found["unit"], found["sampling_rate"]) == ("client", 0.3)
+    assert found["epsilon"] == for_scripts("account", *counts)[0]["epsilon"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--records", "60", "--epsilon", "3", "--unit", "client"], "--batch-size = 64: there are 60 clients"),
+        (["--delta", "1e-3", "--epsilon", "3", "--unit", "client"], "one over the number of clients"),
         (["--delta", "0.5", "--epsilon", "3"], "less than 0.5"),
         (["--delta", "0.1", "--epsilon", "3"], "not below 1/4000"),
         (["--delta", "1e-3", "--epsilon", "3"], "not below 1/4000"),

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,15 @@ Base = Annotated[
     str | None, typer.Option(help="Folder or hub id of the base model, if it is not where it was in training.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto uses a GPU if there is one.")]
+
+
+class Unit(StrEnum):
+    """Units of privacy that `account` has words for."""
+
+    record = "record"
+    client = "client"
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything else on stderr.")]
 
 
@@ -379,12 +389,24 @@ def new_method(
 
 @app.command()
 def account(
-    records: Annotated[int, typer.Option(min=1, help="Number of records of the client.")],
-    batch_size: Annotated[int, typer.Option(min=1, help="Expected batch size.")],
-    steps: Annotated[
-        int, typer.Option(min=1, max=10**6, help="Total number of noisy steps: rounds times local steps.")
+    records: Annotated[
+        int, typer.Option(min=1, help="Number of records of the client. With --unit client: number of clients.")
     ],
-    delta: Annotated[float, typer.Option(help="δ, below 1/records.")] = 1e-5,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Expected batch size. With --unit client: expected clients in a round.")
+    ],
+    steps: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=10**6,
+            help="Noisy steps: rounds times local steps. With --unit client: rounds, for fed-power twice.",
+        ),
+    ],
+    unit: Annotated[
+        Unit, typer.Option(help="What is protected: one record of the client, or everything of one client.")
+    ] = Unit.record,
+    delta: Annotated[float, typer.Option(help="δ, below 1/records; with --unit client, below 1/clients.")] = 1e-5,
     epsilon: Annotated[float | None, typer.Option(help="Compute the noise multiplier for this ε.")] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Compute the ε of this noise multiplier.")] = None,
     as_json: AsJson = False,
@@ -397,11 +419,15 @@ def account(
         from lorica.config import PrivacyConfig, validate
         from lorica.privacy.plan import plan_client
 
-        content = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "delta": delta}
+        of_clients = unit is Unit.client
+        if of_clients and batch_size > records:
+            raise UserError("--batch-size", batch_size, f"there are {records} clients", f"choose at most {records}")
+        content = {"unit": unit.value, "epsilon": epsilon, "noise_multiplier": noise_multiplier, "delta": delta}
         plan = plan_client(0, records, batch_size, steps, validate(PrivacyConfig, content, prefix="account"))
         if as_json:
             _print_json(
                 {
+                    "unit": unit.value,
                     "records": records,
                     "batch_size": batch_size,
                     "sampling_rate": plan.terms.sampling_rate,
@@ -414,8 +440,12 @@ def account(
             )
             return
         table = Table(show_header=False)
+        protected = "everything of one client; the server is trusted" if of_clients else "one record of the client"
+        sampled = "clients in a round" if of_clients else "records in a step"
+        table.add_row("protected", protected)
+        table.add_row("sampled in secret", f"{batch_size:,} of {records:,} {sampled}, on average")
         table.add_row("sampling rate q", f"{plan.terms.sampling_rate:.6g}")
-        table.add_row("steps", str(steps))
+        table.add_row("rounds" if of_clients else "steps", str(steps))
         table.add_row("noise multiplier σ", f"{plan.terms.noise_multiplier:.4f}")
         table.add_row("δ", f"{delta:g}")
         table.add_row("ε by PLD", f"{plan.epsilon():.4f}")

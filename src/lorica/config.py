@@ -66,8 +66,12 @@ class ModelConfig(Strict):
     pooling: Literal["auto", "mean"] = "auto"
     """`auto`: the model's own classification head. `mean`: a linear head on the mean of the last hidden states."""
     precision: Literal["fp32", "bf16", "int8", "nf4"] = "fp32"
-    """Precision of the frozen base. Everything that is trained, clipped or noised stays fp32. `int8` and `nf4` (4 bits)
-    need bitsandbytes; methods that add to the frozen weights cannot use them."""
+    """Precision of the frozen base. Everything that is trained, clipped or noised stays fp32. `bf16` is faster on GPUs
+    and on CPUs that have instructions for it, and much slower on other CPUs. `int8` and `nf4` (4 bits) need
+    bitsandbytes; methods that add to the frozen weights cannot use them."""
+    dropout: bool = True
+    """Whether the base model drops activations in training, as its own configuration says. Training is faster without,
+    most of all on a CPU. `lora.lora_dropout` is separate."""
     gradient_checkpointing: bool = False
     """Recompute most activations of a layer in the backward pass instead of storing them: about half the memory, about
     a third more time, the same gradients."""
@@ -82,7 +86,7 @@ class ModelConfig(Strict):
 
 
 class LoraSection(Strict):
-    """Passed to `peft.LoraConfig` under the same names; only `client_ranks` and `start` are Lorica's own."""
+    """Keys of `peft.LoraConfig` under the same names; only `client_ranks` and `start` are Lorica's own."""
 
     r: int = Field(8, ge=1, le=4096)
     """Rank of the factors."""
@@ -95,6 +99,9 @@ class LoraSection(Strict):
     module names, one regular expression, or `all-linear`. `query`, `key`, `value` are found under each family's own
     names (`q_proj`, `q_lin`, `query_proj`, …); where one fused map computes all three (`c_attn`, `Wqkv`), they mean
     that map."""
+    layers_to_transform: list[int] | None = Field(None, min_length=1)
+    """Adapt only these layers, counted from 0, such as the upper half: `[3, 4, 5]` of 6. The backward pass ends at the
+    lowest of them. By default every layer."""
     use_rslora: bool = False
     """Use `γ = lora_alpha / √r` instead."""
     init_lora_weights: Literal[True, "gaussian", "orthogonal"] = True
@@ -268,7 +275,8 @@ class FederationConfig(Strict):
     """Evaluate on the public test set every N rounds, and after the last round."""
     micro_batch_tokens: int | None = Field(None, ge=1, lt=2**31)
     """Padded tokens (text) or patches (images) in one forward pass; by default 1,024 on a CPU, where small passes over
-    texts of equal length are fastest, and 32,768 elsewhere. Bounds memory; changes results only by rounding."""
+    texts of equal length are fastest, and on a GPU as many as fit into half of the memory that the model leaves, at
+    most 32,768. It is halved when a GPU runs out of memory. Bounds memory; changes results only by rounding."""
 
     @model_validator(mode="after")
     def _a_schedule_is_short(self) -> FederationConfig:
@@ -286,10 +294,6 @@ class FederationConfig(Strict):
     def most_records(self, client: int) -> int | None:
         """`max_records` of a client; None for no limit."""
         return self.max_records[client] if isinstance(self.max_records, list) else self.max_records
-
-    def pass_tokens(self, device: str) -> int:
-        """`micro_batch_tokens`, or its default on a type of device."""
-        return self.micro_batch_tokens or (1024 if device == "cpu" else 32768)
 
     @field_validator("by")
     @classmethod

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lorica.adapters.base_files import resolve_base
 from lorica.adapters.export import load_exported, read_export
-from lorica.config import FederationConfig
+from lorica.adapters.memory import pass_tokens
 from lorica.errors import UserError
 from lorica.tasks.cache import nothing_cached
 from lorica.tasks.formats.image_folder import IMAGE_SUFFIXES
@@ -51,7 +49,7 @@ def predict(
     model = load_exported(folder, export, device)
     processor = kind.processor(resolve_base(export.model.base))
     with nothing_cached(), evaluating(model):
-        return kind.predictions(model, source, export.label_names, processor, _passes(model.device))
+        return kind.predictions(model, source, export.label_names, processor, _passes(model))
 
 
 def evaluate(folder: str | Path, data: str, base: str | None = None, device: str = "auto") -> dict[str, float]:
@@ -71,15 +69,15 @@ def evaluate(folder: str | Path, data: str, base: str | None = None, device: str
     source = read(export.task, "data", data)
     model = load_exported(folder, export, device)
     processor = kind.processor(resolve_base(export.model.base))
-    objective, passes = kind.objective(processor), _passes(model.device)
+    objective, passes = kind.objective(processor), _passes(model)
     with nothing_cached(), evaluating(model):
         records = kind.records(source, export.label_names, processor, keep_texts=True)
         found = objective.evaluate(model, records, passes.tokens, passes.device)
     return {objective.metric: found[objective.metric]} | found
 
 
-def _passes(device: torch.device) -> Passes:
-    return Passes(FederationConfig().pass_tokens(device.type), device)
+def _passes(model: Any) -> Passes:
+    return Passes(pass_tokens(None, model, model.device), model.device)
 
 
 def _source(kind: TaskKind, inputs: list[str], chat: bool) -> Source:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lorica.adapters.memory import pass_tokens
 from lorica.config import ExperimentConfig
 from lorica.engines.local import LocalEngine, prepare_local
 from lorica.errors import UserError
@@ -159,7 +160,8 @@ def _measure(prepared: Prepared, engine: LocalEngine, folder: Path) -> dict[str,
     server = assemble(shorter, LocalEngine(model, shorter.state, clients), "timed")
     server.join()
     started = time.perf_counter()
-    task.evaluate(model.peft_model, federation.pass_tokens(model.device.type), model.device)
+    tokens = pass_tokens(federation.micro_batch_tokens, model.peft_model, model.device)
+    task.evaluate(model.peft_model, tokens, model.device)
     evaluation = time.perf_counter() - started
     timed = []
     # The first round also sends the whole adapter, and warms up.

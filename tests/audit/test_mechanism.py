@@ -20,7 +20,7 @@ from lorica.audit.mechanism import Auditor, audit_mechanism, judged
 from lorica.errors import UserError
 from lorica.methods.base import Method, Round, Server, Train, registry
 from lorica.owner import client
-from lorica.privacy import mechanism
+from lorica.privacy import mechanism, passes
 from lorica.privacy.randomness import SecureRandomness
 from lorica.privacy.released import post_process
 from lorica.reporting.audit import mechanism_table
@@ -30,7 +30,7 @@ CANARIES = 256
 Fault = Callable[[pytest.MonkeyPatch], None]
 add_noise, clipped_sum, noisy_gradient, poisson_sample = (
     mechanism.add_noise,
-    mechanism.clipped_sum,
+    passes.clipped_sum,
     mechanism.noisy_gradient,
     mechanism.poisson_sample,
 )
@@ -49,7 +49,7 @@ def less_noise(factor: float) -> Fault:
 
 
 def twice_the_clip_norm(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(mechanism, "clipped_sum", lambda gradients, norm: clipped_sum(gradients, 2 * norm))
+    patch.setattr(passes, "clipped_sum", lambda gradients, norm: clipped_sum(gradients, 2 * norm))
 
 
 def all_records(patch: pytest.MonkeyPatch) -> None:
@@ -90,14 +90,14 @@ def an_unclipped_head(patch: pytest.MonkeyPatch) -> None:
         factors = {name: value for name, value in gradients.items() if name not in head}
         return clipped_sum(factors, norm) | {name: value.double().sum(0) for name, value in head.items()}
 
-    patch.setattr(mechanism, "clipped_sum", clip)
+    patch.setattr(passes, "clipped_sum", clip)
 
 
 def a_clip_for_each_tensor(patch: pytest.MonkeyPatch) -> None:
     def clip(gradients: Mapping[str, Tensor], norm: float) -> dict[str, Tensor]:
         return {name: clipped_sum({name: value}, norm)[name] for name, value in gradients.items()}
 
-    patch.setattr(mechanism, "clipped_sum", clip)
+    patch.setattr(passes, "clipped_sum", clip)
 
 
 def a_tensor_without_noise(patch: pytest.MonkeyPatch) -> None:

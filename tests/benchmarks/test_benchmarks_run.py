@@ -31,6 +31,8 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
         ("scale.py", ["--clients", "4,6", "--rounds", "2", "--participants", "3", "--rows", "100"], 2),
         # It fails if the four ways do not end with the same adapter.
         ("federation.py", ["--quick"], 2),
+        # It fails if a client of the Flower app has not trained.
+        ("flower_opacus.py", ["--quick"], 0),
     ],
 )
 def test_a_benchmark_runs_and_prints_its_bars(script: str, arguments: list[str], bars: int) -> None:

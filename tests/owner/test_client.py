@@ -94,15 +94,15 @@ def test_a_failure_that_records_cause_is_charged_and_fails_again(
     """Fresh batches would tell the server with each attempt whether the record was in one."""
     client, model, request = owner(tmp_path)
     attempts: list[list[list[int]]] = []
-    micro_batches = TinyRecords.micro_batches
+    cut = TinyRecords.micro_batch_indices
 
-    def failing(records: TinyRecords, indices: Any, tokens: int) -> Any:
+    def failing(records: TinyRecords, indices: Any, *limits: int) -> Any:
         attempts[-1].append(indices.tolist())
         if len(attempts[-1]) == 2:
             raise ValueError("the model does not take this record")
-        return micro_batches(records, indices, tokens)
+        return cut(records, indices, *limits)
 
-    monkeypatch.setattr(TinyRecords, "micro_batches", failing)
+    monkeypatch.setattr(TinyRecords, "micro_batch_indices", failing)
     for _ in range(3):
         attempts.append([])
         with pytest.raises(ValueError, match="does not take"):

@@ -15,6 +15,8 @@ from tests.models import adapted, batch, clipped_one_at_a_time
 
 BAD = st.sampled_from([0.0, 1.0, -3.0, 1e-30, 1e18, 3e38, math.nan, math.inf, -math.inf])
 MODELS = {family: adapted(family) for family in ("bert", "vit", "gpt2")}
+# LoRA in the upper layer only.
+MODELS["bert, upper"] = adapted("bert", layers_to_transform=[1])
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

@@ -222,7 +222,7 @@ def adapt(
     from peft.tuners.lora import LoraLayer
     from transformers.pytorch_utils import Conv1D
 
-    targets = match_targets(base.model, lora.target_modules, base.head, base.new_modules)
+    targets = match_targets(base.model, lora.target_modules, base.head, base.new_modules, lora.layers_to_transform)
     # Modules that are not in the base checkpoint, such as a new head, are saved with the adapter.
     saved = [base.head, *base.new_modules] if config.head == "train" or base.head_is_new else base.new_modules
     exact = {name: copy.deepcopy(base.model.get_submodule(name).state_dict()) for name in saved}
@@ -234,7 +234,7 @@ def adapt(
             target_modules=_shortest_names(targets, base.model),
             modules_to_save=saved or None,
             fan_in_fan_out=isinstance(base.model.get_submodule(targets[0]), Conv1D),
-            **lora.model_dump(exclude={"target_modules", "client_ranks", "start"}),
+            **lora.model_dump(exclude={"target_modules", "layers_to_transform", "client_ranks", "start"}),
         )
         with warnings.catch_warnings():
             # PEFT 0.21 uses a property that transformers 5 has renamed.

@@ -67,6 +67,8 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
         "dtype": torch.float32,
         "output_loading_info": True,
     } | _quantisation(config, kind.heads)
+    if not config.dropout:
+        options |= dict.fromkeys(_dropout_rates(base), 0.0)
     names = dict(enumerate(label_names))
     naming = {"id2label": names, "label2id": {name: index for index, name in names.items()}} if names else {}
     with torch.random.fork_rng(devices=[]):
@@ -110,6 +112,12 @@ def load_base(config: ModelConfig, task_type: str, label_names: list[str], seed:
             )
     model.requires_grad_(False)
     return BaseModel(model.eval(), head, not kept, [name for name in new_modules if name != head])
+
+
+def _dropout_rates(base: str) -> list[str]:
+    """The keys of a model's configuration that hold a dropout rate, such as `hidden_dropout_prob` or `resid_pdrop`."""
+    settings = _quietly(transformers.AutoConfig.from_pretrained, base, {}).to_dict()
+    return [name for name, value in settings.items() if "drop" in name and isinstance(value, float)]
 
 
 def _quantisation(config: ModelConfig, heads: tuple[str, ...]) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def read_export(folder: str | Path, base: str | None = None) -> Export:
         # Earlier versions of Lorica described the task by its type alone.
         task = description.get("task") or {"type": description["task_type"]}
         export = Export(
-            ModelConfig.model_validate(description["model"] | {"precision": "fp32"}),
+            ModelConfig.model_validate(description["model"] | {"precision": "fp32", "dropout": True}),
             TaskConfig.model_validate(task | {"train": "", "test": ""}),
             list(description["label_names"]),
             int(description["seed"]),

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from torch import nn
 
 from lorica.adapters.mean_pooled import MeanPooledConfig
+from lorica.adapters.sites import layer_of
 from lorica.errors import UserError
 
 # Names of the same role in different model families; transformers 5 renamed several.
@@ -21,7 +22,11 @@ FUSED = ("c_attn", "Wqkv", "qkv", "query_key_value", "qkv_proj")
 
 
 def match_targets(
-    model: nn.Module, targets: list[str] | str, head: str, new_modules: Collection[str] = ()
+    model: nn.Module,
+    targets: list[str] | str,
+    head: str,
+    new_modules: Collection[str] = (),
+    layers: Collection[int] | None = None,
 ) -> list[str]:
     """Dotted names of the linear maps selected by `targets`, in the model's order, without the head.
 
@@ -32,9 +37,11 @@ def match_targets(
             recognised under each family's own names, and in a fused map for all three.
         head: path of the head's linear map.
         new_modules: paths of modules that are not in the checkpoint; they are exported whole, so they are left out too.
+        layers: numbers of the layers to which the selection is limited; a map's is the last number in its path, as in
+            PEFT. None for all maps, also those outside of layers.
 
     Raises:
-        UserError: an entry of `targets` matches no linear map; names the available ones.
+        UserError: an entry of `targets` matches no linear map, or a layer has none; names the available ones.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -45,6 +52,27 @@ def match_targets(
         and name not in (head, *new_modules)
         and not name.startswith(head.split(".")[0] + ".")
     ]
+    if layers is None:
+        return _matching(model, targets, linear)
+    by_layer: dict[int, list[str]] = {}
+    for name in _matching(model, targets, linear):
+        last = layer_of(name).rsplit(".", 1)[-1]
+        if last.isdigit():
+            by_layer.setdefault(int(last), []).append(name)
+    for layer in layers:
+        if layer not in by_layer:
+            available = ", ".join(map(str, sorted(by_layer))) or "none"
+            raise UserError(
+                "lora.layers_to_transform",
+                sorted(layers),
+                f"no selected linear map is in a layer {layer}",
+                f"choose from these layers: {available}",
+            )
+    chosen = {name for layer in layers for name in by_layer[layer]}
+    return [name for name in linear if name in chosen]
+
+
+def _matching(model: nn.Module, targets: list[str] | str, linear: list[str]) -> list[str]:
     if targets == "all-linear":
         return linear
     if targets == "auto":

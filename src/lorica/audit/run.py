@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.base_files import resolve_base
+from lorica.adapters.memory import pass_tokens
 from lorica.adapters.state import leading
 from lorica.audit.attack import Ridge
 from lorica.audit.canaries import Canaries, toss
@@ -315,7 +316,7 @@ class Attack:
         places = {name: model.trained(name, work.ranks(name), start) for name in work.trained}
         records = self._canaries[owner].base
         found = {name: torch.zeros(len(records), *place.zeros(1).shape[1:]) for name, place in places.items()}
-        tokens = config.federation.pass_tokens(model.device.type)
+        tokens = pass_tokens(config.federation.micro_batch_tokens, model.peft_model, model.device)
         for indices in records.micro_batch_indices(np.arange(len(records)), tokens):
             batch = records.batch(indices).to(model.device)
             gradients = per_example_gradients(
@@ -339,7 +340,7 @@ def _losses(prepared: Prepared, federation: Federation, canaries: Mapping[int, C
     """(canaries,), the loss of each canary under the model that its owner ends with."""
     model, server = prepared.model, federation.server
     personal = federation.engine.personal(federation.run, server.round) if prepared.method.personal else {}
-    tokens = prepared.config.federation.pass_tokens(model.device.type)
+    tokens = pass_tokens(prepared.config.federation.micro_batch_tokens, model.peft_model, model.device)
     model.merge(server.model.merged)
     losses = []
     for owner, own in canaries.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
+from lorica.adapters.memory import pass_tokens
 from lorica.adapters.names import ENERGY, SKETCH, Pair, is_factor
 from lorica.adapters.state import leading, stack_pairs, with_ranks
 from lorica.errors import UserError
@@ -63,7 +64,7 @@ class Client:
     ledger: Ledger
     dataset: str
     seed: int
-    micro_batch_tokens: int
+    micro_batch_tokens: int | None = None
     unit: PrivacyUnit = RECORD
     private_test: Records | None = None
     policy: Policy | None = None
@@ -245,9 +246,8 @@ class Client:
         model.merge(work.merged)
         model.write(dict(work.model) | (self.personal(request.run, request.round) if work.personal else {}))
         with evaluating(model.peft_model):
-            metrics = model.objective.evaluate(
-                model.peft_model, self.private_test, self.micro_batch_tokens, model.device
-            )
+            tokens = pass_tokens(self.micro_batch_tokens, model.peft_model, model.device)
+            metrics = model.objective.evaluate(model.peft_model, self.private_test, tokens, model.device)
         line = {"run": request.run, "client": self.number, "round": request.round} | metrics
         append_line(private_metrics_path(self.ledger.path), to_json(line), private=True)
 
@@ -293,6 +293,7 @@ class Client:
         updates: dict[str, Released] = {}
         gradients: dict[str, Released] = {}
         values = parts
+        tokens = pass_tokens(self.micro_batch_tokens, model.peft_model, model.device)
         model.peft_model.train()
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             _seed_dropout(randomness.dropout_seed(), model.device)
@@ -307,7 +308,7 @@ class Client:
                         records,
                         work.terms,
                         randomness,
-                        self.micro_batch_tokens,
+                        tokens,
                     )
                 shaped = transform_gradients(gradients, values, start, work.corrections, work.local)
                 for name, increment in optimizer.step(shaped, values).items():

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from lorica.adapters.base_model import resolve_device
 from lorica.config import ExperimentConfig
 from lorica.errors import UserError
 from lorica.files import home_folder
@@ -113,7 +112,7 @@ def make_client(
         dataset=dataset,
         unit=PrivacyUnit.of(config.privacy),
         seed=config.seed,
-        micro_batch_tokens=config.federation.pass_tokens(resolve_device(config.model.device).type),
+        micro_batch_tokens=config.federation.micro_batch_tokens,
         private_test=private_test,
         run_name=config.name,
     )
@@ -142,7 +141,7 @@ def make_cohort(
         dataset=dataset,
         unit=CLIENT,
         seed=config.seed,
-        micro_batch_tokens=config.federation.pass_tokens(resolve_device(config.model.device).type),
+        micro_batch_tokens=config.federation.micro_batch_tokens,
         members=members,
         optimizer=config.optimizer,
         steps=config.federation.local_steps,

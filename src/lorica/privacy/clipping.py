@@ -45,19 +45,17 @@ def clipped_sum(gradients: Mapping[str, Tensor], clip_norm: float) -> dict[str, 
     norms = torch.as_tensor(squares, dtype=torch.float64).sqrt()
     finite = torch.isfinite(norms)
     scale = torch.where(finite, (clip_norm * (1 - ROUNDING_MARGIN) / norms).clamp(max=1.0), 0.0)
-    # 0 · NaN is NaN, so a zero weight is not enough.
-    spoiled = None if bool(finite.all()) else ~finite[:, None]
     return {
-        name: torch.cat([_weighted(chunk, scale, spoiled) for chunk in _chunks(gradient)]).reshape(
+        name: torch.cat([_weighted(chunk, scale, ~finite[:, None]) for chunk in _chunks(gradient)]).reshape(
             gradients[name].shape[1:]
         )
         for name, gradient in flat.items()
     }
 
 
-def _weighted(chunk: Tensor, scale: Tensor, spoiled: Tensor | None) -> Tensor:
-    exact = chunk.double()
-    return scale @ (exact if spoiled is None else exact.masked_fill(spoiled, 0.0))
+def _weighted(chunk: Tensor, scale: Tensor, spoiled: Tensor) -> Tensor:
+    # 0 · NaN is NaN, so a zero weight is not enough. Not asked whether there is any: a GPU would have to be waited for.
+    return scale @ chunk.to(torch.float64, copy=True).masked_fill_(spoiled, 0.0)
 
 
 def _chunks(gradient: Tensor) -> Iterator[Tensor]:

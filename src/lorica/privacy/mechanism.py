@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lorica.privacy.clipping import clipped_sum
-from lorica.privacy.gradients import TrainedTensor, per_example_gradients
+from lorica.privacy.gradients import TrainedTensor
+from lorica.privacy.passes import clipped_batch
 from lorica.privacy.randomness import Randomness
 from lorica.privacy.released import Released, _release
 
@@ -90,23 +91,13 @@ def noisy_gradient(
     Args:
         losses: one loss per example of a batch, shape `(n,)`.
         trained: the tensors trained in this step; their per-example gradients share one clip norm.
-        micro_batch_tokens: bounds the memory of one forward pass; it does not change the result.
+        micro_batch_tokens: bounds the memory of one pass (`lorica.privacy.passes`); it does not change the result.
 
     Returns:
         name -> released gradient of the tensor's shape, fp32.
     """
     indices = poisson_sample(len(records), terms.sampling_rate, randomness)
-    total = {name: tensor.zeros(1)[0].double() for name, tensor in trained.items()}
-    for batch in records.micro_batches(indices, micro_batch_tokens):
-        batch = batch.to(next(model.parameters()).device)
-        gradients = per_example_gradients(
-            lambda batch=batch: losses(model, batch),  # type: ignore[misc]
-            trained,
-            len(batch),
-            batch.example_of_row,
-        )
-        for name, value in clipped_sum(gradients, terms.clip_norm).items():
-            total[name] += value
+    total = clipped_batch(model, losses, trained, records, indices, terms.clip_norm, micro_batch_tokens)
     return _released(total, terms, randomness)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorica.adapters.export import Export, export_adapter
 from lorica.adapters.loading_section import loading_section
+from lorica.adapters.memory import pass_tokens
 from lorica.aggregation.averaging import RoundAverage
 from lorica.aggregation.denoising import make_denoiser
 from lorica.aggregation.robust import make_aggregate
@@ -220,13 +221,12 @@ def _metrics(prepared: Prepared, federation: Federation) -> dict[str, Any]:
     if not models:
         return {}
     model.merge(server.model.merged)
+    tokens = pass_tokens(config.federation.micro_batch_tokens, model.peft_model, model.device)
     found = []
     main = prepared.task.objective.metric
     for tensors in models.values():
         model.write(tensors)
-        found.append(
-            prepared.task.evaluate(model.peft_model, config.federation.pass_tokens(model.device.type), model.device)
-        )
+        found.append(prepared.task.evaluate(model.peft_model, tokens, model.device))
     mean = {name: sum(metrics[name] for metrics in found) / len(found) for name in found[0]}
     check_metrics(config.optimizer.lr, server.round, mean)
     own = {"client_scores": {number: metrics[main] for number, metrics in enumerate(found)}}

@@ -120,18 +120,20 @@ class Records(ABC):
         """Cut the records at `indices` into batches of similar length, as `micro_batch_indices` says."""
         return map(self.batch, self.micro_batch_indices(indices, tokens))
 
-    def micro_batch_indices(self, indices: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+    def micro_batch_indices(
+        self, indices: np.ndarray, tokens: int, most_rows: int | None = None
+    ) -> Iterator[np.ndarray]:
         """The records at `indices`, cut into those of each micro-batch.
 
         Records are sorted by length (equal lengths keep their order) and cut where `cheapest_cuts` says. A batch keeps
-        (rows × longest length) within `tokens`, and holds at least one record, even if that one is larger than
-        `tokens`: all rows of a record run in one pass. Every index comes out as often as it went in; no index gives no
-        batch.
+        (rows × longest length) within `tokens` and has at most `most_rows` rows. It holds at least one record, even if
+        that one is larger: all rows of a record run in one pass. Every index comes out as often as it went in; no index
+        gives no batch.
         """
         order = np.asarray(indices, dtype=np.int64)
         order = order[np.argsort(self.lengths[order], kind="stable")]
         start = 0
-        for end in cheapest_cuts(self.lengths[order], tokens, self.row_counts[order]):
+        for end in cheapest_cuts(self.lengths[order], tokens, self.row_counts[order], most_rows):
             yield order[start:end]
             start = end
 
@@ -166,7 +168,9 @@ class Records(ABC):
         return hashlib.sha256(self.digests.tobytes()).hexdigest()
 
 
-def cheapest_cuts(lengths: np.ndarray, tokens: int, row_counts: np.ndarray | None = None) -> list[int]:
+def cheapest_cuts(
+    lengths: np.ndarray, tokens: int, row_counts: np.ndarray | None = None, most_rows: int | None = None
+) -> list[int]:
     """Where to cut sorted records so that the passes over them cost least.
 
     A pass over records `i … j-1` costs its padded tokens `(r_i + … + r_{j-1}) · lengths[j-1]`, with `r` rows a record,
@@ -181,6 +185,7 @@ def cheapest_cuts(lengths: np.ndarray, tokens: int, row_counts: np.ndarray | Non
         lengths: (n,), ascending, each at least 1; of a record's longest row.
         tokens: most padded tokens in a pass; a single record may exceed it.
         row_counts: (n,), each at least 1; None: each record is one row.
+        most_rows: most rows in a pass; a single record may exceed it. None for no limit.
 
     Returns:
         The end of each pass, ascending, the last one n; empty if n is 0.
@@ -190,7 +195,8 @@ def cheapest_cuts(lengths: np.ndarray, tokens: int, row_counts: np.ndarray | Non
     cost, last = np.zeros(n + 1), np.zeros(n + 1, dtype=np.int64)
     for end in range(1, n + 1):
         longest = int(lengths[end - 1])
-        first = int(np.searchsorted(rows, rows[end] - tokens // longest))
+        fitting = tokens // longest if most_rows is None else min(tokens // longest, most_rows)
+        first = int(np.searchsorted(rows, rows[end] - fitting))
         starts = np.arange(end - 1, min(first, end - 1) - 1, -1)
         costs = cost[starts] + (rows[end] - rows[starts]) * longest + tokens / 16
         best = int(np.argmin(costs))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,19 +111,23 @@ def launch(config: ExperimentConfig, home: Path | None = None) -> None:
         if config.flower.superlink is not None:
             run_app(app, config.flower.superlink, environment(home))
         else:
-            with _simulation(Path(temporary)) as around:
+            with simulation(Path(temporary)) as (_, around):
                 run_app(app, "simulation", around, config.federation.clients)
 
 
 @contextmanager
-def _simulation(folder: Path) -> Iterator[dict[str, str]]:
-    """A SuperLink that simulates nodes. Yields the environment in which `flwr` calls it `simulation`."""
+def simulation(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, str]]]:
+    """A SuperLink that simulates nodes: its process, and the environment in which `flwr` calls it `simulation`.
+
+    Args:
+        folder: for Flower's state and the SuperLink's log.
+    """
     port, home = free_port(), folder / "flwr"
     connect(home, "simulation", port)
     around = environment(home)
     command = ["flower-superlink", "--simulation", "--insecure", "--host", "127.0.0.1", "--port", str(port)]
     superlink = start(command, around, folder / "superlink.log", port)
     try:
-        yield around
+        yield superlink, around
     finally:
         stop(superlink)
