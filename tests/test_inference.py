@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from rich.console import Console
 from typer.testing import CliRunner
@@ -497,6 +497,10 @@ def test_an_adapter_is_pushed_with_a_base_that_others_have(
     assert not [name for name, content in Hub.files.items() if str(found.base).encode() in content]
     with pytest.raises(UserError, match="no route to the hub"):
         push_adapter(found.folder, "nobody/taken", "org/encoder")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("lorica.adapters.share.HfApi", lambda: HfApi("http://127.0.0.1:1", token="hf_none"))
+    with pytest.raises(UserError, match=r"refused.*check the name and the network"):
+        push_adapter(found.folder, "me/adapter", "org/encoder")
 
 
 def test_a_run_is_no_adapter_but_has_one(exported: Callable[[str], Exported]) -> None:

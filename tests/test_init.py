@@ -178,6 +178,14 @@ def test_mistakes_are_named(place: Path) -> None:
         drafted("missing.csv")
 
 
+@pytest.mark.parametrize("given", [["--text", "review,note"], ["--text", "review", "--text", "note"]])
+def test_both_columns_of_a_pair_are_kept(place: Path, given: list[str]) -> None:
+    reviews(place / "reviews.csv", note=lambda n: f"note {n}")
+    done = CliRunner().invoke(cli.app, ["init", "reviews.csv", "--test", "public.csv", "--base", "a/b", *given])
+    assert done.exit_code == 0, done.output
+    assert load("reviews.yaml").task.model_dump()["text"] == ["review", "note"]
+
+
 def test_the_commands(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "console", Console(width=150))
     reviews(place / "reviews.csv")

@@ -324,7 +324,10 @@ def init(
         typer.Option(min=0.001, max=0.5, help="Split off this fraction for tests, which ε then does not cover."),
     ] = None,
     task: Annotated[str | None, typer.Option(help="Kind of task, if it is not the one found.")] = None,
-    text: Annotated[str | None, typer.Option(help="Column with the text, or two, comma-separated.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Column with the text; of two, comma-separated or each with its --text."),
+    ] = None,
     label: Annotated[str | None, typer.Option(help="Column to predict.")] = None,
     by: Annotated[str | None, typer.Option(help="Column that says whose record it is.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model: a folder or a hub id.")] = None,
@@ -335,7 +338,7 @@ def init(
     with _errors():
         from lorica.templates.experiment import Wishes, draft_experiment
 
-        columns = None if text is None else [column.strip() for column in text.split(",")]
+        columns = [column.strip() for given in text for column in given.split(",")] if text else None
         with console.status("Reading the data, and calibrating noise …"):
             draft = draft_experiment(
                 data, Wishes(test, split, task, columns, label, by, base, clients, epsilon), output

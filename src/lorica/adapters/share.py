@@ -10,7 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+# The HTTP client's own base class, whichever client this release of the library has.
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalTokenNotFoundError  # type: ignore[attr-defined]
 
 from lorica.adapters.base_files import EMBEDDED, resolve_base
 from lorica.adapters.export import (
@@ -83,7 +85,7 @@ def push_adapter(folder: Path, repository: str, base: str | None = None, private
                 repo_id=repository, folder_path=Path(place) / "adapter", commit_message="Adapter, by lorica push"
             )
         # The library's own errors, and those of the HTTP client below it.
-        except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        except (HTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             remedy = "run hf auth login, and check the name and the network"
             raise UserError("REPO", repository, f"the hub does not take it ({said})", remedy) from error
