@@ -13,7 +13,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from lorica.adapters.names import Pair, flat_pairs, is_factor, pairs_under, site_of, under
-from lorica.adapters.state import at_ranks
+from lorica.adapters.state import at_ranks, with_ranks
 from lorica.config import OptimizerConfig
 from lorica.local.step import LocalStep
 from lorica.privacy.mechanism import Terms
@@ -114,6 +114,11 @@ class Training:
     def part(self, name: str, value: Tensor) -> Tensor:
         """The part of a tensor that is trained."""
         return at_ranks(name, value, self.ranks(name))
+
+    def whole(self, name: str, value: Tensor, part: Tensor) -> Tensor:
+        """A tensor with another trained part: the inverse of `part`."""
+        ranks = self.ranks(name)
+        return part if ranks is None else with_ranks(name, value, ranks, part)
 
     def common_digest(self, adapter: Mapping[str, Tensor]) -> str:
         """SHA-256 of the work without the client's own terms, and of the adapter that it starts from.

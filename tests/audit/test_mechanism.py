@@ -166,9 +166,44 @@ def test_a_planted_fault_is_found_in_shared_noise(fault: str, monkeypatch: pytes
     assert any(one.startswith(promise) for one in found)
 
 
-@pytest.mark.parametrize("method", ["as-lora", "deer", "fedask", "fedsa-lora", "la-lora"])
+def larger_sketches(patch: pytest.MonkeyPatch) -> None:
+    sketch = client.sketch
+
+    def larger(*args: Any) -> Any:
+        return {name: post_process(lambda value: 1.01 * value, value) for name, value in sketch(*args).items()}
+
+    patch.setattr(client, "sketch", larger)
+
+
+def single_ranks_without_noise(patch: pytest.MonkeyPatch) -> None:
+    def add(value: Tensor, std: float, draws: SecureRandomness) -> Tensor:
+        return value if 1 in value.shape else add_noise(value, std, draws)
+
+    patch.setattr(mechanism, "add_noise", add)
+
+
+@pytest.mark.parametrize(
+    ("method", "plant", "promise"),
+    [
+        ("lora-a2", less_noise(1.1), "noise variance"),
+        ("lora-a2", twice_the_clip_norm, "clip"),
+        ("lora-a2", single_ranks_without_noise, "noise variance"),
+        ("fed-power", less_noise(1.1), "noise variance"),
+        ("fed-power", twice_the_clip_norm, "clip"),
+        ("fed-power", larger_sketches, "sketches are functions of noisy factors"),
+        ("fedask", larger_sketches, "sketches are functions of noisy factors"),
+    ],
+)
+def test_a_planted_fault_is_found_in_chosen_ranks_and_behind_sketches(
+    method: str, plant: Fault, promise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    assert promise in refuted(Auditor(3.0, CANARIES).own_noise(registry()[method]))
+
+
+@pytest.mark.parametrize("method", ["as-lora", "deer", "fed-power", "fedask", "fedsa-lora", "la-lora", "lora-a2"])
 def test_what_is_right_is_not_refuted(method: str) -> None:
-    """Half-rounds, sketches, tensors that stay with the owner, smoothed steps, and shared noise."""
+    """Half-rounds, sketches, chosen ranks, tensors that stay with the owner, smoothed steps, and shared noise."""
     found = audit_mechanism([method], epsilon=2.0, canaries=CANARIES)
     assert not found["refuted"]
     json.dumps(found)
@@ -176,7 +211,8 @@ def test_what_is_right_is_not_refuted(method: str) -> None:
         assert row["control"]["has_power"]
         assert row["control"]["auc"] > 0.99
         assert max(row["epsilon_one_run"], row["epsilon_fdp"]) <= row["claimed_epsilon"] <= 2.0
-    assert [row["noise"] for row in found["rows"]] == (["own", "shared"] if method == "as-lora" else ["own"])
+    shared = ["shared"] if method in {"as-lora", "lora-a2"} else []
+    assert [row["noise"] for row in found["rows"]] == ["own", *shared]
 
 
 class Proximal(Method):

@@ -68,6 +68,7 @@ def test_a_run_without_the_noise_that_it_claims_is_refuted(monkeypatch: pytest.M
             "optimizer": {"lr": 0.5, "weight_decay": 0.1},
         },
         {"method": {"name": "fedask"}},
+        {"method": {"name": "lora-a2"}, "local": {"scaled_gd": True}, "federation": SMALL | {"rounds": 4}},
         {"method": {"name": "fedsa-lora"}, "federation": SMALL | {"rounds": 3}},
         {"optimizer": {"name": "adamw", "lr": 0.01}},
         {"local": {"scaffold": True}, "method": {"name": "fed-avg"}, "federation": SMALL | {"rounds": 3}},
@@ -76,7 +77,7 @@ def test_a_run_without_the_noise_that_it_claims_is_refuted(monkeypatch: pytest.M
             "privacy": PRIVACY | {"noise_against": "sums"},
         },
     ],
-    ids=["smoothed", "sketches", "personal", "adamw", "scaffold", "shared-noise"],
+    ids=["smoothed", "sketches", "ranks", "personal", "adamw", "scaffold", "shared-noise"],
 )
 def test_every_kind_of_reply_can_be_attacked(sections: dict[str, Any]) -> None:
     found = audit_run(digits(**sections), CANARIES)
@@ -117,7 +118,7 @@ def test_texts_are_audited_too(kind: str, tmp_path: Path) -> None:
     [
         ({"privacy": {"noise": "none"}}, 128, "there is no claim to audit"),
         ({"privacy": {"unit": "client"}}, 128, "records, not clients"),
-        ({"method": {"name": "lora-a2"}}, 128, "it trains single ranks"),
+        ({"method": {"name": "fed-power"}}, 128, "a sketch does not determine"),
         ({}, 64, r"fewer than federation\.batch_size = 48. Choose at least 96"),
         ({}, 10_000, "the first test set gives 3240"),
     ],

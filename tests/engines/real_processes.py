@@ -125,7 +125,8 @@ def signal_processes(home: Path, number: signal.Signals, name: str = "") -> None
                 process.send_signal(number)
 
 
-def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
+    """Wait for what takes seconds, or minutes on a machine with other work."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

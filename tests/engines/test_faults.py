@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 
 from lorica.config import ExperimentConfig
 from lorica.engines.flower.server import serve
@@ -287,25 +288,27 @@ def test_the_server_app_and_the_superlink_are_killed_in_one_run(organisations: O
 
 @pytest.mark.slow
 def test_a_node_that_stands_still_for_a_minute_and_a_restarted_server_change_nothing(
-    organisations: Organisations,
+    organisations: Organisations, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As a suspended machine does, in the middle of its training; then the server's machine restarts."""
     here = local(organisations, "local", "federation.rounds=3")
-    config = over_flower(organisations, "federation.rounds=3", "flower.wait=120", "flower.timeout=300")
+    config = over_flower(organisations, "federation.rounds=3", "flower.wait=300", "flower.timeout=600")
     with RealProcesses(organisations) as real:
         real.hold(0, "training")
         running = real.launch(config)
         real.wait_for(0, "training")
         real.signal_node(0, signal.SIGSTOP)
         real.let_go(0)
-        time.sleep(60)
+        # A SuperLink gives a node up a minute after its last heartbeat.
+        time.sleep(75)
         assert len(rounds(config)) == 1
+        assert f"client 0 did not answer: Flower reports error {ErrorCode.NODE_UNAVAILABLE}" in capfd.readouterr().out
         real.signal_node(0, signal.SIGCONT)
         until(lambda: len(rounds(config)) == 3 or running.done())
         assert not running.done()
         real.kill_superlink()
         with pytest.raises(UserError):
-            running.result(120)
+            running.result(300)
         real.start_superlink()
         real.launch(config).result()
     assert_same(here.adapter, config.folder / "adapter")

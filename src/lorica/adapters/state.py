@@ -147,7 +147,7 @@ def leading(name: str, value: Tensor, rank: int | None) -> Tensor:
 
 
 def at_ranks(name: str, value: Tensor, ranks: Sequence[int] | None) -> Tensor:
-    """The rows of a factor A or columns of a factor B at some ranks; None for all.
+    """The rows of a factor A or columns of a factor B at some ranks; None for all. Several may be stacked.
 
     >>> at_ranks("layer.0.query.A", torch.eye(3), ranks=[0, 2])
     tensor([[1., 0., 0.],
@@ -155,7 +155,7 @@ def at_ranks(name: str, value: Tensor, ranks: Sequence[int] | None) -> Tensor:
     """
     if ranks is None:
         return value
-    return value.index_select(0 if is_a(name) else 1, torch.tensor(ranks, device=value.device))
+    return value.index_select(-2 if is_a(name) else -1, torch.tensor(ranks, device=value.device))
 
 
 def with_ranks(name: str, value: Tensor, ranks: Sequence[int], part: Tensor) -> Tensor:

@@ -27,12 +27,13 @@ from lorica.audit.estimators import CONFIDENCE, Scores, best_plans, fdp_refutes_
 from lorica.audit.exact import Outcome
 from lorica.audit.findings import findings, nearly_without_noise
 from lorica.audit.linear_model import Gradients, linear_model
-from lorica.audit.reading import Reading, Unreadable, factor_updates, read, read_sum
+from lorica.audit.reading import Reading, Unreadable, read, read_sum, with_factors
 from lorica.audit.watching import Seen, WatchedClient, WatchedEngine
 from lorica.config import MethodConfig, OptimizerConfig, PrivacyConfig
 from lorica.errors import UserError
 from lorica.files import throwaway_folder
 from lorica.local.optimizers import learning_rates
+from lorica.local.sketches import sketch_matrix
 from lorica.messages import Projection, Training
 from lorica.methods.base import Method, Server, make_method, registry
 from lorica.privacy.home import Home
@@ -101,7 +102,7 @@ class Observation:
     def readings(self) -> list[tuple[int, Reading]]:
         """Owner and reading of each of its releases, in order; `Unreadable` as `read`."""
         return [
-            (number, read(seen, self.gradients[number], SEED))
+            (number, read(with_factors(seen), self.gradients[number], SEED))
             for number, client in self.clients.items()
             for seen in client.seen
             if isinstance(seen.request.work, Training)
@@ -361,30 +362,33 @@ def _of_contributions(fits: list[Fit]) -> Iterator[Outcome]:
 
 
 def _derived_tests(observation: Observation) -> Iterator[Outcome]:
-    """Projections and energies are functions of what was released, so that they cost nothing."""
-    projections, energies = [], []
+    """Sketches, projections and energies are functions of noisy factors, so that they cost nothing."""
+    sketches, energies = [], []
     for client in observation.clients.values():
-        sketched: tuple[Seen, Training] | None = None
         for seen in client.seen:
-            work = seen.request.work
-            if isinstance(work, Training):
-                sketched = (seen, work)
-                energies += list(_energy_differences(seen, work))
-            elif isinstance(work, Projection) and sketched is not None:
-                projections += list(_projection_differences(seen, work, *sketched))
-    if projections:
-        yield exact.derived("projections are functions of releases", projections)
+            sketches += list(_sketch_differences(seen))
+            if isinstance(seen.request.work, Training):
+                energies += list(_energy_differences(seen, seen.request.work))
+    if sketches:
+        yield exact.derived("sketches are functions of noisy factors", sketches)
     if energies:
         yield exact.derived("energies are functions of releases", energies)
 
 
-def _projection_differences(seen: Seen, work: Projection, trained: Seen, training: Training) -> Iterator[float]:
-    sketches = {name: value for name, value in trained.tensors.items() if name.startswith(SKETCH)}
-    updates = factor_updates(sketches, trained.start, training.trained, SEED, trained.request.round)
-    for site, basis in work.bases.items():
-        b = trained.start[factor_b(site)].double() + updates[factor_b(site)]
-        expected = trained.start[factor_a(site)].double().T @ (b.T @ basis.double())
-        yield float((seen.tensors[f"{SKETCH}{site}"].double() - expected).norm() / expected.norm())
+def _sketch_differences(seen: Seen) -> Iterator[float]:
+    """Of `B (A Ω)` or `Aᵀ (Bᵀ Q)` with the factors that the owner keeps, where they were trained."""
+    work, factors = seen.request.work, seen.start | dict(seen.sketched)
+    for name, found in seen.tensors.items():
+        if not name.startswith(SKETCH):
+            continue
+        site = name.removeprefix(SKETCH)
+        b, a = factors[factor_b(site)].double(), factors[factor_a(site)].double()
+        if isinstance(work, Projection):
+            expected = a.T @ (b.T @ work.bases[site].double())
+        else:
+            omega = sketch_matrix(SEED, seen.request.round, site, a.shape[1], found.shape[1])
+            expected = b @ (a @ omega.double())
+        yield float((found.double() - expected).norm() / expected.norm())
 
 
 def _energy_differences(seen: Seen, work: Training) -> Iterator[float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -81,21 +81,27 @@ def read(seen: Seen, gradients: Gradients, seed: int) -> Reading:
     work = seen.request.work
     assert isinstance(work, Training)
     start = {name: leading(name, value, work.rank) for name, value in seen.start.items()}
+    parts = {name: work.part(name, value) for name, value in start.items()}
     updates = updates_of(seen, work, start, seed)
     _check_readable(work)
     terms, trained = work.terms, work.trained
     active = [work.local.active(trained, step) for step in range(work.steps)]
     counts = {name: sum(name in names for names in active) for name in updates}
-    values = {name: unshaped(name, -update / work.rates[name], start, work.local) for name, update in updates.items()}
+    values = {name: unshaped(name, -update / work.rates[name], parts, work.local) for name, update in updates.items()}
     shares: dict[str, list[np.ndarray]] = {name: [] for name in updates}
     state = start
     for step, names in enumerate(active):
-        added = clipped(gradients.at(state, names), terms.clip_norm)
+        trained_parts = {name: work.part(name, value) for name, value in gradients.at(state, names).items()}
+        added = clipped(trained_parts, terms.clip_norm)
         for name in updates:
-            rest = torch.zeros(len(gradients.positions), *start[name].shape, dtype=torch.float64)
+            rest = torch.zeros(len(gradients.positions), *parts[name].shape, dtype=torch.float64)
             own = added.get(name, rest) / terms.batch_size
             shares[name].append(kept_coordinates(name, own, work.local).flatten(1).numpy())
-        moved = {name: start[name] + updates[name].to(start[name]) for name in names if name in updates}
+        moved = {
+            name: work.whole(name, start[name], parts[name] + updates[name].to(parts[name]))
+            for name in names
+            if name in updates
+        }
         if step + 1 < work.steps and any(is_factor(name) and counts.get(name) != 1 for name in names):
             raise Unreadable("after several steps on the same factor, the state in between is not known")
         state = state | moved
@@ -129,6 +135,19 @@ def read_sum(summed: Summed, members: Mapping[int, tuple[Seen, Gradients]], nois
     )
 
 
+def with_factors(seen: Seen) -> Seen:
+    """A reply with updates of factors in place of sketches that do not determine them.
+
+    The noisy factors stay with the owner, and the sketches are functions of them. So this reads more than a server
+    could, and what it bounds holds for the sketches too.
+    """
+    if not any(is_a(name) for name in seen.sketched):
+        return seen
+    updates = {name: value.double() - seen.start[name] for name, value in seen.sketched.items()}
+    rest = {name: value for name, value in seen.tensors.items() if not name.startswith(SKETCH)}
+    return replace(seen, tensors=rest | updates)
+
+
 def factor_updates(
     tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], trained: tuple[str, ...], seed: int, round_number: int
 ) -> dict[str, Tensor]:
@@ -149,13 +168,11 @@ def factor_updates(
 
 
 def updates_of(seen: Seen, work: Training, start: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The update of each tensor that left the owner, fp64.
+    """The update of the trained part of each tensor that left the owner, fp64.
 
     Raises:
-        Unreadable: a sketch does not determine the factors behind it, or single ranks were trained.
+        Unreadable: a sketch does not determine the factors behind it.
     """
-    if work.slices:
-        raise Unreadable("it trains single ranks of the factors, which this audit does not read")
     sketches = {name: value for name, value in seen.tensors.items() if name.startswith(SKETCH)}
     plain = {name: value.double() for name, value in seen.tensors.items() if name in work.trained}
     if sketches:

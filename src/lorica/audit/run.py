@@ -283,6 +283,7 @@ class Attack:
         seen = next(iter(members.values()))
         work = _work(seen)
         start = _start(seen)
+        trained = {name: work.part(name, value) for name, value in start.items()}
         active = [work.local.active(work.trained, step) for step in range(work.steps)]
         gradients = {owner: self._gradients(owner, one) for owner, one in members.items()}
         values, shares = [], []
@@ -290,8 +291,8 @@ class Attack:
             replace(seen, tensors=released), work, start, self._prepared.config.seed
         ).items():
             steps = sum(name in names for names in active)
-            known = work.optimizer.weight_decay * start[name].double() + work.corrections.get(name, 0.0)
-            value = unshaped(name, -update / work.rates[name] - steps * known, start, work.local).flatten()
+            known = work.optimizer.weight_decay * trained[name].double() + work.corrections.get(name, 0.0)
+            value = unshaped(name, -update / work.rates[name] - steps * known, trained, work.local).flatten()
             parts = []
             for owner in owners:
                 if owner in members:

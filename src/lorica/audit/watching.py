@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
-from lorica.adapters.names import Pair
+from lorica.adapters.names import SKETCH, Pair
 from lorica.adapters.state import AdapterState
 from lorica.engines.local import LocalEngine
 from lorica.messages import Projection, Request, Training
@@ -26,6 +26,7 @@ class Seen:
         merged: site name -> `(B, A)` merged into the frozen weight.
         personal: the owner's own tensors before the work.
         tensors: what left the owner.
+        sketched: the noisy factors behind a sketch, which stay with the owner.
     """
 
     request: Request
@@ -33,6 +34,7 @@ class Seen:
     merged: Mapping[str, Pair]
     personal: Mapping[str, Tensor]
     tensors: Mapping[str, Tensor]
+    sketched: Mapping[str, Tensor]
 
     @property
     def start(self) -> dict[str, Tensor]:
@@ -56,7 +58,11 @@ class WatchedClient(Client):
         personal = self.personal(request.run, request.round)
         reply = super().reply_to(model, request, agreement)
         if isinstance(request.work, Training | Projection):
-            self.seen.append(Seen(request, dict(self.held), dict(self.merged), personal, decode(reply)))
+            left, sketched = decode(reply), {}
+            if any(name.startswith(SKETCH) for name in left):
+                kept = self._sketched(request, self.ledger.kept(request.run, self.number, request.round))
+                sketched = {name: released.tensor for name, released in kept.items()}
+            self.seen.append(Seen(request, dict(self.held), dict(self.merged), personal, left, sketched))
         return reply
 
 

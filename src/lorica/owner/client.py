@@ -13,7 +13,7 @@ from torch import Tensor
 from lorica.adapters.adapted import AdaptedModel
 from lorica.adapters.memory import pass_tokens
 from lorica.adapters.names import ENERGY, SKETCH, Pair, is_factor
-from lorica.adapters.state import leading, stack_pairs, with_ranks
+from lorica.adapters.state import leading, stack_pairs
 from lorica.errors import UserError
 from lorica.files import append_line, to_json
 from lorica.local.optimizers import make_optimizer
@@ -314,7 +314,7 @@ class Client:
                 for name, increment in optimizer.step(shaped, values).items():
                     updates[name] = post_process(torch.add, updates[name], increment) if name in updates else increment
                 values = parts | {name: start[name] + update.tensor for name, update in updates.items()}
-                model.write(adapter | _whole(work, adapter, {name: values[name] for name in updates}))
+                model.write(adapter | {name: work.whole(name, adapter[name], values[name]) for name in updates})
         model.peft_model.eval()
         return updates, gradients
 
@@ -349,15 +349,6 @@ def _sketched_in(round_number: int) -> str:
 def private_metrics_path(ledger: Path) -> Path:
     """The file with the results of private tests, next to the ledger."""
     return ledger.with_name(f"{ledger.name.removesuffix('.sqlite').removesuffix('.ledger')}.private-metrics.jsonl")
-
-
-def _whole(work: Training, adapter: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Trained tensors with the ranks that rest."""
-    whole = {}
-    for name, part in parts.items():
-        ranks = work.ranks(name)
-        whole[name] = part if ranks is None else with_ranks(name, adapter[name], ranks, part)
-    return whole
 
 
 def _after(start: Tensor, update: Released, before: Released | None) -> Released:
