@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -214,7 +214,12 @@ Methods = Annotated[str, typer.Option(help="As in `lorica compare`.")]
 def floor(seeds: Rounds = 10, methods: Methods = ALTERNATING) -> None:
     """Claim 1: a choice for each layer has a lower reconstruction error than one choice for all layers."""
     table = Table(
-        "choice", "rate", "out of reach, tied", "out of reach, free", "loss after 10 rounds", f"after {ROUNDS}"
+        Column("choice", overflow="fold"),
+        "rate",
+        "out of reach, tied",
+        "out of reach, free",
+        "loss after 10 rounds",
+        f"after {ROUNDS}",
     )
     for label in methods.split(","):
         rate, courses = tuned(label, 0.0, seeds)
@@ -234,7 +239,7 @@ def convergence(seeds: Rounds = 10, methods: Methods = METHODS) -> None:
     for noise_multiplier in (0.0, 0.03, 0.1):
         deviation = noise_multiplier * CLIP / BATCH
         table = Table(
-            *("method", "rate", "rounds to 1/10", "rounds to 1/100", f"loss after {ROUNDS}"),
+            *(Column("method", overflow="fold"), "rate", "rounds to 1/10", "rounds to 1/100", f"loss after {ROUNDS}"),
             title=f"Noise of standard deviation {deviation:g} in each coordinate of a client's gradient",
         )
         for label in methods.split(","):
