@@ -198,7 +198,8 @@ def test_a_planted_fault_is_found_in_chosen_ranks_and_behind_sketches(
     method: str, plant: Fault, promise: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(monkeypatch)
-    assert promise in refuted(Auditor(3.0, CANARIES).own_noise(registry()[method]))
+    # With 256 canaries, lora-a2 trains so few coordinates that one run in forty misses 10 % less noise.
+    assert promise in refuted(Auditor(3.0, 2 * CANARIES).own_noise(registry()[method]))
 
 
 @pytest.mark.parametrize("method", ["as-lora", "deer", "fed-power", "fedask", "fedsa-lora", "la-lora", "lora-a2"])
