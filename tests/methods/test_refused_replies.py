@@ -197,7 +197,9 @@ SOME = set(zip(sorted(KINDS), 2 * list(OPTIMIZERS), strict=True))
 def test_honest_replies_pass_and_large_ones_do_not(name: str, optimizer: str, seed: int, tmp_path: Path) -> None:
     """Also under other optimisers; a refused reply would stop the run, since all have to reply."""
     some = tiny_federation(name, tmp_path, clients=2, seed=seed, optimizer=OPTIMIZERS[optimizer], steps=4)
-    assert_honest_pass_and_large_do_not(run_rounds(some, 2), 100)
+    # FedPower's second reply is bounded by the product of two bounds, and momentum widens both.
+    large = 1000 if name == "fed-power" else 100
+    assert_honest_pass_and_large_do_not(run_rounds(some, 2), large)
 
 
 @pytest.mark.parametrize("penalty", [0.01, 0.1])
