@@ -24,6 +24,7 @@ from lorica.methods.gauge import (
     REFUSES,
     SCALE,
     GaugeOptions,
+    alternating,
     check_gauge,
     fix_gauge,
     refused_with,
@@ -221,8 +222,7 @@ class ASLoRA(Method):
         for group, members in self.groups.items():
             coin = coins.random()
             if server.round <= warm_up:
-                first = self.options.first
-                choice[group] = first if server.round % 2 else "A" if first == "B" else "B"
+                choice[group] = alternating(self.options.first, server.round)
             else:
                 self.probabilities[group] = self._probability_of_a(group, server.round - warm_up)
                 if server.private and server.optimizer.name == "sgd":

@@ -27,6 +27,7 @@ from lorica.streams import numpy_stream
 
 SCALE = 3**-0.5
 """`s`. PEFT's initial A has singular values near it: its entries have variance `1/(3 d_in)`."""
+OTHER: dict[str, Literal["A", "B"]] = {"A": "B", "B": "A"}
 TOLERANCE = 1e-5
 """A factor whose Gram matrix over `s²` is so close to the identity is not changed, which spares its transport. The
 rounding of fp32 factors is well below it."""
@@ -118,8 +119,13 @@ def trainable(factor: Factors, model: AdapterState, sites: Sequence[Site]) -> Fa
     """
     names = {"A": [site.b for site in sites], "B": [site.a for site in sites]}
     if factor in names and not all(bool(model.tensors[name].any()) for name in names[factor]):
-        return "B" if factor == "A" else "A"
+        return OTHER[factor]
     return factor
+
+
+def alternating(first: Literal["A", "B"], round_number: int) -> Literal["A", "B"]:
+    """The first factor in odd rounds, the other one in even rounds."""
+    return first if round_number % 2 else OTHER[first]
 
 
 def fix_gauge(options: GaugeOptions, model: AdapterState, factors: Mapping[str, Factors]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lorica.adapters.state import Factors
 from lorica.methods.base import About
 from lorica.methods.exchange import Round, Train
-from lorica.methods.gauge import GaugedMethod, fix_gauge
+from lorica.methods.gauge import GaugedMethod, alternating, fix_gauge
 from lorica.methods.server import Server
 
 
@@ -33,9 +33,8 @@ class RoLoRA(GaugedMethod):
     )
 
     def round(self, server: Server) -> Round:
-        first = self.options.first
-        other: Factors = "A" if first == "B" else "B"
-        factors: dict[str, Factors] = {site.name: first if server.round % 2 else other for site in self.sites}
+        factor = alternating(self.options.first, server.round)
+        factors: dict[str, Factors] = {site.name: factor for site in self.sites}
         fix_gauge(self.options, server.model, factors)
         replies = yield Train(factors)
         server.step(replies)
