@@ -11,6 +11,7 @@ from pydantic import field_validator
 from lorica.config import Strict, check_paths, validate
 from lorica.errors import UserError
 from lorica.files import home_folder
+from lorica.privacy.ledger_file import ledger_beside
 
 
 class NodeSettings(Strict):
@@ -63,6 +64,18 @@ class NodeSettings(Strict):
         if self.folder is not None:
             return Path(self.folder).expanduser()
         if self.data is not None:
-            data = Path(self.data).expanduser()
-            return data.with_name(f"{data.name}.lorica")
+            return folder_beside(Path(self.data).expanduser())
         return home_folder() / "nodes" / str(self.client)
+
+    @property
+    def ledger_path(self) -> Path:
+        """The node's ledger; only for a node with data of its own."""
+        if self.ledger is not None:
+            return Path(self.ledger).expanduser()
+        assert self.data is not None
+        return ledger_beside(Path(self.data).expanduser())
+
+
+def folder_beside(data: Path) -> Path:
+    """The folder of the node that was started with these data, if it names no other."""
+    return data.with_name(f"{data.name}.lorica")

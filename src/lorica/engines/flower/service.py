@@ -17,7 +17,6 @@ from lorica.errors import UserError
 from lorica.files import home_folder, private_folder, write_atomically
 from lorica.owner.settings import NodeSettings
 from lorica.paths import user_path
-from lorica.privacy.ledger_file import ledger_beside
 
 UNIT, ENVIRONMENT = "lorica-node.service", "lorica-node.env"
 GPUS = ("/dev/nvidiactl", "/dev/kfd")
@@ -81,10 +80,7 @@ def write_service(folder: Path, arguments: Sequence[str]) -> Path:
 
 def _writable(settings: NodeSettings, home: Path) -> list[Path]:
     """The folders that a node writes to: SQLite also writes beside its files."""
-    assert settings.data is not None
-    data = Path(settings.data).expanduser()
-    ledger = ledger_beside(data) if settings.ledger is None else Path(settings.ledger).expanduser()
-    return sorted({home, settings.place.absolute(), ledger.absolute().parent})
+    return sorted({home, settings.place.absolute(), settings.ledger_path.absolute().parent})
 
 
 def _without(arguments: Sequence[str], name: str) -> list[str]:

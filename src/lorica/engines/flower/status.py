@@ -16,8 +16,7 @@ from lorica.engines.flower.launch import app_name
 from lorica.engines.flower.processes import ask_flwr, environment
 from lorica.errors import UserError
 from lorica.files import private_folder, read_json, write_atomically
-from lorica.owner.settings import NodeSettings
-from lorica.privacy.ledger_file import ledger_beside
+from lorica.owner.settings import NodeSettings, folder_beside
 from lorica.privacy.policy import load_policy
 from lorica.reporting.budget import read_budget
 from lorica.reporting.checksums import files_are_whole
@@ -59,7 +58,7 @@ def node_status(path: Path) -> dict[str, Any]:
         UserError: no node was started with this data, or its policy or ledger cannot be read.
     """
     path = path.expanduser()
-    place = path if (path / NODE).is_file() else path.with_name(f"{path.name}.lorica")
+    place = path if (path / NODE).is_file() else folder_beside(path)
     if not (place / NODE).is_file():
         remedy = "give the data that a node was started with, or the folder in its configuration"
         raise UserError("DATA", str(path), f"no node was started with it ({place / NODE} is missing)", remedy)
@@ -68,8 +67,7 @@ def node_status(path: Path) -> dict[str, Any]:
     assert settings.data is not None
     assert settings.policy is not None
     policy = load_policy(Path(settings.policy).expanduser())
-    ledger = ledger_beside(Path(settings.data).expanduser()) if settings.ledger is None else Path(settings.ledger)
-    ledger = ledger.expanduser()
+    ledger = settings.ledger_path
     budget = read_budget(ledger, policy.delta, policy) if ledger.is_file() else None
     process = _process(node)
     spent = {"spent": 0.0, "left": policy.max_epsilon} if budget is None else budget["policy"]
