@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, NamedTuple
@@ -29,8 +27,7 @@ import psutil
 import safetensors.torch
 import torch
 import typer
-from measuring import Clock, machine, verdict
-from rich.console import Console
+from measuring import begin, verdict
 from rich.table import Table
 from torch import Tensor
 
@@ -238,11 +235,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="The smallest sizes; they measure nothing.")] = False,
 ) -> None:
     """Run the four ways one after another, print them side by side, and compare their adapters."""
-    # What `kill` sends unwinds like Ctrl-C, so that nothing is left running.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    console = Console()
-    torch.set_num_threads(threads)
-    console.print(f"{machine(Clock.wall)}, flwr {version('flwr')}")
+    console = begin(threads, "flwr")
     size = Size(1, 3, 1, threads) if quick else Size(3, rounds, 8, threads)
     measured: dict[str, Measured] = {}
     with tempfile.TemporaryDirectory(prefix="lorica-benchmark-", ignore_cleanup_errors=True) as scratch:

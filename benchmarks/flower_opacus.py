@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -22,18 +21,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import psutil
 import tomli_w
-import torch
 import typer
 from federation import SAMPLE_SECONDS, Memory, held
-from measuring import Clock, machine
-from rich.console import Console
+from measuring import begin
 from rich.table import Table
 
 from lorica.engines.flower.launch import simulation
@@ -217,11 +213,7 @@ def main(
     quick: Annotated[bool, typer.Option(help="The smallest sizes; they measure nothing.")] = False,
 ) -> None:
     """Run both ways one after another for each number of clients, and print them side by side."""
-    # What `kill` sends unwinds like Ctrl-C, so that nothing is left running.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    console = Console()
-    torch.set_num_threads(threads)
-    console.print(f"{machine(Clock.wall)}, flwr {version('flwr')}, ray {version('ray')}")
+    console = begin(threads, "flwr", "ray")
     sizes = [Size(number, rounds, steps, threads) for number in clients or [6, 100]]
     tables = []
     for size in [Size(2, 3, 1, threads)] if quick else sizes:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
@@ -12,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from lorica.adapters.loading import has_bf16
 
@@ -63,6 +66,18 @@ def machine(clock: Clock) -> str:
         f"{kind}, {os.cpu_count()} cores, {features}, threads: {torch.get_num_threads()}, {clock.value} clock, "
         f"load {load}; {packages}"
     )
+
+
+def begin(threads: int, *packages: str) -> Console:
+    """Set the threads of PyTorch, and print the machine and the versions of some more packages by the wall clock.
+
+    What `kill` sends unwinds like Ctrl-C from now on, so that nothing is left running.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    torch.set_num_threads(threads)
+    console = Console()
+    console.print(", ".join([machine(Clock.wall), *(f"{name} {version(name)}" for name in packages)]))
+    return console
 
 
 def verdict(met: bool) -> str:
