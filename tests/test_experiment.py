@@ -37,18 +37,10 @@ from lorica.tasks import digits
 from lorica.tasks.classification import Classification
 from tests.killed import kill_run, run_until, start_command
 from tests.reports import draw_nothing
+from tests.small import SMALLEST
 
 Load = Callable[..., lorica.Experiment]
-SMALL = [
-    "federation.clients=2",
-    "federation.partition=iid",
-    "federation.rounds=4",
-    "federation.local_steps=1",
-    "federation.batch_size=16",
-    "privacy.epsilon=null",
-    "privacy.noise_multiplier=1.5",
-    "privacy.noise=reproducible",
-]
+SMALL = [*SMALLEST, "federation.rounds=4", "privacy.noise=reproducible"]
 pytestmark = pytest.mark.usefixtures("checked_once")
 
 

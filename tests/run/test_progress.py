@@ -11,16 +11,9 @@ import pytest
 import lorica
 from lorica.reporting.html import UNFINISHED, report_is_missing, write_report
 from lorica.run import progress
+from tests.small import SMALLEST
 
-SMALL = [
-    "federation.clients=2",
-    "federation.partition=iid",
-    "federation.rounds=3",
-    "federation.local_steps=1",
-    "federation.batch_size=16",
-    "privacy.epsilon=null",
-    "privacy.noise_multiplier=1.5",
-]
+SMALL = [*SMALLEST, "federation.rounds=3"]
 pytestmark = pytest.mark.usefixtures("checked_once")
 
 

@@ -24,16 +24,9 @@ from lorica.tasks.loading import load_tests
 from lorica.tracking.base import TrackedRun
 from lorica.tracking.public import public_metrics, public_settings
 from tests.reports import draw_nothing
+from tests.small import SMALLEST
 
-SMALL = [
-    "federation.clients=2",
-    "federation.partition=iid",
-    "federation.rounds=4",
-    "federation.local_steps=1",
-    "federation.batch_size=16",
-    "privacy.epsilon=null",
-    "privacy.noise_multiplier=1.5",
-]
+SMALL = [*SMALLEST, "federation.rounds=4"]
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 INSTALLED = [name for name, package in PACKAGES.items() if find_spec(package) is not None]
 pytestmark = pytest.mark.usefixtures("checked_once")
