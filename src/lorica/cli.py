@@ -53,6 +53,7 @@ Base = Annotated[
     str | None, typer.Option(help="Folder or hub id of the base model, if it is not where it was in training.")
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto uses a GPU if there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything else on stderr.")]
 
 
 class Unit(StrEnum):
@@ -60,9 +61,6 @@ class Unit(StrEnum):
 
     record = "record"
     client = "client"
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything else on stderr.")]
 
 
 def _print_version(wanted: bool) -> None:

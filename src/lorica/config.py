@@ -46,6 +46,11 @@ def check_paths(value: Paths) -> Paths:
     return value
 
 
+def one_as_list(value: Any) -> Any:
+    """A single name as a list of one, in a key of one name or of several."""
+    return [value] if isinstance(value, str) else value
+
+
 class Strict(BaseModel):
     """A configuration section: frozen, and an unknown key is an error."""
 
@@ -200,10 +205,7 @@ class TaskConfig(Strict):
                 raise _mistake(f"{name} is not a metric of {kind}", remedy_for_unknown(name, choices))
         return value
 
-    @field_validator("text", mode="before")
-    @classmethod
-    def _one_name_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    _one_name_is_a_list = field_validator("text", mode="before")(one_as_list)
 
     @field_validator("test")
     @classmethod
@@ -521,10 +523,7 @@ class ExperimentConfig(Strict):
 
     _paths = field_validator("output")(check_paths)
 
-    @field_validator("report_to", mode="before")
-    @classmethod
-    def _one_tracker_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    _one_tracker_is_a_list = field_validator("report_to", mode="before")(one_as_list)
 
     @field_validator("report_to")
     @classmethod

@@ -38,9 +38,10 @@ class Trackers:
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Report a line of metrics.jsonl."""
+        metrics, number = public_metrics(row), int(row["round"])
         for name, tracker in list(self._open.items()):
             with self._dropped_if_it_fails(name):
-                tracker.log(public_metrics(row), int(row["round"]))
+                tracker.log(metrics, number)
 
     def close(self, finished: bool) -> None:
         """Close all trackers; `finished` as in `Tracker.close`."""
