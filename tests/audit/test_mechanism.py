@@ -19,7 +19,7 @@ from lorica.audit.linear_model import Gradients, linear_model
 from lorica.audit.mechanism import Auditor, audit_mechanism, judged
 from lorica.errors import UserError
 from lorica.methods.base import Method, Round, Server, Train, registry
-from lorica.owner import client
+from lorica.owner import client, cohort
 from lorica.privacy import mechanism, passes
 from lorica.privacy.randomness import SecureRandomness
 from lorica.privacy.released import post_process
@@ -166,6 +166,68 @@ def test_a_planted_fault_is_found_in_shared_noise(fault: str, monkeypatch: pytes
     assert any(one.startswith(promise) for one in found)
 
 
+def twice_the_clip_norm_of_updates(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(mechanism, "clipped_sum", lambda updates, norm: clipped_sum(updates, 2 * norm))
+
+
+def twice_the_clip_norm_of_changes(patch: pytest.MonkeyPatch) -> None:
+    changes = cohort.Cohort._changes
+
+    def found(self: cohort.Cohort, update: Mapping[str, Tensor]) -> Any:
+        scale, pairs = changes(self, update)
+        return 2 * scale, pairs
+
+    patch.setattr(cohort.Cohort, "_changes", found)
+    patch.setattr(mechanism, "clipped_sum", lambda updates, norm: clipped_sum(updates, 10 * norm))
+
+
+def the_same_noise_in_each_mean(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(cohort, "SecureRandomness", lambda seed: SecureRandomness(bytes(32)))
+
+
+def division_by_the_true_number_of_clients(patch: pytest.MonkeyPatch) -> None:
+    mean, sizes = mechanism.noisy_mean_update, []
+
+    def sample(records: int, rate: float, draws: SecureRandomness) -> np.ndarray:
+        found = poisson_sample(records, rate, draws)
+        if records > 1:
+            sizes.append(len(found))
+        return found
+
+    def divided(update_of: Any, clients: int, shapes: Any, terms: Any, randomness: Any) -> Any:
+        found = mean(update_of, clients, shapes, terms, randomness)
+        return {name: post_process(lambda g: g * terms.batch_size / sizes[-1], g) for name, g in found.items()}
+
+    patch.setattr(mechanism, "poisson_sample", sample)
+    patch.setattr(cohort, "noisy_mean_update", divided)
+
+
+@pytest.mark.parametrize(
+    ("method", "plant", "promise"),
+    [
+        ("fed-avg", less_noise(1.1), "noise variance"),
+        ("fed-avg", twice_the_clip_norm_of_updates, "clip"),
+        ("fed-avg", all_records, "sampling rate"),
+        ("fed-avg", the_first_records, "batch sizes"),
+        ("fed-avg", the_same_noise_in_each_mean, "noise independent between releases"),
+        (
+            "fed-avg",
+            division_by_the_true_number_of_clients,
+            "division by the expected batch size, in Poisson batches",
+        ),
+        pytest.param("fed-power", less_noise(1.1), "noise variance", marks=pytest.mark.slow),
+        pytest.param("fed-power", twice_the_clip_norm_of_changes, "clip", marks=pytest.mark.slow),
+    ],
+)
+def test_a_planted_fault_is_found_in_means_of_clients(
+    method: str, plant: Fault, promise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    # 10 % less noise shows over many coordinates only.
+    clients = 128 if promise == "noise variance" else 64
+    assert promise in refuted(Auditor(3.0, 8 * clients).client_level(registry()[method]))
+
+
 def larger_sketches(patch: pytest.MonkeyPatch) -> None:
     sketch = client.sketch
 
@@ -204,7 +266,7 @@ def test_a_planted_fault_is_found_in_chosen_ranks_and_behind_sketches(
 
 @pytest.mark.parametrize("method", ["as-lora", "deer", "fed-power", "fedask", "fedsa-lora", "la-lora", "lora-a2"])
 def test_what_is_right_is_not_refuted(method: str) -> None:
-    """Half-rounds, sketches, chosen ranks, tensors that stay with the owner, smoothed steps, and shared noise."""
+    """Half-rounds, sketches, chosen ranks, tensors that stay with the owner, smoothed steps, shared noise, clients."""
     found = audit_mechanism([method], epsilon=2.0, canaries=CANARIES)
     assert not found["refuted"]
     json.dumps(found)
@@ -213,7 +275,8 @@ def test_what_is_right_is_not_refuted(method: str) -> None:
         assert row["control"]["auc"] > 0.99
         assert max(row["epsilon_one_run"], row["epsilon_fdp"]) <= row["claimed_epsilon"] <= 2.0
     shared = ["shared"] if method in {"as-lora", "lora-a2"} else []
-    assert [row["noise"] for row in found["rows"]] == ["own", *shared]
+    of_clients = ["client-level"] if method in {"as-lora", "fed-power"} else []
+    assert [row["noise"] for row in found["rows"]] == ["own", *shared, *of_clients]
 
 
 class Proximal(Method):

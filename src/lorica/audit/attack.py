@@ -9,6 +9,9 @@ from scipy.linalg import cho_factor, cho_solve
 
 # A canary whose share is this much smaller than the largest one leaves no trace that could be read.
 LEAST_SHARE = 0.02
+LEAST_EIGENVALUE = 1e-9
+# With more noise than this, in units of its share, it cannot be told whether a canary is in a batch.
+LARGEST_DEVIATION = 0.1
 
 
 class Ridge:
@@ -51,11 +54,11 @@ class Fit:
     """The least-squares fit of a release by the canaries' shares.
 
     Attributes:
-        visible: (canaries,) bool, which canaries leave a trace that can be read.
+        visible: (canaries,) bool, which canaries leave a trace that can be read and told from those of all others.
         values: of the visible ones, what they added in units of their shares.
         deviations: of `values`, from the noise.
         energy: `Σ z²` of what is left over, in units of the noise's variance.
-        left: number of coordinates less that of the fitted values.
+        left: number of coordinates less the dimension of what was fitted.
     """
 
     visible: np.ndarray
@@ -73,12 +76,17 @@ def fit(values: np.ndarray, shares: np.ndarray) -> Fit:
         shares: (canaries, d), likewise.
     """
     norms = np.linalg.norm(shares, axis=1)
-    visible = norms > LEAST_SHARE * norms.max(initial=0.0)
-    own = shares[visible]
-    if not len(own):
-        return Fit(visible, np.zeros(0), np.zeros(0), float(values @ values), len(values))
-    inverse = np.linalg.inv(own @ own.T)
-    found = inverse @ (own @ values)
+    traced = norms > LEAST_SHARE * norms.max(initial=0.0)
+    own = shares[traced]
+    eigenvalues, vectors = np.linalg.eigh(own @ own.T)
+    kept = eigenvalues > LEAST_EIGENVALUE * eigenvalues.max(initial=0.0)
+    eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
+    inverse = (vectors / eigenvalues) @ vectors.T
+    found, deviations = inverse @ (own @ values), np.sqrt(np.diag(inverse))
     rest = values - found @ own
-    deviations = np.sqrt(np.diag(inverse))
-    return Fit(visible, found, deviations, float(rest @ rest), len(values) - len(own))
+    # Shares that others add up to cannot be told from these.
+    readable = (np.square(vectors).sum(axis=1) > 1 - 1e-6) & (deviations < LARGEST_DEVIATION)
+    visible = np.zeros(len(shares), dtype=bool)
+    visible[traced] = readable
+    energy, left = float(rest @ rest), len(values) - len(eigenvalues)
+    return Fit(visible, found[readable], deviations[readable], energy, left)

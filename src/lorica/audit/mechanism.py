@@ -3,7 +3,8 @@
 For each method, a federation runs three rounds on made-up canaries with orthogonal gradients, three times: with the
 noise of a claim, with nearly none as a control, and with nearly none and a small sampling rate. What leaves the owners
 is read back (`lorica.audit.reading`) and compared with what it has to be. Where the owners of a method can share the
-noise, their secure sums are audited as well, for a server that colludes with one of them.
+noise, their secure sums are audited as well, for a server that colludes with one of them. Where a method offers
+client-level DP, so are the means that a trusted server releases (`lorica.audit.cohort`): the canaries are clients then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lorica.adapters.state import AdapterState
 from lorica.audit import exact
 from lorica.audit.attack import Fit, Ridge, fit
 from lorica.audit.canaries import Canaries, toss
+from lorica.audit.cohort import WatchedCohort, read_mean, watched_cohort
 from lorica.audit.estimators import CONFIDENCE, Scores, best_plans, fdp_refutes_any, trade_off_inverse
 from lorica.audit.exact import Outcome
 from lorica.audit.findings import findings, nearly_without_noise
@@ -63,6 +65,7 @@ class Setting:
         rate: sampling rate.
         privacy: terms; `noise_against` says whether the owners share the noise.
         tossed: whether coins decide which canaries are included; otherwise all are.
+        of_clients: client-level DP: an owner is a cohort, whose clients are the canaries.
     """
 
     owners: int
@@ -70,6 +73,7 @@ class Setting:
     rate: float
     privacy: PrivacyConfig
     tossed: bool
+    of_clients: bool = False
 
     @property
     def shared(self) -> bool:
@@ -101,12 +105,14 @@ class Observation:
     @cached_property
     def readings(self) -> list[tuple[int, Reading]]:
         """Owner and reading of each of its releases, in order; `Unreadable` as `read`."""
-        return [
-            (number, read(with_factors(seen), self.gradients[number], SEED))
-            for number, client in self.clients.items()
-            for seen in client.seen
-            if isinstance(seen.request.work, Training)
-        ]
+        found = []
+        for number, client in self.clients.items():
+            for seen in client.seen:
+                if isinstance(client, WatchedCohort):
+                    found.append((number, read_mean(seen, self.gradients[number], client)))
+                elif isinstance(seen.request.work, Training):
+                    found.append((number, read(with_factors(seen), self.gradients[number], SEED)))
+        return found
 
 
 class Auditor:
@@ -124,23 +130,35 @@ class Auditor:
         shared = self._claimed.model_copy(update={"noise_against": "sums", "colluding": COLLUDING})
         in_sum = min(canaries, CANARIES_IN_SUM)
         self._sums = replace(self._own, owners=OWNERS, canaries=in_sum // OWNERS, privacy=shared)
+        # Each client trains by itself, which takes longer than a record in a batch.
+        self._cohort = replace(self._own, owners=1, canaries=max(64, canaries // 8), of_clients=True)
         self._models: dict[int, tuple[AdaptedModel, dict[str, Tensor]]] = {}
 
     def own_noise(self, method: type[Method]) -> dict[str, Any]:
         """Audit a method whose owners each add all of the noise."""
-        own, control = self._own, replace(self._own, privacy=nearly_without_noise(self._claimed))
+        return self._one_by_one(method, "own", self._own)
+
+    def client_level(self, method: type[Method]) -> dict[str, Any] | None:
+        """Audit a method with `privacy.unit: client`; None if it does not offer that."""
+        if not method.client_level:
+            return None
+        return self._one_by_one(method, "client-level", self._cohort)
+
+    def _one_by_one(self, method: type[Method], noise: str, setting: Setting) -> dict[str, Any]:
+        """A row from the releases of each owner alone: with noise, nearly without, and with a small sampling rate."""
+        control = replace(setting, privacy=nearly_without_noise(self._claimed))
         sampled = replace(control, owners=OWNERS, rate=SAMPLING_RATE, tossed=False)
         try:
-            seen = [self.observe(method, setting) for setting in (own, control, sampled)]
+            seen = [self.observe(method, each) for each in (setting, control, sampled)]
             tests = [
                 *_noise_tests(_own_noises(seen[0])),
                 *_contribution_tests(seen[1]),
                 *_sampling_tests(seen[2]),
                 *_derived_tests(seen[0]),
             ]
-            return _row(method, "own", seen, tests, _scores(seen[0]), _scores(seen[1]))
+            return _row(method, noise, seen, tests, _scores(seen[0]), _scores(seen[1]))
         except Unreadable as reason:
-            return {"method": method.name, "noise": "own", "not_audited": str(reason)}
+            return {"method": method.name, "noise": noise, "not_audited": str(reason)}
 
     def shared_noise(self, method: type[Method]) -> dict[str, Any] | None:
         """Audit a method whose owners share the noise; None if it does not offer that."""
@@ -172,8 +190,9 @@ class Auditor:
         made.start(state, SEED)
         owners, canaries = range(setting.owners), setting.canaries
         batch_size = round(setting.rate * canaries)
+        noisy_steps = ROUNDS * (made.client_level if setting.of_clients else steps)
         plans = {
-            owner: plan_client(owner, canaries, batch_size, ROUNDS * steps, setting.privacy, setting.owners)
+            owner: plan_client(owner, canaries, batch_size, noisy_steps, setting.privacy, setting.owners)
             for owner in owners
         }
         gradients = {
@@ -185,8 +204,9 @@ class Auditor:
         coins = {owner: toss(canaries) if setting.tossed else np.ones(canaries, dtype=bool) for owner in owners}
         with throwaway_folder() as folder:
             ledger = Ledger(folder / "ledger.sqlite", Home(folder / "home"))
+            made_of = watched_cohort if setting.of_clients else WatchedClient
             clients = {
-                owner: WatchedClient(
+                owner: made_of(
                     number=owner,
                     records=Canaries.of(gradients[owner].records(owner), coins[owner]),
                     plan=plans[owner],
@@ -197,6 +217,7 @@ class Auditor:
                 )
                 for owner in owners
             }
+            optimizer = _optimizer(setting)
             engine = WatchedEngine(model, state, clients)
             federation = Federation(
                 run=RUN,
@@ -205,9 +226,9 @@ class Auditor:
                     model=state,
                     rounds=ROUNDS,
                     terms={owner: plan.terms for owner, plan in plans.items()},
-                    optimizer=OPTIMIZER,
+                    optimizer=optimizer,
                     local_steps=steps,
-                    full_rates=learning_rates(OPTIMIZER, list(state.tensors)),
+                    full_rates=learning_rates(optimizer, list(state.tensors)),
                     seed=SEED,
                 ),
                 engine=engine,
@@ -216,6 +237,7 @@ class Auditor:
                 weighting="uniform",
                 min_clients=setting.owners if setting.shared else None,
                 secure_sum=setting.shared,
+                trusted=setting.of_clients,
             )
             refused = None
             try:
@@ -264,9 +286,8 @@ def audit_mechanism(
     auditor, rows = Auditor(epsilon, canaries), []
     for done, name in enumerate(chosen):
         on_method(name, done, len(chosen))
-        rows.append(auditor.own_noise(known[name]))
-        shared = auditor.shared_noise(known[name])
-        rows += [] if shared is None else [shared]
+        audits = (auditor.own_noise, auditor.shared_noise, auditor.client_level)
+        rows += [row for each in audits if (row := each(known[name])) is not None]
     return judged(rows) | {"epsilon": epsilon, "delta": DELTA, "confidence": CONFIDENCE}
 
 
@@ -365,6 +386,9 @@ def _derived_tests(observation: Observation) -> Iterator[Outcome]:
     """Sketches, projections and energies are functions of noisy factors, so that they cost nothing."""
     sketches, energies = [], []
     for client in observation.clients.values():
+        if isinstance(client, WatchedCohort):
+            # Its sketches have noise of their own.
+            continue
         for seen in client.seen:
             sketches += list(_sketch_differences(seen))
             if isinstance(seen.request.work, Training):
@@ -436,15 +460,20 @@ def _sum_scores(sums: list[tuple[Reading, np.ndarray]]) -> Scores:
     return Scores(attack.scores(), coins)
 
 
+def _optimizer(setting: Setting) -> OptimizerConfig:
+    """As the server sees it: a mean of clients' updates is a step of rate 1."""
+    return OptimizerConfig(lr=1.0) if setting.of_clients else OPTIMIZER
+
+
 def _local_steps(method: Method, setting: Setting) -> int:
     """One step, whose noise can be read exactly, or the two that some methods need.
 
     Raises:
         Unreadable: the method needs something else.
     """
-    for steps in (1, 2):
+    for steps in (1,) if setting.of_clients else (1, 2):
         try:
-            method.check(OPTIMIZER, 1 if setting.shared else setting.owners, steps)
+            method.check(_optimizer(setting), 1 if setting.shared else setting.owners, steps)
         except UserError as error:
             problem = str(error)
         else:

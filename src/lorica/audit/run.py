@@ -101,7 +101,8 @@ def audit_run(
         raise UserError("privacy.noise", "none", "there is no claim to audit", "set privacy.noise=secure")
     if config.privacy.unit == "client":
         problem = "the canaries of this audit are records, not clients"
-        raise UserError("privacy.unit", "client", problem, "set privacy.unit=record")
+        remedy = "set privacy.unit=record, or audit the mechanism (lorica audit mechanism)"
+        raise UserError("privacy.unit", "client", problem, remedy)
     config = config.model_copy(
         update={"engine": "local", "privacy": config.privacy.model_copy(update={"noise": "secure"})}
     )
