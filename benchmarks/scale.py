@@ -259,7 +259,10 @@ def main(
         runs[count, number] = found
         name = f"{count:,} clients ({partition}), {number} rounds"
         times = [f"{found[key]:.3g}" for key in ("start", "first", "last", "finish")]
-        table.add_row(name, *times, f"{found['mebibytes']:.0f} MiB", f"{found['report']:.1f} MiB")
+        row = [name, *times, f"{found['mebibytes']:.0f} MiB", f"{found['report']:.1f} MiB"]
+        table.add_row(*row)
+        # The largest case takes many minutes, and what is known by then is not lost with it.
+        print(*row, sep=" | ", file=sys.stderr)
     table.add_section()
     for count in _numbers(rows):
         found = _in_a_process_of_its_own(threads, "messages", count)
