@@ -90,6 +90,7 @@ def test_an_error_may_quote_what_looks_like_markup(lorica: Callable[..., str]) -
     assert "'[/bold] [query].yaml': no such file" in lorica("run", "[/bold] [query].yaml", code=2)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("checked_once", "without_report")
 def test_compare_is_resumable_and_writes_its_plots(
     lorica: Callable[..., str], tmp_path: Path, some_digits: list[str]
@@ -226,6 +227,7 @@ def test_help_imports_little(tmp_path: Path) -> None:
     assert not imported & {"torch", "numpy", "pydantic", *HEAVY}
 
 
+@pytest.mark.integration
 def test_what_only_lists_or_refuses_imports_little_but_pytorch(tmp_path: Path) -> None:
     code = """
 import sys

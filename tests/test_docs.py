@@ -33,6 +33,7 @@ def test_the_configuration_page_is_what_the_models_say() -> None:
     assert not re.search(r"\| +\|$", text, flags=re.M), "a key without a description"
 
 
+@pytest.mark.integration
 def test_the_methods_page_is_what_the_methods_say_and_send() -> None:
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     assert text == script("methods_docs").render(), "run: python scripts/methods_docs.py"

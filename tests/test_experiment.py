@@ -272,6 +272,7 @@ def test_every_method_has_a_report(run_of: Callable[[str], Result], method: str)
     assert method in page
 
 
+@pytest.mark.integration
 @no_report
 def test_the_average_over_rounds_is_what_is_exported(tmp_path: Path, experiment: Load) -> None:
     overrides = ["method.name=ffa-lora", "federation.rounds=3"]
@@ -310,6 +311,7 @@ def test_a_stopped_secure_run_resumes_without_exceeding_its_budget(tmp_path: Pat
     assert not (result.folder / "partition.json").exists()
 
 
+@pytest.mark.integration
 @no_report
 def test_a_run_goes_on_without_a_client_or_stops_and_resumes(
     tmp_path: Path, experiment: Load, monkeypatch: pytest.MonkeyPatch
@@ -465,6 +467,7 @@ def test_bad_input_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.integration
 def test_shards_are_dealt_counted_and_drawn(tmp_path: Path, experiment: Load) -> None:
     shards = ["task.train=lorica:digits/train", "federation.partition=shards", "federation.clients=5"]
     result = experiment(tmp_path, *shards, "federation.min_records=64", "federation.rounds=1").run()

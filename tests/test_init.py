@@ -55,6 +55,7 @@ def drafted(data: str, **wishes: Any) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("checked_once", "without_report")
 def test_a_drafted_experiment_runs(place: Path) -> None:
     data = reviews(place / "reviews.csv")
@@ -138,6 +139,7 @@ def test_an_image_folder_has_its_labels_in_its_folders(place: Path) -> None:
         draft_experiment(str(place / "scans"), Wishes(split=0.1, clients=2))
 
 
+@pytest.mark.integration
 def test_owners_are_those_of_the_data_or_simulated(place: Path) -> None:
     data = reviews(place / "reviews.csv", 2000, hospital=lambda n: "abcd"[n % 4])
     division = drafted(data)["federation"]

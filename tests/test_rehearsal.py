@@ -71,6 +71,7 @@ def test_it_says_what_the_run_then_sends_and_charges(
     assert 50e6 < found["memory"] < 50e9
 
 
+@pytest.mark.integration
 def test_what_earlier_runs_charged_counts_and_a_limit_refuses(
     experiment: Callable[..., lorica.Experiment], tmp_path: Path
 ) -> None:
@@ -98,6 +99,7 @@ def test_what_earlier_runs_charged_counts_and_a_limit_refuses(
     assert {path for path in everything(tmp_path) if "second" not in path} == set(before)
 
 
+@pytest.mark.integration
 def test_a_resumed_run_is_charged_for_what_remains(
     experiment: Callable[..., lorica.Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:

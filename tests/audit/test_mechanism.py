@@ -205,12 +205,12 @@ def division_by_the_true_number_of_clients(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("method", "plant", "promise"),
     [
-        ("fed-avg", less_noise(1.1), "noise variance"),
         ("ffa-lora", twice_the_clip_norm_of_updates, "clip"),
         ("ffa-lora", the_first_records, "batch sizes"),
         *(
-            pytest.param(*fault, marks=pytest.mark.slow)
+            pytest.param(*fault, marks=pytest.mark.integration)
             for fault in [
+                ("fed-avg", less_noise(1.1), "noise variance"),
                 ("fed-avg", all_records, "sampling rate"),
                 ("fed-avg", the_same_noise_in_each_mean, "noise independent between releases"),
                 (
@@ -252,13 +252,18 @@ def single_ranks_without_noise(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("method", "plant", "promise"),
     [
-        ("lora-a2", less_noise(1.1), "noise variance"),
-        ("lora-a2", twice_the_clip_norm, "clip"),
         ("lora-a2", single_ranks_without_noise, "noise variance"),
-        ("fed-power", less_noise(1.1), "noise variance"),
-        ("fed-power", twice_the_clip_norm, "clip"),
         ("fed-power", larger_sketches, "sketches are functions of noisy factors"),
-        ("fedask", larger_sketches, "sketches are functions of noisy factors"),
+        *(
+            pytest.param(*fault, marks=pytest.mark.integration)
+            for fault in [
+                ("lora-a2", less_noise(1.1), "noise variance"),
+                ("lora-a2", twice_the_clip_norm, "clip"),
+                ("fed-power", less_noise(1.1), "noise variance"),
+                ("fed-power", twice_the_clip_norm, "clip"),
+                ("fedask", larger_sketches, "sketches are functions of noisy factors"),
+            ]
+        ),
     ],
 )
 def test_a_planted_fault_is_found_in_chosen_ranks_and_behind_sketches(
@@ -269,7 +274,17 @@ def test_a_planted_fault_is_found_in_chosen_ranks_and_behind_sketches(
     assert promise in refuted(Auditor(3.0, 2 * CANARIES).own_noise(registry()[method]))
 
 
-@pytest.mark.parametrize("method", ["as-lora", "deer", "fed-power", "fedask", "fedsa-lora", "la-lora", "lora-a2"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "deer",
+        "fedask",
+        *(
+            pytest.param(method, marks=pytest.mark.integration)
+            for method in ("as-lora", "fed-power", "fedsa-lora", "la-lora", "lora-a2")
+        ),
+    ],
+)
 def test_what_is_right_is_not_refuted(method: str) -> None:
     """Half-rounds, sketches, chosen ranks, tensors that stay with the owner, smoothed steps, shared noise, clients."""
     found = audit_mechanism([method], epsilon=2.0, canaries=CANARIES)
@@ -349,7 +364,7 @@ def test_gradients_in_closed_form_are_those_of_autograd() -> None:
 
 
 def test_the_account_s_own_ledgers_stay_as_they_are(own_home: Any) -> None:
-    audit_mechanism(["ffa-lora"], canaries=64)
+    audit_mechanism(["head-only"], canaries=64)
     assert not (own_home / "ledgers").exists()
 
 

@@ -51,6 +51,7 @@ def test_a_correct_run_is_not_refuted_and_the_control_shows_why_that_means_somet
     json.dumps(found)
 
 
+@pytest.mark.integration
 def test_a_run_without_the_noise_that_it_claims_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     add_noise = mechanism.add_noise
     monkeypatch.setattr(mechanism, "add_noise", lambda value, std, draws: add_noise(value, std / 300, draws))
@@ -62,22 +63,34 @@ def test_a_run_without_the_noise_that_it_claims_is_refuted(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "sections",
     [
-        {
-            "method": {"name": "la-lora"},
-            "federation": SMALL | {"local_steps": 2},
-            "optimizer": {"lr": 0.5, "weight_decay": 0.1},
-        },
-        {"method": {"name": "fedask"}},
-        {"method": {"name": "lora-a2"}, "local": {"scaled_gd": True}, "federation": SMALL | {"rounds": 4}},
-        {"method": {"name": "fedsa-lora"}, "federation": SMALL | {"rounds": 3}},
-        {"optimizer": {"name": "adamw", "lr": 0.01}},
-        {"local": {"scaffold": True}, "method": {"name": "fed-avg"}, "federation": SMALL | {"rounds": 3}},
-        {
-            "federation": SMALL | {"clients": 3, "secure_sum": True, "min_clients": 3, "batch_size": 32},
-            "privacy": PRIVACY | {"noise_against": "sums"},
-        },
+        pytest.param({"method": {"name": "fedask"}}, id="sketches"),
+        *(
+            pytest.param(sections, id=name, marks=pytest.mark.integration)
+            for name, sections in {
+                "smoothed": {
+                    "method": {"name": "la-lora"},
+                    "federation": SMALL | {"local_steps": 2},
+                    "optimizer": {"lr": 0.5, "weight_decay": 0.1},
+                },
+                "ranks": {
+                    "method": {"name": "lora-a2"},
+                    "local": {"scaled_gd": True},
+                    "federation": SMALL | {"rounds": 4},
+                },
+                "personal": {"method": {"name": "fedsa-lora"}, "federation": SMALL | {"rounds": 3}},
+                "adamw": {"optimizer": {"name": "adamw", "lr": 0.01}},
+                "scaffold": {
+                    "local": {"scaffold": True},
+                    "method": {"name": "fed-avg"},
+                    "federation": SMALL | {"rounds": 3},
+                },
+                "shared-noise": {
+                    "federation": SMALL | {"clients": 3, "secure_sum": True, "min_clients": 3, "batch_size": 32},
+                    "privacy": PRIVACY | {"noise_against": "sums"},
+                },
+            }.items()
+        ),
     ],
-    ids=["smoothed", "sketches", "ranks", "personal", "adamw", "scaffold", "shared-noise"],
 )
 def test_every_kind_of_reply_can_be_attacked(sections: dict[str, Any]) -> None:
     found = audit_run(digits(**sections), CANARIES)
@@ -150,6 +163,7 @@ def audit() -> dict[str, Any]:
     }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("first", ["audit", "run"])
 def test_report_and_card_show_the_audit_of_their_own_experiment(
     first: str, audit: dict[str, Any], tmp_path: Path, some_digits: list[str]
@@ -196,7 +210,7 @@ def test_the_command_prints_json_and_says_with_its_exit_code_what_was_refuted(
 
 def test_the_command_audits_the_mechanism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    mechanism_audit = ["audit", "mechanism", "--methods", "fedask", "--canaries", "128", "--epsilon", "1"]
+    mechanism_audit = ["audit", "mechanism", "--methods", "fedask", "--canaries", "64", "--epsilon", "1"]
     done = CliRunner().invoke(cli.app, mechanism_audit)
     assert done.exit_code == 0, done.output
     assert "fedask" in done.stdout

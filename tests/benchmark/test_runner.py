@@ -148,6 +148,7 @@ def test_a_run_is_that_of_lorica_run(tiny: Suite, tmp_path: Path) -> None:
     assert (line.lorica, line.git, line.torch) == ("0.1.0", "abc", "2.13.0")
 
 
+@pytest.mark.integration
 def test_a_score_has_its_signal_to_noise_and_shared_noise_both_epsilons(
     tmp_path: Path, some_digits: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ class SlowNode(InProcessGrid):
         return super().pull_messages([identity for identity in message_ids if identity not in late])
 
 
+@pytest.mark.integration
 def test_an_answer_that_comes_too_late_is_charged_though_it_does_not_count(organisations: Organisations) -> None:
     nodes = SlowNode([organisations.node_config(client) for client in range(2)])
     changes = ["flower.timeout=0.2", "federation.min_clients=1", "federation.rounds=3"]

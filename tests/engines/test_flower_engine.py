@@ -147,10 +147,10 @@ class KilledServer(InProcessGrid):
 @pytest.mark.parametrize(
     ("name", "last"),
     [
-        ("as-lora", 1),
         ("fedask", 1),
-        ("flora", 3),
         ("fedsa-lora", 3),
+        pytest.param("as-lora", 1, marks=pytest.mark.integration),
+        pytest.param("flora", 3, marks=pytest.mark.integration),
         pytest.param("as-lora", 3, marks=pytest.mark.slow),
         pytest.param("fedask", 3, marks=pytest.mark.slow),
         pytest.param("flora", 1, marks=pytest.mark.slow),

@@ -698,6 +698,7 @@ def give_back(owner: Owner, run: str) -> None:
     Ledger(owner.place / "data.jsonl.ledger.sqlite").end(run)
 
 
+@pytest.mark.integration
 def test_a_run_is_refused_at_its_start_while_another_one_holds_the_budget(owner: Owner) -> None:
     """Otherwise both would be refused half way, and the budget be spent for nothing."""
     owner.organisations.write_policy(0, max_epsilon=by_pld(rows_of(1.0, 1.0, 1.0, 0.8, 0.8)) + 0.05)
@@ -734,6 +735,7 @@ def test_another_experiment_under_the_same_name_does_not_change_what_is_reserved
     assert held.outstanding == 6
 
 
+@pytest.mark.integration
 def test_two_runs_cannot_spend_more_than_the_policy_together(owner: Owner) -> None:
     """Even if the owner gives back what the first one holds and it goes on."""
     limit = by_pld(rows_of(1.0, 1.0, 0.8, 0.8, 0.8)) + 0.05

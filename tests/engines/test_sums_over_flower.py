@@ -323,6 +323,7 @@ def test_what_an_earlier_version_left_of_a_sum_is_named(clinics: Clinics, caplog
 SHARING = ["privacy.noise_against=sums", "federation.min_clients=3", "federation.weights=noise"]
 
 
+@pytest.mark.integration
 def test_shared_noise_over_flower_is_that_of_one_process_with_dropouts_too(config: Load) -> None:
     """All stay, or one is lost before its masked input: the same sums, and both guarantees stated."""
     local = config("local", *SHARING).run()
@@ -340,6 +341,7 @@ def test_shared_noise_over_flower_is_that_of_one_process_with_dropouts_too(confi
         serve(config("few", *SHARING).config, Watching(nodes(), {"masked": {1, 2}}))
 
 
+@pytest.mark.integration
 def test_owners_share_noise_if_their_policies_allow_it_among_listed_members(clinics: Clinics) -> None:
     sharing = [*SHARING[:2], "federation.weights=uniform"]
     refused = "policy.noise_against: the server proposes privacy.noise_against = 'sums'; only 'replies' is allowed"

@@ -291,6 +291,7 @@ def test_a_run_says_so_and_hides_who_took_part(tmp_path: Path, caplog: pytest.Lo
     assert "Which clients took part is secret" in (result.folder / "report.html").read_text()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("method", ["ffa-lora", "fed-power"])
 def test_the_epsilon_of_a_round_counts_its_exchanges(method: str, tmp_path: Path) -> None:
     own = [f"output={tmp_path}", f"privacy.ledger={tmp_path}/ledger.sqlite", f"method.name={method}"]

@@ -121,6 +121,7 @@ def test_a_calibration_computes_few_distributions_and_none_of_little_noise(
     assert min(noises) >= sigma / 4
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("rate", "steps", "target", "delta"), [(0.01, 1, 100.0, 1e-5), (0.1, 1, 1.0, 0.49)])
 def test_a_target_that_takes_no_noise_is_one_clear_error(
     noises: list[float], rate: float, steps: int, target: float, delta: float

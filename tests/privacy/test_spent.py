@@ -58,7 +58,10 @@ def test_without_privacy_there_is_none() -> None:
     assert Spent([], STEPS).add([0], open_plans) == {}
 
 
-@pytest.mark.parametrize(("rate", "sigma"), [(0.1, 1.5), (0.01, 0.6), (1.0, 20.0)])
+@pytest.mark.parametrize(
+    ("rate", "sigma"),
+    [(1.0, 20.0), *(pytest.param(*kind, marks=pytest.mark.integration) for kind in ((0.1, 1.5), (0.01, 0.6)))],
+)
 def test_a_composition_that_grows_is_an_upper_bound_as_good_as_the_direct_one(rate: float, sigma: float) -> None:
     """200 additions: neither rounding nor cut tails add up to anything."""
     growing = Composition(Steps(rate, sigma, 1), 1e-5)

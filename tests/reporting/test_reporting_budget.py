@@ -69,6 +69,7 @@ def finished(
     return result, ledger
 
 
+@pytest.mark.integration
 def test_it_agrees_with_what_the_runs_stated(finished: tuple[Result, Path]) -> None:
     result, ledger = finished
     found = read_budget(ledger, 1e-4)
@@ -87,6 +88,7 @@ def test_it_agrees_with_what_the_runs_stated(finished: tuple[Result, Path]) -> N
     assert lives == pytest.approx([client["lifetime_epsilon"] for client in stated], rel=1e-12)
 
 
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore")
 def test_a_policy_counts_all_clients_as_one_owner(finished: tuple[Result, Path]) -> None:
     _, ledger = finished

@@ -135,6 +135,7 @@ def test_a_run_without_privacy_file_is_reported_with_the_banner(make_run):
     assert not (folder / "factors.png").exists()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("high", "said"), [(1, "below 1 in 4 of 5 rounds"), (2, "below 1 in 3 of 5 rounds"), (3, None)]
 )
@@ -418,6 +419,7 @@ def test_hostile_names_of_models_stay_text_in_a_report(make_run, words):
     assert not any(name.startswith("on") for name, _ in page.attributes)
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
 def test_a_browser_draws_the_page(make_run, tmp_path):
     picture = tmp_path / "page.png"

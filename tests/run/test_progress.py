@@ -57,6 +57,7 @@ def test_the_report_is_there_from_the_first_round_and_loads_itself_again_until_t
     assert str(UNFINISHED) not in finished
 
 
+@pytest.mark.integration
 def test_a_report_of_an_unfinished_run_does_not_stand_for_the_last_one(tmp_path: Path, some_digits: list[str]) -> None:
     """As if the run had been killed before it wrote its report."""
     run = experiment(tmp_path, some_digits)
@@ -69,6 +70,7 @@ def test_a_report_of_an_unfinished_run_does_not_stand_for_the_last_one(tmp_path:
     assert (folder / "report.html").read_bytes() == final
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("privacy", "said", "banner"),
     [

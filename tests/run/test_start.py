@@ -160,6 +160,7 @@ def test_methods_train_on_from_it(
     assert result.metrics[-1]["loss"] != result.metrics[0]["loss"]
 
 
+@pytest.mark.integration
 def test_an_export_of_stacked_ranks_is_continued_by_methods_that_merge(
     config: Callable[..., ExperimentConfig], stacked: Result
 ) -> None:

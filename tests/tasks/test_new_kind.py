@@ -93,6 +93,7 @@ def write_counts(path: Path, count: int, seed: int) -> str:
     return write_rows(path, [{"said": text, "vowels": sum(text.count(v) for v in "aeiou")} for text in texts])
 
 
+@pytest.mark.integration
 def test_a_kind_from_elsewhere_is_trained_privately_from_file_to_adapter(tmp_path: Path, counting: str) -> None:
     task = {"type": counting, "text": "said", "label": "vowels"}
     task |= {"train": write_counts(tmp_path / "train.jsonl", 80, 0), "test": write_counts(tmp_path / "t.jsonl", 40, 9)}

@@ -90,6 +90,7 @@ def test_regression_reports_correlations(tmp_path: Path) -> None:
         experiment(tmp_path, task, name="skewed", federation={"clients": 2, "partition": "dirichlet"}).run()
 
 
+@pytest.mark.integration
 def test_several_test_sets_and_metrics(tmp_path: Path) -> None:
     """MNLI's shape: matched and mismatched; F1 as the main metric."""
 
@@ -196,6 +197,7 @@ def test_questions_are_answered(tmp_path: Path) -> None:
     assert loaded.qa_outputs.out_features == 2
 
 
+@pytest.mark.integration
 def test_conversations_are_continued(tmp_path: Path) -> None:
     def rows(count: int, seed: int) -> list[dict[str, Any]]:
         return [{"ask": text, "say": " ".join(reversed(text.split()))} for text in sentences(count, seed)]
