@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -77,9 +77,9 @@ def the_same_noise_in_each_release(patch: pytest.MonkeyPatch) -> None:
 
 def the_same_noise_in_each_tensor(patch: pytest.MonkeyPatch) -> None:
     class Repeated(SecureRandomness):
-        def normal(self, count: int) -> Tensor:
-            self._noise._calls = 0
-            return super().normal(2**12)[:count]
+        def normal(self, counts: Sequence[int]) -> list[Tensor]:
+            (draws,) = super().normal([max(counts)])
+            return [draws[:count] for count in counts]
 
     patch.setattr(client, "SecureRandomness", Repeated)
 

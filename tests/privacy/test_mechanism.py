@@ -42,7 +42,9 @@ def test_sampling_has_the_right_rate_and_independent_records(source: str) -> Non
 @pytest.mark.parametrize("source", SOURCES)
 def test_noise_has_the_right_variance_in_every_coordinate(source: str, draws: int) -> None:
     randomness, deviation = SOURCES[source](), 1.7
-    noise = torch.stack([add_noise(torch.zeros(2, 3), deviation, randomness) for _ in range(draws)]).double()
+    noise = torch.stack(
+        [add_noise(torch.zeros(2, 3), deviation, *randomness.normal([6])) for _ in range(draws)]
+    ).double()
     assert noise.mean(0).abs().max() < 5 * deviation / math.sqrt(draws)
     assert (noise.var(0) / deviation**2 - 1).abs().max() < 5 * math.sqrt(2 / draws)
     kurtosis = (noise / deviation).pow(4).mean(0)
@@ -52,25 +54,25 @@ def test_noise_has_the_right_variance_in_every_coordinate(source: str, draws: in
 
 
 def test_secure_noise_never_repeats() -> None:
-    draws = torch.stack([SecureRandomness().normal(8) for _ in range(100)])
+    draws = torch.cat([torch.stack(SecureRandomness().normal([8, 8])) for _ in range(50)])
     assert len({tuple(row.tolist()) for row in draws}) == 100
 
 
 def test_secure_noise_is_gaussian() -> None:
     from scipy import stats
 
-    assert stats.kstest(SecureRandomness().normal(50_001).numpy(), "norm").pvalue > 1e-4
+    assert stats.kstest(torch.cat(SecureRandomness().normal([50_001, 3])).numpy(), "norm").pvalue > 1e-4
 
 
 def test_reproducible_streams_differ_by_round_exchange_and_client() -> None:
-    first = ReproducibleRandomness(0, 1, 1, 0).normal(4)
-    torch.testing.assert_close(first, ReproducibleRandomness(0, 1, 1, 0).normal(4))
+    (first,) = ReproducibleRandomness(0, 1, 1, 0).normal([4])
+    torch.testing.assert_close([first], ReproducibleRandomness(0, 1, 1, 0).normal([4]))
     for other in [(1, 1, 1, 0), (0, 2, 1, 0), (0, 1, 2, 0), (0, 1, 1, 1)]:
-        assert not torch.equal(first, ReproducibleRandomness(*other).normal(4))
+        assert not torch.equal(first, *ReproducibleRandomness(*other).normal([4]))
 
 
 def test_released_sums_lie_on_a_coarse_grid() -> None:
-    noisy = add_noise(torch.randn(1000) * 1e-7, 3.0, SecureRandomness()).double()
+    noisy = add_noise(torch.randn(1000) * 1e-7, 3.0, *SecureRandomness().normal([1000])).double()
     spacing = 2.0 ** (1 - 16)
     assert torch.equal(noisy, (noisy / spacing).round() * spacing)
 
@@ -85,8 +87,9 @@ def test_step_is_clipped_sum_plus_noise_over_the_expected_batch() -> None:
     randomness = ReproducibleRandomness(0, 1, 1, 0)
     chosen = records.batch(poisson_sample(40, 0.3, randomness))
     expected = clipped_one_at_a_time(model, chosen, 0.1)
-    for name, value in expected.items():
-        noise = 0.08 * randomness.normal(value.numel()).reshape(value.shape)
+    draws = randomness.normal([value.numel() for value in expected.values()])
+    for (name, value), own in zip(expected.items(), draws, strict=True):
+        noise = 0.08 * own.reshape(value.shape)
         torch.testing.assert_close(found[name].tensor, ((value + noise) / 12).float(), rtol=1e-4, atol=1e-5)
 
 

@@ -9,6 +9,7 @@ import struct
 import pytest
 import torch
 
+from lorica.privacy import randomness as source
 from lorica.privacy.randomness import SecureRandomness
 
 SEED = bytes(range(32))
@@ -56,7 +57,9 @@ def test_draws_are_the_keystream_of_their_purpose() -> None:
         assert randomness.uniform(20).tolist() == uniforms("batches", call, 20)
     radius = torch.tensor(uniforms("noise", 0, 10), dtype=torch.float64).log().mul(-2).sqrt()
     angle = 2 * torch.pi * torch.tensor(uniforms("noise", 1, 10), dtype=torch.float64)
-    torch.testing.assert_close(randomness.normal(20), torch.cat([radius * angle.cos(), radius * angle.sin()]))
+    torch.testing.assert_close(
+        torch.cat(randomness.normal([13, 0, 7])), torch.cat([radius * angle.cos(), radius * angle.sin()])
+    )
     key = hmac.new(SEED, b"dropout", hashlib.sha256).digest()
     assert randomness.dropout_seed() == int.from_bytes(chacha20_block(key, 0, bytes(12))[:7])
 
@@ -64,8 +67,17 @@ def test_draws_are_the_keystream_of_their_purpose() -> None:
 def test_a_seed_gives_the_same_draws_and_another_seed_others() -> None:
     first, again, other = SecureRandomness(SEED), SecureRandomness(SEED), SecureRandomness()
     # How many noise values are drawn does not move the batches.
-    first.normal(100)
+    first.normal([60, 40])
     assert torch.equal(first.uniform(50), again.uniform(50))
     assert not torch.equal(other.uniform(50), SecureRandomness().uniform(50))
     with pytest.raises(ValueError, match="32 bytes"):
         SecureRandomness(b"short")
+
+
+def test_many_draws_are_made_tensor_by_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded by the largest tensor, and no two tensors share draws."""
+    monkeypatch.setattr(source, "MOST_AT_ONCE", 16)
+    first, second = SecureRandomness(SEED).normal([12, 12])
+    (alone,) = SecureRandomness(SEED).normal([12])
+    assert torch.equal(first, alone)
+    assert not torch.equal(first, second)

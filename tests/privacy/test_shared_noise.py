@@ -359,7 +359,8 @@ def test_what_a_sum_reveals_is_within_its_guarantee(tmp_path: Path) -> None:
 
     def summand(client: int, signal: float) -> torch.Tensor:
         own, value = terms[client], torch.full((trials,), signal, dtype=torch.float64)
-        gradient = add_noise(value, own.noise_multiplier * own.clip_norm, SecureRandomness()) / own.batch_size
+        (draws,) = SecureRandomness().normal([trials])
+        gradient = add_noise(value, own.noise_multiplier * own.clip_norm, draws) / own.batch_size
         return weights[client] * gradient
 
     scores = {}

@@ -58,18 +58,14 @@ def poisson_sample(records: int, sampling_rate: float, randomness: Randomness) -
     return np.flatnonzero((randomness.uniform(records) < sampling_rate).numpy())
 
 
-def add_noise(value: Tensor, noise_std: float, randomness: Randomness) -> Tensor:
-    """`value + N(0, s² I)`, rounded to a grid of spacing `2^⌊log₂ s⌋ · 2⁻¹⁶`.
+def add_noise(value: Tensor, noise_std: float, draws: Tensor) -> Tensor:
+    """`value + s z` with draws `z` from N(0, 1), rounded to a grid of spacing `2^⌊log₂ s⌋ · 2⁻¹⁶`.
 
     Sum and rounding are done in fp64. The grid hides the low-order bits, through which floating-point noise can reveal
-    the value it was added to (Mironov, CCS 2012). The rounding adds a variance of less than `2⁻³⁵ s²`. With zero noise
-    the value is returned unchanged.
+    the value it was added to (Mironov, CCS 2012). The rounding adds a variance of less than `2⁻³⁵ s²`.
     """
-    if noise_std == 0:
-        return value
     grid = 2.0 ** (math.floor(math.log2(noise_std)) - 16)
-    noise = noise_std * randomness.normal(value.numel()).reshape(value.shape)
-    noisy = value.double().cpu() + noise
+    noisy = value.double().cpu() + noise_std * draws.reshape(value.shape)
     return ((noisy / grid).round() * grid).to(value)
 
 
@@ -133,7 +129,8 @@ def noisy_mean_update(
 
 def _released(total: Mapping[str, Tensor], terms: Terms, randomness: Randomness) -> dict[str, Released]:
     noise_std = terms.noise_multiplier * terms.clip_norm if terms.private else 0.0
-    return {
-        name: _release((add_noise(value, noise_std, randomness) / terms.batch_size).float())
-        for name, value in total.items()
-    }
+    sums = dict(total)
+    if noise_std > 0:
+        draws = randomness.normal([value.numel() for value in total.values()])
+        sums = {name: add_noise(value, noise_std, own) for (name, value), own in zip(total.items(), draws, strict=True)}
+    return {name: _release((value / terms.batch_size).float()) for name, value in sums.items()}

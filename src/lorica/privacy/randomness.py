@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import os
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -21,8 +22,8 @@ class Randomness(Protocol):
     def uniform(self, count: int) -> Tensor:
         """`count` draws from U(0, 1)."""
 
-    def normal(self, count: int) -> Tensor:
-        """`count` draws from N(0, 1)."""
+    def normal(self, counts: Sequence[int]) -> list[Tensor]:
+        """So many draws from N(0, 1) for each of several tensors."""
 
     def dropout_seed(self) -> int:
         """Seed of the generator of dropout masks.
@@ -33,6 +34,8 @@ class Randomness(Protocol):
 
 
 SEED_BYTES = 32
+# Number of normal draws at once, 8 MiB and some copies. Starting a keystream costs as much as some thousand draws.
+MOST_AT_ONCE = 2**20
 
 
 def secret_seed() -> bytes:
@@ -69,12 +72,16 @@ class SecureRandomness:
         """`(k + ½) 2⁻⁵³` for a uniform 53-bit integer `k`: in the open interval (0, 1)."""
         return _open_unit(self._batches, count)
 
-    def normal(self, count: int) -> Tensor:
-        """The Box-Muller transform of pairs of uniform draws."""
+    def normal(self, counts: Sequence[int]) -> list[Tensor]:
+        """The Box-Muller transform of pairs of uniform draws: for all tensors at once, if they are small."""
+        count = sum(counts)
+        if count > MOST_AT_ONCE and len(counts) > 1:
+            return [draws for each in counts for draws in self.normal([each])]
         half = (count + 1) // 2
         radius = torch.sqrt(-2.0 * torch.log(_open_unit(self._noise, half)))
         angle = 2.0 * torch.pi * _open_unit(self._noise, half)
-        return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])[:count]
+        draws = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)])[:count]
+        return list(torch.split(draws, list(counts)))
 
     def dropout_seed(self) -> int:
         """56 bits for the generator of dropout masks."""
@@ -110,8 +117,8 @@ class ReproducibleRandomness:
     def uniform(self, count: int) -> Tensor:
         return torch.rand(count, generator=self._generator, dtype=torch.float64)
 
-    def normal(self, count: int) -> Tensor:
-        return torch.randn(count, generator=self._generator, dtype=torch.float64)
+    def normal(self, counts: Sequence[int]) -> list[Tensor]:
+        return [torch.randn(count, generator=self._generator, dtype=torch.float64) for count in counts]
 
     def dropout_seed(self) -> int:
         return self._dropout_seed
