@@ -163,7 +163,7 @@ class MadeUp:
             }
         start = {name: leading(name, value, work.rank) for name, value in held.items()}
         updates = {
-            name: 0.01 * torch.randn(start[name].shape, generator=self.draws)
+            name: 0.01 * torch.randn(work.part(name, start[name]).shape, generator=self.draws)
             for name in work.trained
             if name not in work.personal
         }
