@@ -178,9 +178,11 @@ def test_the_budget_suffices_with_sane_noise(path: Path) -> None:
 
 
 @cache
-def planned(records: int, batch_size: int, steps: int, privacy: PrivacyConfig) -> tuple[float, float]:
+def planned(
+    records: int, batch_size: int, steps: int, privacy: PrivacyConfig, members: int | None
+) -> tuple[float, float]:
     """Noise multiplier and ε of a client: a second or two, so examples with the same numbers share them."""
-    plan = plan_client(0, records, batch_size, steps, privacy)
+    plan = plan_client(0, records, batch_size, steps, privacy, members)
     return plan.terms.noise_multiplier, epsilon([plan.steps(steps)], privacy.delta)
 
 
@@ -193,14 +195,15 @@ def test_the_noise_that_is_planned_spends_the_budget(path: Path) -> None:
         plan = plan_client(0, owner.records, owner.batch_size, owner.steps, config.privacy)
         assert plan.epsilon() == float("inf")
         return
-    noise_multiplier, spent = planned(owner.records, owner.batch_size, owner.steps, config.privacy)
+    members = config.federation.min_clients
+    noise_multiplier, spent = planned(owner.records, owner.batch_size, owner.steps, config.privacy, members)
     assert 0.3 < noise_multiplier < 20
     assert config.privacy.epsilon is not None
     assert 0.9 * config.privacy.epsilon < spent <= config.privacy.epsilon
 
 
 @each_example
-def test_every_client_has_records_for_a_batch(path: Path) -> None:
+def test_every_client_has_records_for_a_batch_and_for_its_delta(path: Path) -> None:
     """Under the example's own division, were all labels equally frequent."""
     config = load(path)
     data = data_of(config)
@@ -211,6 +214,8 @@ def test_every_client_has_records_for_a_batch(path: Path) -> None:
         assert min(map(len, parts)) >= 1
         return
     assert min(map(len, parts)) >= config.federation.batch_size
+    if config.privacy.noise == "secure":
+        assert config.privacy.delta < 1 / max(map(len, parts))
 
 
 # Whole runs on stand-ins.
@@ -341,6 +346,8 @@ def test_a_round_runs_on_stand_ins(
     content["task"] |= {"train": source(data, "train", 60), "test": made}
     sizes = {"clients": 2, "rounds": 1, "local_steps": 2, "batch_size": 8, "min_records": 1}
     content["federation"] |= sizes | {"partition": "iid", "partition_seed": None}
+    if config.federation.secure_sum:
+        content["federation"] |= {"clients": 3, "min_clients": 3, "local_steps": config.federation.local_steps}
     content["privacy"] |= {"ledger": str(tmp_path / "ledger")}
     if config.privacy.private:
         content["privacy"] |= {"noise": "reproducible"}

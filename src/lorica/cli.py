@@ -76,6 +76,13 @@ def main(
     ] = False,
 ) -> None:
     """Federated LoRA fine-tuning under differential privacy."""
+    with _errors():
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            # PyTorch's libraries end the process without it.
+            place = os.environ.get("PWD", ".")
+            raise UserError("current folder", place, "it was deleted", "change to a folder that exists") from None
 
 
 @app.command()

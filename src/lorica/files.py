@@ -173,7 +173,8 @@ def remove_incomplete(folder: Path) -> None:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

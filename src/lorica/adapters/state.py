@@ -82,7 +82,8 @@ class AdapterState:
             if name not in self.tensors or value.shape != self.tensors[name].shape:
                 raise ValueError(f"{name} of shape {tuple(value.shape)} is not a tensor of this adapter")
             if not torch.equal(value, self.tensors[name]):
-                self.tensors[name] = value
+                # As a checkpoint gives it back: products of other strides differ in the last bit.
+                self.tensors[name] = value.contiguous()
                 self.versions[name] += 1
 
     def add(self, update: Mapping[str, Tensor]) -> None:
@@ -110,7 +111,8 @@ class AdapterState:
 def stack_pairs(first: Pair | None, second: Pair) -> Pair:
     """`(B, A)` with `B A = B₁ A₁ + B₂ A₂`: concatenated columns of B and rows of A."""
     if first is None:
-        return second
+        b, a = (value.clone(memory_format=torch.contiguous_format) for value in second)
+        return b, a
     return torch.cat([first[0], second[0]], dim=1), torch.cat([first[1], second[1]], dim=0)
 
 

@@ -27,7 +27,11 @@ class HeadOnly(Method):
         exact=True,
         privacy="sound; noise linear",
     )
-    refuses: Mapping[str, str] = {"client_ranks": "it trains no factors", "frozen_head": "it trains nothing else"}
+    refuses: Mapping[str, str] = {
+        "client_ranks": "it trains no factors",
+        "scaled_gd": "it trains no factors",
+        "frozen_head": "it trains nothing else",
+    }
 
     def round(self, server: Server) -> Round:
         replies = yield Train("")

@@ -49,7 +49,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         # Before the lock is released: a process that locks the deleted file notices it.
-        (folder / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            (folder / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
         with suppress(OSError):
             for path in created:

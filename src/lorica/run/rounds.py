@@ -17,7 +17,7 @@ from lorica.aggregation.denoising import make_denoiser
 from lorica.aggregation.robust import make_aggregate
 from lorica.aggregation.scaffold import Scaffold
 from lorica.aggregation.server_optimizers import make_server_optimizer
-from lorica.files import append_line, replaced_folder, to_json, write_atomically
+from lorica.files import append_line, replaced_folder, to_json, write_atomically, write_errors
 from lorica.local.optimizers import learning_rates
 from lorica.local.step import LocalStep
 from lorica.methods.server import Server
@@ -90,7 +90,8 @@ def train(
     """
     config, folder = prepared.config, prepared.config.folder
     run = open_run(folder, config, str(prepared.model.device), data, prepared.start)
-    (folder / CHECKSUMS).unlink(missing_ok=True)
+    with write_errors(folder / CHECKSUMS):
+        (folder / CHECKSUMS).unlink(missing_ok=True)
     if prepared.partition is not None:
         write_atomically(folder / "partition.json", json.dumps(prepared.partition, ensure_ascii=False).encode())
     checkpoint = load_checkpoint(folder / "checkpoint")
