@@ -11,7 +11,7 @@ else
 TORCH ?= torch==2.13.0
 endif
 
-.PHONY: demo test test-all lint docs install install-dev install-docs clean
+.PHONY: demo test test-integration test-all lint docs install install-dev install-docs clean
 
 demo: install
 	$(BIN)/lorica run examples/digits-shared-noise.yaml
@@ -21,10 +21,11 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 test: install-dev
 	$(PYTEST)
 
-# The slow tests, and those over drawn examples again with ten times as many.
-test-all: install-dev
-	$(PYTEST) --durations 15
+test-integration: install-dev
 	$(PYTEST) --durations 15 -m "integration and not slow"
+
+# The slow tests too, and those over drawn examples again with ten times as many.
+test-all: test test-integration
 	$(PYTEST) --durations 15 -m "slow or hypothesis" --hypothesis-profile thorough
 
 lint: install-dev
