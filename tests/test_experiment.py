@@ -368,6 +368,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_resumes(
     assert [row["steps"] for row in resumed.privacy["clients"]] == [4, 4]
 
 
+@pytest.mark.integration
 @no_report
 def test_the_same_seed_is_the_same_run_and_another_is_not(tmp_path: Path, experiment: Load, finished: Result) -> None:
     again = experiment(tmp_path, "name=again").run()
@@ -419,6 +420,7 @@ def test_without_privacy_a_run_says_so(tmp_path: Path, some_digits: list[str]) -
         lorica.Experiment.load(overrides=[*overrides, *some_digits, f"output={tmp_path}"]).run()
 
 
+@pytest.mark.integration
 @no_report
 def test_without_noise_the_clip_keeps_a_run_from_diverging(tmp_path: Path, some_digits: list[str]) -> None:
     """Without a clip, the accuracy after two rounds is about that of guessing."""

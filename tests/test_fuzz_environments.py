@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,7 +104,7 @@ def answer(folder: Path, command: list[str], number: int) -> None:
     case = f"{number}: {changes}, {circumstance}: {command[0]} exits with {done.returncode}\n{output}"
     assert "Traceback" not in output, case
     # What cannot be written, or a folder that is gone, is one error, before anything has run.
-    lines = [line for line in output.splitlines() if line.startswith("error ")]
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", output).splitlines() if line.startswith("error ")]
     expected = command[0] == "run" or (command[0] == "methods" and circumstance == "no current folder")
     refused = expected and done.returncode == 2 and len(lines) == 1
     assert done.returncode == 0 or refused, case

@@ -174,7 +174,10 @@ def stand_in(base: str, folder: Path) -> str:
 @pytest.mark.usefixtures("checked_once", "without_report")
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, id=page.stem, marks=[] if page.stem == "text" else pytest.mark.slow) for page in PAGES],
+    [
+        pytest.param(page, id=page.stem, marks=pytest.mark.integration if page.stem == "text" else pytest.mark.slow)
+        for page in PAGES
+    ],
 )
 def test_its_commands_work(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

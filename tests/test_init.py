@@ -188,6 +188,7 @@ def test_both_columns_of_a_pair_are_kept(place: Path, given: list[str]) -> None:
     assert load("reviews.yaml").task.model_dump()["text"] == ["review", "note"]
 
 
+@pytest.mark.integration
 def test_the_commands(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "console", Console(width=150))
     reviews(place / "reviews.csv")

@@ -156,6 +156,7 @@ def test_a_wrong_run_is_refused_as_it_would_be(experiment: Callable[..., lorica.
         rehearse(experiment("engine=flower", "flower.superlink=hub").config)
 
 
+@pytest.mark.integration
 def test_the_command_prints_one_document_or_a_table(
     experiment: Callable[..., lorica.Experiment], tmp_path: Path, some_digits: list[str], monkeypatch: Any
 ) -> None:

@@ -81,8 +81,7 @@ def main(
             os.getcwd()
         except FileNotFoundError:
             # PyTorch's libraries end the process without it.
-            place = os.environ.get("PWD", ".")
-            raise UserError("current folder", place, "it was deleted", "change to a folder that exists") from None
+            raise UserError("current folder", ".", "it was deleted", "change to a folder that exists") from None
 
 
 @app.command()

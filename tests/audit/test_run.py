@@ -208,6 +208,7 @@ def test_the_command_prints_json_and_says_with_its_exit_code_what_was_refuted(
     assert (tmp_path / "runs/digits-as-lora/audit.json").is_file()
 
 
+@pytest.mark.integration
 def test_the_command_audits_the_mechanism(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     mechanism_audit = ["audit", "mechanism", "--methods", "fedask", "--canaries", "64", "--epsilon", "1"]

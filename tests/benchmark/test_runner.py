@@ -130,6 +130,7 @@ def tiny(tmp_path: Path, some_digits: list[str]) -> Suite:
     return small_suite(tmp_path, overrides=[*TINY, *some_digits], **ONE_SETTING)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("without_report")
 def test_a_run_is_that_of_lorica_run(tiny: Suite, tmp_path: Path) -> None:
     planned = tiny.settings["frozen head"][0].results[1][1]

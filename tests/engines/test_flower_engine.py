@@ -115,6 +115,7 @@ def test_both_engines_give_the_same_adapter(
     assert costs[0][0]["steps"] == 4
 
 
+@pytest.mark.integration
 def test_a_simulation_gives_the_same_adapter_too(tmp_path: Path) -> None:
     """Nodes without data of their own share out the server's, by the partition of the experiment."""
     organisations = Organisations(tmp_path)
@@ -234,6 +235,7 @@ class LateNode(InProcessGrid):
         return list(self.contexts) if started else list(self.contexts)[:-1]
 
 
+@pytest.mark.integration
 def test_a_node_that_comes_late_takes_part_from_the_next_round(tmp_path: Path) -> None:
     organisations = Organisations(tmp_path)
     changes = ["federation.min_clients=1", "federation.rounds=3", "flower.wait=0.1"]

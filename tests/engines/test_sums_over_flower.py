@@ -144,6 +144,7 @@ def test_a_node_shows_no_single_reply_in_a_run_of_sums(tmp_path: Path, config: L
     assert Ledger(tmp_path / "greedy.sqlite").releases() == []
 
 
+@pytest.mark.integration
 def test_the_model_travels_in_one_stage_only(config: Load) -> None:
     grid = InProcessGrid(nodes())
     result = serve(config("once", "federation.rounds=1").config, grid)

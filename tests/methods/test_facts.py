@@ -228,6 +228,7 @@ def test_fedsa_clients_keep_their_own_b_and_head_over_rounds(tmp_path: Path) -> 
                 assert not torch.equal(kept[one]["head.weight"], kept[other]["head.weight"])
 
 
+@pytest.mark.integration
 def test_ranks_that_differ_are_what_clients_hold_train_and_send(tmp_path: Path) -> None:
     ranks = {0: 2, 1: 1, 2: 2}
     for name in ("flex-lora", "flora", "het-lora", "fed-rac-lora", "fedask"):

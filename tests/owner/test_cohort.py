@@ -141,6 +141,7 @@ def test_one_client_moves_the_mean_by_at_most_the_clip_over_the_expected_number(
     assert 0.17 < moved.norm() <= 0.7 / 4
 
 
+@pytest.mark.integration
 def test_each_client_is_in_the_sample_with_the_stated_probability() -> None:
     one, shapes = {"a": torch.ones(1)}, {"a": torch.Size([1])}
     sizes = [
@@ -270,6 +271,7 @@ BRIEF = ["federation.rounds=1", "federation.local_steps=1", "federation.batch_si
 UNIT = ["privacy.unit=client", "privacy.epsilon=null", "privacy.noise_multiplier=1", "privacy.delta=1e-3"]
 
 
+@pytest.mark.integration
 def test_a_run_says_so_and_hides_who_took_part(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     own = [f"output={tmp_path}", f"privacy.ledger={tmp_path}/ledger.sqlite", "method.name=ffa-lora"]
     with caplog.at_level(logging.WARNING):

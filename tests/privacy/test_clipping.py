@@ -40,6 +40,7 @@ def test_removing_any_example_moves_the_sum_by_at_most_c(values: list, clip_norm
     assert distance(everything, without) <= clip_norm
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("value", ["normal", "uniform", "equal"])
 def test_an_example_of_twenty_million_coordinates_adds_at_most_c(value: str) -> None:
     """fp32 norms of as many coordinates are too small by up to 1 %, and the clipped gradient is as much too large."""

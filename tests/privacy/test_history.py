@@ -105,6 +105,7 @@ def test_other_records_have_spent_nothing(tmp_path: Path) -> None:
     assert ledger.elsewhere(introduce(ledger, strangers)) == []
 
 
+@pytest.mark.integration
 def test_the_worst_record_is_found_exactly(tmp_path: Path) -> None:
     """Against every record's own composition, one by one."""
     draws = np.random.default_rng(0)

@@ -30,6 +30,7 @@ def largest(own: dict[int, ClientPlan], done: list[list[int]]) -> tuple[float, f
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("compositions", [256, 1])
 def test_after_every_round_it_is_the_largest_of_all_clients(monkeypatch: pytest.MonkeyPatch, compositions: int) -> None:
     monkeypatch.setattr(spent_module, "MOST_COMPOSITIONS", compositions)

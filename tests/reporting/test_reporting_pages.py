@@ -193,6 +193,7 @@ def test_many_clients_are_folded_away(make_run):
     assert "40 clients" in Page(write_report(make_run(clients=40))).text
 
 
+@pytest.mark.integration
 def test_a_large_run_stays_a_small_file(make_run):
     path = write_report(make_run(rounds=100, layers=24))
     assert path.stat().st_size < 500_000

@@ -61,6 +61,7 @@ def test_every_size_is_drawn_in_a_page_of_bounded_size(make_run, clients, labels
     assert image.height < 2000
 
 
+@pytest.mark.integration
 def test_without_counts_there_is_no_figure(make_run):
     folder = make_run()
     with pytest.raises(UserError, match=r"partition\.json is missing"):

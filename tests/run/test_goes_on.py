@@ -122,6 +122,7 @@ def test_what_is_missing_of_a_finished_run_is_written(finished: lorica.Experimen
     assert_as_uninterrupted(finished.run(), original)
 
 
+@pytest.mark.integration
 def test_an_empty_folder_or_one_with_unfinished_files_only_is_free(
     tmp_path: Path, some_digits: list[str], whole: Result
 ) -> None:
@@ -175,6 +176,7 @@ def test_damage_of_a_finished_run_is_one_error_that_names_the_file(finished: lor
     assert finished.run().metrics
 
 
+@pytest.mark.integration
 def test_the_remedies_for_a_damaged_finished_run_work(finished: lorica.Experiment, original: Result) -> None:
     folder = finished.config.folder
     damage(folder / "privacy.json", "truncated")

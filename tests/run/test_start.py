@@ -230,6 +230,7 @@ def test_a_frozen_head_comes_from_the_adapter_and_stays(
         assert torch.equal(before[key], after[key])
 
 
+@pytest.mark.integration
 def test_other_modules_that_the_base_lacks_come_from_the_adapter_too(
     config: Callable[..., ExperimentConfig], tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def test_records_in_both_are_counted_and_named_or_refused(caplog: pytest.LogCapt
     assert overlap(config("a.csv", "b.csv"), apart) == 0
 
 
+@pytest.mark.integration
 def test_a_copy_in_another_order_and_format_is_refused_by_a_run(tmp_path: Path) -> None:
     from tests.tasks.test_whole_runs import experiment, sentences, write_rows
 

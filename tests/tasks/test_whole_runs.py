@@ -265,6 +265,7 @@ def test_a_group_needs_its_column(tmp_path: Path, change: dict[str, Any], messag
         experiment(tmp_path, task, privacy={"epsilon": 8.0, "delta": 1e-2} | change).run()
 
 
+@pytest.mark.integration
 def test_an_owners_own_test_results_stay_with_the_owner(tmp_path: Path) -> None:
     """Held-out records are trained on by nobody, and what comes of them is in no file of the run."""
     rows = [{"text": text, "label": int("good" in text)} for text in sentences(100, 0)]
