@@ -23,6 +23,7 @@ from lorica.privacy.mechanism import noisy_gradient
 from lorica.rehearsal import rehearse
 from lorica.reporting.rehearsal import rehearsal_table
 from lorica.tasks.records import Records
+from tests.tiers import slow
 
 pytestmark = pytest.mark.usefixtures("checked_once", "without_report")
 SMALL = ["federation.clients=2", "federation.partition=iid", "federation.rounds=3", "federation.local_steps=1"]
@@ -41,9 +42,7 @@ def everything(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-@pytest.mark.parametrize(
-    "method", ["fedask", *(pytest.param(m, marks=pytest.mark.slow) for m in ("as-lora", "fedsa-lora"))]
-)
+@pytest.mark.parametrize("method", ["fedask", *slow("as-lora", "fedsa-lora")])
 def test_it_says_what_the_run_then_sends_and_charges(
     experiment: Callable[..., lorica.Experiment], tmp_path: Path, method: str
 ) -> None:

@@ -24,6 +24,7 @@ from lorica.errors import UserError
 from tests.models import DECODER, FAMILIES, HEADS, IMAGES, VISION, batch
 from tests.pairs import pairwise
 from tests.tasks.conftest import write_tokenizer
+from tests.tiers import slow
 
 NAMES = ["bad", "fair", "good"]
 TASKS = dict.fromkeys(IMAGES, "image-classification")
@@ -67,7 +68,7 @@ def test_every_two_of_the_settings_meet_in_the_pairs() -> None:
 
 @pytest.mark.parametrize(
     ("family", "head", "without_head", "merged_rank"),
-    [*PAIRS, *EXTREMES, *(pytest.param(*row, marks=pytest.mark.slow) for row in REST)],
+    [*PAIRS, *EXTREMES, *slow(*REST)],
 )
 def test_an_export_loads_with_peft_and_gives_the_same_logits(
     tmp_path: Path, family: str, head: str, without_head: bool, merged_rank: int

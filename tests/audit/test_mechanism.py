@@ -21,19 +21,16 @@ from lorica.errors import UserError
 from lorica.methods.base import Method, Round, Server, Train, registry
 from lorica.owner import client, cohort
 from lorica.privacy import mechanism, passes
+from lorica.privacy.mechanism import Terms
 from lorica.privacy.randomness import SecureRandomness
 from lorica.privacy.released import post_process
 from lorica.reporting.audit import mechanism_table
 from tests.models import one_at_a_time
+from tests.tiers import integration
 
 CANARIES = 256
 Fault = Callable[[pytest.MonkeyPatch], None]
-add_noise, clipped_sum, noisy_gradient, poisson_sample = (
-    mechanism.add_noise,
-    passes.clipped_sum,
-    mechanism.noisy_gradient,
-    mechanism.poisson_sample,
-)
+add_noise, clipped_sum, poisson_sample = mechanism.add_noise, passes.clipped_sum, mechanism.poisson_sample
 
 
 def refuted(row: dict[str, Any] | None) -> list[str]:
@@ -49,7 +46,9 @@ def less_noise(factor: float) -> Fault:
 
 
 def twice_the_clip_norm(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(passes, "clipped_sum", lambda gradients, norm: clipped_sum(gradients, 2 * norm))
+    """Of records' gradients, and of clients' updates."""
+    for place in (passes, mechanism):
+        patch.setattr(place, "clipped_sum", lambda gradients, norm: clipped_sum(gradients, 2 * norm))
 
 
 def all_records(patch: pytest.MonkeyPatch) -> None:
@@ -72,7 +71,8 @@ def twice_the_rate(patch: pytest.MonkeyPatch) -> None:
 
 
 def the_same_noise_in_each_release(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(client, "SecureRandomness", lambda seed: SecureRandomness(bytes(32)))
+    for place in (client, cohort):
+        patch.setattr(place, "SecureRandomness", lambda seed: SecureRandomness(bytes(32)))
 
 
 def the_same_noise_in_each_tensor(patch: pytest.MonkeyPatch) -> None:
@@ -116,20 +116,27 @@ def a_coordinate_without_noise(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(mechanism, "add_noise", add)
 
 
-def division_by_the_true_size(patch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
+def division_by_the_true_size(place: Any, name: str) -> Fault:
+    """Of what a function with `Terms` releases from a sample of several."""
 
-    def sample(records: int, rate: float, draws: SecureRandomness) -> np.ndarray:
-        found = poisson_sample(records, rate, draws)
-        sizes.append(len(found))
-        return found
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        releases, sizes = getattr(place, name), []
 
-    def gradient(model: Any, losses: Any, trained: Any, records: Any, terms: Any, *rest: Any) -> Any:
-        found = noisy_gradient(model, losses, trained, records, terms, *rest)
-        return {name: post_process(lambda g: g * terms.batch_size / sizes[-1], g) for name, g in found.items()}
+        def sample(records: int, rate: float, draws: SecureRandomness) -> np.ndarray:
+            found = poisson_sample(records, rate, draws)
+            # The only record of a client is in its batch anyway.
+            sizes.extend([len(found)] if records > 1 else [])
+            return found
 
-    patch.setattr(mechanism, "poisson_sample", sample)
-    patch.setattr(client, "noisy_gradient", gradient)
+        def divided(*arguments: Any) -> Any:
+            found = releases(*arguments)
+            (terms,) = (one for one in arguments if isinstance(one, Terms))
+            return {name: post_process(lambda g: g * terms.batch_size / sizes[-1], g) for name, g in found.items()}
+
+        patch.setattr(mechanism, "poisson_sample", sample)
+        patch.setattr(place, name, divided)
+
+    return plant
 
 
 FAULTS: dict[str, tuple[Fault, str]] = {
@@ -147,7 +154,10 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "a clip for each tensor": (a_clip_for_each_tensor, "nothing but clipped gradients and noise"),
     "a tensor without noise": (a_tensor_without_noise, "noise variance"),
     "a coordinate without noise": (a_coordinate_without_noise, "noise of each coordinate"),
-    "the true batch size": (division_by_the_true_size, "division by the expected batch size, in Poisson batches"),
+    "the true batch size": (
+        division_by_the_true_size(client, "noisy_gradient"),
+        "division by the expected batch size, in Poisson batches",
+    ),
 }
 
 
@@ -166,10 +176,6 @@ def test_a_planted_fault_is_found_in_shared_noise(fault: str, monkeypatch: pytes
     assert any(one.startswith(promise) for one in found)
 
 
-def twice_the_clip_norm_of_updates(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(mechanism, "clipped_sum", lambda updates, norm: clipped_sum(updates, 2 * norm))
-
-
 def twice_the_clip_norm_of_changes(patch: pytest.MonkeyPatch) -> None:
     changes = cohort.Cohort._changes
 
@@ -181,46 +187,22 @@ def twice_the_clip_norm_of_changes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(mechanism, "clipped_sum", lambda updates, norm: clipped_sum(updates, 10 * norm))
 
 
-def the_same_noise_in_each_mean(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(cohort, "SecureRandomness", lambda seed: SecureRandomness(bytes(32)))
-
-
-def division_by_the_true_number_of_clients(patch: pytest.MonkeyPatch) -> None:
-    mean, sizes = mechanism.noisy_mean_update, []
-
-    def sample(records: int, rate: float, draws: SecureRandomness) -> np.ndarray:
-        found = poisson_sample(records, rate, draws)
-        if records > 1:
-            sizes.append(len(found))
-        return found
-
-    def divided(update_of: Any, clients: int, shapes: Any, terms: Any, randomness: Any) -> Any:
-        found = mean(update_of, clients, shapes, terms, randomness)
-        return {name: post_process(lambda g: g * terms.batch_size / sizes[-1], g) for name, g in found.items()}
-
-    patch.setattr(mechanism, "poisson_sample", sample)
-    patch.setattr(cohort, "noisy_mean_update", divided)
-
-
 @pytest.mark.parametrize(
     ("method", "plant", "promise"),
     [
-        ("ffa-lora", twice_the_clip_norm_of_updates, "clip"),
+        ("ffa-lora", twice_the_clip_norm, "clip"),
         ("ffa-lora", the_first_records, "batch sizes"),
-        *(
-            pytest.param(*fault, marks=pytest.mark.integration)
-            for fault in [
-                ("fed-avg", less_noise(1.1), "noise variance"),
-                ("fed-avg", all_records, "sampling rate"),
-                ("fed-avg", the_same_noise_in_each_mean, "noise independent between releases"),
-                (
-                    "fed-avg",
-                    division_by_the_true_number_of_clients,
-                    "division by the expected batch size, in Poisson batches",
-                ),
-                ("fed-power", less_noise(1.1), "noise variance"),
-                ("fed-power", twice_the_clip_norm_of_changes, "clip"),
-            ]
+        *integration(
+            ("fed-avg", less_noise(1.1), "noise variance"),
+            ("fed-avg", all_records, "sampling rate"),
+            ("fed-avg", the_same_noise_in_each_release, "noise independent between releases"),
+            (
+                "fed-avg",
+                division_by_the_true_size(cohort, "noisy_mean_update"),
+                "division by the expected batch size, in Poisson batches",
+            ),
+            ("fed-power", less_noise(1.1), "noise variance"),
+            ("fed-power", twice_the_clip_norm_of_changes, "clip"),
         ),
     ],
 )
@@ -254,15 +236,12 @@ def single_ranks_without_noise(patch: pytest.MonkeyPatch) -> None:
     [
         ("lora-a2", single_ranks_without_noise, "noise variance"),
         ("fed-power", larger_sketches, "sketches are functions of noisy factors"),
-        *(
-            pytest.param(*fault, marks=pytest.mark.integration)
-            for fault in [
-                ("lora-a2", less_noise(1.1), "noise variance"),
-                ("lora-a2", twice_the_clip_norm, "clip"),
-                ("fed-power", less_noise(1.1), "noise variance"),
-                ("fed-power", twice_the_clip_norm, "clip"),
-                ("fedask", larger_sketches, "sketches are functions of noisy factors"),
-            ]
+        *integration(
+            ("lora-a2", less_noise(1.1), "noise variance"),
+            ("lora-a2", twice_the_clip_norm, "clip"),
+            ("fed-power", less_noise(1.1), "noise variance"),
+            ("fed-power", twice_the_clip_norm, "clip"),
+            ("fedask", larger_sketches, "sketches are functions of noisy factors"),
         ),
     ],
 )
@@ -275,15 +254,7 @@ def test_a_planted_fault_is_found_in_chosen_ranks_and_behind_sketches(
 
 
 @pytest.mark.parametrize(
-    "method",
-    [
-        "deer",
-        "fedask",
-        *(
-            pytest.param(method, marks=pytest.mark.integration)
-            for method in ("as-lora", "fed-power", "fedsa-lora", "la-lora", "lora-a2")
-        ),
-    ],
+    "method", ["deer", "fedask", *integration("as-lora", "fed-power", "fedsa-lora", "la-lora", "lora-a2")]
 )
 def test_what_is_right_is_not_refuted(method: str) -> None:
     """Half-rounds, sketches, chosen ranks, tensors that stay with the owner, smoothed steps, shared noise, clients."""

@@ -33,6 +33,7 @@ from lorica.tensors import TYPES
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
 from tests.reports import draw_nothing
+from tests.tiers import integration, slow
 
 METHODS = sorted(registry())
 SHORT = ["federation.rounds=1", "federation.local_steps=1"]
@@ -91,9 +92,7 @@ RARELY: list[tuple[str, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "pieces"), [*OFTEN, *(pytest.param(*variant, marks=pytest.mark.slow) for variant in RARELY)]
-)
+@pytest.mark.parametrize(("name", "pieces"), [*OFTEN, *slow(*RARELY)])
 def test_both_engines_give_the_same_adapter(
     name: str, pieces: list[str], tmp_path: Path, in_one_process: Callable[..., Result]
 ) -> None:
@@ -150,12 +149,8 @@ class KilledServer(InProcessGrid):
     [
         ("fedask", 1),
         ("fedsa-lora", 3),
-        pytest.param("as-lora", 1, marks=pytest.mark.integration),
-        pytest.param("flora", 3, marks=pytest.mark.integration),
-        pytest.param("as-lora", 3, marks=pytest.mark.slow),
-        pytest.param("fedask", 3, marks=pytest.mark.slow),
-        pytest.param("flora", 1, marks=pytest.mark.slow),
-        pytest.param("fedsa-lora", 1, marks=pytest.mark.slow),
+        *integration(("as-lora", 1), ("flora", 3)),
+        *slow(("as-lora", 3), ("fedask", 3), ("flora", 1), ("fedsa-lora", 1)),
     ],
 )
 def test_a_server_that_died_resumes_without_charging_twice(
@@ -187,9 +182,7 @@ class ColdNodes(InProcessGrid):
         return super().answer(message)
 
 
-@pytest.mark.parametrize(
-    "name", ["fedask", *(pytest.param(name, marks=pytest.mark.slow) for name in ("as-lora", "flora"))]
-)
+@pytest.mark.parametrize("name", ["fedask", *slow("as-lora", "flora")])
 def test_nodes_need_no_memory_between_messages(
     name: str, tmp_path: Path, in_one_process: Callable[..., Result]
 ) -> None:

@@ -11,6 +11,7 @@ from lorica.privacy import calibration
 from lorica.privacy.accounting import Steps, epsilon
 from lorica.privacy.calibration import CALIBRATION_TOLERANCE, calibrate, calibrate_many
 from lorica.privacy.plan import MOST_CALIBRATED
+from tests.tiers import integration
 
 
 def margin(rate: float, steps: int, target: float, delta: float) -> float:
@@ -22,7 +23,7 @@ def margin(rate: float, steps: int, target: float, delta: float) -> float:
     return (sigma + CALIBRATION_TOLERANCE - exact) / exact
 
 
-@pytest.mark.parametrize("rate", [0.6, *(pytest.param(rate, marks=pytest.mark.integration) for rate in (0.11, 0.021))])
+@pytest.mark.parametrize("rate", [0.6, *integration(0.11, 0.021)])
 def test_interpolated_noise_meets_the_target_and_is_hardly_more(rate: float) -> None:
     assert 0 <= margin(rate, 40, 8.0, 1e-5) < 2e-3
 

@@ -12,6 +12,7 @@ from lorica.privacy.accounting import Composition, Steps, epsilon
 from lorica.privacy.plan import ClientPlan, plan_client
 from lorica.privacy.spent import Spent
 from lorica.schedule import participation_counts, participation_schedule
+from tests.tiers import integration
 
 PRIVACY = PrivacyConfig(epsilon=None, noise_multiplier=1.5, delta=1e-3, clip_norm=1.0)
 SHARED = PRIVACY.model_copy(update={"noise_against": "sums"})
@@ -61,7 +62,7 @@ def test_without_privacy_there_is_none() -> None:
 
 @pytest.mark.parametrize(
     ("rate", "sigma"),
-    [(1.0, 20.0), *(pytest.param(*kind, marks=pytest.mark.integration) for kind in ((0.1, 1.5), (0.01, 0.6)))],
+    [(1.0, 20.0), *integration((0.1, 1.5), (0.01, 0.6))],
 )
 def test_a_composition_that_grows_is_an_upper_bound_as_good_as_the_direct_one(rate: float, sigma: float) -> None:
     """200 additions: neither rounding nor cut tails add up to anything."""

@@ -10,6 +10,7 @@ from lorica.errors import UserError
 from lorica.reporting.html import write_report
 from lorica.reporting.partition import SHADES, partition_figure, shade_bounds
 from lorica.reporting.run_folder import read_run
+from tests.tiers import slow
 
 
 def with_counts(folder, counts, names=None):
@@ -47,7 +48,7 @@ def test_every_cell_has_the_shade_of_its_count(make_run, clients, labels):
     [
         (1, 2),
         (100, 1000),
-        *(pytest.param(*size, marks=pytest.mark.slow) for size in ((100, 2), (2, 1000), (6, 40), (100, 41))),
+        *slow((100, 2), (2, 1000), (6, 40), (100, 41)),
     ],
 )
 def test_every_size_is_drawn_in_a_page_of_bounded_size(make_run, clients, labels):

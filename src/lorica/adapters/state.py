@@ -111,6 +111,7 @@ class AdapterState:
 def stack_pairs(first: Pair | None, second: Pair) -> Pair:
     """`(B, A)` with `B A = B₁ A₁ + B₂ A₂`: concatenated columns of B and rows of A."""
     if first is None:
+        # A method may merge tensors that it goes on with: merged ranks share no memory with them.
         b, a = (value.clone(memory_format=torch.contiguous_format) for value in second)
         return b, a
     return torch.cat([first[0], second[0]], dim=1), torch.cat([first[1], second[1]], dim=0)

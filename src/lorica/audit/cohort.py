@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lorica.adapters.names import SKETCH, factor_a, is_b, is_factor, site_of
@@ -19,7 +18,7 @@ from lorica.audit.reading import Reading, clipped
 from lorica.audit.watching import Seen, WatchedClient
 from lorica.config import OptimizerConfig
 from lorica.local.optimizers import learning_rates
-from lorica.local.sketches import sketch_matrix
+from lorica.local.sketches import orthonormal_sketch_matrix
 from lorica.messages import Projection, Training
 from lorica.owner.cohort import Cohort
 from lorica.privacy.unit import CLIENT
@@ -88,6 +87,4 @@ def _public_matrix(seen: Seen, site: str, width: int, seed: int) -> Tensor:
         return work.bases[site].double()
     assert isinstance(work, Training)
     assert work.sketch_columns is not None
-    omega = sketch_matrix(seed, seen.request.round, site, width, work.sketch_columns)
-    basis: Tensor = torch.linalg.qr(omega).Q
-    return basis.double()
+    return orthonormal_sketch_matrix(seed, seen.request.round, site, width, work.sketch_columns).double()

@@ -17,6 +17,12 @@ def sketch_matrix(seed: int, round_number: int, site: str, rows: int, columns: i
     return torch.randn(rows, columns, generator=torch_stream(seed, f"sketch:{site}", round_number))
 
 
+def orthonormal_sketch_matrix(seed: int, round_number: int, site: str, rows: int, columns: int) -> Tensor:
+    """An orthonormal basis of the columns of `sketch_matrix`."""
+    basis: Tensor = torch.linalg.qr(sketch_matrix(seed, round_number, site, rows, columns)).Q
+    return basis
+
+
 def sketch(
     public: Mapping[str, Tensor], own: Mapping[str, Released], columns: int, seed: int, round_number: int
 ) -> dict[str, Released]:

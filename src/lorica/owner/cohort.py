@@ -18,7 +18,7 @@ from lorica.adapters.algebra import inner
 from lorica.adapters.names import SKETCH, Pair, factor_a, factor_b, is_b, is_factor, site_of
 from lorica.config import OptimizerConfig
 from lorica.local.optimizers import learning_rates, schedule_factor
-from lorica.local.sketches import sketch_matrix
+from lorica.local.sketches import orthonormal_sketch_matrix
 from lorica.local.step import LocalStep
 from lorica.messages import Projection, Request, Training
 from lorica.owner.client import Client, SentAndKept
@@ -76,10 +76,10 @@ class Cohort(Client):
     ) -> SentAndKept:
         if work.sketch_columns is None:
             return self._mean(model, request, work, seed, lambda update: update), None
-        matrices = {}
-        for site in model.sites:
-            omega = sketch_matrix(self.seed, request.round, site.name, site.d_in, work.sketch_columns)
-            matrices[site.name] = torch.linalg.qr(omega).Q
+        matrices = {
+            site.name: orthonormal_sketch_matrix(self.seed, request.round, site.name, site.d_in, work.sketch_columns)
+            for site in model.sites
+        }
 
         def sketched(update: Mapping[str, Tensor]) -> dict[str, Tensor]:
             scale, changes = self._changes(update)

@@ -129,8 +129,9 @@ def noisy_mean_update(
 
 def _released(total: Mapping[str, Tensor], terms: Terms, randomness: Randomness) -> dict[str, Released]:
     noise_std = terms.noise_multiplier * terms.clip_norm if terms.private else 0.0
-    sums = dict(total)
     if noise_std > 0:
         draws = randomness.normal([value.numel() for value in total.values()])
-        sums = {name: add_noise(value, noise_std, own) for (name, value), own in zip(total.items(), draws, strict=True)}
-    return {name: _release((value / terms.batch_size).float()) for name, value in sums.items()}
+        total = {
+            name: add_noise(value, noise_std, own) for (name, value), own in zip(total.items(), draws, strict=True)
+        }
+    return {name: _release((value / terms.batch_size).float()) for name, value in total.items()}
