@@ -197,7 +197,8 @@ def benchmark(
         whole = load_suite(suite, overrides)
         chosen = whole if settings is None else whole.only(settings)
         if not report_only:
-            from lorica.benchmark.runner import run_suite, worker_processes
+            from lorica.benchmark.runner import run_suite
+            from lorica.run.workers import worker_processes
 
             with _Runs(chosen) as runs, worker_processes(jobs) as executor:
                 run_suite(chosen, executor, jobs, runs.show)
@@ -519,20 +520,18 @@ def audit_mechanism(
     methods: Annotated[str | None, typer.Option(help="Comma-separated. Default: all registered methods.")] = None,
     epsilon: Annotated[float, typer.Option(help="The claim to attack, at δ = 1e-5.")] = 3.0,
     canaries: Annotated[int, typer.Option(help="Number of canaries; more give larger lower bounds.")] = 1024,
+    jobs: Annotated[int, typer.Option(min=1, max=256, help="Processes at once.")] = 2,
     as_json: AsJson = False,
 ) -> None:
     """Audit the installed mechanism without data, for every method. Exit code 1 if a promise is refuted."""
     with _errors(stdout_is_for_programs=as_json, kept="An audit keeps nothing; the same command starts again."):
-        import torch
-
         from lorica.audit.mechanism import audit_mechanism as audit_methods
         from lorica.reporting.audit import mechanism_table
+        from lorica.run.workers import worker_processes
 
         names = None if methods is None else [name.strip() for name in methods.split(",")]
-        # The models are so small that threads would only wait for each other.
-        torch.set_num_threads(1)
-        with _progress("methods") as shown:
-            found = audit_methods(names, epsilon, canaries, shown)
+        with _progress("methods") as shown, worker_processes(jobs) as executor:
+            found = audit_methods(names, epsilon, canaries, shown, executor)
         if as_json:
             _print_json(found)
         else:

@@ -23,6 +23,7 @@ from lorica.audit.estimators import (
     one_run_bound,
     one_run_p_value,
     one_run_p_value_of,
+    plans_of,
     trade_off_inverse,
 )
 from lorica.privacy.accounting import Steps, epsilon
@@ -182,3 +183,15 @@ def test_auc_and_tpr_are_those_of_normal_scores(reference: ModuleType) -> None:
 def test_scores_of_one_kind_say_nothing() -> None:
     scores = Scores(np.arange(50.0), np.ones(50, dtype=bool))
     assert (scores.auc(), scores.tpr_at_fpr()) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("canaries", [128, 288, 1024])
+def test_an_attack_that_is_always_right_has_power_however_the_coins_fall(canaries: int, sampled: bool) -> None:
+    """By three standard deviations more or fewer than half."""
+    for included in (-3, 3):
+        count = round(canaries / 2 + included * math.sqrt(canaries) / 2)
+        scores = Scores(np.arange(canaries), np.arange(canaries) >= canaries - count)
+        plan = plans_of(canaries, sampled)[0]
+        assert scores.guess(plan).correct == plan.made
+        assert one_run_bound(scores, 1e-5, plan) > (2.5 if sampled else 3)

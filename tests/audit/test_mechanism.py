@@ -25,6 +25,7 @@ from lorica.privacy.mechanism import Terms
 from lorica.privacy.randomness import SecureRandomness
 from lorica.privacy.released import post_process
 from lorica.reporting.audit import mechanism_table
+from lorica.run.workers import worker_processes
 from tests.models import one_at_a_time
 from tests.tiers import integration
 
@@ -332,6 +333,14 @@ def test_gradients_in_closed_form_are_those_of_autograd() -> None:
     found = gradients.at(values, list(values))
     for name, expected in one_at_a_time(model, gradients.records(0).batch(np.arange(3))).items():
         torch.testing.assert_close(found[name].float(), expected, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.integration
+def test_processes_audit_the_methods_in_order() -> None:
+    with worker_processes(2) as executor:
+        found = audit_mechanism(["ro-lora", "fed-sb", "head-only"], canaries=64, executor=executor)
+    rows = [("ro-lora", 3), ("fed-sb", 2), ("head-only", 2)]
+    assert [row["method"] for row in found["rows"]] == [name for name, count in rows for _ in range(count)]
 
 
 def test_the_account_s_own_ledgers_stay_as_they_are(own_home: Any) -> None:

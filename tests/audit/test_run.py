@@ -95,7 +95,8 @@ def test_a_run_without_the_noise_that_it_claims_is_refuted(monkeypatch: pytest.M
 def test_every_kind_of_reply_can_be_attacked(sections: dict[str, Any]) -> None:
     found = audit_run(digits(**sections), CANARIES)
     assert not found["refuted"]
-    assert found["attacks"]["white_box"]["control"]["auc"] > 0.8
+    # By guessing, 0.5 ± 0.05.
+    assert found["attacks"]["white_box"]["control"]["auc"] > 0.7
     assert found["noise"] == ("shared" if "privacy" in sections else "own")
 
 

@@ -16,11 +16,12 @@ import psutil
 import pytest
 
 from lorica.benchmark.results import RESULTS, read_results
-from lorica.benchmark.runner import Software, run_once, run_suite, worker_processes
+from lorica.benchmark.runner import Software, run_once, run_suite
 from lorica.benchmark.suite import PlannedRun, Suite
 from lorica.errors import UserError
 from lorica.experiment import Experiment
 from lorica.reporting.benchmark import BenchmarkRun
+from lorica.run.workers import worker_processes
 from tests.benchmark.suites import Scored, cells, small_suite, write_suite
 
 pytestmark = pytest.mark.usefixtures("checked_once")

@@ -10,6 +10,7 @@ from scipy.linalg import cho_factor, cho_solve
 # A canary whose share is this much smaller than the largest one leaves no trace that could be read.
 LEAST_SHARE = 0.02
 LEAST_EIGENVALUE = 1e-9
+LARGEST_CONDITION = 1e7
 # With more noise than this, in units of its share, it cannot be told whether a canary is in a batch.
 LARGEST_DEVIATION = 0.1
 
@@ -78,15 +79,27 @@ def fit(values: np.ndarray, shares: np.ndarray) -> Fit:
     norms = np.linalg.norm(shares, axis=1)
     traced = norms > LEAST_SHARE * norms.max(initial=0.0)
     own = shares[traced]
-    eigenvalues, vectors = np.linalg.eigh(own @ own.T)
-    kept = eigenvalues > LEAST_EIGENVALUE * eigenvalues.max(initial=0.0)
-    eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
-    inverse = (vectors / eigenvalues) @ vectors.T
+    inverse, told_apart, dimension = _inverse(own @ own.T)
     found, deviations = inverse @ (own @ values), np.sqrt(np.diag(inverse))
     rest = values - found @ own
-    # Shares that others add up to cannot be told from these.
-    readable = (np.square(vectors).sum(axis=1) > 1 - 1e-6) & (deviations < LARGEST_DEVIATION)
+    readable = told_apart & (deviations < LARGEST_DEVIATION)
     visible = np.zeros(len(shares), dtype=bool)
     visible[traced] = readable
-    energy, left = float(rest @ rest), len(values) - len(eigenvalues)
+    energy, left = float(rest @ rest), len(values) - dimension
     return Fit(visible, found[readable], deviations[readable], energy, left)
+
+
+def _inverse(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """The (pseudo-)inverse of a Gram matrix of shares, which of them no others add up to, and its rank."""
+    try:
+        inverse = np.linalg.inv(gram)
+        # Eigenvectors take ten times as long, and are needed only where shares overlap almost completely.
+        if np.linalg.norm(gram, 1) * np.linalg.norm(inverse, 1) < LARGEST_CONDITION:
+            return inverse, np.ones(len(gram), dtype=bool), len(gram)
+    except np.linalg.LinAlgError:
+        pass
+    eigenvalues, vectors = np.linalg.eigh(gram)
+    kept = eigenvalues > LEAST_EIGENVALUE * eigenvalues.max(initial=0.0)
+    eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
+    told_apart = np.square(vectors).sum(axis=1) > 1 - 1e-6
+    return (vectors / eigenvalues) @ vectors.T, told_apart, len(eigenvalues)

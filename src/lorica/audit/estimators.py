@@ -97,18 +97,20 @@ class Scores:
 
 
 def plans_of(canaries: int, sampled: bool) -> list[Plan]:
-    """Plans for nine tenths of the canaries, half of that, a quarter and so on, down to `FEWEST_GUESSES`.
+    """Plans for nine tenths of the canaries or fewer, half of that, a quarter and so on, down to `FEWEST_GUESSES`.
 
     Args:
         sampled: guess "included" only, for at most half of the canaries. A canary that was in no batch looks like one
             that was left out; one that was in a batch does not.
     """
-    # Not all of them: coins hardly ever include exactly one half.
-    made, plans = 9 * canaries // 10, []
+    # Not all of them: coins hardly ever include exactly one half, but seldom miss it by four standard deviations.
+    imbalance = round(4 * math.sqrt(canaries))
+    most = min(9 * canaries // 10, max(canaries // 2, canaries - imbalance))
+    made, plans = most, []
     while made >= FEWEST_GUESSES:
         if not sampled:
             plans.append(Plan(made - made // 2, made // 2))
-        elif 2 * made <= canaries:
+        elif 2 * made <= most:
             plans.append(Plan(made, 0))
         made //= 2
     return plans

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lorica.adapters.adapted import AdaptedModel
@@ -259,6 +261,7 @@ def audit_mechanism(
     epsilon: float = 3.0,
     canaries: int = 1024,
     on_method: Callable[[str, int, int], None] = lambda name, done, count: None,
+    executor: Executor | None = None,
 ) -> dict[str, Any]:
     """Audit the installed mechanism, for every kind of exchange of the methods. No data is read, nothing is kept.
 
@@ -267,6 +270,7 @@ def audit_mechanism(
         epsilon: the claim to attack, at δ = 1e-5.
         canaries: number of canaries. More give larger lower bounds; exact tests see an error of 10 % with 1,024.
         on_method: called before each method with its name, the number of those that are done, and that of all.
+        executor: audits methods in other processes, one in each at a time. None: in this one.
 
     Returns:
         JSON-able: the terms, a row for each method and kind of noise, and whether anything was refuted.
@@ -283,12 +287,20 @@ def audit_mechanism(
         raise UserError("--canaries", canaries, "not between 64 and 100,000", "choose 1024 or more")
     if not 0.1 <= epsilon <= 10:
         raise UserError("--epsilon", epsilon, "not between 0.1 and 10", "choose a claim that you would make")
-    auditor, rows = Auditor(epsilon, canaries), []
+    audits = (map if executor is None else executor.map)(partial(_audit_method, epsilon, canaries), chosen)
+    rows = []
     for done, name in enumerate(chosen):
         on_method(name, done, len(chosen))
-        audits = (auditor.own_noise, auditor.shared_noise, auditor.client_level)
-        rows += [row for each in audits if (row := each(known[name])) is not None]
+        rows += next(audits)
     return judged(rows) | {"epsilon": epsilon, "delta": DELTA, "confidence": CONFIDENCE}
+
+
+def _audit_method(epsilon: float, canaries: int, name: str) -> list[dict[str, Any]]:
+    # The models are so small that threads would only wait for each other.
+    with threadpool_limits(1):
+        auditor, method = Auditor(epsilon, canaries), registry()[name]
+        audits = (auditor.own_noise, auditor.shared_noise, auditor.client_level)
+        return [row for audit in audits if (row := audit(method)) is not None]
 
 
 def judged(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import os
-import signal
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -21,7 +13,6 @@ from itertools import islice
 from lorica.benchmark.results import add_result, drop_partial_line, read_results
 from lorica.benchmark.suite import PlannedRun, Suite
 from lorica.engines.local import prepare_local
-from lorica.errors import UserError
 from lorica.reporting.benchmark import BenchmarkRun
 from lorica.reporting.choices import median_signal_to_noise
 from lorica.reporting.run_folder import Run, bytes_sent, outcome, own_noise_epsilon, read_run, score_of
@@ -30,7 +21,6 @@ from lorica.run.folder import git_revision
 from lorica.run.lock import locked
 from lorica.run.rounds import train
 
-GRACE_SECONDS = 10.0
 OnResult = Callable[[BenchmarkRun, dict[str, BenchmarkRun]], None]
 
 
@@ -74,7 +64,7 @@ def run_suite(
                 return results
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 del running[future]
-                run = _result_of(future)
+                run = future.result()
                 add_result(suite.folder, run)
                 results[run.digest] = run
                 on_result(run, results)
@@ -96,48 +86,6 @@ def run_once(planned: PlannedRun, software: Software) -> BenchmarkRun:
         except Diverged:
             found = None
     return _line(planned, found, time.perf_counter() - started, software)
-
-
-@contextmanager
-def worker_processes(jobs: int) -> Iterator[Executor]:
-    """Processes that each compute one run at a time. They end at once if the context ends with an error."""
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start_worker)
-    try:
-        yield pool
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """End this process when the main process ends, however it ends."""
-    # The terminal sends Ctrl-C to all processes. The main process then terminates its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    logging.getLogger("lorica").setLevel(logging.ERROR)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-        # Without a main process, a worker whose run has been interrupted would wait for its next one forever.
-        time.sleep(GRACE_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-
-
-def _result_of(future: Future[BenchmarkRun]) -> BenchmarkRun:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        problem = "a process that computed a run was killed, perhaps because memory ran out"
-        raise UserError("--jobs", None, problem, "run the same command again, with fewer --jobs") from None
 
 
 def _line(planned: PlannedRun, found: Run | None, seconds: float, software: Software) -> BenchmarkRun:
