@@ -65,7 +65,8 @@ def in_a_process(*command: str | Path, folder: Path) -> str:
 
 
 @pytest.mark.usefixtures("checked_once")
-@pytest.mark.parametrize("apart", [False, pytest.param(True, marks=pytest.mark.integration)])
+@pytest.mark.integration
+@pytest.mark.parametrize("apart", [False, True])
 def test_run_shows_progress_and_ends_with_what_was_reached(
     lorica: Callable[..., str], tmp_path: Path, some_digits: list[str], apart: bool
 ) -> None:

@@ -31,6 +31,7 @@ from lorica.streams import stream_seed
 from lorica.tasks.partition import partition
 from lorica.testing.models import TEXT
 from tests.tasks.conftest import WORDS, write_tokenizer
+from tests.tiers import integration
 
 pytestmark = pytest.mark.usefixtures("checked_once")
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -161,7 +162,7 @@ class Owner:
         return cls(records, federation.batch_size, federation.local_steps * rounds)
 
 
-@each_example
+@pytest.mark.parametrize("path", [PATHS[0], *integration(*PATHS[1:])], ids=lambda path: path.stem)
 def test_the_budget_suffices_with_sane_noise(path: Path) -> None:
     """Less ε than the budget with much noise and more with little: what is planned lies between."""
     config = load(path)
@@ -327,9 +328,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[DataSet, str, 
 OFTEN = {"as-lora-sst2", "as-lora-cifar100", "as-lora-squad-v2", "fedask-dolly"}
 
 
+def tier(path: Path) -> Any:
+    if path.stem == "as-lora-sst2":
+        return []
+    return pytest.mark.integration if path.stem in OFTEN else pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, id=path.stem, marks=[] if path.stem in OFTEN else pytest.mark.slow) for path in PATHS],
+    [pytest.param(path, id=path.stem, marks=tier(path)) for path in PATHS],
 )
 def test_a_round_runs_on_stand_ins(
     path: Path, base: Callable[[str], str], source: Callable[[DataSet, str, int], str], tmp_path: Path

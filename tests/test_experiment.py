@@ -38,6 +38,7 @@ from lorica.tasks.classification import Classification
 from tests.killed import kill_run, run_until, start_command
 from tests.reports import draw_nothing
 from tests.small import SMALLEST
+from tests.tiers import integration, slow
 
 Load = Callable[..., lorica.Experiment]
 SMALL = [*SMALLEST, "federation.rounds=4", "privacy.noise=reproducible"]
@@ -222,7 +223,7 @@ def test_methods_with_more_state_resume_from_kill_9_too(
 
 # One for each shape of adapter: plain factors, increments stacked with them, R between A and B, a model of its own for
 # each client, a higher rank.
-SHAPES = ("as-lora", "flora", "fed-sb", "fedsa-lora", "fedex-lora")
+SHAPES = {"as-lora", "flora", "fed-sb", "fedsa-lora", "fedex-lora"}
 
 
 def often(*names: str) -> list[Any]:
@@ -244,7 +245,15 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, experiment: Load) -> Callab
     return run
 
 
-@pytest.mark.parametrize("method", often(*SHAPES))
+@pytest.mark.parametrize(
+    "method",
+    [
+        "as-lora",
+        "fedsa-lora",
+        *integration("flora", "fed-sb", "fedex-lora"),
+        *slow(*sorted(registry().keys() - SHAPES)),
+    ],
+)
 def test_every_method_exports_what_it_was_evaluated_with(run_of: Callable[[str], Result], method: str) -> None:
     """The PEFT folder (of each client, where models are personal) gives the last round's metrics on the test set."""
     result = run_of(method)

@@ -33,6 +33,7 @@ def test_appending_to_a_full_disk_is_a_clear_error() -> None:
         append_line(Path("/dev/full"), "line")
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("checked_once")
 def test_a_run_out_of_disk_ends_with_one_line_and_resumes(tmp_path: Path, some_digits: list[str]) -> None:
     """A limit on file size stands in for the disk: the ledger reaches it first."""

@@ -39,6 +39,7 @@ from tests.causal import CHAT, END, FAMILIES, tokenizer
 from tests.models import FAMILIES as CLASSIFIERS
 from tests.models import VISION
 from tests.tasks.conftest import WORDS, write_tokenizer
+from tests.tiers import integration
 
 NAMES = ["bad", "fair", "good"]
 TEXTS = ["a fine film", "not at all good and long and dull", "secret plot"]
@@ -348,7 +349,7 @@ def test_labels_cannot_end_the_lines_of_a_card(exported: Callable[[str], Exporte
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-@pytest.mark.parametrize("automatic", ["AutoModelForSequenceClassification", "AutoModel"])
+@pytest.mark.parametrize("automatic", ["AutoModelForSequenceClassification", *integration("AutoModel")])
 def test_plain_peft_refuses_what_it_would_load_into_another_model(
     exported: Callable[[str], Exported], tmp_path: Path, family: str, automatic: str
 ) -> None:

@@ -211,6 +211,7 @@ def test_the_commands(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert wrong.exit_code == 2
 
 
+@pytest.mark.integration
 def test_the_smallest_good_batch_is_found_among_all() -> None:
     sizes = usual_batch_sizes(400)
     assert sizes == [8, 16, 32, 64, 128, 256]

@@ -10,6 +10,7 @@ from scipy import stats
 
 from lorica.audit import exact
 from lorica.audit.exact import Memberships, Outcome
+from tests.tiers import integration
 
 Draws = np.random.Generator
 RATE = 0.25
@@ -43,7 +44,7 @@ TESTS: dict[str, Callable[[Draws], Outcome]] = {
 }
 
 
-@pytest.mark.parametrize("name", TESTS)
+@pytest.mark.parametrize("name", [*TESTS][:-2] + integration(*[*TESTS][-2:]))
 def test_a_promise_that_holds_fails_as_often_as_its_p_value_says(name: str) -> None:
     draws, runs = np.random.default_rng(1), 300
     p_values = np.array([TESTS[name](draws).p_value for _ in range(runs)])

@@ -85,6 +85,7 @@ class FullDisk(InProcessGrid):
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.integration
 def test_nothing_leaves_when_the_ledgers_disk_is_full(
     organisations: Organisations, in_one_process: Callable[..., Result]
 ) -> None:

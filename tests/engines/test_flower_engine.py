@@ -147,9 +147,8 @@ class KilledServer(InProcessGrid):
 @pytest.mark.parametrize(
     ("name", "last"),
     [
-        ("fedask", 1),
         ("fedsa-lora", 3),
-        *integration(("as-lora", 1), ("flora", 3)),
+        *integration(("fedask", 1), ("as-lora", 1), ("flora", 3)),
         *slow(("as-lora", 3), ("fedask", 3), ("flora", 1), ("fedsa-lora", 1)),
     ],
 )

@@ -45,6 +45,7 @@ from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
 from tests.reports import draw_nothing
 from tests.test_tensors import BAD, mutated
+from tests.tiers import integration
 
 RECORDS = 24
 SHAPES = {"s.A": (2, 8), "s.B": (6, 2), "head.weight": (3, 6)}
@@ -276,6 +277,7 @@ def test_a_reply_that_is_none_removes_its_client(name: str) -> None:
     assert some.exchange(requests(config)).keys() == {0, 2}
 
 
+@pytest.mark.integration
 def test_a_reply_of_ninety_megabytes_is_not_read() -> None:
     config = experiment()
     header = b'{"a":[' + b"[]," * 30_000_000 + b"[]]}"
@@ -383,7 +385,7 @@ def lying(tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]], *o
     return serve(config, nodes)
 
 
-@pytest.mark.parametrize("sigma", [0.0, 1e9, 1e-6])
+@pytest.mark.parametrize("sigma", [1e-6, *integration(0.0, 1e9)])
 def test_lies_about_noise_open_no_way_into_the_mean(tmp_path: Path, sigma: float) -> None:
     """With σ = 0 or 1e9 the bounds would be off, and with 1e-6 the weights: an update of norm 8e6 would pass."""
 
@@ -403,8 +405,8 @@ def test_lies_about_noise_open_no_way_into_the_mean(tmp_path: Path, sigma: float
 @pytest.mark.parametrize(
     "change",
     [
-        pytest.param({"reply": 10**12}, id="an integer"),
-        pytest.param({"reply": BAD["F8_E8M0"]}, id="F8_E8M0"),
+        pytest.param({"reply": 10**12}, id="an integer", marks=pytest.mark.integration),
+        pytest.param({"reply": BAD["F8_E8M0"]}, id="F8_E8M0", marks=pytest.mark.integration),
         pytest.param({"account": json.dumps({"steps": 10**18, "releases": -1})}, id="account"),
         pytest.param({"account": json.dumps({"steps": 3, "releases": 3})}, id="possible account"),
     ],

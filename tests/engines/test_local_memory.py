@@ -9,6 +9,7 @@ import torch
 
 from lorica.engines.local import LocalEngine
 from lorica.testing.federation import RecordingEngine, run_rounds, tiny_federation
+from tests.tiers import integration
 
 CLIENTS, PARTICIPANTS, ROUNDS = 5, 2, 6
 
@@ -23,7 +24,8 @@ def federation(method: str, folder: Path, ranks: dict[int, int]) -> tuple[Record
 
 
 @pytest.mark.parametrize(
-    ("method", "ranks"), [("ffa-lora", {}), ("flora", {}), ("fedask", {}), ("het-lora", {0: 2, 1: 1, 2: 2, 3: 1, 4: 1})]
+    ("method", "ranks"),
+    [("flora", {}), ("fedask", {}), *integration(("ffa-lora", {}), ("het-lora", {0: 2, 1: 1, 2: 2, 3: 1, 4: 1}))],
 )
 def test_what_a_client_forgets_it_is_told_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, ranks: dict[int, int]

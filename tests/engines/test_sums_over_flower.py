@@ -28,7 +28,7 @@ from lorica.tensors import decode
 from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations, invitation
 from tests.reports import draw_nothing
-from tests.tiers import slow
+from tests.tiers import integration, slow
 
 Load = Callable[..., lorica.Experiment]
 SMALL = [
@@ -112,7 +112,7 @@ def test_sums_over_flower_are_those_of_one_process(config: Load, own_home: Path)
     assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in secrets)
 
 
-@pytest.mark.parametrize("stage", ["shares", "revealed", *slow("keys", "masked")])
+@pytest.mark.parametrize("stage", ["shares", *integration("revealed"), *slow("keys", "masked")])
 def test_a_node_that_is_lost_at_any_stage_does_not_stop_the_rest(stage: str, config: Load) -> None:
     result = serve(config("some", "federation.min_clients=3").config, Watching(nodes(), {stage: {2}}))
     rounds = [row for row in result.metrics if row["round"]]

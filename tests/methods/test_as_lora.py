@@ -22,6 +22,7 @@ from lorica.privacy.mechanism import Terms
 from lorica.run.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from lorica.testing.federation import run_rounds, tiny_federation
 from tests.methods.engines import Wrapped
+from tests.tiers import integration
 
 SITES = [
     Site(f"model.layers.{layer}.{name}", f"model.layers.{layer}", 6, 5, 2, 1.0)
@@ -107,8 +108,22 @@ def test_a_is_not_trained_while_b_is_zero() -> None:
     assert all(set(row.values()) == {"B"} for row in history)
 
 
-@pytest.mark.parametrize("score", ["curvature", "energy", "last-step-energy"])
-@pytest.mark.parametrize("select", ["significance", "softmax", "thompson"])
+@pytest.mark.parametrize(
+    ("score", "select"),
+    [
+        ("curvature", "significance"),
+        ("energy", "softmax"),
+        ("last-step-energy", "thompson"),
+        *integration(
+            ("curvature", "softmax"),
+            ("curvature", "thompson"),
+            ("energy", "significance"),
+            ("energy", "thompson"),
+            ("last-step-energy", "significance"),
+            ("last-step-energy", "softmax"),
+        ),
+    ],
+)
 def test_the_factor_with_the_larger_gradient_is_preferred(score: str, select: str) -> None:
     for a, b, low, high in ((10.0, 0.5, 0.75, 1.0), (0.5, 10.0, 0.0, 0.25)):
         method, server = make(rounds=60, score=score, select=select)

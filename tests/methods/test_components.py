@@ -68,12 +68,19 @@ OFTEN = {
     pairs[index % len(pairs)]
     for index, pairs in enumerate([[pair for pair in ACCEPTED if pair[1] == component] for component in COMPOSED])
 }
-"""One pair for each component, spread over the methods: they run in the default tests, the other ones are slow."""
+"""One pair for each component, spread over the methods."""
+STATEFUL = {"client_ranks", "scaffold", "secure_sum", "server_optimizer"}
 
 
-def sometimes_slow(pairs: list[tuple[str, str]]) -> list[Any]:
-    """The same parameters, marked slow but for those of `OFTEN`."""
-    return [pytest.param(*pair, marks=[] if pair in OFTEN else pytest.mark.slow) for pair in pairs]
+def by_tier(pairs: list[tuple[str, str]]) -> list[Any]:
+    """Of the pairs of `OFTEN`, those with a component of `STATEFUL` run by default; the other pairs are slow."""
+
+    def tier(pair: tuple[str, str]) -> Any:
+        if pair not in OFTEN:
+            return pytest.mark.slow
+        return [] if pair[1] in STATEFUL else pytest.mark.integration
+
+    return [pytest.param(*pair, marks=tier(pair)) for pair in pairs]
 
 
 @cache
@@ -96,7 +103,7 @@ def test_every_component_is_known_by_its_key() -> None:
     assert all(component in COMPONENTS for method in REGISTRY.values() for component in method.refuses)
 
 
-@pytest.mark.parametrize(("name", "component"), sometimes_slow(ACCEPTED))
+@pytest.mark.parametrize(("name", "component"), by_tier(ACCEPTED))
 def test_an_accepted_component_changes_the_run_and_resumes(
     name: str, component: str, tmp_path: Path, recordings: Recordings
 ) -> None:

@@ -20,6 +20,7 @@ from lorica.methods.gauge import SCALE, GaugeOptions, fix_gauge, start_with, tra
 from lorica.testing.checks import CHECKS, record
 from lorica.testing.federation import UNCLIPPED, dense, run_rounds, tiny_federation
 from tests.methods.conftest import REGISTRY
+from tests.tiers import integration
 
 GAUGED = [name for name, kind in REGISTRY.items() if issubclass(kind.Options, GaugeOptions)]
 ORTHONORMAL, NONE = GaugeOptions(gauge="orthonormal"), GaugeOptions(gauge="none")
@@ -159,12 +160,18 @@ def test_ranks_that_differ_between_clients_are_refused(name: str, gauge: str) ->
         check_components(config, make_method(config.method, []))
 
 
-OTHERS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {"gauge": "none"}) for name in GAUGED),
-    ("as-lora", {"score": "energy", "select": "thompson", "freeze": True}),
+OTHERS = [
+    ("as-lora", {"gauge": "none"}),
     ("as-lora", {"score": "last-step-energy"}),
-    ("as-lora", {"select": "softmax"}),
-    *((name, {"first": "A"}) for name in GAUGED),
+    ("random-lora", {"first": "A"}),
+    *integration(
+        ("random-lora", {"gauge": "none"}),
+        ("ro-lora", {"gauge": "none"}),
+        ("as-lora", {"score": "energy", "select": "thompson", "freeze": True}),
+        ("as-lora", {"select": "softmax"}),
+        ("as-lora", {"first": "A"}),
+        ("ro-lora", {"first": "A"}),
+    ),
 ]
 
 

@@ -13,7 +13,7 @@ from lorica.server.federation import Federation, TooFewReplies
 from lorica.testing.federation import STEPS, Adapter, checkpoint_of, resume, run_rounds, tiny_federation
 from tests.methods.conftest import METHODS, REGISTRY, Histories, Recordings
 from tests.methods.engines import Losing, assert_same_adapter, assert_same_model
-from tests.methods.test_components import ACCEPTED, COMPONENT, sometimes_slow
+from tests.methods.test_components import ACCEPTED, COMPONENT, by_tier
 
 SEVERAL_EXCHANGES = {"deer", "fed-power", "fedask"}
 REMEMBERING = {"client_ranks", "scaffold", "server_optimizer", "kalman", "average"}
@@ -48,7 +48,7 @@ def test_a_round_without_a_client_is_the_round_that_never_had_it(
     assert_same_model(some, histories(name, absent=(1,)).federation)
 
 
-@pytest.mark.parametrize("name", often("deer", "galore-avg", "fedsa-lora", "flora"))
+@pytest.mark.parametrize("name", often("deer", "fedsa-lora"))
 def test_a_late_reply_changes_nothing_for_the_others(name: str, tmp_path: Path, histories: Histories) -> None:
     """The client did the work and was charged, and is sent everything again. A model of its own has moved with it."""
     some, other = losing(name, tmp_path, {(2, 1, 1)}, late=True), histories(name, absent=(1,))
@@ -107,7 +107,7 @@ def test_each_half_of_a_deer_round_is_the_mean_of_those_that_replied_to_it(tmp_p
             torch.testing.assert_close(some.server.model.tensors[name] - before[name], mean, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "component"), sometimes_slow([pair for pair in ACCEPTED if pair[1] in REMEMBERING]))
+@pytest.mark.parametrize(("name", "component"), by_tier([pair for pair in ACCEPTED if pair[1] in REMEMBERING]))
 def test_components_remember_only_who_took_part(name: str, component: str, tmp_path: Path) -> None:
     """With ranks that differ, only the client of the smallest one is left."""
     gone = {0, 2} if component == "client_ranks" else {1}
@@ -121,7 +121,7 @@ def test_components_remember_only_who_took_part(name: str, component: str, tmp_p
         assert torch.equal(value, other.server.evaluated[key]), key
 
 
-@pytest.mark.parametrize("name", often("fedask", "fedsa-lora", "flora"))
+@pytest.mark.parametrize("name", often("fedask"))
 def test_a_round_with_too_few_replies_stops_and_resumes_at_no_further_cost(
     name: str, tmp_path: Path, histories: Histories
 ) -> None:

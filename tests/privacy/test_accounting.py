@@ -30,6 +30,7 @@ from lorica.privacy.accounting import (
     rdp_curve,
 )
 from lorica.privacy.calibration import calibrate
+from tests.tiers import integration, slow
 
 GRID = [
     (0.016, 0.8, 500, 1e-5),
@@ -38,7 +39,7 @@ GRID = [
     (0.05, 1.5, 2000, 1e-6),
     (0.001, 0.6, 1000, 1e-5),
 ]
-SOMETIMES = [case if case in GRID[2::2] else pytest.param(*case, marks=pytest.mark.slow) for case in GRID]
+SOMETIMES = [GRID[2], *integration(GRID[4]), *slow(*GRID[:2], GRID[3])]
 
 
 @pytest.mark.parametrize(("rate", "sigma", "steps", "delta"), SOMETIMES)

@@ -67,6 +67,7 @@ def test_where_a_node_has_no_noise_the_exact_search_takes_over(monkeypatch: pyte
     calibration._calibrated_at.cache_clear()
 
 
+@pytest.mark.integration
 def test_few_clients_are_calibrated_one_by_one() -> None:
     assert MOST_CALIBRATED >= 10
     assert math.isclose(calibrate(0.11, 40, 8.0, 1e-5), calibrate_many(0.11, 40, 8.0, 1e-5), rel_tol=2e-3)

@@ -8,6 +8,7 @@ from torch import nn
 from lorica.privacy.gradients import TrainedTensor, per_example_gradients
 from lorica.tasks.records import Batch
 from tests.models import FAMILIES, adapted, batch, one_at_a_time
+from tests.tiers import integration
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -22,7 +23,7 @@ def test_equal_autograd_one_example_at_a_time(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"albert"}))
-@pytest.mark.parametrize("trained", ["", ".A", ".B"])
+@pytest.mark.parametrize("trained", ["", *integration(".A", ".B")])
 def test_recomputed_layers_have_the_same_gradients(family: str, trained: str) -> None:
     model, examples = adapted(family, gradient_checkpointing=True), batch(family, 4)
     passes = []

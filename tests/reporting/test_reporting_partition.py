@@ -10,7 +10,7 @@ from lorica.errors import UserError
 from lorica.reporting.html import write_report
 from lorica.reporting.partition import SHADES, partition_figure, shade_bounds
 from lorica.reporting.run_folder import read_run
-from tests.tiers import slow
+from tests.tiers import integration, slow
 
 
 def with_counts(folder, counts, names=None):
@@ -47,7 +47,7 @@ def test_every_cell_has_the_shade_of_its_count(make_run, clients, labels):
     ("clients", "labels"),
     [
         (1, 2),
-        (100, 1000),
+        *integration((100, 1000)),
         *slow((100, 2), (2, 1000), (6, 40), (100, 41)),
     ],
 )

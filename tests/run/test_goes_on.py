@@ -31,6 +31,7 @@ from lorica.run.divergence import Diverged, check_finite, check_metrics
 from lorica.run.folder import keep_rounds
 from lorica.run.lock import LOCK, locked
 from lorica.run.result import Result
+from tests.tiers import integration
 
 SMALL = [
     "federation.clients=2",
@@ -112,7 +113,9 @@ def test_the_lock_leaves_nothing_behind_and_readers_need_none(tmp_path: Path, fi
         write_report(finished.config.folder)
 
 
-@pytest.mark.parametrize("lost", ["report.html", "accuracy.png", "checksums.json", "privacy.json", "adapter"])
+@pytest.mark.parametrize(
+    "lost", ["report.html", "adapter", *integration("accuracy.png", "checksums.json", "privacy.json")]
+)
 def test_what_is_missing_of_a_finished_run_is_written(finished: lorica.Experiment, original: Result, lost: str) -> None:
     """As if it had been killed before it wrote that."""
     path = finished.config.folder / lost

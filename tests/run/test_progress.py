@@ -26,6 +26,7 @@ def refreshes(page: str) -> bool:
     return '<meta http-equiv="refresh"' in page
 
 
+@pytest.mark.integration
 def test_the_report_is_there_from_the_first_round_and_loads_itself_again_until_the_end(
     tmp_path: Path, some_digits: list[str]
 ) -> None:

@@ -33,6 +33,7 @@ from tests.engines.in_process import InProcessGrid
 from tests.engines.organisations import Organisations
 from tests.reports import draw_nothing
 from tests.tasks.test_whole_runs import write_tokenizer
+from tests.tiers import integration, slow
 
 METHODS = sorted(registry())
 MERGING = [name for name in METHODS if registry()[name].merges]
@@ -192,9 +193,8 @@ def test_a_client_of_a_personalised_run_is_an_adapter(config: Callable[..., Expe
     ("name", "head"),
     [
         ("as-lora", "freeze"),
-        ("fed-rac-lora", "train"),
-        pytest.param("as-lora", "train", marks=pytest.mark.slow),
-        pytest.param("fed-rac-lora", "freeze", marks=pytest.mark.slow),
+        *integration(("fed-rac-lora", "train")),
+        *slow(("as-lora", "train"), ("fed-rac-lora", "freeze")),
     ],
 )
 def test_nodes_get_the_tensors_and_not_the_folder(

@@ -15,6 +15,7 @@ from lorica.secure_sum.quantisation import coordinates
 from lorica.secure_sum.stages import add_up
 from tests.secure_sum.crowd import SHAPES, Clients, agreed, check, expected
 from tests.secure_sum.test_attacks import knowing
+from tests.tiers import integration
 
 STAGES = ["keys", "shares", "masked", "revealed"]
 ODD = [
@@ -144,7 +145,7 @@ def check_change(names: list[int], total: Mapping[str, Any], change: np.ndarray)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("side", ["question", "answer"])
+@pytest.mark.parametrize("side", ["question", *integration("answer")])
 def test_mutated_messages_end_in_no_crash_and_no_wrong_sum(stage: str, side: str) -> None:
     fuzz(stage, side, 50)
 

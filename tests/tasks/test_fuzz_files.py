@@ -24,6 +24,7 @@ from lorica.tasks.label_counts import public_counts
 from lorica.tasks.loading import load_task, load_training
 from tests.fuzzing import draws_of
 from tests.tasks.conftest import WORDS
+from tests.tiers import integration
 
 LONGEST_SECONDS = 10
 ROWS = [(" ".join(WORDS[i % 5 :]), ("neg", "pos")[i % 2]) for i in range(12)]
@@ -213,7 +214,7 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("metadata", [None, FEATURES])
+@pytest.mark.parametrize("metadata", [FEATURES, *integration(None)])
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_columns_of_any_type_are_loaded_or_refused(
     tmp_path: Path, text_base: str, grey_base: str, kind: str, metadata: dict[str, Any] | None

@@ -21,6 +21,7 @@ from lorica.tasks.causal.records import IGNORED
 from lorica.tasks.records import Batch
 from tests.causal import ASSISTANT, CHAT, END, FAMILIES, PAIRS, USER, adapted, pairs, tokenizer
 from tests.tasks.test_causal import TALK, talks
+from tests.tiers import integration
 
 EVERYTHING = np.arange(len(PAIRS["prompt"]))
 
@@ -141,7 +142,7 @@ def greedy(model, prompt: str, count: int = 5) -> str:
     return words.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 1000])
+@pytest.mark.parametrize("tokens", [1, 40, *integration(1000)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_in_batches_are_those_to_single_prompts(tmp_path, family, tokens):
     model = adapted(tmp_path, family).peft_model

@@ -65,6 +65,7 @@ def experiment(folder: Path, task: dict[str, Any], **keys: Any) -> lorica.Experi
     return lorica.Experiment.load(content | keys)
 
 
+@pytest.mark.integration
 def test_regression_reports_correlations(tmp_path: Path) -> None:
     """STS-B's shape: two texts, a number; the target is the share of common words."""
 

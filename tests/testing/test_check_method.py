@@ -13,6 +13,7 @@ from lorica.errors import UserError
 from lorica.methods.base import About, Method, Round, Server, Train
 from lorica.methods.components import OWN_AGGREGATION, SAME_RANKS
 from lorica.testing import check_method
+from tests.tiers import integration
 
 
 class Mine(Method):
@@ -134,17 +135,19 @@ class Infinite(Mine):
 @pytest.mark.parametrize(
     ("method", "problem"),
     [
-        (Fresh, "start changes the product B A of bert"),
         (Inexact, "about.exact is set, and after round 1 the weight of bert"),
         (Unsaved, "resumed after round 2, it has another adapter"),
         (Unsavable, "state_dict gives what a checkpoint cannot hold"),
         (Ordered, "the adapter after round 1 depends on the order in which clients are listed"),
-        (Single, "fails under secure sums with KeyError"),
         (Greedy, "round . fails: .*client .: 6 steps in total exceed the 4 steps of its plan"),
         (Stepping, "moved in round 1, and no client trained it"),
         (Idle, "no site's weight moved in any round"),
         (Growing, "tensors came or went during the rounds: extra1.R"),
-        (Infinite, "is not finite"),
+        *integration(
+            (Fresh, "start changes the product B A of bert"),
+            (Single, "fails under secure sums with KeyError"),
+            (Infinite, "is not finite"),
+        ),
     ],
 )
 def test_a_wrong_method_is_told_what_does_not_hold(method: type[Method], problem: str) -> None:

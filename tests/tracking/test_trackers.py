@@ -216,6 +216,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
 no_report = pytest.mark.usefixtures("without_report")
 
 
+@pytest.mark.integration
 @no_report
 def test_a_tracker_that_fails_is_left_and_the_run_goes_on(
     tmp_path: Path,
@@ -310,6 +311,7 @@ def test_public_metrics_are_numbers_without_what_names_a_client() -> None:
     }
 
 
+@pytest.mark.integration
 @no_report
 def test_a_finished_run_with_other_trackers_is_the_same_experiment(
     tmp_path: Path, some_digits: list[str], recorder: type[Recorder]

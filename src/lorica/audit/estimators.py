@@ -179,7 +179,7 @@ def one_run_bound(scores: Scores, delta: float, best: Plan | None = None, confid
 
     >>> scores = Scores(np.arange(1000.0), np.arange(1000) >= 500)
     >>> round(one_run_bound(scores, delta=1e-5), 1)
-    5.0
+    4.9
     """
     return _largest_refuted(lambda claimed: one_run_p_value_of(scores, claimed, delta, best), 1 - confidence)
 
