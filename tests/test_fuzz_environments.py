@@ -111,7 +111,7 @@ def answer(folder: Path, command: list[str], number: int) -> None:
     assert command[0] != "run" or refused or list(folder.rglob("report.html")), case
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_help_answers_in_any_environment(tmp_path: Path, count: int) -> None:
     for number in range(count):
         folder = tmp_path / str(number)
@@ -120,7 +120,7 @@ def test_help_answers_in_any_environment(tmp_path: Path, count: int) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("count", [2, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_methods_and_a_run_answer_in_any_environment(tmp_path: Path, some_digits: list[str], count: int) -> None:
     for number in range(count):
         for command in (["methods"], ["run", *TINY, *some_digits, f"output={tmp_path / str(number) / 'runs'}"]):

@@ -319,7 +319,7 @@ def test_no_method_is_refuted() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("claimed", [1.0, 3.0, 8.0])
 def test_bounds_lie_between_what_chance_gives_and_the_claim(claimed: float) -> None:
-    row = audit_mechanism(["ffa-lora"], claimed, 4000)["rows"][0]
+    row = Auditor(claimed, 4000).own_noise(registry()["ffa-lora"])
     assert 0.1 * claimed <= row["epsilon_one_run"] <= claimed
     assert 0.1 * claimed <= row["epsilon_fdp"] <= claimed
 

@@ -17,7 +17,6 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
     ("script", "arguments", "bars"),
     [
         ("dp_step.py", ["--model", "vit", "--batch", "4", "--layers", "1", "--repeats", "1"], 2),
-        ("dp_step.py", ["--model", "bert", "--batch", "4", "--layers", "1", "--repeats", "1"], 2),
         (
             "round.py",
             ["--rounds", "1", "--steps", "1", "--batch", "4", "--records", "60", "--clients", "2", "--no-ablations"],

@@ -193,7 +193,7 @@ def check(place: Place, file: Path, damage: str) -> list[str]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("count", [12, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(400, marks=pytest.mark.slow)])
 def test_damage_is_named_or_does_no_harm(monkeypatch: pytest.MonkeyPatch, place: Place, count: int) -> None:
     monkeypatch.setenv("LORICA_HOME", str(place.root / "home"))
     cases = [(file, damage) for file in files_of(place) for damage in DAMAGES]

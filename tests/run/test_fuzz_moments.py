@@ -105,7 +105,7 @@ def spread(count: int, most: int, name: str) -> list[int]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_before_any_event_a_run_ends_as_undisturbed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: Moments, count: int
 ) -> None:
@@ -127,7 +127,7 @@ def test_killed_at_any_instant_a_run_ends_as_undisturbed(
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("count", [4, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [4, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_disk_that_fails_at_any_event_is_one_error_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moments: Moments, count: int
 ) -> None:

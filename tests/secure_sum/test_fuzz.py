@@ -153,5 +153,5 @@ def test_mutated_messages_end_in_no_crash_and_no_wrong_sum(stage: str, side: str
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("side", ["question", "answer"])
-def test_2000_mutated_messages_end_in_no_crash_and_no_wrong_sum(stage: str, side: str) -> None:
-    fuzz(stage, side, 2000)
+def test_many_mutated_messages_end_in_no_crash_and_no_wrong_sum(stage: str, side: str) -> None:
+    fuzz(stage, side, 500)
