@@ -114,17 +114,18 @@ class ASLoRA(Method):
 
     `select: significance`: the factor that the layer did not train last, unless `|S_A - S_B|` exceeds `deviations`
     times `√(s_A² + s_B²)`; then the one with the larger gain. So where noise hides the difference, layers alternate as
-    in RoLoRA, and without noise every choice follows the gains. A choice that follows noisy gains tends to stay: the
-    estimate for the factor at rest is as old as its last activation, and nothing shows how much the factor in use has
-    left to gain. Alternating needs no estimate.
+    in RoLoRA. A choice that follows noisy gains tends to stay: the estimate for the factor at rest is as old as its
+    last activation, and its gradient changes with every step of the other one. So the variance of a gain at rest grows
+    by `(staleness · max(|S_A|, |S_B|))²` in each round. With 0.25, a factor rests for four rounds at most, unless its
+    step is predicted to do harm.
 
     `select: softmax`, the paper's: with `D = (S_A - S_B)/(|S_A| + |S_B|)` and temperature `T = max(0.1, 0.95^(t -
     warm-up))`, A is chosen with probability `1/(1 + exp(-D/T))`. `select: thompson`: A is chosen with probability
     `Φ((S_A - S_B)/√(s_A² + s_B²))`, clipped to `[floor, 1 - floor]`.
 
-    The variance of an inactive block grows by `(0.1 gain)²` per round, so no block is starved. With `freeze`, which
-    needs known variances, a layer trains neither factor while both gains are below zero by a standard deviation. Under
-    DP each round records `|S_A - S_B|/√(s_A² + s_B²)` of every choice, its signal-to-noise ratio.
+    With `freeze`, which needs known variances, a layer trains neither factor while both gains are below zero by a
+    standard deviation. Under DP each round records `|S_A - S_B|/√(s_A² + s_B²)` of every choice, its signal-to-noise
+    ratio.
 
     The paper's algorithm is `gauge: none`, `select: softmax`, `ema: 0.9`. The gauge (`lorica.methods.gauge`) is not in
     the paper. Without it, noise on A reaches the weight multiplied by B, and B grows with the noise that it has
@@ -164,6 +165,8 @@ class ASLoRA(Method):
         """`β` of the gains' moving average."""
         deviations: float = Field(2.0, ge=0)
         """With `significance`, how many standard deviations the gains have to differ by to break the alternation."""
+        staleness: float = Field(0.25, ge=0)
+        """With `significance` or `thompson`, how fast a gain at rest becomes uncertain, in parts of the larger gain."""
         floor: float = Field(0.05, ge=0, le=0.5)
         """Minimum probability of either factor with `thompson`."""
         freeze: bool = False
@@ -211,6 +214,7 @@ class ASLoRA(Method):
         factors = {site.name: choice[group] for group, members in self.groups.items() for site in members}
         fix_gauge(self.options, server.model, factors)
         replies = yield Train(factors, last_step_energy=self.options.score == "last-step-energy")
+        self._age(choice)
         self._score(server, replies, choice)
         server.step(replies)
 
@@ -263,6 +267,15 @@ class ASLoRA(Method):
         blocks = (self.blocks[group, "A"], self.blocks[group, "B"])
         return all(block.gain is not None and block.gain + math.sqrt(block.variance) < 0 for block in blocks)
 
+    def _age(self, choice: dict[str, Factors]) -> None:
+        """Let the gains of factors at rest become uncertain: they were measured before the other factor moved."""
+        for group in self.groups:
+            pair = {factor: self.blocks[group, factor] for factor in ("A", "B")}
+            larger = max(abs(block.gain or 0.0) for block in pair.values())
+            for factor, block in pair.items():
+                if choice[group] != factor:
+                    block.variance += (self.options.staleness * larger) ** 2
+
     def _score(self, server: Server, replies: Replies, choice: dict[str, Factors]) -> None:
         # A secure sum hides the single updates; the debiased energy then replaces `Q`.
         clients = sorted(replies.updates)
@@ -274,7 +287,6 @@ class ASLoRA(Method):
             spread = cross_client_spread([server.terms[client].noise_std ** 2 for client in clients], weights)
         for (group, factor), block in self.blocks.items():
             if choice[group] != factor:
-                block.variance += (0.1 * (block.gain or 0.0)) ** 2
                 continue
             length = server.rates[block.names[0]] * float(coefficients.sum())
             # Gains of different rounds are compared, so they are those of the full rate.
