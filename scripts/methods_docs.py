@@ -121,7 +121,7 @@ The gauge is Lorica's, not that of the papers: `method.gauge: none` is the paper
 for a while, the update reads a few random directions of the layer's input. With `first: A` the roles are exchanged: B
 starts with random orthonormal columns and A at zero, and the first rounds learn which directions of the input matter.
 Hayou et al. (arXiv 2406.08447) found a random A the better start on average, without privacy and with both factors
-trained. Under DP on the digits, A first was ahead for `as-lora`
+trained. Under DP on the digits, it made no clear difference for `as-lora`
 ([results](results.md#strict-privacy-shared-noise-and-the-gauge)).
 
 ## Two methods that are not here
