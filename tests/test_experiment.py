@@ -226,11 +226,6 @@ def test_methods_with_more_state_resume_from_kill_9_too(
 SHAPES = {"as-lora", "flora", "fed-sb", "fedsa-lora", "fedex-lora"}
 
 
-def often(*names: str) -> list[Any]:
-    """All methods; those not named are slow."""
-    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in sorted(registry())]
-
-
 @pytest.fixture(scope="session")
 def run_of(tmp_path_factory: pytest.TempPathFactory, experiment: Load) -> Callable[[str], Result]:
     """Method -> its run of two rounds of two steps, without a report."""
@@ -274,7 +269,7 @@ def test_every_method_exports_what_it_was_evaluated_with(run_of: Callable[[str],
             lorica.load_adapter(result.adapter)
 
 
-@pytest.mark.parametrize("method", often("fedsa-lora"))
+@pytest.mark.parametrize("method", ["fedsa-lora", *slow(*sorted(registry().keys() - {"fedsa-lora"}))])
 def test_every_method_has_a_report(run_of: Callable[[str], Result], method: str) -> None:
     write_report(run_of(method).folder)
     page = (run_of(method).folder / "report.html").read_text(encoding="utf-8")

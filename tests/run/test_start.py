@@ -148,7 +148,7 @@ def test_every_method_starts_with_the_product_and_the_head(
     [
         *((name, []) for name in ("fed-rac-lora", "fedask", "fedsa-lora")),
         ("fed-sb", ["method.warm_up=0"]),
-        *(pytest.param(name, [], marks=pytest.mark.slow) for name in METHODS),
+        *slow(*((name, []) for name in METHODS)),
     ],
 )
 def test_methods_train_on_from_it(
@@ -265,7 +265,7 @@ class Stopped(BaseException):
     pass
 
 
-@pytest.mark.parametrize("name", ["fed-rac-lora", pytest.param("as-lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["fed-rac-lora", *slow("as-lora")])
 def test_a_resumed_run_needs_no_folder_but_refuses_a_changed_one(
     name: str, config: Callable[..., ExperimentConfig], earlier: Result, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,13 +92,11 @@ def fit(values: np.ndarray, shares: np.ndarray) -> Fit:
 
 def _inverse(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """The (pseudo-)inverse of a Gram matrix of shares, which of them no others add up to, and its rank."""
-    try:
+    with suppress(np.linalg.LinAlgError):
         inverse = np.linalg.inv(gram)
         # Eigenvectors take ten times as long, and are needed only where shares overlap almost completely.
         if np.linalg.norm(gram, 1) * np.linalg.norm(inverse, 1) < LARGEST_CONDITION:
             return inverse, np.ones(len(gram), dtype=bool), len(gram)
-    except np.linalg.LinAlgError:
-        pass
     eigenvalues, vectors = np.linalg.eigh(gram)
     kept = eigenvalues > LEAST_EIGENVALUE * eigenvalues.max(initial=0.0)
     eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]

@@ -52,7 +52,7 @@ class Block:
         sites: the sites of the group.
         factor: "A" or "B".
         gain: EMA of `a S`, the predicted decrease of the loss by one round on this block; None until first active.
-        variance: variance of `gain`, from the known noise.
+        variance: variance of `gain`, from the known noise and from its age.
         complete: whether `gain` includes a score with its cross-round term, beyond the energy of the first activation.
         energy: `Q` of the latest activation, whose score is completed at the next one.
         gradient: `Ḡ` of the latest activation, by tensor; empty before the first one.
