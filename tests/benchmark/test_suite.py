@@ -35,6 +35,21 @@ def test_every_combination_of_the_axes_is_a_setting(tmp_path: Path) -> None:
     assert suite.with_results({}).planned == 4 * 2 * (2 * 1 + 2)
 
 
+def test_a_sweep_has_its_own_rates_and_seeds_or_those_of_the_suite(tmp_path: Path) -> None:
+    clip = {"clip norm": {"C = 0.1": ["privacy.clip_norm=0.1"]}}
+    own = SWEEP | {"settings": clip, "rates": [3, 10, 30], "tuning_seeds": [200, 201], "seeds": [7]}
+    theirs = SWEEP | {"settings": {"clip norm": {"C = 1": []}}, "seeds": [0, 1, 2]}
+    suite = small_suite(tmp_path, sweeps=[own, theirs])
+    tuned = [(rate, run.seed) for rate, runs in suite.settings["C = 0.1"][0].tuning.items() for run in runs]
+    assert tuned == [(rate, seed) for rate in (3, 10, 30) for seed in (200, 201)]
+    runs = finished(suite, lambda run: run.rate / 100)
+    results = [(run.setting, run.rate, run.seed) for run in runs.values() if run.purpose == "result"]
+    expected = [("C = 0.1", 30, 7), ("C = 1", 1, 0), ("C = 1", 1, 1), ("C = 1", 1, 2)]
+    assert results == [line for line in expected for _ in range(2)]
+    found = suite.with_results(runs)
+    assert found.finished == found.planned == 2 * (3 * 2 + 1 + 2 + 3)
+
+
 def test_a_setting_is_tuned_first_and_then_run_seed_by_seed(tmp_path: Path) -> None:
     suite = small_suite(tmp_path)
     runs = finished(suite, best_at_one)
@@ -122,6 +137,10 @@ def test_a_method_that_a_setting_cannot_have_is_left_out_with_the_reason(tmp_pat
         ({"overrides": ["privacy.noise=reproducible", "seed=1"]}, "set seeds and tuning_seeds of the suite"),
         ({"seeds": [0, 100]}, "100 is also a tuning seed"),
         ({"seeds": [0, 0]}, "a value appears twice"),
+        ({"sweeps": [SWEEP | {"rates": [1, 1]}]}, "a value appears twice"),
+        ({"sweeps": [SWEEP | {"seeds": [100]}]}, "100 is also a tuning seed"),
+        ({"sweeps": [SWEEP | {"tuning_seeds": [1]}]}, "1 is also a tuning seed"),
+        ({"sweeps": [SWEEP | {"seeds": []}]}, "sweeps.seeds"),
         ({"rates": [0.1, -1]}, "rates"),
         ({"rates": []}, "rates"),
         ({"reference": "fed-avg"}, "every sweep needs the reference method, 'fed-avg'"),

@@ -23,7 +23,8 @@ from lorica.run.variants import parse_variant
 from lorica.strict_yaml import read_yaml_file
 
 Rate = float
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Rates = Annotated[list[Annotated[Rate, Field(gt=0, le=1e6)]], Field(min_length=1)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)]
 SET_BY_SUITE = {
     "optimizer.lr": "remove it, and set rates of the suite",
     "seed": "remove it, and set seeds and tuning_seeds of the suite",
@@ -33,6 +34,18 @@ SET_BY_SUITE = {
 """Key of an experiment that every run has its own value of -> what to do instead."""
 
 
+def _each_once(values: list[float] | None) -> list[float] | None:
+    if values is not None and len(set(values)) < len(values):
+        raise ValueError("a value appears twice")
+    return values
+
+
+def _check_apart(tuning_seeds: list[int], seeds: list[int]) -> None:
+    both = sorted(set(seeds) & set(tuning_seeds))
+    if both:
+        raise ValueError(f"{both[0]} is also a tuning seed")
+
+
 class Sweep(Strict):
     """Methods, and the settings in which all of them run."""
 
@@ -40,6 +53,14 @@ class Sweep(Strict):
     """Axis -> name of a value -> overrides. Every combination of the axes' values is a setting, named by its values."""
     methods: dict[str, str] = Field(min_length=1)
     """Name in tables -> method with options, as for `lorica compare --methods`."""
+    rates: Rates | None = None
+    """Learning rates of this sweep; None for those of the suite. Another clip norm needs other rates."""
+    tuning_seeds: Seeds | None = None
+    """Tuning seeds of this sweep; None for those of the suite."""
+    seeds: Seeds | None = None
+    """Seeds of the results of this sweep; None for those of the suite."""
+
+    _each_once = field_validator("rates", "tuning_seeds", "seeds")(_each_once)
 
 
 class SuiteConfig(Strict):
@@ -51,30 +72,23 @@ class SuiteConfig(Strict):
     """The experiment that all runs start from, relative to the suite file; by default the embedded digits."""
     overrides: list[str] = Field(default_factory=list)
     """`section.key=value` for all runs."""
-    rates: list[Annotated[float, Field(gt=0, le=1e6)]] = Field(min_length=1)
+    rates: Rates
     """Learning rates, the same for every method."""
-    tuning_seeds: list[Seed] = Field(min_length=1)
+    tuning_seeds: Seeds
     """Seeds on which the rate is chosen."""
-    seeds: list[Seed] = Field(min_length=1)
+    seeds: Seeds
     """Seeds of the results; none of them is a tuning seed."""
     reference: str
     """The method that the others are compared with, by its name in tables."""
     sweeps: list[Sweep] = Field(min_length=1)
     """In order of priority."""
 
-    @field_validator("rates", "tuning_seeds", "seeds")
-    @classmethod
-    def _each_once(cls, values: list[float]) -> list[float]:
-        if len(set(values)) < len(values):
-            raise ValueError("a value appears twice")
-        return values
+    _each_once = field_validator("rates", "tuning_seeds", "seeds")(_each_once)
 
     @field_validator("seeds")
     @classmethod
     def _not_tuned_on(cls, seeds: list[int], info: ValidationInfo) -> list[int]:
-        both = sorted(set(seeds) & set(info.data.get("tuning_seeds", [])))
-        if both:
-            raise ValueError(f"{both[0]} is also a tuning seed")
+        _check_apart(info.data.get("tuning_seeds", []), seeds)
         return seeds
 
     @field_validator("sweeps")
@@ -83,6 +97,9 @@ class SuiteConfig(Strict):
         reference = info.data.get("reference")
         if any(reference not in sweep.methods for sweep in sweeps):
             raise ValueError(f"every sweep needs the reference method, {reference!r}")
+        for sweep in sweeps:
+            tuned = sweep.tuning_seeds or info.data.get("tuning_seeds", [])
+            _check_apart(tuned, sweep.seeds or info.data.get("seeds", []))
         return sweeps
 
 
@@ -222,7 +239,7 @@ class Suite:
                 for runs in zip(*cell.tuning.values(), strict=True):
                     yield from (run for run in runs if run.digest not in results)
             best = [(cell, rate) for cell in able if (rate := cell.entry(results).rate) is not None]
-            for place in range(len(self.config.seeds)):
+            for place in range(len(cells[0].seeds)):
                 found = (cell.results[rate][place] for cell, rate in best)
                 yield from (run for run in found if run.digest not in results)
 
@@ -249,7 +266,7 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
             own = [override for _, chosen in values for override in chosen]
             experiment = _experiment(source, [*base, *own], config.name)
             group = ", ".join(value for value, chosen in values if not _is_epsilon(chosen))
-            found[name] = [_cell(config, experiment, (name, group), *method) for method in sweep.methods.items()]
+            found[name] = [_cell(config, sweep, experiment, (name, group), method) for method in sweep.methods]
     folder = Path(load(source, base).output).expanduser() / config.name
     return Suite(path, path.expanduser().read_text(encoding="utf-8-sig"), config, overrides, folder, found)
 
@@ -298,7 +315,8 @@ def _is_epsilon(overrides: list[str]) -> bool:
     return bool(overrides) and all(override.startswith("privacy.epsilon=") for override in overrides)
 
 
-def _cell(suite: SuiteConfig, experiment: ExperimentConfig, setting: tuple[str, str], name: str, method: str) -> Cell:
+def _cell(suite: SuiteConfig, sweep: Sweep, experiment: ExperimentConfig, setting: tuple[str, str], name: str) -> Cell:
+    method = sweep.methods[name]
     _check_keys(method.partition(":")[2].split("+"))
     config = parse_variant(method, experiment).config
     _check_research(config)
@@ -307,4 +325,12 @@ def _cell(suite: SuiteConfig, experiment: ExperimentConfig, setting: tuple[str, 
         check_method(config, make_method(config.method, []))
     except UserError as error:
         refusal = str(error)
-    return Cell(*setting, name, config, refusal, suite.rates, suite.tuning_seeds, suite.seeds)
+    return Cell(
+        *setting,
+        name,
+        config,
+        refusal,
+        rates=sweep.rates or suite.rates,
+        tuning_seeds=sweep.tuning_seeds or suite.tuning_seeds,
+        seeds=sweep.seeds or suite.seeds,
+    )
