@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import statistics
 from pathlib import Path
@@ -140,8 +141,13 @@ def test_partial_results_say_what_is_missing(suite: Suite, tmp_path: Path, runs:
     assert f"{runs} of 64 runs are finished; {64 - runs} are missing" in text
     markdown = (tmp_path / "pages/results.md").read_text()
     first = 16 - min(16, runs)
-    assert (f"* {first} of 16 runs are missing." in markdown) == (first > 0)
-    assert markdown.count("| tuning |") == {0: 8, 1: 8, 4: 7, 8: 6, 9: 6, 20: 5}[runs]
+    assert (f"* {first} of 16 runs are missing." in markdown) == (first > 0 and runs > 0)
+    assert markdown.count("| tuning |") == {0: 0, 1: 1, 4: 1, 8: 0, 9: 0, 20: 1}[runs]
+    assert markdown.count("* Not started: B only.") == {0: 0, 1: 1, 4: 0, 8: 0, 9: 0, 20: 0}[runs]
+    waiting = markdown.partition("## Not started")[2].strip().splitlines()
+    names = ["* Rank 1, ε = 1", "* Rank 1, ε = 3", "* Rank 4, ε = 1", "* Rank 4, ε = 3"]
+    assert waiting == names[math.ceil(runs / 16) :]
+    assert all((name[2:] in text.partition("Not started")[2]) == (name in waiting) for name in names[1:])
     figures = {0: 0, 1: 1, 4: 1, 8: 1, 9: 1, 20: 2}[runs]
     assert len(list((tmp_path / "pages").glob("setting-*.png"))) == page.tags.count("svg") == figures
 

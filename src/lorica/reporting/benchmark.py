@@ -143,6 +143,11 @@ class Benchmark:
         """Setting -> its entries."""
         return _grouped((entry.setting, entry) for entry in self.entries)
 
+    @property
+    def not_started(self) -> list[str]:
+        """The settings without a finished run."""
+        return [name for name, entries in self.by_setting().items() if not any(entry.runs for entry in entries)]
+
     def by_group(self) -> dict[str, list[Entry]]:
         """Group -> its entries, for the groups with more than one ε."""
         groups = _grouped((entry.group, entry) for entry in self.entries)

@@ -20,7 +20,7 @@ COLUMN = 0.52
 
 
 def setting_figure(entries: Sequence[Entry], reference: str) -> Figure:
-    """The methods of a setting as rows, highest mean first.
+    """The methods of a setting that have a finished run as rows, highest mean first.
 
     Left: each seed, the mean and its 95 % interval; dashed, the mean of the reference and the initial model. Right: the
     score on the tuning seeds at each rate; the best rate is framed.
@@ -28,8 +28,8 @@ def setting_figure(entries: Sequence[Entry], reference: str) -> Figure:
     Raises:
         ValueError: no run is finished.
     """
-    rows = ranked([entry for entry in entries if entry.refusal is None])
-    if not any(row.runs for row in rows):
+    rows = ranked(entries)
+    if not rows:
         raise ValueError("nothing to draw")
     with rc_context(RC):
         rates = list(rows[0].tuning)

@@ -31,15 +31,16 @@ def benchmark_headings(benchmark: Benchmark) -> list[str]:
 
 
 def benchmark_rows(entries: Sequence[Entry], reference: str) -> list[list[str]]:
-    """One row per method of a setting that can run, highest mean first, those without a result last."""
-    able = [entry for entry in entries if entry.refusal is None]
-    base = next((entry for entry in able if entry.method == reference), None)
-    return [_row(entry, base) for entry in ranked(able)]
+    """One row per method of a setting that has a finished run, ranked."""
+    base = next((entry for entry in entries if entry.method == reference), None)
+    return [_row(entry, base) for entry in ranked(entries)]
 
 
 def ranked(entries: Sequence[Entry]) -> list[Entry]:
-    """Highest mean first; entries without one last."""
-    return sorted(entries, key=lambda entry: (entry.mean is None, -(entry.mean or 0)))
+    """Those with a finished run, highest mean first; entries without a mean last."""
+    return sorted(
+        (entry for entry in entries if entry.runs), key=lambda entry: (entry.mean is None, -(entry.mean or 0))
+    )
 
 
 def setting_notes(entries: Sequence[Entry]) -> list[str]:
@@ -53,6 +54,9 @@ def setting_notes(entries: Sequence[Entry]) -> list[str]:
     missing = planned - sum(len(entry.runs) for entry in entries)
     if missing:
         notes.append(f"{missing} of {planned} runs are missing.")
+    waiting = [entry.method for entry in entries if entry.refusal is None and not entry.runs]
+    if waiting:
+        notes.append(f"Not started: {'; '.join(waiting)}.")
     for entry in entries:
         if entry.refusal is not None:
             notes.append(f"Left out: {entry.method}. {entry.refusal}")
@@ -70,9 +74,13 @@ def benchmark_markdown(benchmark: Benchmark) -> str:
     for lorica, git, torch, count in benchmark.versions():
         lines.append(f"* {count} runs with Lorica {lorica} ({git}) and PyTorch {torch}")
     for name, entries in benchmark.by_setting().items():
+        if name in benchmark.not_started:
+            continue
         rows = [[inline(method), *cells] for method, *cells in benchmark_rows(entries, benchmark.reference)]
         lines += ["", f"## {inline(capital(name))}", "", markdown_table(headings, rows)]
         lines += [f"* {inline(note)}" for note in setting_notes(entries)]
+    if benchmark.not_started:
+        lines += ["", "## Not started", "", *(f"* {inline(capital(name))}" for name in benchmark.not_started)]
     return "\n".join(lines) + "\n"
 
 

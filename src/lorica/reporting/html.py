@@ -179,7 +179,7 @@ def write_comparison(folder: str | Path, results: list[ComparedRun]) -> Path:
 def write_benchmark(folder: str | Path, benchmark: Benchmark) -> Path:
     """Write benchmark.html, results.md and the plots of a benchmark to a folder and return the path of the page.
 
-    A setting without a finished run has no plot. The page is written last, so a failure keeps the old page.
+    A setting without a finished run is only named. The page is written last, so a failure keeps the old page.
 
     Raises:
         UserError: the folder is not writable.
@@ -188,24 +188,24 @@ def write_benchmark(folder: str | Path, benchmark: Benchmark) -> Path:
     reference = benchmark.reference
     settings, figures = [], {}
     for number, (name, entries) in enumerate(benchmark.by_setting().items(), start=1):
-        figure = setting_figure(entries, reference) if any(entry.runs for entry in entries) else None
-        if figure is not None:
-            figures[f"setting-{number}"] = figure
+        if name in benchmark.not_started:
+            continue
+        figures[f"setting-{number}"] = figure = setting_figure(entries, reference)
         settings.append(
             {
                 "name": capital(name),
-                "figure": None if figure is None else figure_svg(figure, f"s{number}", f"Results with {name}"),
+                "figure": figure_svg(figure, f"s{number}", f"Results with {name}"),
                 "rows": benchmark_rows(entries, reference),
                 "notes": setting_notes(entries),
             }
         )
     groups = []
     for number, (name, entries) in enumerate(benchmark.by_group().items(), start=1):
-        figure = epsilon_figure(entries)
-        if figure is not None:
-            figures[f"epsilon-{number}"] = figure
+        against = epsilon_figure(entries)
+        if against is not None:
+            figures[f"epsilon-{number}"] = against
             text = f"Accuracy against ε with {name}"
-            groups.append({"name": capital(name), "figure": figure_svg(figure, f"e{number}", text)})
+            groups.append({"name": capital(name), "figure": figure_svg(against, f"e{number}", text)})
     page = _render(
         "benchmark.html.j2",
         {
@@ -215,6 +215,7 @@ def write_benchmark(folder: str | Path, benchmark: Benchmark) -> Path:
             "reference": reference,
             "headings": benchmark_headings(benchmark),
             "settings": settings,
+            "not_started": [capital(name) for name in benchmark.not_started],
             "groups": groups,
             "command": benchmark.command,
             "versions": benchmark.versions(),
