@@ -14,7 +14,7 @@ import pytest
 from lorica.benchmark.suite import PlannedRun, Suite
 from lorica.reporting.benchmark import Entry, best_rate, difference, interval, leader, plateau
 from lorica.reporting.benchmark_figures import epsilon_figure, setting_figure
-from lorica.reporting.benchmark_tables import benchmark_markdown, benchmark_rows, ranked, setting_notes
+from lorica.reporting.benchmark_tables import benchmark_markdown, benchmark_rows, overview, ranked, setting_notes
 from lorica.reporting.html import write_benchmark
 from tests.benchmark.suites import CONTENT, finished, small_suite
 from tests.reporting.test_reporting_pages import Page, check_self_contained
@@ -150,6 +150,27 @@ def test_partial_results_say_what_is_missing(suite: Suite, tmp_path: Path, runs:
     assert all((name[2:] in text.partition("Not started")[2]) == (name in waiting) for name in names[1:])
     figures = {0: 0, 1: 1, 4: 1, 8: 1, 9: 1, 20: 2}[runs]
     assert len(list((tmp_path / "pages").glob("setting-*.png"))) == page.tags.count("svg") == figures
+
+
+def test_the_overview_has_each_method_s_difference_in_each_setting(suite: Suite, tmp_path: Path) -> None:
+    one_setting = suite.with_results(finished(suite, score, most=16))
+    assert overview(one_setting) is None
+    found = suite.with_results(finished(suite, score, most=3 * 16 - 5))
+    table = overview(found)
+    assert table is not None
+    headings, rows = table
+    # In the third setting, three seeds of one method are finished, and two of the other one.
+    assert headings == ["Method", "Rank 1, ε = 1", "Rank 1, ε = 3", "Rank 4, ε = 1"]
+    difference_of_means = 100 * statistics.fmean(
+        theirs - ours
+        for theirs, ours in zip(SCORES["B only", "rank 1, ε = 1"], SCORES["as-lora", "rank 1, ε = 1"], strict=True)
+    )
+    assert [row[0] for row in rows] == ["B only"]
+    assert rows[0][1].startswith(f"{difference_of_means:+.2f} (".replace("-", "−"))
+    assert rows[0][2:] == ["+0.00 (+0.00 to +0.00)"] * 2
+    assert "| B only | " + " | ".join(rows[0][1:]) + " |" in benchmark_markdown(found)
+    text = " ".join(Page(write_benchmark(tmp_path / "pages", found)).text.split())
+    assert "All settings Difference to as-lora in points" in text
 
 
 def test_the_page_shows_everything(suite: Suite, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from lorica.reporting.run_folder import metric_name
 from lorica.reporting.style import capital, duration, percent, rounded_up
 from lorica.reporting.tables import human_bytes, markdown_table
 
+OVERVIEW = "Difference to {} in points, with its 95 % interval; above zero, the method is ahead."
+
 
 def benchmark_headings(benchmark: Benchmark) -> list[str]:
     """Headings of `benchmark_rows`."""
@@ -34,6 +36,24 @@ def benchmark_rows(entries: Sequence[Entry], reference: str) -> list[list[str]]:
     """One row per method of a setting that has a finished run, ranked."""
     base = next((entry for entry in entries if entry.method == reference), None)
     return [_row(entry, base) for entry in ranked(entries)]
+
+
+def overview(benchmark: Benchmark) -> tuple[list[str], list[list[str]]] | None:
+    """Headings and rows of one table over all settings with a result of the reference: each method's difference to it.
+
+    None if there are fewer than two such settings, or no other method has a result.
+    """
+    columns: dict[str, dict[str, str]] = {}
+    for name, entries in benchmark.by_setting().items():
+        base = next((entry for entry in entries if entry.method == benchmark.reference), None)
+        if base is not None and base.scores:
+            found = {entry.method: _difference(entry, base) for entry in entries if entry.scores and entry is not base}
+            columns[capital(name)] = found
+    methods = list(dict.fromkeys(method for found in columns.values() for method in found))
+    if len(columns) < 2 or not methods:
+        return None
+    rows = [[method, *(found.get(method, "–") for found in columns.values())] for method in methods]
+    return ["Method", *columns], rows
 
 
 def ranked(entries: Sequence[Entry]) -> list[Entry]:
@@ -79,6 +99,12 @@ def benchmark_markdown(benchmark: Benchmark) -> str:
         rows = [[inline(method), *cells] for method, *cells in benchmark_rows(entries, benchmark.reference)]
         lines += ["", f"## {inline(capital(name))}", "", markdown_table(headings, rows)]
         lines += [f"* {inline(note)}" for note in setting_notes(entries)]
+    table = overview(benchmark)
+    if table is not None:
+        names, differences = table
+        lines += ["", "## All settings", "", OVERVIEW.format(inline(benchmark.reference)), ""]
+        rows = [[inline(method), *cells] for method, *cells in differences]
+        lines += [markdown_table([inline(name) for name in names], rows)]
     if benchmark.not_started:
         lines += ["", "## Not started", "", *(f"* {inline(capital(name))}" for name in benchmark.not_started)]
     return "\n".join(lines) + "\n"

@@ -17,7 +17,14 @@ from lorica.files import to_json, write_atomically
 from lorica.reporting.audit import audit_notes, audit_rows
 from lorica.reporting.benchmark import Benchmark
 from lorica.reporting.benchmark_figures import epsilon_figure, setting_figure
-from lorica.reporting.benchmark_tables import benchmark_headings, benchmark_markdown, benchmark_rows, setting_notes
+from lorica.reporting.benchmark_tables import (
+    OVERVIEW,
+    benchmark_headings,
+    benchmark_markdown,
+    benchmark_rows,
+    overview,
+    setting_notes,
+)
 from lorica.reporting.choices import median_signal_to_noise, mostly_noise
 from lorica.reporting.clients import MOST_CLIENTS, client_rows, left_out_text
 from lorica.reporting.comparison import ComparedRun, comparison_content, summarise
@@ -215,6 +222,8 @@ def write_benchmark(folder: str | Path, benchmark: Benchmark) -> Path:
             "reference": reference,
             "headings": benchmark_headings(benchmark),
             "settings": settings,
+            "overview": overview(benchmark),
+            "overview_text": OVERVIEW.format(reference),
             "not_started": [capital(name) for name in benchmark.not_started],
             "groups": groups,
             "command": benchmark.command,
