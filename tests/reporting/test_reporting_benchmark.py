@@ -235,6 +235,16 @@ def test_the_figure_against_epsilon_joins_the_means(entries: dict[tuple[str, str
     assert [label.get_text() for label in panel.get_xticklabels()] == ["ε = 1", "ε = 3"]
 
 
+def test_the_figure_against_epsilon_leaves_out_what_has_one_point(entries: dict[tuple[str, str], Entry]) -> None:
+    group = [entry for (_, setting), entry in entries.items() if "rank 1" in setting]
+    figure = epsilon_figure([entry for entry in group if (entry.method, entry.target) != ("B only", 3.0)])
+    assert figure is not None
+    labels = {line.get_label() for line in figure.axes[0].lines}
+    assert "as-lora" in labels
+    assert "B only" not in labels
+    assert epsilon_figure([entry for entry in group if entry.target == 1.0]) is None
+
+
 def test_runs_without_privacy_stand_beside_all_epsilons(tmp_path: Path) -> None:
     methods = SWEEP["methods"] | {"no privacy": "as-lora:privacy.noise=none+federation.weights=uniform"}
     suite = small_suite(tmp_path, sweeps=[SWEEP | {"methods": methods}])

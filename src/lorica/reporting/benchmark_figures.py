@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -47,14 +48,16 @@ def setting_figure(entries: Sequence[Entry], reference: str) -> Figure:
 
 
 def epsilon_figure(entries: Sequence[Entry]) -> Figure | None:
-    """Mean score and its 95 % interval against the target ε, a line for each method; None before there are two points.
+    """Mean score and its 95 % interval against the target ε, a line for each method that has results in two settings; None if none has.
 
     Args:
         entries: of settings that differ in ε only. Runs without privacy stand at the right.
     """
-    found = [entry for entry in entries if entry.mean is not None]
+    scored = [entry for entry in entries if entry.mean is not None]
+    counts = Counter(entry.method for entry in scored)
+    found = [entry for entry in scored if counts[entry.method] > 1]
     targets: list[float | None] = [*sorted({entry.target for entry in found if entry.target is not None})]
-    if len(targets) < 2:
+    if not found:
         return None
     if any(entry.target is None for entry in found):
         targets.append(None)
@@ -76,7 +79,7 @@ def epsilon_figure(entries: Sequence[Entry]) -> Figure | None:
         panel.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         panel.grid(axis="y")
         metric = metric_name([{"metric": run.metric} for entry in found for run in entry.results])
-        panel.set_title(f"Test {metric} (%), mean over seeds", loc="left", fontsize=9.5, x=-left / width)
+        panel.set_title(f"Test {metric} (%), mean over seeds", loc="left", fontsize=9.5, x=(0.05 - left) / width)
         _name_lines(panel, ends, height)
     return figure
 
