@@ -48,7 +48,9 @@ def setting_figure(entries: Sequence[Entry], reference: str) -> Figure:
 
 
 def epsilon_figure(entries: Sequence[Entry]) -> Figure | None:
-    """Mean score and its 95 % interval against the target ε, a line for each method that has results in two settings; None if none has.
+    """Mean score and its 95 % interval against the target ε, a line for each method.
+
+    Methods with results in a single setting are left out. None if no method has more.
 
     Args:
         entries: of settings that differ in ε only. Runs without privacy stand at the right.
