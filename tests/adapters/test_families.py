@@ -23,6 +23,7 @@ from lorica.methods.base import make_method
 from lorica.methods.server import Server
 from lorica.owner.client import Client
 from lorica.privacy.gradients import per_example_gradients
+from lorica.privacy.isolation import check_isolation
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.plan import plan_client
 from lorica.server.federation import Federation
@@ -203,6 +204,13 @@ def test_recomputing_under_mean_pooling(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bf16_base_has_the_gradients_of_one_example_at_a_time(tmp_path: Path, family: str) -> None:
     check_low_precision(loaded(tmp_path, family, precision="bf16"), family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bf16_base_is_checked_for_mixing_in_fp32(tmp_path: Path, family: str) -> None:
+    """Its inputs, such as pixels, are then fp32 too: not every family converts them itself."""
+    model = loaded(tmp_path, family, precision="bf16")
+    check_isolation(model.peft_model, model.losses, model.tensors, batch(family, 4), 1e-3)
 
 
 def test_quantised_bases_need_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

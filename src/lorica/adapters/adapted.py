@@ -245,7 +245,7 @@ def adapt(
             module = _saved_module(peft_model, name)
             module.float().load_state_dict(state)
             module.register_forward_pre_hook(_inputs_as_fp32)
-        peft_model.register_forward_pre_hook(_floats_as_bf16, with_kwargs=True)
+        peft_model.register_forward_pre_hook(_floats_as_weights, with_kwargs=True)
     separate_examples(peft_model)
     if config.gradient_checkpointing:
         _checkpoint_layers(peft_model, config.base)
@@ -346,9 +346,11 @@ def _inputs_as_fp32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tens
     return tuple(value.float() for value in inputs)
 
 
-def _floats_as_bf16(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _floats_as_weights(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Pixels as bf16, or as fp32 while `check_isolation` has the weights in fp32: not every family converts them."""
+    dtype = next(value.dtype for value in module.parameters() if value.is_floating_point())
     return inputs, {
-        name: value.bfloat16() if torch.is_tensor(value) and value.is_floating_point() else value
+        name: value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
         for name, value in named.items()
     }
 
