@@ -210,7 +210,7 @@ def test_a_bf16_base_has_the_gradients_of_one_example_at_a_time(tmp_path: Path, 
 def test_a_bf16_base_is_checked_for_mixing_in_fp32(tmp_path: Path, family: str) -> None:
     """Its inputs, such as pixels, are then fp32 too: not every family converts them itself."""
     model = loaded(tmp_path, family, precision="bf16")
-    check_isolation(model.peft_model, model.losses, model.tensors, batch(family, 4), 1e-3)
+    check_isolation(model.peft_model, model.losses, model.tensors, batch(family, 4), 1e-3, "tiny")
 
 
 def test_quantised_bases_need_bitsandbytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,13 +132,13 @@ def losses(module: nn.Module, some: Batch) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ordinary_models_pass(family: str) -> None:
     model = adapted(family)
-    check_isolation(model.peft_model, model.losses, model.tensors, batch(family, 3), 1e-3)
+    check_isolation(model.peft_model, model.losses, model.tensors, batch(family, 3), 1e-3, "tiny")
 
 
 def test_rows_of_one_example_may_hang_together() -> None:
     model, rows = adapted("bert"), batch("bert", 4)
     examples = Batch(rows.inputs, rows.labels, torch.tensor([0, 0, 0, 1]), torch.tensor([0.5, 0.2, 0.3, 1.0]))
-    check_isolation(model.peft_model, model.losses, model.tensors, examples, 1e-3)
+    check_isolation(model.peft_model, model.losses, model.tensors, examples, 1e-3, "tiny")
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2", "swin"])
@@ -154,7 +154,7 @@ def test_dropout_is_no_mixing(family: str) -> None:
     model.peft_model.train()
     first, second = (model.losses(model.peft_model, examples) for _ in range(2))
     assert not torch.equal(first, second)
-    check_isolation(model.peft_model, model.losses, model.tensors, examples, 1e-3)
+    check_isolation(model.peft_model, model.losses, model.tensors, examples, 1e-3, "tiny")
 
 
 @pytest.mark.parametrize("example_of_row", [None, [0, 0, 1]], ids=["rows", "examples of several rows"])
@@ -168,7 +168,7 @@ def test_a_model_that_mixes_examples_is_refused(kind: type[Any], example_of_row:
         None if example_of_row is None else torch.tensor(example_of_row),
     )
     with pytest.raises(UserError, match="depends on the other examples") as error:
-        check_isolation(model, losses, trained, some, 1e-3)
+        check_isolation(model, losses, trained, some, 1e-3, "tiny")
     assert error.value.key == "model.base"
 
 
@@ -197,7 +197,7 @@ def test_what_mixes_in_a_batch_as_in_training_is_refused(
     trained = {"w": TrainedTensor(model.linear, "weight")}
     some = Batch({"x": scale * torch.randn(examples, 4)}, torch.arange(examples) % 3)
     with pytest.raises(UserError, match="depends on the other examples"):
-        check_isolation(model, loss, trained, some, 1e-3)
+        check_isolation(model, loss, trained, some, 1e-3, "tiny")
 
 
 @pytest.mark.parametrize("examples", [2, 8, 32])
@@ -206,7 +206,7 @@ def test_a_bf16_body_that_mixes_nothing_passes_and_stays_bf16(examples: int) -> 
     model = MixingInLargeBatches(share=0.0).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     some = Batch({"x": torch.randn(examples, 4)}, torch.arange(examples) % 3)
-    check_isolation(model, losses, {"w": TrainedTensor(model.linear, "weight")}, some, 1e-3)
+    check_isolation(model, losses, {"w": TrainedTensor(model.linear, "weight")}, some, 1e-3, "tiny")
     after = model.state_dict()
     assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
 
@@ -224,15 +224,24 @@ def test_an_outlier_moves_a_refused_model_by_many_times_c() -> None:
     ]
     assert (sums[0] - sums[1]).norm() > 5 * 0.01
     with pytest.raises(UserError, match="depends on the other examples"):
-        check_isolation(model, losses, trained, some, 1e-3)
+        check_isolation(model, losses, trained, some, 1e-3, "tiny")
 
 
 def test_a_module_that_sees_no_rows_of_examples_is_one_clear_error() -> None:
     model = Table()
     trained = {"w": TrainedTensor(model.linear, "weight")}
     with pytest.raises(UserError, match="saw 5 rows for 3 of the input") as error:
-        check_isolation(model, losses, trained, Batch({"x": torch.randn(3, 4)}, torch.tensor([0, 1, 2])), 1e-3)
+        check_isolation(model, losses, trained, Batch({"x": torch.randn(3, 4)}, torch.tensor([0, 1, 2])), 1e-3, "tiny")
     assert (error.value.key, error.value.value) == ("model.base", "w")
+
+
+def test_a_model_that_fails_on_the_data_is_named() -> None:
+    model = MixingInLargeBatches(share=0.0)
+    trained = {"w": TrainedTensor(model.linear, "weight")}
+    wide = Batch({"x": torch.randn(5, 7)}, torch.arange(5) % 3)
+    with pytest.raises(UserError, match="fails on public examples") as error:
+        check_isolation(model, losses, trained, wide, 1e-3, "my-encoder")
+    assert (error.value.key, error.value.value) == ("model.base", "my-encoder")
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -240,6 +249,6 @@ def test_model_and_random_numbers_are_left_as_they_were(training: bool) -> None:
     model = adapted("bert", lora_dropout=0.3)
     model.peft_model.train(training)
     state = torch.random.get_rng_state()
-    check_isolation(model.peft_model, model.losses, model.tensors, batch("bert", 3), 1e-3)
+    check_isolation(model.peft_model, model.losses, model.tensors, batch("bert", 3), 1e-3, "tiny")
     assert {module.training for module in model.peft_model.modules()} == {training}
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -81,7 +81,7 @@ def test_per_example_gradients_equal_those_of_one_record_at_a_time(tmp_path, fam
     assert all(value.abs().max() > 1e-4 for value in expected.values())
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
-    check_isolation(model.peft_model, loss_of, model.tensors, batch, 1e-3)
+    check_isolation(model.peft_model, loss_of, model.tensors, batch, 1e-3, "tiny")
 
 
 def test_logits_that_predict_the_prompt_or_padding_get_no_gradient():

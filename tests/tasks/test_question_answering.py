@@ -341,7 +341,7 @@ def test_no_question_moves_the_sum_by_more_than_c(case: tuple[AdaptedModel, Ques
 def test_padding_left_in_the_softmax_would_mix_questions(case: tuple[AdaptedModel, QuestionRecords]) -> None:
     model, records = case
     batch = records.batch(np.arange(3))
-    check_isolation(model.peft_model, model_losses, model.tensors, batch, 1e-3)
+    check_isolation(model.peft_model, model_losses, model.tensors, batch, 1e-3, "tiny")
 
     def unmasked(module: nn.Module, some: Batch) -> Tensor:
         outputs = module(**some.inputs)

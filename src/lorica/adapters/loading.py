@@ -61,4 +61,4 @@ def check_isolated(config: ExperimentConfig, model: AdaptedModel, records: Recor
     batch = records.batch(largest if len(largest) > 1 else indices[:2]).to(model.device)
     # Quantised weights are not converted, and their kernels round differently for a single example.
     tolerance = 0.2 if config.model.precision in ("int8", "nf4") else 1e-3
-    check_isolation(model.peft_model, model.losses, model.tensors, batch, tolerance)
+    check_isolation(model.peft_model, model.losses, model.tensors, batch, tolerance, config.model.base)

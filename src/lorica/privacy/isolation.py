@@ -28,6 +28,7 @@ def check_isolation(
     trained: Mapping[str, TrainedTensor],
     batch: Batch,
     tolerance: float,
+    base: str,
 ) -> None:
     """Check that no example's gradient depends on the other examples of a batch.
 
@@ -49,6 +50,7 @@ def check_isolation(
     Args:
         batch: at least two public examples; use the batch size of training, since a model may mix only large batches.
         tolerance: largest allowed `‖difference‖ / ‖gradient‖` between a batch and an example alone.
+        base: `model.base`, which an error names.
 
     Raises:
         UserError: the model fails on the batch; or names the tensor whose gradient differs, or whose module's rows
@@ -59,18 +61,19 @@ def check_isolation(
     try:
         for training in (False, True):
             model.train(training)
-            together = _gradients(model, losses, trained, batch)
+            together = _gradients(model, losses, trained, batch, base)
             for index in ends:
-                disturbed = _gradients(model, losses, trained, _with_outlier(batch, index))
+                disturbed = _gradients(model, losses, trained, _with_outlier(batch, index), base)
                 for other in range(len(batch)):
                     if other != index:
                         _compare(together, other, disturbed, other, SAME_SHAPE)
-                _compare(together, index, _gradients(model, losses, trained, _filled(batch, index)), index, SAME_SHAPE)
+                filled = _gradients(model, losses, trained, _filled(batch, index), base)
+                _compare(together, index, filled, index, SAME_SHAPE)
         model.eval()
         with _in_fp32(model):
-            together = _gradients(model, losses, trained, batch)
+            together = _gradients(model, losses, trained, batch, base)
             for index in sorted({*ends, len(batch) // 2}):
-                _compare(together, index, _gradients(model, losses, trained, batch.example(index)), 0, tolerance)
+                _compare(together, index, _gradients(model, losses, trained, batch.example(index), base), 0, tolerance)
     finally:
         model.train(mode)
 
@@ -95,6 +98,7 @@ def _gradients(
     losses: Callable[[nn.Module, Batch], Tensor],
     trained: Mapping[str, TrainedTensor],
     batch: Batch,
+    base: str,
 ) -> dict[str, Tensor]:
     """Per-example gradients, with the same random numbers in every call."""
     device = batch.labels.device
@@ -114,7 +118,7 @@ def _gradients(
             words = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 "model.base",
-                type(model).__name__,
+                base,
                 f"it fails on public examples ({words})",
                 "use a base model whose settings (image size, positions, token types) fit its weights and its data",
             ) from error
