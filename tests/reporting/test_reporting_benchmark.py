@@ -190,6 +190,15 @@ def test_the_page_shows_everything(suite: Suite, tmp_path: Path) -> None:
     assert names == {"benchmark.html", "results.md"} | figures
 
 
+def test_plots_of_settings_that_are_gone_are_deleted(suite: Suite, tmp_path: Path) -> None:
+    pages = tmp_path / "pages"
+    write_benchmark(pages, suite.with_results(finished(suite, score)))
+    (pages / "notes.png").touch()
+    only = small_suite(tmp_path, sweeps=[SWEEP | {"settings": {"rank": {"rank 1": ["lora.r=1"]}}}])
+    write_benchmark(pages, only.with_results(finished(only, lambda planned: 0.5)))
+    assert {path.name for path in pages.iterdir()} == {"benchmark.html", "results.md", "setting-1.png", "notes.png"}
+
+
 def test_a_name_is_not_markup(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script> | x"
     sweep = {"settings": {"axis": {evil: []}}, "methods": {"as-lora": "as-lora", evil: "ffa-lora"}}

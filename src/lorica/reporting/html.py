@@ -186,7 +186,8 @@ def write_comparison(folder: str | Path, results: list[ComparedRun]) -> Path:
 def write_benchmark(folder: str | Path, benchmark: Benchmark) -> Path:
     """Write benchmark.html, results.md and the plots of a benchmark to a folder and return the path of the page.
 
-    A setting without a finished run is only named. The page is written last, so a failure keeps the old page.
+    A setting without a finished run is only named. Plots of settings that the suite no longer has are deleted. The page
+    is written last, so a failure keeps the old page.
 
     Raises:
         UserError: the folder is not writable.
@@ -235,6 +236,10 @@ def write_benchmark(folder: str | Path, benchmark: Benchmark) -> Path:
     files |= {"results.md": benchmark_markdown(benchmark).encode(), "benchmark.html": page.encode()}
     for name, content in files.items():
         write_atomically(folder / name, content)
+    # Plots of a suite that had other settings.
+    for path in [*folder.glob("setting-*.png"), *folder.glob("epsilon-*.png")]:
+        if path.name not in files:
+            path.unlink()
     return folder / "benchmark.html"
 
 
