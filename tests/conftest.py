@@ -88,14 +88,14 @@ def checked_once() -> Iterator[None]:
 
     check, passed = loading.check_isolation, set()
 
-    def once(model: Any, losses: Any, trained: Any, batch: Any, tolerance: float) -> None:
+    def once(model: Any, losses: Any, trained: Any, batch: Any, tolerance: float, base: str) -> None:
         kind = (str(model), type(losses.__self__.objective), sorted(trained), tolerance)
         tensors = [*model.state_dict().values(), *batch.inputs.values(), batch.labels, batch.row_weights()]
         digest = hashlib.sha256(repr((kind, batch.example_of_row)).encode())
         for tensor in tensors:
             digest.update(tensor.detach().float().contiguous().numpy())
         if digest.digest() not in passed:
-            check(model, losses, trained, batch, tolerance)
+            check(model, losses, trained, batch, tolerance, base)
             passed.add(digest.digest())
 
     with pytest.MonkeyPatch.context() as patched:
