@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from lorica.methods.base import registry
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parent.parent
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+SCRIPTS = ROOT / "scripts"
 
 
 def test_the_configuration_page_is_what_the_models_say() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert text == script("configuration_docs").render(), "run: python scripts/configuration_docs.py"
+    assert text == load_script(SCRIPTS / "configuration_docs.py").render(), "run: python scripts/configuration_docs.py"
     assert not re.search(r"\| +\|$", text, flags=re.M), "a key without a description"
 
 
 @pytest.mark.integration
 def test_the_methods_page_is_what_the_methods_say_and_send() -> None:
     text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    assert text == script("methods_docs").render(), "run: python scripts/methods_docs.py"
+    assert text == load_script(SCRIPTS / "methods_docs.py").render(), "run: python scripts/methods_docs.py"
     sections = re.findall(r"^#+ `?(.*?)`?$", text, flags=re.M)
     assert set(re.findall(r"\]\(#([\w-]+)\)", text)) == set(registry())
     assert set(registry()) <= set(sections)

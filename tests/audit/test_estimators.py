@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +26,7 @@ from lorica.audit.estimators import (
     trade_off_inverse,
 )
 from lorica.privacy.accounting import Steps, epsilon
+from tests.scripts import load_script
 
 DELTA = 1e-5
 
@@ -37,14 +37,7 @@ def reference() -> ModuleType:
     package = importlib.util.find_spec("jax_privacy")
     if package is None or package.origin is None:
         pytest.skip("pip install --no-deps jax-privacy==2.0.0")
-    spec = importlib.util.spec_from_file_location("auditing", Path(package.origin).with_name("auditing.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look their module up.
-    sys.modules["auditing"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(Path(package.origin).with_name("auditing.py"))
 
 
 def normal_scores(shift: float, each: int) -> Scores:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,19 +13,14 @@ from typer.testing import CliRunner
 
 from lorica.adapters.sites import Site
 from lorica.adapters.state import AdapterState
+from tests.scripts import load_script
 
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "claims.py"
 
 
 @pytest.fixture(scope="module")
 def claims() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("claims", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["claims"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_the_spectrum_is_that_of_dense_algebra(claims: ModuleType) -> None:

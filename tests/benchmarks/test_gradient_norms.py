@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +12,13 @@ from lorica.adapters.base_files import resolve_base
 from lorica.config import load
 from lorica.run.setup import prepare
 from lorica.tasks.loading import load_task
+from tests.scripts import load_script
 
 SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "gradient_norms.py"
 
 
 def test_norms_are_those_of_autograd_one_example_at_a_time() -> None:
-    spec = importlib.util.spec_from_file_location("gradient_norms", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(SCRIPT)
     config = load(None, ["privacy.noise=reproducible"])
     prepared = prepare(config, load_task(config.task, resolve_base(config.model.base)))
     model, records = prepared.model, prepared.task.train

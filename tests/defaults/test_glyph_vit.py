@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import logging
 import re
 from pathlib import Path
@@ -16,6 +15,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, ViTForImageClassification
 
+from tests.scripts import load_script
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "src/lorica/defaults/glyph-vit"
 
@@ -23,12 +24,7 @@ FOLDER = ROOT / "src/lorica/defaults/glyph-vit"
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     """scripts/pretrain_glyph_vit.py, which is not part of the package."""
-    specification = importlib.util.spec_from_file_location("pretrain_glyph_vit", ROOT / "scripts/pretrain_glyph_vit.py")
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "scripts/pretrain_glyph_vit.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,7 +11,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
@@ -29,19 +27,11 @@ from lorica.experiment import Experiment
 from lorica.privacy.ledger import Ledger
 from lorica.privacy.ledger_file import ledger_beside
 from tests.engines.real_processes import kill_processes, until
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parent.parent.parent
 EXAMPLE = ROOT / "examples" / "federation" / "loopback.py"
 pytestmark = pytest.mark.integration
-
-
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("loopback", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def processes(folder: Path) -> list[str]:
@@ -95,7 +85,7 @@ def test_the_example_runs_and_resumes_after_ctrl_c_and_leaves_nothing_running(tm
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The example's `Loopback`, with nodes that allow research noise."""
-    loopback = example()
+    loopback = load_script(EXAMPLE)
     folder = tmp_path_factory.mktemp("loopback")
     loopback.divide_digits(folder, loopback.OWNERS)
     policy = loopback.POLICY | {"noise": ["secure", "reproducible"]}
