@@ -122,7 +122,7 @@ for a while, the update reads a few random directions of the layer's input. With
 starts with random orthonormal columns and A at zero, and the first rounds learn which directions of the input matter.
 Hayou et al. (arXiv 2406.08447) found a random A the better start on average, without privacy and with both factors
 trained. Under DP on the digits, it made no clear difference for `as-lora`
-([results](results.md#strict-privacy-shared-noise-and-the-gauge)).
+([results](results.md#methods-tuned-alike-on-the-digits)).
 
 ## Two methods that are not here
 
