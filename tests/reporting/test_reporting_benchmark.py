@@ -261,6 +261,7 @@ def test_runs_without_privacy_stand_beside_all_epsilons(tmp_path: Path) -> None:
     figure = epsilon_figure(found.by_group()["rank 1"])
     assert figure is not None
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["ε = 1", "ε = 3", "no privacy"]
+    assert epsilon_figure([entry for entry in found.by_group()["rank 1"] if entry.target is None]) is None
     lines = {line.get_label(): np.column_stack(line.get_data()) for line in figure.axes[0].lines}
     assert len(lines["no privacy"]) == 1
     rows = benchmark_rows(found.by_setting()["rank 1, ε = 1"], "as-lora")

@@ -50,7 +50,7 @@ def setting_figure(entries: Sequence[Entry], reference: str) -> Figure:
 def epsilon_figure(entries: Sequence[Entry]) -> Figure | None:
     """Mean score and its 95 % interval against the target ε, a line for each method.
 
-    Methods with results in a single setting are left out. None if no method has more.
+    Methods with results in a single setting are left out. None before a method has two points.
 
     Args:
         entries: of settings that differ in ε only. Runs without privacy stand at the right.
@@ -59,7 +59,7 @@ def epsilon_figure(entries: Sequence[Entry]) -> Figure | None:
     counts = Counter(entry.method for entry in scored)
     found = [entry for entry in scored if counts[entry.method] > 1]
     targets: list[float | None] = [*sorted({entry.target for entry in found if entry.target is not None})]
-    if not found:
+    if len(targets) < 2:
         return None
     if any(entry.target is None for entry in found):
         targets.append(None)

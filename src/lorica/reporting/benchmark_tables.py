@@ -34,7 +34,7 @@ def benchmark_headings(benchmark: Benchmark) -> list[str]:
 
 def benchmark_rows(entries: Sequence[Entry], reference: str) -> list[list[str]]:
     """One row per method of a setting that has a finished run, ranked."""
-    base = next((entry for entry in entries if entry.method == reference), None)
+    base = _entry_of(reference, entries)
     return [_row(entry, base) for entry in ranked(entries)]
 
 
@@ -45,7 +45,7 @@ def overview(benchmark: Benchmark) -> tuple[list[str], list[list[str]]] | None:
     """
     columns: dict[str, dict[str, str]] = {}
     for name, entries in benchmark.by_setting().items():
-        base = next((entry for entry in entries if entry.method == benchmark.reference), None)
+        base = _entry_of(benchmark.reference, entries)
         if base is not None and base.scores:
             found = {entry.method: _difference(entry, base) for entry in entries if entry.scores and entry is not base}
             columns[capital(name)] = found
@@ -93,8 +93,9 @@ def benchmark_markdown(benchmark: Benchmark) -> str:
     lines += ["```", benchmark.command, "```", ""]
     for lorica, git, torch, count in benchmark.versions():
         lines.append(f"* {count} runs with Lorica {lorica} ({git}) and PyTorch {torch}")
+    not_started = benchmark.not_started
     for name, entries in benchmark.by_setting().items():
-        if name in benchmark.not_started:
+        if name in not_started:
             continue
         rows = [[inline(method), *cells] for method, *cells in benchmark_rows(entries, benchmark.reference)]
         lines += ["", f"## {inline(capital(name))}", "", markdown_table(headings, rows)]
@@ -105,9 +106,13 @@ def benchmark_markdown(benchmark: Benchmark) -> str:
         lines += ["", "## All settings", "", OVERVIEW.format(inline(benchmark.reference)), ""]
         rows = [[inline(method), *cells] for method, *cells in differences]
         lines += [markdown_table([inline(name) for name in names], rows)]
-    if benchmark.not_started:
-        lines += ["", "## Not started", "", *(f"* {inline(capital(name))}" for name in benchmark.not_started)]
+    if not_started:
+        lines += ["", "## Not started", "", *(f"* {inline(capital(name))}" for name in not_started)]
     return "\n".join(lines) + "\n"
+
+
+def _entry_of(method: str, entries: Sequence[Entry]) -> Entry | None:
+    return next((entry for entry in entries if entry.method == method), None)
 
 
 def _row(entry: Entry, reference: Entry | None) -> list[str]:

@@ -193,10 +193,10 @@ def write_benchmark(folder: str | Path, benchmark: Benchmark) -> Path:
         UserError: the folder is not writable.
     """
     folder = Path(folder)
-    reference = benchmark.reference
+    reference, not_started = benchmark.reference, benchmark.not_started
     settings, figures = [], {}
     for number, (name, entries) in enumerate(benchmark.by_setting().items(), start=1):
-        if name in benchmark.not_started:
+        if name in not_started:
             continue
         figures[f"setting-{number}"] = figure = setting_figure(entries, reference)
         settings.append(
@@ -225,7 +225,7 @@ def write_benchmark(folder: str | Path, benchmark: Benchmark) -> Path:
             "settings": settings,
             "overview": overview(benchmark),
             "overview_text": OVERVIEW.format(reference),
-            "not_started": [capital(name) for name in benchmark.not_started],
+            "not_started": [capital(name) for name in not_started],
             "groups": groups,
             "command": benchmark.command,
             "versions": benchmark.versions(),
