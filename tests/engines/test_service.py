@@ -19,8 +19,9 @@ from lorica.cli import app
 from lorica.engines.flower import service
 from lorica.engines.flower.service import ENVIRONMENT, UNIT, write_service
 from lorica.errors import UserError
-from tests.engines.test_loopback import example
+from tests.engines.test_loopback import EXAMPLE
 from tests.engines.test_policy_draft import node, written
+from tests.scripts import load_script
 
 __all__ = ["node"]
 DOCS = Path(__file__).parent.parent.parent / "docs" / "federation.md"
@@ -132,7 +133,7 @@ def assert_trusted(authority: Path, certificate: Path, key: Path, names: list[st
 
 
 def test_the_certificates_of_the_example_are_accepted_for_this_machine(tmp_path: Path) -> None:
-    example().write_certificates(tmp_path)
+    load_script(EXAMPLE).write_certificates(tmp_path)
     key = tmp_path / "server.key"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     assert_trusted(tmp_path / "ca.crt", tmp_path / "server.crt", key, ["localhost", "127.0.0.1"])

@@ -3,7 +3,8 @@
 import numpy as np
 
 from lorica.reporting.run_folder import read_run
-from tests.test_docs import script
+from tests.scripts import load_script
+from tests.test_docs import SCRIPTS
 
 
 def test_each_experiment_has_a_panel_with_its_runs_as_recorded(make_run):
@@ -12,7 +13,7 @@ def test_each_experiment_has_a_panel_with_its_runs_as_recorded(make_run):
         read_run(make_run(name="pairs", accuracies=[0.4, 0.5, 0.6], rounds=2, noise="none")),
         read_run(make_run(name="single", accuracies=[0.3, 0.0, 0.8], rounds=2, evaluate_every=2, epsilon=0.5)),
     ]
-    pairs, single = script("learning_curves").figure(runs).axes
+    pairs, single = load_script(SCRIPTS / "learning_curves.py").figure(runs).axes
     drawn = {line.get_label(): np.column_stack(line.get_data()) for line in pairs.lines}
     np.testing.assert_allclose(drawn["ε = 3"], [(0, 40), (1, 90), (2, 50)])
     np.testing.assert_allclose(drawn["no privacy"], [(0, 40), (1, 50), (2, 60)])
