@@ -237,4 +237,5 @@ def _draw_tuning(panel: Axes, rows: Sequence[Entry], rates: Sequence[float]) -> 
     panel.set_yticks([])
     panel.tick_params(axis="x", length=0, labelcolor=INK)
     panel.spines["bottom"].set_visible(False)
+    # The label is wider than a panel of few rates, and would be cut at the right.
     panel.set_xlabel("Learning rate (tuning seeds)", loc="right" if len(rates) < 4 else "center")
