@@ -50,6 +50,15 @@ def test_a_sweep_has_its_own_rates_and_seeds_or_those_of_the_suite(tmp_path: Pat
     assert found.finished == found.planned == 2 * (3 * 2 + 1 + 2 + 3)
 
 
+def test_a_sweep_has_its_own_methods_or_those_of_the_suite(tmp_path: Path) -> None:
+    own = SWEEP | {"settings": {"rank": {"rank 1": ["lora.r=1"]}}}
+    theirs = {"settings": {"rank": {"rank 4": ["lora.r=4"]}}}
+    suite = small_suite(tmp_path, methods={"A first": "as-lora:first=A", "as-lora": "as-lora"}, sweeps=[own, theirs])
+    methods = {name: [cell.method for cell in found] for name, found in suite.settings.items()}
+    assert methods == {"rank 1": ["as-lora", "B only"], "rank 4": ["A first", "as-lora"]}
+    assert suite.settings["rank 4"][0].config.method.options == {"first": "A"}
+
+
 def test_a_setting_is_tuned_first_and_then_run_seed_by_seed(tmp_path: Path) -> None:
     suite = small_suite(tmp_path)
     runs = finished(suite, best_at_one)
@@ -144,6 +153,13 @@ def test_a_method_that_a_setting_cannot_have_is_left_out_with_the_reason(tmp_pat
         ({"rates": [0.1, -1]}, "rates"),
         ({"rates": []}, "rates"),
         ({"reference": "fed-avg"}, "every sweep needs the reference method, 'fed-avg'"),
+        (
+            {"methods": {"ffa": "ffa-lora"}, "sweeps": [SWEEP, {"settings": SWEEP["settings"]}]},
+            "every sweep needs the reference method, 'as-lora'",
+        ),
+        ({"sweeps": [{"settings": SWEEP["settings"]}]}, "set methods of the sweep or of the suite"),
+        ({"methods": {}, "sweeps": [{"settings": SWEEP["settings"]}]}, "set methods of the sweep or of the suite"),
+        ({"methods": {"as-lora": "as-lora"}, "sweeps": [SWEEP | {"methods": {}}]}, "sweeps.methods"),
         ({"sweep": []}, "did you mean 'sweeps'?"),
         ({"sweeps": [SWEEP | {"method": {}}]}, "did you mean 'methods'?"),
         ({"sweeps": [SWEEP, SWEEP]}, "two settings have this name"),

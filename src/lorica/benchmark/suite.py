@@ -47,12 +47,12 @@ def _check_apart(tuning_seeds: list[int], seeds: list[int]) -> None:
 
 
 class Sweep(Strict):
-    """Methods, and the settings in which all of them run."""
+    """Settings, and the methods that run in all of them."""
 
     settings: dict[str, dict[str, list[str]]] = Field(min_length=1)
     """Axis -> name of a value -> overrides. Every combination of the axes' values is a setting, named by its values."""
-    methods: dict[str, str] = Field(min_length=1)
-    """Name in tables -> method with options, as for `lorica compare --methods`."""
+    methods: dict[str, str] | None = Field(default=None, min_length=1)
+    """Methods of this sweep; None for those of the suite."""
     rates: Rates | None = None
     """Learning rates of this sweep; None for those of the suite. Another clip norm needs other rates."""
     tuning_seeds: Seeds | None = None
@@ -72,6 +72,8 @@ class SuiteConfig(Strict):
     """The experiment that all runs start from, relative to the suite file; by default the embedded digits."""
     overrides: list[str] = Field(default_factory=list)
     """`section.key=value` for all runs."""
+    methods: dict[str, str] = Field(default_factory=dict)
+    """Name in tables -> method with options, as for `lorica compare --methods`; for sweeps that have none of their own."""
     rates: Rates
     """Learning rates, the same for every method."""
     tuning_seeds: Seeds
@@ -93,11 +95,14 @@ class SuiteConfig(Strict):
 
     @field_validator("sweeps")
     @classmethod
-    def _with_the_reference(cls, sweeps: list[Sweep], info: ValidationInfo) -> list[Sweep]:
+    def _with_methods(cls, sweeps: list[Sweep], info: ValidationInfo) -> list[Sweep]:
         reference = info.data.get("reference")
-        if any(reference not in sweep.methods for sweep in sweeps):
-            raise ValueError(f"every sweep needs the reference method, {reference!r}")
         for sweep in sweeps:
+            methods = sweep.methods or info.data.get("methods")
+            if not methods:
+                raise ValueError("a sweep has no methods; set methods of the sweep or of the suite")
+            if reference not in methods:
+                raise ValueError(f"every sweep needs the reference method, {reference!r}")
             tuned = sweep.tuning_seeds or info.data.get("tuning_seeds", [])
             _check_apart(tuned, sweep.seeds or info.data.get("seeds", []))
         return sweeps
@@ -266,7 +271,8 @@ def load_suite(path: Path, overrides: list[str] | None = None) -> Suite:
             own = [override for _, chosen in values for override in chosen]
             experiment = _experiment(source, [*base, *own], config.name)
             group = ", ".join(value for value, chosen in values if not _is_epsilon(chosen))
-            found[name] = [_cell(config, sweep, experiment, (name, group), method) for method in sweep.methods]
+            methods = sweep.methods or config.methods
+            found[name] = [_cell(config, sweep, experiment, (name, group), method) for method in methods.items()]
     folder = Path(load(source, base).output).expanduser() / config.name
     return Suite(path, path.expanduser().read_text(encoding="utf-8-sig"), config, overrides, folder, found)
 
@@ -315,8 +321,10 @@ def _is_epsilon(overrides: list[str]) -> bool:
     return bool(overrides) and all(override.startswith("privacy.epsilon=") for override in overrides)
 
 
-def _cell(suite: SuiteConfig, sweep: Sweep, experiment: ExperimentConfig, setting: tuple[str, str], name: str) -> Cell:
-    method = sweep.methods[name]
+def _cell(
+    suite: SuiteConfig, sweep: Sweep, experiment: ExperimentConfig, setting: tuple[str, str], named: tuple[str, str]
+) -> Cell:
+    name, method = named
     _check_keys(method.partition(":")[2].split("+"))
     config = parse_variant(method, experiment).config
     _check_research(config)
