@@ -73,7 +73,7 @@ class SuiteConfig(Strict):
     overrides: list[str] = Field(default_factory=list)
     """`section.key=value` for all runs."""
     methods: dict[str, str] = Field(default_factory=dict)
-    """Name in tables -> method with options, as for `lorica compare --methods`; for sweeps that have none of their own."""
+    """Name in tables -> method with options, as for `lorica compare --methods`, for sweeps without their own."""
     rates: Rates
     """Learning rates, the same for every method."""
     tuning_seeds: Seeds
