@@ -41,8 +41,13 @@ def main(
 ) -> None:
     with TemporaryDirectory() as folder:
         own = [f"output={folder}", f"privacy.ledger={folder}/ledger.sqlite", "privacy.noise=reproducible"]
-        prepared, engine = prepare_local(load(experiment, [*(overrides or []), *own]))
-        clip_norm = prepared.config.privacy.clip_norm
+        config = load(experiment, [*(overrides or []), *own])
+        if max(after or [0]) > config.federation.rounds:
+            raise typer.BadParameter(
+                f"the run has {config.federation.rounds} rounds; set federation.rounds", param_hint="--after"
+            )
+        prepared, engine = prepare_local(config)
+        clip_norm = config.privacy.clip_norm
         table = Table("after round", "trained", "10 %", "median", "90 %", f"above {clip_norm:g}")
         left: list[tuple[int, float, float]] = []
 
