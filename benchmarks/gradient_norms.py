@@ -39,10 +39,11 @@ def main(
     records: Annotated[int, typer.Option(help="Number of training records.")] = 256,
     after: Annotated[list[int] | None, typer.Option(help="Run the experiment, and measure after this round.")] = None,
 ) -> None:
+    moments = after or []
     with TemporaryDirectory() as folder:
         own = [f"output={folder}", f"privacy.ledger={folder}/ledger.sqlite", "privacy.noise=reproducible"]
         config = load(experiment, [*(overrides or []), *own])
-        if max(after or [0]) > config.federation.rounds:
+        if max(moments, default=0) > config.federation.rounds:
             raise typer.BadParameter(
                 f"the run has {config.federation.rounds} rounds; set federation.rounds", param_hint="--after"
             )
@@ -57,7 +58,7 @@ def main(
             table.add_row(str(moment), trained, *(f"{value:.3g}" for value in quantiles), share)
 
         def on_round(row: dict[str, Any]) -> None:
-            if row["round"] in (after or []):
+            if row["round"] in moments:
                 norms = gradient_norms(prepared, records)
                 for trained in combinations(norms):
                     add(row["round"], trained, together(norms, trained))
@@ -67,9 +68,9 @@ def main(
         factors: tuple[Literal["A", "B"], ...] = ("B", "A")
         for factor in factors:
             # With this factor first, it is zero and the other one is as the method starts it.
-            start_with(GaugeOptions(first=factor), prepared.state, prepared.config.seed)
+            start_with(GaugeOptions(first=factor), prepared.state, config.seed)
             add(0, factor, gradient_norms(prepared, records)[factor])
-        if after:
+        if moments:
             prepared.state.assign(start)
             train(prepared, engine, data={}, on_round=on_round)
     console.print(table)
@@ -101,7 +102,8 @@ def gradient_norms(prepared: Prepared, count: int) -> Norms:
 
 def combinations(norms: Norms) -> list[str]:
     """What a step may train."""
-    return ["B", "A", "B, A"] + ["head", "B, head", "A, head", "B, A, head"] * ("head" in norms)
+    factors = ["B", "A", "B, A"]
+    return [*factors, "head", *(f"{trained}, head" for trained in factors)] if "head" in norms else factors
 
 
 def together(norms: Norms, trained: str) -> np.ndarray:
